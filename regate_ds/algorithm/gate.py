@@ -1,0 +1,27 @@
+"""Take kept positions out of the residual stream, and put their results back.
+
+Shapes: B rows, T positions, K slots of a packed row, H hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from regate_ds.algorithm.select import ElisionPlan
+
+
+def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
+    """The kept positions of each row in reading order, [B, K, H]; the input itself if dense."""
+    if plan.is_dense:
+        return x_BTH
+    index_BK1 = plan.kept_BK.unsqueeze(-1)
+    return x_BTH.gather(1, index_BK1.expand(-1, -1, x_BTH.shape[-1]))
+
+
+def restore(x_BTH: Tensor, y_BKH: Tensor, plan: ElisionPlan) -> Tensor:
+    """Put results back to their positions; elided ones ride the residual stream unchanged."""
+    if plan.is_dense:
+        return y_BKH
+    hidden = x_BTH.shape[-1]
+    y_RH = y_BKH.reshape(-1, hidden).index_select(0, plan.slot_R)
+    return x_BTH.reshape(-1, hidden).index_copy(0, plan.position_R, y_RH).view_as(x_BTH)

@@ -1,0 +1,125 @@
+"""Cross-entropy of the head at target positions, without ever holding [T, V] logits.
+
+Shapes: L targets, H hidden, V vocabulary. The logits exist for one chunk of targets at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256
+"""Targets whose logits exist at one time: about the full speed at a small share of the memory."""
+
+
+def summed_loss(
+    hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_L: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of the targets' losses in nats, and the losses themselves (detached). At least fp32.
+
+    Every target has weight 1, so the gradient is known before the backward pass up to one scalar: it
+    is computed here, chunk by chunk, while the logits exist, and only scaled in the backward pass.
+    """
+    with_grad = torch.is_grad_enabled()
+    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, with_grad)
+
+
+def token_losses(
+    hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_L: Tensor
+) -> Tensor:
+    """Differentiable loss of each target [L] in nats, for users with a loss of their own.
+
+    Chunks are recomputed in the backward pass, as nobody knows the weights yet: slower than
+    ``summed_loss``, same memory.
+    """
+    losses = [
+        checkpoint(_chunk_losses, h, weight_VH, bias_V, t, use_reentrant=False)
+        for h, t in zip(hidden_LH.split(CHUNK), targets_L.split(CHUNK), strict=True)
+    ]
+    if not losses:
+        return hidden_LH.new_zeros(0, dtype=_precise(hidden_LH)) + 0.0 * hidden_LH.sum()
+    return torch.cat(losses)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _logits(h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(h_CH, weight_VH, bias_V).to(_precise(h_CH))
+
+
+def _chunk_losses(
+    h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_C: Tensor
+) -> Tensor:
+    logits_CV = _logits(h_CH, weight_VH, bias_V)
+    return torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913 (autograd fixes the form)
+        ctx: Any,
+        hidden_LH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_L: Tensor,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wants = [with_grad and wanted for wanted in ctx.needs_input_grad[:3]]
+        sums = _Gradients(hidden_LH, weight_VH, bias_V, wants)
+        losses = []
+        for start in range(0, len(targets_L), CHUNK):
+            h_CH, targets_C = hidden_LH[start : start + CHUNK], targets_L[start : start + CHUNK]
+            logits_CV = _logits(h_CH, weight_VH, bias_V)
+            normaliser_C = logits_CV.logsumexp(dim=1)
+            at_target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
+            losses.append(normaliser_C - at_target_C)
+            if any(wants):
+                residual_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
+                residual_CV[torch.arange(len(targets_C)), targets_C] -= 1.0
+                sums.add(start, h_CH, residual_CV.to(hidden_LH.dtype))
+        ctx.gradients = sums.finished()
+        losses_L = (
+            torch.cat(losses) if losses else hidden_LH.new_zeros(0, dtype=_precise(hidden_LH))
+        )
+        ctx.mark_non_differentiable(losses_L)
+        return losses_L.sum(), losses_L
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if g is None else g * grads[0].to(g.dtype) for g in ctx.gradients]
+        return (*scaled, None, None)
+
+
+class _Gradients:
+    """Gradient of the summed loss, gathered over chunks; weights in at least fp32."""
+
+    def __init__(
+        self, hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: list[bool]
+    ) -> None:
+        precise = _precise(hidden_LH)
+        self._weight_VH, self._bias_V = weight_VH, bias_V
+        self.hidden = torch.empty_like(hidden_LH) if wants[0] else None
+        self.weight = torch.zeros_like(weight_VH, dtype=precise) if wants[1] else None
+        self.bias = (
+            torch.zeros_like(bias_V, dtype=precise) if wants[2] and bias_V is not None else None
+        )
+
+    def add(self, start: int, h_CH: Tensor, residual_CV: Tensor) -> None:
+        if self.hidden is not None:
+            self.hidden[start : start + len(h_CH)] = residual_CV @ self._weight_VH
+        if self.weight is not None:
+            self.weight += residual_CV.mT @ h_CH
+        if self.bias is not None:
+            self.bias += residual_CV.sum(dim=0)
+
+    def finished(self) -> list[Tensor | None]:
+        weight = None if self.weight is None else self.weight.to(self._weight_VH.dtype)
+        bias = (
+            None if self.bias is None or self._bias_V is None else self.bias.to(self._bias_V.dtype)
+        )
+        return [self.hidden, weight, bias]

@@ -1,0 +1,207 @@
+"""Turn scores into a plan: which positions of each row enter the gated layers.
+
+Shapes: B rows, T positions, K slots of a packed row, R real (not padding) slots of the whole
+micro-batch, N label positions of the micro-batch in reading order. Everything here runs on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import ABSENT, ALWAYS, ELIDABLE, IGNORE, TokenBatch
+
+
+@dataclass(frozen=True)
+class ElisionPlan:
+    """The kept positions of one micro-batch, and what the decoder and the loss need of them."""
+
+    is_dense: bool
+    """Nothing is elided and nothing moved: slots are positions, padding included."""
+
+    num_tokens: int
+    """T, the length of a row before the gate."""
+
+    kept_BK: Tensor
+    """int64: position of each slot, in reading order; padding slots, at the end, point to 0."""
+
+    segment_BK: Tensor
+    """int64: sample of the row that a slot belongs to; -1 is padding. Attention stays inside."""
+
+    labels_BK: Tensor
+    """int64: target of each slot, IGNORE where it has none. The loss runs on all targets."""
+
+    slot_R: Tensor
+    """int64: real slots as flat indices into [B * K]."""
+
+    position_R: Tensor
+    """int64: the positions of the real slots as flat indices into [B * T]."""
+
+    label_slot_L: Tensor
+    """int64: slots that have a target as flat indices into [B * K]; L of them, in reading order."""
+
+    num_filled: int = 0
+    """Label positions kept only to reach the token multiple."""
+
+    @property
+    def num_slots(self) -> int:
+        """K, the length of a packed row."""
+        return self.kept_BK.shape[1]
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.slot_R)
+
+    @property
+    def num_padded(self) -> int:
+        return self.segment_BK.numel() - self.num_kept
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.label_slot_L)
+
+    @property
+    def targets_L(self) -> Tensor:
+        return self.labels_BK.reshape(-1)[self.label_slot_L]
+
+    def to(self, device: torch.device | str) -> ElisionPlan:
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+def fuse_scores(
+    reference_N: Tensor, difficulty_N: Tensor, *, reference_weight: float, fusion: str
+) -> Tensor:
+    """Rank targets: hard for the text-only reference, or still hard for the student.
+
+    ``additive`` is the paper's formula d = m + w * ref; ``convex`` is d = (1 - w) * m + w * ref, the
+    reading under which its ablation names w = 0 "student only" and w = 1 "reference only".
+    """
+    if fusion == "convex":
+        return torch.lerp(difficulty_N, reference_N, reference_weight)
+    return torch.add(difficulty_N, reference_N, alpha=reference_weight)
+
+
+def num_hard_targets(num_labels: Tensor, keep_share: float) -> Tensor:
+    """k = ceil(p * n - 1e-9) for each sample."""
+    return torch.ceil(num_labels.double() * keep_share - 1e-9).long()
+
+
+def plan_dense(batch: TokenBatch) -> ElisionPlan:
+    """Keep everything: what the host itself would compute, padding included."""
+    num_rows, num_tokens = batch.labels_BT.shape
+    return _pack(batch, torch.arange(num_tokens).expand(num_rows, -1), is_dense=True)
+
+
+def plan_sparse(
+    batch: TokenBatch, score_N: Tensor, *, keep_share: float, align: str, token_multiple: int = 1
+) -> ElisionPlan:
+    """Keep what must stay and, of each sample's label positions, those of the hardest targets.
+
+    score_N: one finite score for each label position in reading order, as from ``fuse_scores``.
+    """
+    if not bool(torch.isfinite(score_N).all()):
+        raise RuntimeError("a score is not finite: a reference or student loss is NaN or infinite")
+    elidable_BT = batch.kind_BT == ELIDABLE
+    score_BT = batch.at_labels(score_N.double())
+    keep_BT = (batch.kind_BT == ALWAYS) | _aligned(batch, score_BT, elidable_BT, keep_share, align)
+    fill_BT = _fill(keep_BT, score_BT, elidable_BT, token_multiple)
+    kept_BK = _positions(keep_BT | fill_BT, token_multiple)
+    return replace(_pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
+
+
+def _aligned(
+    batch: TokenBatch, score_BT: Tensor, elidable_BT: Tensor, keep_share: float, align: str
+) -> Tensor:
+    """The elidable positions that each sample's k hardest targets keep."""
+    num_samples = len(batch.flat_keys)
+    num_elidable = torch.bincount(batch.sample_BT[elidable_BT], minlength=num_samples)
+    num_hard = num_hard_targets(num_elidable, keep_share)
+    # Position u holds the target of position u - 1, where that one is a label of the same sample.
+    holds_BT = _shift_right(elidable_BT, False) & elidable_BT & _follows_in_sample(batch)
+    if align == "target":
+        held_score_BT = _shift_right(score_BT, 0.0)
+        # Positions that hold no target come after all that do, ranked by their own score.
+        return _top(
+            [holds_BT, torch.where(holds_BT, held_score_BT, score_BT)],
+            elidable_BT,
+            batch.sample_BT,
+            num_hard,
+        )
+    hard_BT = _top([score_BT], elidable_BT, batch.sample_BT, num_hard)
+    if align == "both":
+        return hard_BT | (_shift_right(hard_BT, False) & holds_BT)
+    return hard_BT
+
+
+def _top(ranks: list[Tensor], among_BT: Tensor, group_BT: Tensor, num_top: Tensor) -> Tensor:
+    """Mark the first num_top[g] positions of each group g, by descending ranks, then by position.
+
+    Sorted by stable indices, not by a threshold: ranks of one model replica must break ties alike.
+    """
+    where_P = among_BT.reshape(-1).nonzero().squeeze(1)
+    order_P = torch.arange(len(where_P))
+    for key_BT in reversed(ranks):
+        key_P = key_BT.reshape(-1)[where_P][order_P]
+        order_P = order_P[key_P.argsort(descending=True, stable=True)]
+    group_P = group_BT.reshape(-1)[where_P]
+    order_P = order_P[group_P[order_P].argsort(stable=True)]
+    group_sizes = torch.bincount(group_P, minlength=len(num_top))
+    start_P = (group_sizes.cumsum(0) - group_sizes)[group_P[order_P]]
+    chosen_P = torch.arange(len(where_P)) - start_P < num_top[group_P[order_P]]
+    top_BT = torch.zeros_like(among_BT)
+    top_BT.view(-1)[where_P[order_P[chosen_P]]] = True
+    return top_BT
+
+
+def _fill(keep_BT: Tensor, score_BT: Tensor, elidable_BT: Tensor, token_multiple: int) -> Tensor:
+    """The next-best label positions of each row that bring it to a multiple of token_multiple."""
+    missing_B = -keep_BT.sum(dim=1) % token_multiple
+    row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
+    return _top([score_BT], elidable_BT & ~keep_BT, row_BT, missing_B)
+
+
+def _positions(keep_BT: Tensor, token_multiple: int) -> Tensor:
+    """Kept positions of each row in reading order, then T for padding up to the longest row."""
+    num_rows, num_tokens = keep_BT.shape
+    longest = int(keep_BT.sum(dim=1).max())
+    num_slots = math.ceil(longest / token_multiple) * token_multiple
+    positions_BT = torch.where(keep_BT, torch.arange(num_tokens), num_tokens).sort(dim=1).values
+    kept_BK = torch.full((num_rows, num_slots), num_tokens)
+    kept_BK[:, :num_tokens] = positions_BT[:, :num_slots]
+    return kept_BK
+
+
+def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
+    """Select by ``kept_BK`` (T means padding) what the decoder and the loss need."""
+    num_rows, num_tokens = batch.labels_BT.shape
+    is_real_BK = kept_BK < num_tokens
+    kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
+    segment_BK = batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1)
+    labels_BK = batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE)
+    slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
+    flat_BK = kept_BK + num_tokens * torch.arange(num_rows)[:, None]
+    return ElisionPlan(
+        is_dense=is_dense,
+        num_tokens=num_tokens,
+        kept_BK=kept_BK,
+        segment_BK=segment_BK,
+        labels_BK=labels_BK,
+        slot_R=slot_R,
+        position_R=flat_BK.reshape(-1)[slot_R],
+        label_slot_L=(labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1),
+    )
+
+
+def _shift_right(x_BT: Tensor, first: float | bool) -> Tensor:
+    shifted_BT = torch.roll(x_BT, 1, dims=1)
+    shifted_BT[:, 0] = first
+    return shifted_BT
+
+
+def _follows_in_sample(batch: TokenBatch) -> Tensor:
+    """True where the position before belongs to the same sample."""
+    return (_shift_right(batch.segment_BT, -1) == batch.segment_BT) & (batch.kind_BT != ABSENT)
