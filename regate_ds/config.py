@@ -1,4 +1,4 @@
-"""The knobs of the method. docs/algorithm.md explains each formula; the paper is arXiv 2507.21420."""
+"""The knobs of the method; docs/algorithm.md has the formulas, arXiv 2507.21420 is the paper."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def summed_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the targets' losses in nats, and the losses themselves (detached). At least fp32.
 
-    Every target has weight 1, so the gradient is known before the backward pass up to one scalar: it
-    is computed here, chunk by chunk, while the logits exist, and only scaled in the backward pass.
+    Every target has weight 1, so the gradient is known before the backward pass up to one scalar:
+    it is computed here, chunk by chunk, while the logits exist, and only scaled in the backward.
     """
     with_grad = torch.is_grad_enabled()
     return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, with_grad)
@@ -80,12 +80,12 @@ class _SummedLoss(torch.autograd.Function):
             losses.append(normaliser_C - at_target_C)
             if any(wants):
                 residual_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
-                residual_CV[torch.arange(len(targets_C)), targets_C] -= 1.0
+                residual_CV.scatter_add_(
+                    1, targets_C[:, None], -torch.ones_like(at_target_C)[:, None]
+                )
                 sums.add(start, h_CH, residual_CV.to(hidden_LH.dtype))
         ctx.gradients = sums.finished()
-        losses_L = (
-            torch.cat(losses) if losses else hidden_LH.new_zeros(0, dtype=_precise(hidden_LH))
-        )
+        losses_L = torch.cat([hidden_LH.new_zeros(0, dtype=_precise(hidden_LH)), *losses])
         ctx.mark_non_differentiable(losses_L)
         return losses_L.sum(), losses_L
 
@@ -102,12 +102,11 @@ class _Gradients:
         self, hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: list[bool]
     ) -> None:
         precise = _precise(hidden_LH)
-        self._weight_VH, self._bias_V = weight_VH, bias_V
+        self._weight_VH = weight_VH
         self.hidden = torch.empty_like(hidden_LH) if wants[0] else None
         self.weight = torch.zeros_like(weight_VH, dtype=precise) if wants[1] else None
-        self.bias = (
-            torch.zeros_like(bias_V, dtype=precise) if wants[2] and bias_V is not None else None
-        )
+        has_bias = wants[2] and bias_V is not None
+        self.bias = torch.zeros_like(bias_V, dtype=precise) if has_bias else None
 
     def add(self, start: int, h_CH: Tensor, residual_CV: Tensor) -> None:
         if self.hidden is not None:
@@ -118,8 +117,8 @@ class _Gradients:
             self.bias += residual_CV.sum(dim=0)
 
     def finished(self) -> list[Tensor | None]:
-        weight = None if self.weight is None else self.weight.to(self._weight_VH.dtype)
-        bias = (
-            None if self.bias is None or self._bias_V is None else self.bias.to(self._bias_V.dtype)
-        )
-        return [self.hidden, weight, bias]
+        dtype = self._weight_VH.dtype
+        return [
+            self.hidden,
+            *(None if g is None else g.to(dtype) for g in (self.weight, self.bias)),
+        ]

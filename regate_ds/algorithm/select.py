@@ -1,7 +1,7 @@
 """Turn scores into a plan: which positions of each row enter the gated layers.
 
 Shapes: B rows, T positions, K slots of a packed row, R real (not padding) slots of the whole
-micro-batch, N label positions of the micro-batch in reading order. Everything here runs on the host.
+micro-batch, N label positions of the micro-batch in reading order. All of this runs on the host.
 """
 
 from __future__ import annotations
@@ -43,8 +43,23 @@ class ElisionPlan:
     label_slot_L: Tensor
     """int64: slots that have a target as flat indices into [B * K]; L of them, in reading order."""
 
+    label_position_L: Tensor
+    """int64: positions of the kept targets as flat indices into [B * T]."""
+
+    run_lengths: tuple[int, ...]
+    """Lengths of the runs of one sample, or of padding, through the flattened [B * K] slots."""
+
+    is_packed: bool
+    """Some row holds several samples, so that causal order alone does not bound attention."""
+
     num_filled: int = 0
     """Label positions kept only to reach the token multiple."""
+
+    step: int = 0
+    """The optimizer step that this plan is of."""
+
+    micro: int = 0
+    """The micro-batch of that step."""
 
     @property
     def num_slots(self) -> int:
@@ -77,8 +92,8 @@ def fuse_scores(
 ) -> Tensor:
     """Rank targets: hard for the text-only reference, or still hard for the student.
 
-    ``additive`` is the paper's formula d = m + w * ref; ``convex`` is d = (1 - w) * m + w * ref, the
-    reading under which its ablation names w = 0 "student only" and w = 1 "reference only".
+    ``additive`` is the paper's formula d = m + w * ref; ``convex`` is d = (1 - w) * m + w * ref,
+    the reading under which its ablation names w = 0 "student only" and w = 1 "reference only".
     """
     if fusion == "convex":
         return torch.lerp(difficulty_N, reference_N, reference_weight)
@@ -183,7 +198,9 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
     segment_BK = batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1)
     labels_BK = batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE)
     slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
-    flat_BK = kept_BK + num_tokens * torch.arange(num_rows)[:, None]
+    flat_K = (kept_BK + num_tokens * torch.arange(num_rows)[:, None]).reshape(-1)
+    label_slot_L = (labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1)
+    run_BK = segment_BK + (num_tokens + 1) * torch.arange(num_rows)[:, None]
     return ElisionPlan(
         is_dense=is_dense,
         num_tokens=num_tokens,
@@ -191,8 +208,11 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
         segment_BK=segment_BK,
         labels_BK=labels_BK,
         slot_R=slot_R,
-        position_R=flat_BK.reshape(-1)[slot_R],
-        label_slot_L=(labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1),
+        position_R=flat_K[slot_R],
+        label_slot_L=label_slot_L,
+        label_position_L=flat_K[label_slot_L],
+        run_lengths=tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist()),
+        is_packed=any(len(row) > 1 for row in batch.keys),
     )
 
 
