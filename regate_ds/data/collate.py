@@ -1,0 +1,165 @@
+"""From encoded samples to micro-batches: images decoded in workers, rows padded or packed.
+
+Shapes: B rows, T positions of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs, describe
+from regate_ds.data.samples import IMAGE_ERRORS, Record, bad_record
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """One sample with its images decoded (RGB), in reading order."""
+
+    encoded: EncodedSample
+    images: tuple[Image.Image, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: what the model is called with, and what the method needs to know of it."""
+
+    inputs: dict[str, Tensor]
+    tokens: TokenBatch
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move ``inputs``; ``tokens`` stay on the host, where planning happens."""
+        moved = {name: x.to(device, non_blocking=True) for name, x in self.inputs.items()}
+        return Batch(moved, self.tokens)
+
+
+class SampleDataset(Dataset[LoadedSample]):
+    """Records, encoded and their images decoded when asked for: in the loader's workers."""
+
+    def __init__(self, records: Sequence[Record], encoder: Encoder) -> None:
+        self._records = records
+        self._encoder = encoder
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> LoadedSample:
+        record = self._records[index]
+        return LoadedSample(self._encoder.encode(record), _decode(record))
+
+    def encode(self, index: int) -> EncodedSample:
+        """The sample without decoding its images."""
+        return self._encoder.encode(self._records[index])
+
+
+class Collator:
+    """Joins loaded samples into one micro-batch of right-padded rows.
+
+    Without ``pack_length`` a row is a sample, and no attention mask is made: under a causal mask
+    no token sees the padding to its right. With it, samples are packed first-fit into rows of at
+    most that many tokens, and ``position_ids`` restart in each sample and in the padding.
+    """
+
+    def __init__(
+        self, *, pad_id: int, vision: VisionInputs | None, pack_length: int | None = None
+    ) -> None:
+        self._pad_id = pad_id
+        self._vision = vision
+        self._pack_length = pack_length
+
+    def __call__(self, samples: Sequence[LoadedSample]) -> Batch:
+        rows = self._rows(samples)
+        encoded = [[sample.encoded for sample in row] for row in rows]
+        segment_BT, position_BT = _layout([[len(sample) for sample in row] for row in encoded])
+        tokens = TokenBatch(
+            keys=tuple(tuple(sample.key for sample in row) for row in encoded),
+            segment_BT=segment_BT,
+            labels_BT=_pad([[sample.labels_S for sample in row] for row in encoded], IGNORE),
+        )
+        ids_BT = _pad([[sample.input_ids_S for sample in row] for row in encoded], self._pad_id)
+        inputs = {"input_ids": ids_BT}
+        if self._pack_length is not None:
+            inputs["position_ids"] = position_BT
+        is_placeholder_BT = _pad(
+            [[sample.is_placeholder_S for sample in row] for row in encoded], False
+        )
+        inputs |= self._vision_inputs(rows, ids_BT, is_placeholder_BT)
+        return Batch(inputs, tokens)
+
+    def _rows(self, samples: Sequence[LoadedSample]) -> list[list[LoadedSample]]:
+        if self._pack_length is None:
+            return [[sample] for sample in samples]
+        lengths = [len(sample.encoded) for sample in samples]
+        for sample, length in zip(samples, lengths):
+            if length > self._pack_length:
+                raise ValueError(
+                    f"sample {sample.encoded.key} has {length} tokens, a packed row only "
+                    f"{self._pack_length}; set data.pack_length to at least data.max_length"
+                )
+        return [[samples[i] for i in row] for row in first_fit(lengths, self._pack_length)]
+
+    def _vision_inputs(
+        self, rows: list[list[LoadedSample]], ids_BT: Tensor, is_placeholder_BT: Tensor
+    ) -> dict[str, Tensor]:
+        images = [image for row in rows for sample in row for image in sample.images]
+        if self._vision is None:
+            if images:
+                raise ValueError(
+                    f"{len(images)} images for a model without a vision side; "
+                    "use a multimodal student or data without images"
+                )
+            return {}
+        extra = self._vision.extra_inputs(ids_BT, is_placeholder_BT)
+        return extra | (self._vision.pixels(images) if images else {})
+
+
+def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Put each length, in order, into the first row with room; rows of indices."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index, length in enumerate(lengths):
+        row = next((r for r, free in enumerate(room) if length <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(limit)
+        rows[row].append(index)
+        room[row] -= length
+    return rows
+
+
+def _layout(lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Segments [B, T] (-1 is padding) and positions [B, T] that restart in each segment."""
+    num_tokens = max(sum(row) for row in lengths)
+    segment_BT = torch.full((len(lengths), num_tokens), -1)
+    position_BT = torch.empty_like(segment_BT)
+    for b, row in enumerate(lengths):
+        end = 0
+        for segment, length in enumerate(row):
+            segment_BT[b, end : end + length] = segment
+            position_BT[b, end : end + length] = torch.arange(length)
+            end += length
+        position_BT[b, end:] = torch.arange(num_tokens - end)
+    return segment_BT, position_BT
+
+
+def _pad(rows: list[list[Tensor]], value: float | bool) -> Tensor:
+    """Join the samples of each row and pad on the right to [B, T]."""
+    joined = [torch.cat(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=value)
+
+
+def _decode(record: Record) -> tuple[Image.Image, ...]:
+    images = []
+    for path in record.images:
+        try:
+            with Image.open(path) as image:
+                images.append(image.convert("RGB"))
+        except IMAGE_ERRORS as error:
+            raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error
+    return tuple(images)

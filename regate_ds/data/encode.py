@@ -1,0 +1,214 @@
+"""From a record to token ids: which positions are image, which predict an answer, and what of it.
+
+Shapes: S positions of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IGNORE, SampleKey, shift_labels
+from regate_ds.data.samples import IMAGE_ERRORS, MARKER, BadRecord, Record, Turn, bad_record
+
+CharSpan = tuple[int, int, int]
+"""Turn, start, end: a token's place in the characters of that turn's answer."""
+
+
+class VisionInputs(Protocol):
+    """What the student's vision side wants to know of images and wants to get."""
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        """Placeholders of one image of (width, height)."""
+        ...
+
+    def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
+        """Model inputs for all RGB images of a micro-batch, in reading order; at least one."""
+        ...
+
+    def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
+        """Further model inputs that follow from the tokens; none unless overridden."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The text around questions, answers and images. An answer ends with the tokenizer's eos."""
+
+    system: str = ""
+    """Before the first question."""
+
+    user: str = "USER: "
+    assistant: str = " ASSISTANT: "
+    """Between a question and its answer."""
+
+    separator: str = " "
+    """Between an answer's eos and the next question."""
+
+    image_start: str = ""
+    image_end: str = ""
+    """Around the placeholders of every image, and of every frame of a video."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as the model reads it."""
+
+    key: SampleKey
+
+    input_ids_S: Tensor
+    """int64, each image expanded to its placeholders."""
+
+    labels_S: Tensor
+    """int64: the token at t+1 where it belongs to an answer (eos included), else IGNORE."""
+
+    is_placeholder_S: Tensor
+    """bool."""
+
+    char_spans: tuple[CharSpan, ...]
+    """For each label position in order, where its target stands; an eos is (turn, len, len)."""
+
+    images: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return self.input_ids_S.numel()
+
+
+@dataclass
+class _Tape:
+    """A sample while it is being written, token by token."""
+
+    ids: list[int] = field(default_factory=list)
+    is_placeholder: list[bool] = field(default_factory=list)
+    spans: list[CharSpan | None] = field(default_factory=list)
+    """Of answer tokens; None for all others."""
+
+    def add(self, ids: list[int], *, is_placeholder: bool = False) -> None:
+        self.ids += ids
+        self.is_placeholder += [is_placeholder] * len(ids)
+        self.spans += [None] * len(ids)
+
+    def add_answer(self, ids: list[int], spans: list[CharSpan]) -> None:
+        self.ids += ids
+        self.is_placeholder += [False] * len(ids)
+        self.spans += spans
+
+
+class Encoder:
+    """Writes records as tokens with any fast Hugging Face tokenizer.
+
+    Segments (text between images, and each answer) are tokenised one by one, so that an answer's
+    tokens never depend on the words before it. Samples are cut at ``max_length`` tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        image_token: str,
+        num_image_tokens: Callable[[tuple[int, int]], int],
+        max_length: int,
+        template: Template,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos token; answers must end with one: set one")
+        if image_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"the tokenizer does not know the image token {image_token!r}; "
+                "add it as a special token or name the model's own"
+            )
+        self._tokenizer = tokenizer
+        self._image_token = image_token
+        self._image_id = tokenizer.convert_tokens_to_ids(image_token)
+        self._num_image_tokens = num_image_tokens
+        self._max_length = max_length
+        self._template = template
+
+    def encode(self, record: Record) -> EncodedSample:
+        """Write one record. Of its images only the sizes are read. Bad records: SampleError."""
+        tape = self._write(record)
+        length = min(len(tape.ids), self._max_length)
+        if any(tape.is_placeholder[length:]):
+            raise self._too_long(record, len(tape.ids), "would cut an image's placeholders off")
+        ids_S = torch.tensor(tape.ids[:length])
+        spans = tape.spans[:length]
+        is_answer_S = torch.tensor([span is not None for span in spans])
+        labels_S = shift_labels(torch.where(is_answer_S, ids_S, IGNORE)[None])[0]
+        if not bool((labels_S != IGNORE).any()):
+            raise self._too_long(record, len(tape.ids), "leaves no answer token to learn from")
+        return EncodedSample(
+            key=record.key,
+            input_ids_S=ids_S,
+            labels_S=labels_S,
+            is_placeholder_S=torch.tensor(tape.is_placeholder[:length]),
+            # The first token of a sample is predicted by nothing.
+            char_spans=tuple(span for span in spans[1:] if span is not None),
+            images=record.images,
+        )
+
+    def _write(self, record: Record) -> _Tape:
+        tape = _Tape()
+        if self._tokenizer.bos_token_id is not None:
+            tape.add([self._tokenizer.bos_token_id])
+        media = iter(record.images_per_marker)
+        images = iter(record.images)
+        before = self._template.system
+        for number, turn in enumerate(record.turns):
+            prompt = f"{before}{self._template.user}{turn.question}{self._template.assistant}"
+            texts = MARKER.split(prompt)
+            self._add_text(tape, record, texts[0])
+            for text in texts[1:]:
+                for _ in range(next(media)):
+                    self._add_image(tape, record, next(images))
+                self._add_text(tape, record, text)
+            self._add_answer(tape, record, number, turn)
+            before = self._template.separator
+        return tape
+
+    def _add_text(self, tape: _Tape, record: Record, text: str) -> None:
+        if text:
+            tape.add(self._tokenize(record, text)["input_ids"])
+
+    def _add_answer(self, tape: _Tape, record: Record, number: int, turn: Turn) -> None:
+        encoding = self._tokenize(record, turn.answer)
+        end = len(turn.answer)
+        spans = [(number, start, stop) for start, stop in encoding["offset_mapping"]]
+        tape.add_answer(
+            [*encoding["input_ids"], self._tokenizer.eos_token_id], [*spans, (number, end, end)]
+        )
+
+    def _add_image(self, tape: _Tape, record: Record, path: Path) -> None:
+        count = self._num_image_tokens(_image_size(record, path))
+        self._add_text(tape, record, self._template.image_start)
+        tape.add([self._image_id] * count, is_placeholder=True)
+        self._add_text(tape, record, self._template.image_end)
+
+    def _tokenize(self, record: Record, text: str) -> Any:
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if self._image_id in encoding["input_ids"]:
+            cause = f"its text holds the model's image token {self._image_token!r}"
+            raise bad_record(describe(record, cause))
+        return encoding
+
+    def _too_long(self, record: Record, length: int, what: str) -> Exception:
+        cause = f"cutting its {length} tokens at data.max_length={self._max_length} {what}"
+        return bad_record(describe(record, f"{cause}; raise data.max_length"))
+
+
+def describe(record: Record, cause: str) -> BadRecord:
+    """Say why a record that read well cannot be used after all."""
+    return BadRecord(record.source, record.key[1], record.id, cause)
+
+
+def _image_size(record: Record, path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except IMAGE_ERRORS as error:
+        raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error
