@@ -1,0 +1,253 @@
+"""Token elision inside a Hugging Face causal or multimodal language model.
+
+The plan is an argument of the model's forward (``regate_plan=plan``) and travels as one to each
+decoder layer, so that activation checkpointing recomputes with the plan it was computed with.
+
+    layers before first_layer    every position, the host's own inputs
+    first gated layer            takes the kept positions out of the stream: all after it is packed
+    head and loss                only at kept targets
+
+If the gated range ends before the last layer, each gated layer puts its results back at once.
+
+Shapes: B rows, T positions, K slots, H hidden, L targets, D size of a rotary embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.attention import attention_inputs
+from regate_ds.algorithm.gate import keep, restore
+from regate_ds.algorithm.loss import summed_loss, token_losses
+from regate_ds.algorithm.select import ElisionPlan
+
+SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+"""`model_type` of the text models whose layers were tested: causal, and one tensor in and out."""
+
+
+@dataclass
+class ElidedOutput(ModelOutput):
+    """What a forward pass with a plan returns in place of logits."""
+
+    loss_sum: Tensor | None = None
+    """Sum of the kept targets' losses, in nats; differentiable."""
+
+    losses: Tensor | None = None
+    """Loss of each kept target [L], in reading order; differentiable with ``own_loss`` only."""
+
+    aux_loss: Tensor | None = None
+    """The base model's auxiliary loss, where it returns one."""
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """What travels to the layers with a micro-batch."""
+
+    plan: ElisionPlan
+    attention: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _ModelGate:
+    """What the model's forward knows from attach time."""
+
+    host: nn.Module
+    packed_at_end: bool
+    own_loss: bool
+    run_tower_without_image: bool
+
+
+@dataclass(frozen=True)
+class _LayerGate:
+    """A decoder layer's part in the gated range."""
+
+    gated: bool
+    packs: bool
+    restores: bool
+
+
+def attach_model(
+    model: nn.Module,
+    *,
+    first_layer: int = 1,
+    last_layer: int | None = None,
+    own_loss: bool = False,
+    run_tower_without_image: bool = False,
+) -> Attachment:
+    """Let ``model(..., regate_plan=plan)`` process kept tokens only; without a plan it is the host.
+
+    own_loss: ``ElidedOutput.losses`` are differentiable, for users who weigh them themselves.
+    run_tower_without_image: a micro-batch without an image runs an empty one through the vision
+        tower, times zero, as ranks of one ZeRO group must all reduce the same parameters.
+
+    ValueError names what is not supported; RuntimeError if the model is attached already.
+    """
+    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = host.get_decoder()
+    depth = len(decoder.layers)
+    last_layer = depth if last_layer is None else last_layer
+    require_supported(host, decoder, first_layer, last_layer)
+    attachment = Attachment()
+    ends_early = last_layer < depth
+    gate = _ModelGate(host, not ends_early, own_loss, run_tower_without_image)
+    attachment.rebind_forward(host, _model_forward, gate=gate)
+    attachment.rebind_forward(host.get_output_embeddings(), _head_forward, own_loss=own_loss)
+    for number, layer in enumerate(decoder.layers):
+        gated = first_layer <= number < last_layer
+        restores = gated and ends_early
+        packs = restores or number == first_layer
+        attachment.rebind_forward(layer, _layer_forward, gate=_LayerGate(gated, packs, restores))
+    return attachment
+
+
+def require_supported(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
+    """Refuse by name what elision would compute wrongly."""
+    config = decoder.config
+    if config.model_type not in SUPPORTED_DECODERS:
+        raise ValueError(
+            f"decoder {config.model_type!r} is not supported; tested are {SUPPORTED_DECODERS}"
+        )
+    if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} is not supported; "
+            "load the model with sdpa, eager or flash_attention_2"
+        )
+    if not 0 <= first < last <= len(decoder.layers):
+        raise ValueError(
+            f"gated layers [{first}, {last}) do not fit a decoder of {len(decoder.layers)} layers; "
+            "set first_layer and last_layer within it"
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - _CAUSAL_LAYERS
+    if unknown:
+        raise ValueError(
+            f"layers of type {sorted(unknown)} are not supported; only {_CAUSAL_LAYERS}"
+        )
+    head = host.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the output head is a {type(head).__name__}, not a plain Linear; "
+            "leave lm_head out of LoRA's target_modules and modules_to_save"
+        )
+
+
+_CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def _model_forward(
+    host_forward: Any,
+    *args: Any,
+    gate: _ModelGate,
+    regate_plan: ElisionPlan | None = None,
+    **kwargs: Any,
+) -> Any:
+    if regate_plan is None:
+        return host_forward(*args, **kwargs)
+    if args or kwargs.get("labels") is not None:
+        raise ValueError("with regate_plan give inputs by keyword and no labels: the plan has them")
+    host, plan = gate.host, regate_plan
+    _require_fits(host, plan)
+    if gate.run_tower_without_image and kwargs.get("pixel_values") is None:
+        kwargs = _with_empty_image(host, kwargs)
+    gated = _Gated(plan, {} if plan.is_dense else attention_inputs(plan, host))
+    outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
+    hidden = outputs.last_hidden_state
+    is_packed = gate.packed_at_end and not plan.is_dense
+    rows_L = plan.label_slot_L if is_packed else plan.label_position_L
+    hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
+    loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_targets=plan.targets_L)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss)
+
+
+def _layer_forward(
+    host_forward: Any,
+    hidden_states: Tensor,
+    *args: Any,
+    gate: _LayerGate,
+    regate_plan: _Gated | None = None,
+    **kwargs: Any,
+) -> Any:
+    if regate_plan is None or regate_plan.plan.is_dense or not gate.gated:
+        return host_forward(hidden_states, *args, **kwargs)
+    plan = regate_plan.plan
+    x = keep(hidden_states, plan) if gate.packs else hidden_states
+    y = host_forward(x, *args, **_at_kept(kwargs, plan), **regate_plan.attention)
+    return restore(hidden_states, y, plan) if gate.restores else y
+
+
+def _at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
+    """The layer's inputs at kept positions; the mask is left out, as attention_inputs has ours."""
+    own = {"attention_mask", "position_ids", "position_embeddings"}
+    rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
+    return {
+        **{k: v for k, v in kwargs.items() if k not in own},
+        "position_ids": None,
+        "position_embeddings": rotary,
+    }
+
+
+def _rotary_at_kept(x: Tensor, plan: ElisionPlan) -> Tensor:
+    """[..., B or 1, T, D] -> [..., B, K, D]: kept tokens keep their original positions."""
+    *lead, _, num_tokens, size = x.shape
+    num_rows, num_slots = plan.kept_BK.shape
+    x_BTD = x.expand(*lead, num_rows, num_tokens, size)
+    index = plan.kept_BK.unsqueeze(-1).expand(*lead, num_rows, num_slots, size)
+    return x_BTD.gather(-2, index)
+
+
+def _head_forward(
+    host_forward: Any,
+    hidden: Tensor,
+    *,
+    own_loss: bool,
+    regate_targets: Tensor | None = None,
+) -> Any:
+    if regate_targets is None:
+        return host_forward(hidden)
+    # Inside the head's own call, because ZeRO-3 has its weight here and nowhere else.
+    head = host_forward.__self__
+    if own_loss:
+        losses_L = token_losses(hidden, head.weight, head.bias, regate_targets)
+        return losses_L.sum(), losses_L
+    return summed_loss(hidden, head.weight, head.bias, regate_targets)
+
+
+def _require_fits(host: nn.Module, plan: ElisionPlan) -> None:
+    config = host.get_decoder().config
+    layer_types = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else True
+    window = getattr(config, "sliding_window", None)
+    if slides and window is not None and plan.num_tokens >= window:
+        raise ValueError(
+            f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
+            "elision the window would count kept tokens, not positions; use shorter rows"
+        )
+
+
+def _with_empty_image(host: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Embed the text here, plus zero times the features of an empty image."""
+    vision = getattr(host.config, "vision_config", None)
+    if vision is None:
+        return kwargs
+    rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "mm_token_type_ids")}
+    embedded = host.get_input_embeddings()(kwargs["input_ids"])
+    features = host.base_model.get_image_features(**_empty_image(host, embedded), return_dict=True)
+    zero = sum(f.sum() for f in features.pooler_output) * 0.0
+    return {**rest, "inputs_embeds": embedded + zero.to(embedded.dtype)}
+
+
+def _empty_image(host: nn.Module, like: Tensor) -> dict[str, Tensor]:
+    vision = host.config.vision_config
+    if hasattr(vision, "spatial_merge_size"):
+        side = vision.spatial_merge_size
+        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, side, side]], device=like.device)
+        return {"pixel_values": like.new_zeros(side * side, size), "image_grid_thw": grid}
+    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+    return {"pixel_values": like.new_zeros(shape)}

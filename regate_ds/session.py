@@ -1,0 +1,219 @@
+"""One run of the method: plan a step, take back its losses, remember what is still hard.
+
+A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` per micro-batch
+-> ``finish_step``. The session scales no loss, calls no framework and touches no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import SampleKey, TokenBatch
+from regate_ds.algorithm.difficulty import update_difficulty
+from regate_ds.algorithm.schedule import Schedule
+from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse
+from regate_ds.config import RegateConfig
+from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.sync import sum_over
+
+
+class Values(Protocol):
+    """What a store offers to read: one fp32 value for each label position of the samples."""
+
+    def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
+
+
+class MutableValues(Values, Protocol):
+    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The decision for all micro-batches of one optimizer step, on this data rank."""
+
+    step: int
+    is_dense: bool
+    micro: tuple[ElisionPlan, ...]
+    num_targets_global: int
+    """Targets of the step over all data ranks: what the summed loss is divided by."""
+
+    counts: dict[str, int]
+    """Over all data ranks: tokens_total, tokens_kept, answer_total, answer_kept, filled, padded."""
+
+
+@dataclass
+class _Open:
+    """A step between its plan and its end."""
+
+    plan: StepPlan
+    window: Sequence[TokenBatch]
+    difficulty: list[Tensor]
+    losses: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Regate:
+    """The method's state: the step number, and through the difficulty store what is still hard."""
+
+    def __init__(
+        self,
+        config: RegateConfig,
+        *,
+        reference: Values | None,
+        difficulty: MutableValues | None,
+        layout: ParallelLayout | None = None,
+    ) -> None:
+        self.config = config
+        self.schedule = Schedule(
+            total_steps=config.total_steps,
+            warmup_steps=config.num_warmup_steps,
+            cycle_steps=config.cycle_steps,
+            cycle_dense_steps=config.cycle_dense_steps,
+            final_dense_steps=config.num_final_dense_steps,
+        )
+        self.step = 0
+        self._layout = layout or ParallelLayout()
+        self._open: _Open | None = None
+        if self.elides and (reference is None or difficulty is None):
+            raise ValueError(
+                f"keep_share={config.keep_share} needs the teacher's losses: give a "
+                "ReferenceStore, or set keep_share=1.0 for the dense run"
+            )
+        self._reference, self._difficulty = reference, difficulty
+
+    @property
+    def elides(self) -> bool:
+        """False for the dense baseline, which needs neither reference nor difficulty."""
+        return self.config.keep_share < 1.0
+
+    def is_dense(self, step: int) -> bool:
+        return not self.elides or self.schedule.is_dense(step)
+
+    def plan_step(self, window: Sequence[TokenBatch]) -> StepPlan:
+        """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
+
+        Raises ValueError if the run is over, RuntimeError if the step before is still open.
+        """
+        if self._open is not None:
+            raise RuntimeError(f"step {self.step} is planned already; call finish_step before")
+        if self.step >= self.config.total_steps:
+            raise ValueError(
+                f"step {self.step} is beyond total_steps={self.config.total_steps}; "
+                "set total_steps to the optimizer steps of the whole run"
+            )
+        difficulty = self._read_difficulty(window)
+        dense = self.is_dense(self.step)
+        micro = tuple(
+            replace(
+                plan_dense(batch) if dense else self._plan_sparse(batch, difficulty[i]),
+                step=self.step,
+                micro=i,
+            )
+            for i, batch in enumerate(window)
+        )
+        counts = self._count(window, micro)
+        plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
+        self._open = _Open(plan, window, difficulty)
+        return plan
+
+    def record(self, plan: ElisionPlan, losses_L: Tensor) -> None:
+        """Take the per-target losses of one micro-batch's forward pass; they may be on a device."""
+        current = self._require_open("record")
+        if plan.step != self.step or plan.micro in current.losses:
+            raise RuntimeError(
+                f"losses of step {plan.step}, micro-batch {plan.micro} do not belong here: step "
+                f"{self.step} is open and has micro-batches {sorted(current.losses)} already"
+            )
+        if losses_L.shape != (plan.num_targets,):
+            raise ValueError(f"{plan.num_targets} targets, but losses {tuple(losses_L.shape)}")
+        current.losses[plan.micro] = losses_L.detach()
+
+    def finish_step(self, *, applied: bool) -> None:
+        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective."""
+        current = self._require_open("finish_step")
+        missing = set(range(len(current.plan.micro))) - set(current.losses)
+        if missing:
+            raise RuntimeError(f"step {self.step}: no losses of micro-batches {sorted(missing)}")
+        if self.elides and applied:
+            self._remember(current)
+        self._open = None
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's state; the difficulty store saves itself beside it."""
+        if self._open is not None:
+            raise RuntimeError(f"step {self.step} is open; save between steps")
+        return {"version": 1, "step": self.step, "total_steps": self.config.total_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["total_steps"] != self.config.total_steps:
+            raise ValueError(
+                f"total_steps={self.config.total_steps}, but the checkpoint's run has "
+                f"{state['total_steps']}: the schedule would change; resume with the same value"
+            )
+        self.step = state["step"]
+
+    def _require_open(self, call: str) -> _Open:
+        if self._open is None:
+            raise RuntimeError(f"{call} without a planned step; call plan_step first")
+        return self._open
+
+    def _read_difficulty(self, window: Sequence[TokenBatch]) -> list[Tensor]:
+        if not self.elides:
+            return []
+        assert self._difficulty is not None
+        values_N = self._difficulty.read([key for batch in window for key in batch.flat_keys])
+        return list(values_N.split([int(batch.is_label_BT.sum()) for batch in window]))
+
+    def _plan_sparse(self, batch: TokenBatch, difficulty_N: Tensor) -> ElisionPlan:
+        assert self._reference is not None
+        config = self.config
+        score_N = fuse_scores(
+            self._reference.read(batch.flat_keys),
+            difficulty_N,
+            reference_weight=config.reference_weight,
+            fusion=config.fusion,
+        )
+        return plan_sparse(
+            batch,
+            score_N,
+            keep_share=config.keep_share,
+            align=config.align,
+            token_multiple=config.token_multiple,
+        )
+
+    def _count(self, window: Sequence[TokenBatch], micro: Sequence[ElisionPlan]) -> dict[str, int]:
+        counts = {
+            "tokens_total": sum(int((batch.segment_BT >= 0).sum()) for batch in window),
+            "tokens_kept": sum(plan.num_kept for plan in micro),
+            "answer_total": sum(int(batch.is_label_BT.sum()) for batch in window),
+            "answer_kept": sum(plan.num_targets for plan in micro),
+            "filled": sum(plan.num_filled for plan in micro),
+            "padded": sum(plan.num_padded for plan in micro),
+        }
+        return dict(zip(counts, sum_over(list(counts.values()), self._layout.data), strict=True))
+
+    def _remember(self, current: _Open) -> None:
+        assert self._difficulty is not None
+        updated = [
+            _updated(batch, plan, old_N, current.losses[plan.micro], self.config.decay)
+            for batch, plan, old_N in zip(
+                current.window, current.plan.micro, current.difficulty, strict=True
+            )
+        ]
+        keys = [key for batch in current.window for key in batch.flat_keys]
+        self._difficulty.write(keys, torch.cat(updated))
+
+
+def _updated(
+    batch: TokenBatch, plan: ElisionPlan, old_N: Tensor, losses_L: Tensor, decay: float
+) -> Tensor:
+    """Difficulty of the micro-batch's label positions [N] after its kept targets' losses."""
+    number_P = batch.is_label_BT.reshape(-1).long().cumsum(0) - 1
+    seen_L = number_P[plan.label_position_L]
+    fresh_L = losses_L.to("cpu", torch.float32)
+    return old_N.index_copy(0, seen_L, update_difficulty(old_N[seen_L], fresh_L, decay=decay))

@@ -1,0 +1,127 @@
+"""Small random students for tests, and batches for them."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+
+VOCABULARY = 61
+IMAGE_TOKEN = 60
+_CAUSAL = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+
+
+def text_config(kind: str = "llama", *, num_layers: int = 3, heads: tuple[int, int] = (4, 2)):
+    config_class, _ = _CAUSAL[kind]
+    extra = {"sliding_window": None} if kind == "mistral" else {}
+    return config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        **extra,
+    )
+
+
+def causal_lm(kind: str = "llama", attention: str = "sdpa", **sizes) -> nn.Module:
+    torch.manual_seed(0)
+    config = text_config(kind, **sizes)
+    config._attn_implementation = attention
+    model = _CAUSAL[kind][1](config)
+    return _enlarge(model).train()
+
+
+def llava(attention: str = "sdpa", **sizes) -> nn.Module:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=32,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text_config(**sizes),
+        image_token_index=IMAGE_TOKEN,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    config._attn_implementation = attention
+    return _enlarge(LlavaForConditionalGeneration(config)).train()
+
+
+def _enlarge(model: nn.Module) -> nn.Module:
+    """Weights large enough that what a token attends to shows in the result."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model
+
+
+def random_batch(rows: list[list[int]], *, seed: int = 0, length: int | None = None):
+    """(input_ids_BT, TokenBatch): rows of samples of the given lengths, answers at random.
+
+    Each sample has a prompt of at least two tokens and one or two answer turns.
+    """
+    rng = random.Random(seed)
+    length = length or max(sum(row) for row in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    segment = torch.full((len(rows), length), -1)
+    labels = torch.full((len(rows), length), IGNORE)
+    keys, number = [], 0
+    for r, samples in enumerate(rows):
+        start = 0
+        for s, size in enumerate(samples):
+            ids = [rng.randrange(1, VOCABULARY - 1) for _ in range(size)]
+            input_ids[r, start : start + size] = torch.tensor(ids)
+            segment[r, start : start + size] = s
+            for t in _label_positions(size, rng):
+                labels[r, start + t] = ids[t + 1]
+            start += size
+        keys.append(tuple(("set", number + i) for i in range(len(samples))))
+        number += len(samples)
+    return input_ids, TokenBatch(tuple(keys), segment, labels)
+
+
+def _label_positions(size: int, rng: random.Random) -> list[int]:
+    if size < 3:
+        return []
+    begin = rng.randrange(1, max(2, size // 2))
+    gap = rng.randrange(begin, size - 1)
+    return [t for t in range(begin, size - 1) if t != gap or size < 8]
+
+
+def packed_positions(batch: TokenBatch) -> Tensor:
+    """Positions that restart in each sample, and in the padding."""
+    positions = torch.zeros_like(batch.segment_BT)
+    for r, row in enumerate(batch.segment_BT.tolist()):
+        for t in range(1, len(row)):
+            positions[r, t] = positions[r, t - 1] + 1 if row[t] == row[t - 1] else 0
+    return positions
