@@ -1,0 +1,25 @@
+"""ReGATE: train multimodal LLMs on the answer tokens that still teach them something.
+
+The public names are loaded when they are asked for: importing this package needs torch only.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "RegateConfig": "regate_ds.config",
+    "Regate": "regate_ds.session",
+    "ReferenceStore": "regate_ds.data.reference_store",
+    "Keyed": "regate_ds.data.host_batch",
+    "attach": "regate_ds.adapters.deepspeed",
+    "attach_model": "regate_ds.adapters.huggingface",
+}
+
+__all__ = list(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'regate_ds' has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(_HOME[name]), name)

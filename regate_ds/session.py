@@ -19,11 +19,23 @@ from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import sum_each
+
+
+class Index(Protocol):
+    """Where a store keeps the values of a sample."""
+
+    @property
+    def num_labels(self) -> Tensor: ...
+
+    def rows(self, keys: Sequence[SampleKey]) -> list[int]: ...
 
 
 class Values(Protocol):
     """What a store offers to read: one fp32 value for each label position of the samples."""
+
+    @property
+    def index(self) -> Index: ...
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
 
@@ -66,7 +78,9 @@ class Regate:
         reference: Values | None,
         difficulty: MutableValues | None,
         layout: ParallelLayout | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """``device``: where the backend of the layout's groups wants its tensors."""
         self.config = config
         self.schedule = Schedule(
             total_steps=config.total_steps,
@@ -76,7 +90,7 @@ class Regate:
             final_dense_steps=config.num_final_dense_steps,
         )
         self.step = 0
-        self._layout = layout or ParallelLayout()
+        self._layout, self._device = layout or ParallelLayout(), device
         self._open: _Open | None = None
         if self.elides and (reference is None or difficulty is None):
             raise ValueError(
@@ -166,6 +180,7 @@ class Regate:
         if not self.elides:
             return []
         assert self._difficulty is not None
+        _require_same_labels(window, self._difficulty.index)
         values_N = self._difficulty.read([key for batch in window for key in batch.flat_keys])
         return list(values_N.split([int(batch.is_label_BT.sum()) for batch in window]))
 
@@ -195,7 +210,8 @@ class Regate:
             "filled": sum(plan.num_filled for plan in micro),
             "padded": sum(plan.num_padded for plan in micro),
         }
-        return dict(zip(counts, sum_over(list(counts.values()), self._layout.data), strict=True))
+        totals = sum_each(list(counts.values()), self._layout.data, self._device)
+        return dict(zip(counts, totals, strict=True))
 
     def _remember(self, current: _Open) -> None:
         assert self._difficulty is not None
@@ -217,3 +233,15 @@ def _updated(
     seen_L = number_P[plan.label_position_L]
     fresh_L = losses_L.to("cpu", torch.float32)
     return old_N.index_copy(0, seen_L, update_difficulty(old_N[seen_L], fresh_L, decay=decay))
+
+
+def _require_same_labels(window: Sequence[TokenBatch], index: Index) -> None:
+    """The cached values belong to the data as it was: refuse samples that read differently now."""
+    for batch in window:
+        expected = index.num_labels[index.rows(batch.flat_keys)].tolist()
+        for key, found, known in zip(batch.flat_keys, batch.num_labels_per_sample, expected):
+            if found != known:
+                raise ValueError(
+                    f"sample {key[0]!r} record {key[1]} has {found} answer tokens here, but "
+                    f"{known} in the reference store; compute the store again for this data"
+                )

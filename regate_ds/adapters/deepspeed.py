@@ -1,0 +1,226 @@
+"""ReGATE in a training loop of your own around a DeepSpeed engine, ZeRO stages 0 to 3.
+
+    regate = attach(model, RegateConfig(total_steps=T), reference=ReferenceStore(path))
+    engine, _, loader, _ = deepspeed.initialize(model=model, ...)
+    for window in regate.windows(loader, engine):
+        for batch, plan in window:
+            output = engine(**batch, regate_plan=plan)
+            engine.backward(regate.loss(output, plan))
+            engine.step()
+        regate.step(applied=engine.was_step_applied())
+
+A window is the micro-batches of one optimizer step: they are planned together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.huggingface import ElidedOutput, attach_model
+from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.config import RegateConfig
+from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.collate import Batch
+from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.data.host_batch import HostCollate
+from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.session import Regate, StepPlan
+
+STATE_FOLDER = "regate"
+"""Where ``save`` puts the method's state inside a checkpoint."""
+
+
+def attach(
+    model: nn.Module,
+    config: RegateConfig,
+    *,
+    reference: ReferenceStore | None = None,
+    own_loss: bool = False,
+) -> DeepSpeedRegate:
+    """Make the model accept plans. Call it before ``deepspeed.initialize``.
+
+    reference: the teacher's losses of the training set; not needed with keep_share=1.0.
+    own_loss: allow ``token_losses``, for users who weigh the losses themselves.
+
+    ValueError names what is not supported. With enabled=False nothing is touched.
+    """
+    attachment = Attachment()
+    if config.enabled:
+        attachment = attach_model(
+            model,
+            first_layer=config.first_layer,
+            last_layer=config.last_layer,
+            own_loss=own_loss,
+            run_tower_without_image=_world_size() > 1,
+        )
+    return DeepSpeedRegate(config, reference, attachment, own_loss=own_loss)
+
+
+class DeepSpeedRegate:
+    """The plan, the loss and the state of one training run; made by ``attach``."""
+
+    def __init__(
+        self,
+        config: RegateConfig,
+        reference: ReferenceStore | None,
+        attachment: Attachment,
+        *,
+        own_loss: bool,
+    ) -> None:
+        self.config = config
+        self.plan: StepPlan | None = None
+        """The step that is planned or was planned last."""
+        self._reference, self._attachment, self._own_loss = reference, attachment, own_loss
+        self._session: Regate | None = None
+        self._difficulty: DifficultyStore | None = None
+        self._engine: Any = None
+
+    def collate(self, collate_fn: Callable[[list[Any]], dict[str, Tensor]]) -> HostCollate:
+        """Wrap a collate function of yours; the items need a ``regate_key`` (see ``Keyed``)."""
+        return HostCollate(collate_fn, keep_labels=not self.config.enabled)
+
+    def windows(
+        self, loader: Iterable[Batch], engine: Any
+    ) -> Iterator[list[tuple[dict[str, Tensor], ElisionPlan | None]]]:
+        """The loader's micro-batches in groups of one optimizer step, moved, with their plans.
+
+        Micro-batches at the end that do not fill a step are left out: a window never crosses an
+        epoch. Without elision the plan is None and the batch is the host's own.
+        """
+        self._bind(engine)
+        window: list[Batch] = []
+        for batch in loader:
+            window.append(batch)
+            if len(window) == engine.gradient_accumulation_steps():
+                yield self._planned(window, engine)
+                window = []
+
+    def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
+        """What ``engine.backward`` takes: the mean over all targets of the whole step.
+
+        Without a plan it is the host's own loss. The engine divides by the accumulation steps and averages over data ranks, while targets
+        are counted over all of them: both are undone here. An auxiliary loss is added as it is.
+        """
+        if plan is None:
+            return output.loss
+        self._open_session().record(plan, output.losses)
+        loss = output.loss_sum * self._scale()
+        return loss if output.aux_loss is None else loss + output.aux_loss
+
+    def token_losses(self, output: ElidedOutput, plan: ElisionPlan) -> tuple[Tensor, Tensor]:
+        """For a loss of your own: each kept target's loss [L] in nats, and its weight in ``loss``.
+
+        ``(losses * weights).sum()`` is the loss without an auxiliary one.
+        """
+        if not self._own_loss:
+            raise RuntimeError("token_losses needs attach(..., own_loss=True)")
+        assert output.losses is not None
+        self._open_session().record(plan, output.losses)
+        return output.losses, torch.full_like(output.losses, self._scale())
+
+    def step(self, *, applied: bool) -> None:
+        """End an optimizer step; ``applied`` is ``engine.was_step_applied()``. Collective."""
+        if self._session is not None:
+            self._session.finish_step(applied=applied)
+
+    def save(self, checkpoint_dir: str | Path) -> None:
+        """Write schedule and difficulty into a checkpoint folder. Every data rank calls it."""
+        session = self._open_session()
+        folder = Path(checkpoint_dir) / STATE_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._difficulty is not None:
+            self._difficulty.save(folder)
+        if _rank() == 0:
+            write_atomically(folder / "state.json", json.dumps(session.state_dict()).encode())
+
+    def load(self, checkpoint_dir: str | Path, engine: Any) -> None:
+        """Take over what ``save`` wrote, with any number of data ranks."""
+        self._bind(engine)
+        folder = Path(checkpoint_dir) / STATE_FOLDER
+        if not (folder / "state.json").is_file():
+            raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
+        session = self._open_session()
+        session.load_state_dict(json.loads((folder / "state.json").read_text()))
+        if self._difficulty is not None:
+            self._difficulty.load(folder)
+
+    def metrics(self) -> dict[str, int | bool]:
+        """Counts of the step planned last, over all data ranks, for any logger."""
+        if self.plan is None:
+            raise RuntimeError("no step is planned yet")
+        return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
+
+    def remove(self) -> None:
+        """Leave the model as it was before ``attach``."""
+        self._attachment.remove()
+
+    def _bind(self, engine: Any) -> None:
+        if self._engine is engine or not self.config.enabled:
+            return
+        if self._engine is not None:
+            raise RuntimeError("this attachment serves another engine already; attach once per run")
+        if engine.sequence_parallel_size > 1:
+            raise ValueError(
+                f"sequence parallel size {engine.sequence_parallel_size} is not supported under "
+                "DeepSpeed; set it to 1"
+            )
+        self._engine = engine
+        group = engine.data_parallel_group if engine.dp_world_size > 1 else None
+        if self.config.keep_share < 1.0 and self._reference is not None:
+            index = self._reference.index
+            self._difficulty = DifficultyStore(index, group, device=engine.device)
+        self._session = Regate(
+            self.config,
+            reference=self._reference,
+            difficulty=self._difficulty,
+            layout=ParallelLayout(data=group),
+            device=engine.device,
+        )
+
+    def _planned(self, window: list[Batch]) -> list[tuple[dict[str, Tensor], ElisionPlan | None]]:
+        if not self.config.enabled:
+            return [(batch.to(engine.device).inputs, None) for batch in window]
+        self.plan = self._open_session().plan_step([batch.tokens for batch in window])
+        device = engine.device
+        return [
+            (batch.to(device).inputs, plan.to(device))
+            for batch, plan in zip(window, self.plan.micro, strict=True)
+        ]
+
+    def _open_session(self) -> Regate:
+        if self._session is None:
+            raise RuntimeError(
+                "no step is planned: iterate over regate.windows(loader, engine), with "
+                "elision.enabled=true"
+            )
+        return self._session
+
+    def _scale(self) -> float:
+        assert self.plan is not None
+        if self.plan.num_targets_global == 0:
+            raise ValueError(
+                f"step {self.plan.step} has no answer token on any rank; leave out samples without "
+                "answers"
+            )
+        engine = self._engine
+        undone = engine.dp_world_size * engine.gradient_accumulation_steps()
+        return undone / self.plan.num_targets_global
+
+
+def _world_size() -> int:
+    """Ranks of the job; where no process group exists yet, what the launcher announced."""
+    return dist.get_world_size() if dist.is_initialized() else int(environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -1,0 +1,64 @@
+"""For training loops of users' own: name the samples, and read a host's batch as tokens.
+
+Shapes: B rows of one sample each, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from regate_ds.algorithm.batch import TokenBatch, shift_labels
+from regate_ds.data.collate import Batch
+
+KEY = "regate_key"
+
+
+class Keyed(Dataset[dict[str, Any]]):
+    """A map-style data set of dicts whose items know their key: (data set name, record number)."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"{type(dataset).__name__} has no length or no items by number; elision needs "
+                "samples that can be named: use a map-style data set"
+            )
+        self._dataset, self._name = dataset, name
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self._dataset[number], KEY: (self._name, number)}
+
+
+class HostCollate:
+    """Takes keys off the items, lets the host collate the rest, and reads labels and padding.
+
+    The labels leave the batch, as the plan has them; ``keep_labels`` leaves them to the host.
+    """
+
+    def __init__(
+        self, collate_fn: Callable[[list[Any]], dict[str, Tensor]], *, keep_labels: bool = False
+    ) -> None:
+        self._collate_fn, self._keep_labels = collate_fn, keep_labels
+
+    def __call__(self, items: list[dict[str, Any]]) -> Batch:
+        if any(KEY not in item for item in items):
+            raise ValueError(f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name)")
+        keys = tuple((tuple(item[KEY]),) for item in items)
+        inputs = self._collate_fn([{k: v for k, v in i.items() if k != KEY} for i in items])
+        if "labels" not in inputs:
+            raise ValueError("the collated batch has no labels; elision follows them")
+        labels_BT = inputs["labels"]
+        mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool()
+        if bool((mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()):
+            raise ValueError("a row has padding before tokens; set padding_side='right'")
+        segment_BT = torch.where(mask_BT, 0, -1)
+        if not self._keep_labels:
+            inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT)))

@@ -1,0 +1,71 @@
+"""Every collective that the method issues. Each is the identity where the group is ``None``.
+
+``device`` is where the group's backend wants its tensors: "cpu" for gloo, the rank's GPU for NCCL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def sum_over(
+    values: Sequence[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> list[int]:
+    """Sum each of these integers over the ranks of a group: one collective, the same result on all.
+
+    All ranks of the group must call it, with equally many values.
+    """
+    if group is None:
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(totals, group=group)
+    return totals.tolist()
+
+
+def exchange_counts(
+    num_sent: list[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> list[int]:
+    """Tell each rank how much it will be sent; learn how much each rank will send here."""
+    if group is None:
+        return num_sent
+    sent = torch.tensor(num_sent, dtype=torch.int64, device=device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.tolist()
+
+
+def exchange(
+    sent_N: Tensor,
+    num_sent: list[int],
+    num_received: list[int],
+    group: ProcessGroup | None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Send each rank its slice of ``sent_N``; return what the ranks sent here, by rank, on the CPU.
+
+    ``num_sent[r]`` consecutive values go to rank r and ``num_received[r]`` come from it; any of
+    them may be 0. All ranks of the group must call it.
+    """
+    if group is None:
+        return sent_N
+    received_M = torch.empty(sum(num_received), dtype=sent_N.dtype, device=device)
+    dist.all_to_all_single(
+        received_M, sent_N.to(device).contiguous(), num_received, num_sent, group=group
+    )
+    return received_M.cpu()
+
+
+def sum_each(
+    values: list[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> list[int]:
+    """Sum of each of several integers over the ranks of a group, in one collective."""
+    if group is None:
+        return values
+    totals = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(totals, group=group)
+    return totals.tolist()
