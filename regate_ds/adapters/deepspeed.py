@@ -15,6 +15,7 @@ A window is the micro-batches of one optimizer step: they are planned together.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from os import environ
 from pathlib import Path
@@ -35,6 +36,8 @@ from regate_ds.data.host_batch import HostCollate
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate, StepPlan
+
+_log = logging.getLogger(__name__)
 
 STATE_FOLDER = "regate"
 """Where ``save`` puts the method's state inside a checkpoint."""
@@ -104,12 +107,15 @@ class DeepSpeedRegate:
             if len(window) == engine.gradient_accumulation_steps():
                 yield self._planned(window, engine)
                 window = []
+        if window:
+            _log.warning("left out %d micro-batches that do not fill a step", len(window))
 
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
         """What ``engine.backward`` takes: the mean over all targets of the whole step.
 
-        Without a plan it is the host's own loss. The engine divides by the accumulation steps and averages over data ranks, while targets
+        The engine divides by the accumulation steps and averages over data ranks, while targets
         are counted over all of them: both are undone here. An auxiliary loss is added as it is.
+        Without a plan it is the host's own loss.
         """
         if plan is None:
             return output.loss
@@ -135,6 +141,8 @@ class DeepSpeedRegate:
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into a checkpoint folder. Every data rank calls it."""
+        if not self.config.enabled:
+            return
         session = self._open_session()
         folder = Path(checkpoint_dir) / STATE_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +153,8 @@ class DeepSpeedRegate:
 
     def load(self, checkpoint_dir: str | Path, engine: Any) -> None:
         """Take over what ``save`` wrote, with any number of data ranks."""
+        if not self.config.enabled:
+            return
         self._bind(engine)
         folder = Path(checkpoint_dir) / STATE_FOLDER
         if not (folder / "state.json").is_file():
@@ -187,7 +197,9 @@ class DeepSpeedRegate:
             device=engine.device,
         )
 
-    def _planned(self, window: list[Batch]) -> list[tuple[dict[str, Tensor], ElisionPlan | None]]:
+    def _planned(
+        self, window: list[Batch], engine: Any
+    ) -> list[tuple[dict[str, Tensor], ElisionPlan | None]]:
         if not self.config.enabled:
             return [(batch.to(engine.device).inputs, None) for batch in window]
         self.plan = self._open_session().plan_step([batch.tokens for batch in window])
