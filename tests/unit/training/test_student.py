@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+from tiny_students import (
+    CLIP,
+    STUDENTS,
+    TEXT,
+    make_image,
+    make_llava,
+    make_qwen2_vl,
+    make_tokenizer,
+)
+
+from regate_ds.training.student import build_llava, load_student, save_student, text_backbone
+
+each_student = pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
+
+
+def image_inputs(student, num_words=4):
+    """One row: an image and a few words."""
+    image = make_image()
+    count = student.vision.num_tokens(image.size)
+    ids = [0] + [student.model.config.image_token_id] * count + list(range(8, 8 + num_words))
+    ids_BT = torch.tensor([ids])
+    is_image_BT = ids_BT == student.model.config.image_token_id
+    extra = student.vision.extra_inputs(ids_BT, is_image_BT)
+    return {"input_ids": ids_BT, **extra, **student.vision.pixels([image])}
+
+
+@each_student
+def test_text_backbone_gives_the_students_logits_on_text(make):
+    student = make()
+    ids_BT = torch.randint(4, len(student.tokenizer), (2, 9), generator=torch.manual_seed(0))
+    with torch.no_grad():
+        wanted = student.model.eval()(input_ids=ids_BT).logits
+        got = text_backbone(student.model)(input_ids=ids_BT).logits
+    assert torch.equal(got, wanted)
+
+
+@each_student
+def test_text_backbone_takes_plain_positions_and_a_mask(make):
+    student = make()
+    view = text_backbone(student.model)
+    ids_BT = torch.randint(4, len(student.tokenizer), (1, 9), generator=torch.manual_seed(0))
+    mask_BT = torch.ones_like(ids_BT)
+    with torch.no_grad():
+        wanted = view(input_ids=ids_BT).logits
+        got = view(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=torch.arange(9)[None]
+        ).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@each_student
+def test_text_backbone_shares_weights_but_not_the_wish_to_train_them(make):
+    student = make()
+    view = text_backbone(student.model).requires_grad_(False)
+    embedding = student.model.get_input_embeddings().weight
+    assert embedding.requires_grad
+    assert view.get_input_embeddings().weight.data_ptr() == embedding.data_ptr()
+    assert view.lm_head.weight.data_ptr() == student.model.lm_head.weight.data_ptr()
+
+
+def test_making_the_text_backbone_leaves_the_random_state_alone():
+    student = make_llava()
+    before = torch.get_rng_state()
+    text_backbone(student.model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_student
+def test_a_saved_student_is_loaded_bit_for_bit(make, tmp_path):
+    student = make()
+    save_student(student, tmp_path)
+    loaded = load_student(tmp_path)
+    inputs = image_inputs(student)
+    with torch.no_grad():
+        wanted = student.model.eval()(**inputs).logits
+        got = loaded.model.eval()(**image_inputs(loaded)).logits
+    assert torch.equal(got, wanted)
+    assert loaded.image_token == "<image>"
+    assert loaded.tokenizer.get_vocab() == student.tokenizer.get_vocab()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+@each_student
+def test_the_image_changes_the_logits_of_the_words_after_it(make):
+    student = make()
+    inputs = image_inputs(student)
+    with torch.no_grad():
+        one = student.model.eval()(**inputs).logits
+        other = student.model(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits
+    assert (one - other)[0, -1].abs().max() > 1e-3
+
+
+def test_qwen2_vl_gives_image_tokens_positions_on_two_axes():
+    student = make_qwen2_vl()
+    inputs = image_inputs(student)
+    position_3BT, _ = student.model.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    )
+    assert position_3BT[1, 0, 1:10].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert position_3BT[2, 0, 1:10].tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 3]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    def build(seed):
+        text = {"model_type": "llama", **TEXT}
+        return build_llava(make_tokenizer(), text=text, vision=CLIP, seed=seed).model
+
+    one, same, other = build(1), build(1), build(2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_an_image_token_the_tokenizer_lacks_is_refused_by_name():
+    text = {"model_type": "llama", **TEXT}
+    with pytest.raises(ValueError, match="no token '<picture>'"):
+        build_llava(make_tokenizer(), text=text, vision=CLIP, seed=0, image_token="<picture>")
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        load_student(tmp_path)
+
+
+def test_a_model_that_is_no_student_is_refused_by_type(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="is a gpt2 model; students are one of"):
+        load_student(tmp_path)
