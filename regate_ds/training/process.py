@@ -1,0 +1,68 @@
+"""This process among those of the job: its rank, its device, and the group's backend.
+
+The one place that decides between CUDA with NCCL and CPU with gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where this process stands in the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None if this is the only one."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+
+def start_process(local_rank: int | None = None) -> Process:
+    """Join the job that a launcher announced in the environment, or be a job of one process."""
+    _announce_single_process()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if local_rank is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        # Before deepspeed is imported: it picks its accelerator once.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _init_groups(backend)
+    return Process(rank, world_size, device)
+
+
+def _announce_single_process() -> None:
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(alone, MASTER_PORT=str(port))
+
+
+def _init_groups(backend: str) -> None:
+    import deepspeed.ops
+    from deepspeed import init_distributed
+
+    if backend == "gloo":
+        # deepspeed 0.19.8 on CPUs builds a shared-memory op whose collectives ignore their group.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    init_distributed(dist_backend=backend, verbose=False)

@@ -1,0 +1,141 @@
+"""What a configuration names: the student, its records, and how they become batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
+from regate_ds.data.encode import Encoder, Template
+from regate_ds.data.samples import Record, read_records
+from regate_ds.training.configuration import RunConfig
+from regate_ds.training.sections import LoraConfig, ModelConfig
+from regate_ds.training.student import Student, build_llava, build_qwen2_vl, load_student
+
+_BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A student and the data it is trained and tested on."""
+
+    student: Student
+    train_records: list[Record]
+    test_records: list[Record]
+    num_bad: int
+    encoder: Encoder
+    collator: Collator
+
+    @property
+    def train(self) -> SampleDataset:
+        return SampleDataset(self.train_records, self.encoder)
+
+    @property
+    def test(self) -> SampleDataset:
+        return SampleDataset(self.test_records, self.encoder)
+
+    def index(self) -> AnswerIndex:
+        """Walk the training set and count its answer tokens; no image is decoded."""
+        data = self.train
+        return AnswerIndex.build(data.encode(number) for number in range(len(data)))
+
+
+def build_task(config: RunConfig) -> Task:
+    """Load or make the student, and read the records."""
+    student = make_student(config.model, seed=config.run.seed)
+    if config.data.pack_length is not None and config.model.kind == "qwen2_vl":
+        raise ValueError(
+            f"data.pack_length={config.data.pack_length}: a qwen2_vl student has three position "
+            "axes, which packed rows do not carry; set it to null"
+        )
+    data = config.data
+    train, bad_train = _read(data.train, data.name, config)
+    test, bad_test = _read(data.test, "test", config) if data.test else ([], 0)
+    encoder = Encoder(
+        student.tokenizer,
+        image_token=student.image_token,
+        num_image_tokens=student.vision.num_tokens,
+        max_length=data.max_length,
+        template=Template(**data.template),
+    )
+    pad_id = student.tokenizer.pad_token_id
+    collator = Collator(
+        pad_id=student.tokenizer.eos_token_id if pad_id is None else pad_id,
+        vision=student.vision,
+        pack_length=data.pack_length,
+    )
+    return Task(student, train, test, bad_train + bad_test, encoder, collator)
+
+
+def make_student(config: ModelConfig, *, seed: int) -> Student:
+    """Load the student from a directory, or make it from `text` and `vision` with fresh weights."""
+    if config.path is not None:
+        return load_student(config.path, attention=config.attn_implementation)
+    if config.tokenizer is None:
+        raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
+    student = _BUILDERS[config.kind](tokenizer, text=config.text, vision=config.vision, seed=seed)
+    if config.init_from is not None:
+        weights = load_student(config.init_from).model.state_dict()
+        student.model.load_state_dict(weights)
+    student.model.set_attn_implementation(config.attn_implementation)
+    return student
+
+
+def trainable(student: Student, config: ModelConfig) -> nn.Module:
+    """The student as it is trained: with LoRA adapters and activation checkpointing, if asked."""
+    model: nn.Module = student.model
+    if config.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is not None:
+        model = _with_lora(student, config.lora)
+    return model.train()
+
+
+class HostLabels:
+    """Gives the host its own labels (the token *at* t), for runs without elision."""
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+
+    def __call__(self, samples: list[LoadedSample]) -> Batch:
+        batch = self._collator(samples)
+        return Batch({**batch.inputs, "labels": host_labels(batch.tokens.labels_BT)}, batch.tokens)
+
+
+def host_labels(labels_BT: Tensor) -> Tensor:
+    """Undo the shift: the host shifts for itself."""
+    unshifted_BT = labels_BT.roll(1, dims=1)
+    unshifted_BT[:, 0] = IGNORE
+    return unshifted_BT
+
+
+def _read(path: Path, name: str, config: RunConfig) -> tuple[list[Record], int]:
+    data = config.data
+    records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
+    for record in bad:
+        print(f"skipped: {record}", flush=True)
+    if not records:
+        raise ValueError(f"{path} has no usable record; training and testing need at least one")
+    return records, len(bad)
+
+
+def _with_lora(student: Student, config: LoraConfig) -> Any:
+    import peft
+
+    modules = "|".join(config.target_modules)
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type] (a float scales as well)
+        lora_dropout=config.dropout,
+        # The vision tower has layers of the same names; adapters belong to the text backbone.
+        target_modules=rf".*language_model.*\.({modules})",
+    )
+    student.model.enable_input_require_grads()
+    return peft.get_peft_model(student.model, adapters)
