@@ -1,0 +1,175 @@
+"""Where the values of a sample lie in a flat array that holds one value for each label position.
+
+Both stores (reference losses and difficulty) share this layout. Shapes: S samples of the data set,
+N label positions of the samples asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IGNORE, SampleKey
+from regate_ds.data.atomic_file import write_atomically
+
+FORMAT = 1
+"""Version of the saved form and of the fingerprint."""
+
+
+class IndexedSample(Protocol):
+    """What the index needs of a sample; ``EncodedSample`` has it."""
+
+    @property
+    def key(self) -> SampleKey: ...
+
+    @property
+    def labels_S(self) -> Tensor:
+        """int64, one per position: the token at t+1 where it belongs to an answer, else IGNORE."""
+        ...
+
+    @property
+    def is_placeholder_S(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class AnswerIndex:
+    """One entry for each sample, in the order of the data set; equal if the fingerprints are."""
+
+    keys: tuple[SampleKey, ...] = field(compare=False)
+
+    offsets: Tensor = field(compare=False)
+    """int64 [S+1]: the label positions of row i are ``offsets[i]`` to ``offsets[i+1]``."""
+
+    num_positions: Tensor = field(compare=False)
+    """int64 [S]: length of each sample, prompt and placeholders included."""
+
+    fingerprint: str
+    """Hash over every key, its label token ids (after truncation) and its placeholder count."""
+
+    @classmethod
+    def build(cls, samples: Iterable[IndexedSample]) -> AnswerIndex:
+        """Walk the samples once. Two samples with one key are an error naming it."""
+        keys: list[SampleKey] = []
+        num_labels, num_positions = [], []
+        digest = hashlib.sha256(b"regate answer index %d" % FORMAT)
+        for sample in samples:
+            label_ids_N = sample.labels_S[sample.labels_S != IGNORE]
+            keys.append(sample.key)
+            num_labels.append(label_ids_N.numel())
+            num_positions.append(sample.labels_S.numel())
+            digest.update(_fingerprinted(sample, label_ids_N))
+        _require_unique(keys)
+        offsets = torch.tensor([0, *num_labels], dtype=torch.int64).cumsum(0)
+        return cls(tuple(keys), offsets, torch.tensor(num_positions).long(), digest.hexdigest())
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_tokens(self) -> int:
+        """Label positions of the whole data set."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def num_labels(self) -> Tensor:
+        """int64 [S]: label positions of each sample."""
+        return self.offsets.diff()
+
+    @cached_property
+    def _row_of(self) -> dict[SampleKey, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def rows(self, keys: Sequence[SampleKey]) -> list[int]:
+        """Row of each key. A key that the index does not know is a ``ValueError`` naming it."""
+        try:
+            return [self._row_of[key] for key in keys]
+        except KeyError as unknown:
+            name, number = unknown.args[0]
+            raise ValueError(
+                f"sample {name!r} record {number} is not in the answer index "
+                f"{self.fingerprint[:12]} of {self.num_samples} samples; the index must be built "
+                "from the data that is trained on"
+            ) from None
+
+    def locate(self, keys: Sequence[SampleKey]) -> Tensor:
+        """int64 [N]: where the values of these samples lie, sample by sample in the given order."""
+        rows = torch.tensor(self.rows(keys), dtype=torch.int64)
+        return spans(self.offsets[rows], self.num_labels[rows])
+
+    def save(self, path: Path) -> None:
+        """Write one npz file, atomically; equal indexes give equal bytes."""
+        names, name_numbers = np.unique([name for name, _ in self.keys], return_inverse=True)
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            format=np.int64(FORMAT),
+            names=names.astype(str),
+            name_numbers=name_numbers.astype(np.int32),
+            record_numbers=np.array([number for _, number in self.keys], dtype=np.int64),
+            offsets=self.offsets.numpy(),
+            num_positions=self.num_positions.numpy(),
+            fingerprint=np.array(self.fingerprint),
+        )
+        write_atomically(Path(path), buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> AnswerIndex:
+        """Read what ``save`` wrote. A file that cannot be read is a ``ValueError`` naming it."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                saved = {name: file[name] for name in file.files}
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"cannot read the answer index {path}: {error}; build it again"
+            ) from error
+        if (found := int(saved.get("format", 0))) != FORMAT:
+            raise ValueError(f"{path} has index format {found}, need {FORMAT}; build it again")
+        names = [str(name) for name in saved["names"]]
+        numbers = zip(saved["name_numbers"].tolist(), saved["record_numbers"].tolist())
+        return cls(
+            tuple((names[name], record) for name, record in numbers),
+            torch.from_numpy(saved["offsets"]),
+            torch.from_numpy(saved["num_positions"]),
+            str(saved["fingerprint"]),
+        )
+
+
+def spans(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The integers of the ranges [start, start + length), one range after the other. int64 [N]."""
+    first = starts - (lengths.cumsum(0) - lengths)
+    total = int(lengths.sum())
+    return first.repeat_interleave(lengths, output_size=total) + torch.arange(total)
+
+
+def _fingerprinted(sample: IndexedSample, label_ids_N: Tensor) -> bytes:
+    """What counts of a sample; each part's length is in it, so that no two samples read alike."""
+    name, number = sample.key
+    encoded = name.encode()
+    num_placeholders = int(sample.is_placeholder_S.sum())
+    header = [len(encoded), number, num_placeholders, label_ids_N.numel()]
+    label_bytes = label_ids_N.cpu().numpy().astype("<i8").tobytes()
+    return np.array(header, dtype="<i8").tobytes() + encoded + label_bytes
+
+
+def _require_unique(keys: Sequence[SampleKey]) -> None:
+    if len(set(keys)) == len(keys):
+        return
+    seen: set[SampleKey] = set()
+    for name, number in keys:
+        if (name, number) in seen:
+            raise ValueError(
+                f"sample {name!r} record {number} is in the data twice; give each data set a name "
+                "of its own"
+            )
+        seen.add((name, number))

@@ -1,0 +1,208 @@
+"""How hard each answer token still is for the student: one fp32 value for each label position.
+
+The values are spread over the data ranks by sample: row r belongs to rank ``r % size``. Shapes: N
+label positions of the samples that a call names, R samples (rows of the answer index).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import SampleKey
+from regate_ds.data.answer_index import AnswerIndex, spans
+from regate_ds.data.atomic_file import write_atomically
+from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
+from regate_ds.parallel.sync import exchange, exchange_counts
+
+FORMAT = 1
+"""Version of the sidecar files."""
+
+_SIDECAR = re.compile(r"difficulty-(\d+)-of-(\d+)\.npz")
+
+
+class DifficultyStore:
+    """Difficulty of every label position, 0 before the first write.
+
+    With a group, ``read`` and ``write`` are collective: every data rank calls them, each with its
+    own samples (none is allowed). Without one, and on a single rank, nothing is sent.
+    """
+
+    def __init__(
+        self,
+        index: AnswerIndex,
+        group: ProcessGroup | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """``device``: where the group's backend wants its tensors. Values stay on the CPU."""
+        self.index = index
+        self._rank, self._size = rank_in(group), size_of(group)
+        self._group = group if self._size > 1 else None
+        self._device = device
+        num_owned = index.num_labels[self._rank :: self._size]
+        self._start_of_owned = num_owned.cumsum(0) - num_owned
+        self._values = torch.zeros(int(num_owned.sum()))
+        self._num_writes = 0
+
+    def read(self, keys: Sequence[SampleKey]) -> Tensor:
+        """fp32 [N] on the CPU: all label positions of these samples, in the given order."""
+        rows_R = torch.tensor(self.index.rows(keys), dtype=torch.int64)
+        if self._group is None:
+            return self._values[self._locate(rows_R)]
+        return self._read_from_owners(rows_R)
+
+    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
+        """Replace the difficulty of these samples.
+
+        Where one sample is written more than once in a call (by several ranks or by one), the last
+        in (rank, order) wins.
+        """
+        rows_R = torch.tensor(self.index.rows(keys), dtype=torch.int64)
+        num_expected = int(self.index.num_labels[rows_R].sum())
+        if values_N.shape != (num_expected,):
+            raise ValueError(
+                f"{len(keys)} samples have {num_expected} label positions, got values of shape "
+                f"{tuple(values_N.shape)}; write one value for each"
+            )
+        values_N = values_N.detach().to("cpu", torch.float32)
+        if self._group is not None:
+            rows_R, values_N = self._send_to_owners(rows_R, values_N)
+        self._store(rows_R, values_N)
+        self._num_writes += 1
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's sidecar file, atomically. Every data rank calls it."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            format=np.int64(FORMAT),
+            fingerprint=np.array(self.index.fingerprint),
+            num_writes=np.int64(self._num_writes),
+            values=self._values.numpy(),
+        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"difficulty-{self._rank}-of-{self._size}.npz"
+        write_atomically(folder / name, buffer.getvalue())
+
+    def load(self, folder: Path) -> None:
+        """Take over what any number of ranks saved; this store is unchanged if it fails."""
+        paths = _find_sidecars(Path(folder))
+        values, moments = torch.zeros_like(self._values), {}
+        for rank, path in enumerate(paths):
+            saved = _read_sidecar(path)
+            self._require_own(saved, path)
+            moments[path.name] = int(saved["num_writes"])
+            rows_R = torch.arange(rank, self.index.num_samples, len(paths))
+            self._take_owned(values, rows_R, torch.from_numpy(saved["values"]))
+        if len(set(moments.values())) > 1:
+            raise ValueError(
+                f"the difficulty files in {folder} are of different moments (number of writes: "
+                f"{moments}); the save was cut short, resume from an older checkpoint"
+            )
+        self._values, self._num_writes = values, next(iter(moments.values()))
+
+    def _locate(self, rows_R: Tensor) -> Tensor:
+        """Where the values of rows owned by this rank lie in its own array. int64 [N]."""
+        owned_R = rows_R.div(self._size, rounding_mode="floor")
+        return spans(self._start_of_owned[owned_R], self.index.num_labels[rows_R])
+
+    def _store(self, rows_R: Tensor, values_N: Tensor) -> None:
+        # Assigning through repeated positions would let any of them win: choose the last here.
+        last = sorted({row: i for i, row in enumerate(rows_R.tolist())}.values())
+        lengths_R = self.index.num_labels[rows_R]
+        starts_R = lengths_R.cumsum(0) - lengths_R
+        chosen = spans(starts_R[last], lengths_R[last])
+        self._values[self._locate(rows_R[last])] = values_N[chosen]
+
+    def _by_owner(self, rows_R: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """An order of the rows by owner, and the number of rows and of values for each owner."""
+        owner_R = rows_R % self._size
+        order_R = owner_R.argsort(stable=True)
+        num_rows = torch.bincount(owner_R, minlength=self._size)
+        return order_R, num_rows.tolist(), self._num_values(rows_R[order_R], num_rows.tolist())
+
+    def _num_values(self, rows_R: Tensor, num_rows: list[int]) -> list[int]:
+        """Values of each rank's rows, where ``rows_R`` lists the rows rank by rank."""
+        return [int(part.sum()) for part in self.index.num_labels[rows_R].split(num_rows)]
+
+    def _read_from_owners(self, rows_R: Tensor) -> Tensor:
+        order_R, num_asked, num_returned = self._by_owner(rows_R)
+        wanted_R, num_wanted = self._send(rows_R[order_R], num_asked)
+        num_answered = self._num_values(wanted_R, num_wanted)
+        answer_N = self._values[self._locate(wanted_R)]
+        sorted_N = exchange(answer_N, num_answered, num_returned, self._group, self._device)
+        lengths_R = self.index.num_labels[rows_R]
+        sorted_lengths_R = lengths_R[order_R]
+        starts_R = torch.empty_like(lengths_R)
+        starts_R[order_R] = sorted_lengths_R.cumsum(0) - sorted_lengths_R
+        return sorted_N[spans(starts_R, lengths_R)]
+
+    def _send_to_owners(self, rows_R: Tensor, values_N: Tensor) -> tuple[Tensor, Tensor]:
+        order_R, num_rows, num_values = self._by_owner(rows_R)
+        lengths_R = self.index.num_labels[rows_R]
+        starts_R = lengths_R.cumsum(0) - lengths_R
+        sorted_N = values_N[spans(starts_R[order_R], lengths_R[order_R])]
+        owned_R, num_received = self._send(rows_R[order_R], num_rows)
+        num_owned = self._num_values(owned_R, num_received)
+        return owned_R, exchange(sorted_N, num_values, num_owned, self._group, self._device)
+
+    def _send(self, rows_R: Tensor, num_sent: list[int]) -> tuple[Tensor, list[int]]:
+        """Send rows to the ranks; return the rows that came, by rank, and how many from each."""
+        num_received = exchange_counts(num_sent, self._group, self._device)
+        received_R = exchange(rows_R, num_sent, num_received, self._group, self._device)
+        return received_R, num_received
+
+    def _require_own(self, saved: dict[str, np.ndarray], path: Path) -> None:
+        if (found := str(saved["fingerprint"])) != self.index.fingerprint:
+            raise ValueError(
+                f"{path} belongs to data with fingerprint {found}, this run's data has "
+                f"{self.index.fingerprint}; resume with the data that the run was started on"
+            )
+
+    def _take_owned(self, into: Tensor, rows_R: Tensor, saved_N: Tensor) -> None:
+        """Copy those of the saved rows that this rank owns."""
+        lengths_R = self.index.num_labels[rows_R]
+        starts_R = lengths_R.cumsum(0) - lengths_R
+        own_R = rows_R % self._size == self._rank
+        into[self._locate(rows_R[own_R])] = saved_N[spans(starts_R[own_R], lengths_R[own_R])]
+
+
+def _find_sidecars(folder: Path) -> list[Path]:
+    """The files of all ranks of one save, by rank."""
+    names = sorted(path.name for path in folder.glob("difficulty-*-of-*.npz"))
+    sizes = sorted({int(match[2]) for name in names if (match := _SIDECAR.fullmatch(name))})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{folder} holds difficulty files of several saves (by {sizes} ranks); "
+            "delete the older ones"
+        )
+    expected = [f"difficulty-{rank}-of-{size}.npz" for size in sizes for rank in range(size)]
+    missing = [name for name in expected if name not in names]
+    if missing or not expected:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing) or 'difficulty-*-of-*.npz'}; a run is resumed "
+            "from a checkpoint that all of its data ranks saved"
+        )
+    return [folder / name for name in expected]
+
+
+def _read_sidecar(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            saved = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"cannot read the difficulty file {path}: {error}; resume from an older checkpoint"
+        ) from error
+    if (found := int(saved.get("format", 0))) != FORMAT:
+        raise ValueError(f"{path} has difficulty format {found}, this version reads {FORMAT}")
+    return saved

@@ -1,0 +1,33 @@
+"""Which groups of ranks a run has. ``None`` means that the axis is not in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """The axes that the method knows; an adapter makes it, everything below receives it."""
+
+    data: ProcessGroup | None = None
+    """Ranks that see different samples."""
+
+    replica: ProcessGroup | None = None
+    """Ranks that hold one copy of the model together (tensor, context and pipeline axes)."""
+
+    device: torch.device | str = "cpu"
+    """Where the groups' backend wants its tensors: "cpu" for gloo, this rank's GPU for NCCL."""
+
+
+def rank_in(group: ProcessGroup | None) -> int:
+    """This process's rank in the group; 0 where the axis is not in use."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def size_of(group: ProcessGroup | None) -> int:
+    """Number of ranks in the group; 1 where the axis is not in use."""
+    return 1 if group is None else dist.get_world_size(group)
