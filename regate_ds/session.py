@@ -19,7 +19,7 @@ from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.parallel.sync import sum_each
+from regate_ds.parallel.sync import sum_over
 
 
 class Index(Protocol):
@@ -210,7 +210,7 @@ class Regate:
             "filled": sum(plan.num_filled for plan in micro),
             "padded": sum(plan.num_padded for plan in micro),
         }
-        totals = sum_each(list(counts.values()), self._layout.data, self._device)
+        totals = sum_over(list(counts.values()), self._layout.data, self._device)
         return dict(zip(counts, totals, strict=True))
 
     def _remember(self, current: _Open) -> None:

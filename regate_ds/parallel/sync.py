@@ -58,14 +58,3 @@ def exchange(
         received_M, sent_N.to(device).contiguous(), num_received, num_sent, group=group
     )
     return received_M.cpu()
-
-
-def sum_each(
-    values: list[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
-) -> list[int]:
-    """Sum of each of several integers over the ranks of a group, in one collective."""
-    if group is None:
-        return values
-    totals = torch.tensor(values, dtype=torch.int64, device=device)
-    dist.all_reduce(totals, group=group)
-    return totals.tolist()
