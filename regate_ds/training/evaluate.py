@@ -1,0 +1,219 @@
+"""How many words of held-out answers the dense model gets right, teacher-forced.
+
+A word (a piece of the answer between spaces) is right if the argmax is right at all of its tokens,
+each given the true words before it. It is visual if it overlaps a gold span: only the image can
+tell it.
+
+Shapes: B rows, T positions, U columns with a label in any row, N label positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
+from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs
+from regate_ds.data.samples import Record, Turn
+from regate_ds.parallel.sync import sum_over
+from regate_ds.training.process import Process
+
+WORD = re.compile(r"\S+")
+
+_MICRO = 1_000_000
+"""Ranks add up integers, so losses cross the wire in millionths of a nat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Questions with known answers, and how they become micro-batches of one sample a row."""
+
+    records: Sequence[Record]
+    encoder: Encoder
+    tokenizer: Any
+    vision: VisionInputs | None
+    batch_size: int = 16
+    num_workers: int = 0
+
+    @property
+    def pad_id(self) -> int:
+        """Right padding is never seen, so any id will do where the tokenizer has no pad."""
+        pad_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Words counted and found right, and the loss over their tokens."""
+
+    right_visual: int = 0
+    num_visual: int = 0
+    right_plain: int = 0
+    num_plain: int = 0
+    micro_nats: int = 0
+    num_tokens: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(a + b for a, b in zip(self.counts, other.counts)))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of an answer, [start, end) in its characters."""
+
+    start: int
+    end: int
+    is_visual: bool
+
+
+def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> dict[str, float | int]:
+    """Run every held-out sample through the dense model once. Collective.
+
+    Returns ``accuracy_visual`` and ``accuracy_plain`` (0 if there are no such words), ``loss``
+    (mean over answer tokens, nats) and ``num_words_visual``, ``num_words_plain``, the same on all
+    ranks. The model, its random state and its train mode are left as they were.
+    """
+    tally = Tally()
+    with dense_inference(model):
+        for samples, batch, is_counted in _batches(held_out, process):
+            found = _run(model, held_out.records, samples, batch.to(process.device))
+            tally = tally + found if is_counted else tally
+    total = Tally(*sum_over(tally.counts, process.group, process.device))
+    return {
+        "accuracy_visual": total.right_visual / max(1, total.num_visual),
+        "accuracy_plain": total.right_plain / max(1, total.num_plain),
+        "loss": total.micro_nats / _MICRO / max(1, total.num_tokens),
+        "num_words_visual": total.num_visual,
+        "num_words_plain": total.num_plain,
+    }
+
+
+def words_of(turn: Turn) -> list[Word]:
+    """Cut an answer at its spaces."""
+    return [
+        Word(
+            start=match.start(),
+            end=match.end(),
+            is_visual=any(a < match.end() and match.start() < b for a, b in turn.gold_spans),
+        )
+        for match in WORD.finditer(turn.answer)
+    ]
+
+
+def tally_words(turns: Sequence[Turn], sample: EncodedSample, is_right_N: Sequence[bool]) -> Tally:
+    """Judge each word by its tokens; a word cut off at the sample's end is not counted."""
+    tokens: dict[int, list[tuple[int, int, bool]]] = {}
+    for (turn, start, end), is_right in zip(sample.char_spans, is_right_N):
+        tokens.setdefault(turn, []).append((start, end, is_right))
+    tally = Tally()
+    for turn, spans in tokens.items():
+        last = max(end for _, end, _ in spans)
+        for word in words_of(turns[turn]):
+            if word.end <= last:
+                hits = [r for start, end, r in spans if start < word.end and word.start < end]
+                tally += _one_word(word.is_visual, all(hits))
+    return tally
+
+
+def _one_word(is_visual: bool, is_right: bool) -> Tally:
+    if is_visual:
+        return Tally(right_visual=int(is_right), num_visual=1)
+    return Tally(right_plain=int(is_right), num_plain=1)
+
+
+@contextmanager
+def dense_inference(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients or dropout, and go back to training as before."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        # One by one: a user may keep a frozen part in eval mode while the rest trains.
+        for module in in_training:
+            module.training = True
+
+
+def share_of(
+    records: Sequence[Record], process: Process, batch_size: int
+) -> list[tuple[list[int], bool]]:
+    """Cut this rank's share into batches of record numbers, each with: does it count?
+
+    All ranks get equally many, and the n-th has images on all ranks or on none: under ZeRO-3
+    every rank must run the same modules equally often. A rank that has run out repeats a sample,
+    which does not count.
+    """
+    batches: list[tuple[list[int], bool]] = []
+    for has_images in (True, False):
+        numbers = [i for i, record in enumerate(records) if bool(record.images) == has_images]
+        share = numbers[process.rank :: process.world_size]
+        for start in range(0, -(-len(numbers) // process.world_size), batch_size):
+            batch = share[start : start + batch_size]
+            batches.append((batch or numbers[:1], bool(batch)))
+    return batches
+
+
+def _batches(
+    held_out: HeldOut, process: Process
+) -> Iterator[tuple[list[tuple[int, EncodedSample]], Batch, bool]]:
+    """Yield the record number and encoding of each row, the batch, and whether it counts."""
+    share = share_of(held_out.records, process, held_out.batch_size)
+    loader = DataLoader(
+        SampleDataset(held_out.records, held_out.encoder),
+        batch_sampler=[numbers for numbers, _ in share],
+        collate_fn=_Joined(Collator(pad_id=held_out.pad_id, vision=held_out.vision)),
+        num_workers=held_out.num_workers,
+        # Without one of its own, the loader would draw a seed from the training run's.
+        generator=torch.Generator(),
+    )
+    for (numbers, is_counted), (encoded, batch) in zip(share, loader):
+        yield list(zip(numbers, encoded)), batch, is_counted
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Collates, and hands the encoded samples on: they know where each token stands."""
+
+    collator: Collator
+
+    def __call__(self, samples: list[LoadedSample]) -> tuple[list[EncodedSample], Batch]:
+        return [sample.encoded for sample in samples], self.collator(samples)
+
+
+def _run(
+    model: nn.Module,
+    records: Sequence[Record],
+    samples: list[tuple[int, EncodedSample]],
+    batch: Batch,
+) -> Tally:
+    is_right_N, loss_N = _predict(model, batch)
+    tally = Tally(micro_nats=round(float(loss_N.sum()) * _MICRO), num_tokens=loss_N.numel())
+    parts = is_right_N.split(batch.tokens.num_labels_per_sample)
+    for (number, encoded), part in zip(samples, parts):
+        tally += tally_words(records[number].turns, encoded, part.tolist())
+    return tally
+
+
+def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Is the argmax right, and what is the loss, at each label position [N]; on the host."""
+    labels_BT = batch.tokens.labels_BT
+    columns_U = batch.tokens.is_label_BT.any(dim=0).nonzero()[:, 0]
+    is_label_BU = batch.tokens.is_label_BT[:, columns_U]
+    device = batch.inputs["input_ids"].device
+    output = model(**batch.inputs, logits_to_keep=columns_U.to(device), use_cache=False)
+    logits_NV = output.logits[is_label_BU.to(device)].float()
+    labels_N = labels_BT[:, columns_U][is_label_BU].to(device)
+    loss_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    return (logits_NV.argmax(dim=-1) == labels_N).cpu(), loss_N.double().cpu()

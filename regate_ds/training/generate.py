@@ -1,0 +1,125 @@
+"""How many of the words that only the image can tell appear when the model answers freely.
+
+The last turn of a sample is answered greedily, the turns before it being given. The generated words
+are aligned with the true answer's by their longest common subsequence; a gold word is right if it
+is part of it.
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_ds.data.collate import LoadedSample, SampleDataset
+from regate_ds.data.encode import EncodedSample
+from regate_ds.data.samples import Turn
+from regate_ds.parallel.sync import sum_over
+from regate_ds.training.evaluate import HeldOut, dense_inference, share_of, words_of
+from regate_ds.training.process import Process
+
+_SPARE_TOKENS = 8
+"""An answer may be this much longer than the longest true one of its batch."""
+
+
+def evaluate_generated(
+    model: Any, held_out: HeldOut, process: Process, *, num_samples: int
+) -> dict[str, float | int]:
+    """Answer the first ``num_samples`` questions greedily. Collective.
+
+    ``model`` has ``generate`` (a student, a PEFT model, an engine). Returns ``accuracy_generated``
+    (0 if no word is visual) and ``num_words_generated``, the same on all ranks.
+    """
+    few = replace(held_out, records=held_out.records[:num_samples])
+    dataset = SampleDataset(few.records, few.encoder)
+    num_right = num_words = 0
+    with dense_inference(model):
+        for numbers, is_counted in share_of(few.records, process, few.batch_size):
+            texts = _answers(model, few, [dataset[i] for i in numbers], process)
+            for number, text in zip(numbers, texts):
+                right, words = match_gold_words(few.records[number].turns[-1], text)
+                num_right += right * is_counted
+                num_words += words * is_counted
+    num_right, num_words = sum_over([num_right, num_words], process.group, process.device)
+    return {
+        "accuracy_generated": num_right / max(1, num_words),
+        "num_words_generated": num_words,
+    }
+
+
+def match_gold_words(turn: Turn, text: str) -> tuple[int, int]:
+    """Count the visual words of the true answer that ``text`` has in their place, and all."""
+    words = words_of(turn)
+    is_found = _in_common([turn.answer[w.start : w.end] for w in words], text.split())
+    found = [is_found[i] for i, word in enumerate(words) if word.is_visual]
+    return sum(found), len(found)
+
+
+def _in_common(wanted: Sequence[str], given: Sequence[str]) -> list[bool]:
+    """Mark the wanted words that are part of a longest common subsequence."""
+    length = [[0] * (len(given) + 1) for _ in range(len(wanted) + 1)]
+    for i in reversed(range(len(wanted))):
+        for j in reversed(range(len(given))):
+            skip = max(length[i + 1][j], length[i][j + 1])
+            length[i][j] = 1 + length[i + 1][j + 1] if wanted[i] == given[j] else skip
+    is_found, i, j = [False] * len(wanted), 0, 0
+    while i < len(wanted) and j < len(given):
+        if wanted[i] == given[j]:
+            is_found[i] = True
+            i, j = i + 1, j + 1
+        elif length[i][j + 1] == length[i][j]:
+            j += 1
+        else:
+            i += 1
+    return is_found
+
+
+def _answers(
+    model: Any, held_out: HeldOut, samples: list[LoadedSample], process: Process
+) -> list[str]:
+    prompts = [prompt_length(sample.encoded) for sample in samples]
+    rests = [len(sample.encoded) - length for sample, length in zip(samples, prompts)]
+    inputs = _left_padded(held_out, samples, prompts)
+    ids_BT = model.generate(
+        **{name: x.to(process.device) for name, x in inputs.items()},
+        do_sample=False,
+        max_new_tokens=max(rests) + _SPARE_TOKENS,
+        eos_token_id=held_out.tokenizer.eos_token_id,
+        pad_token_id=held_out.pad_id,
+        # Under ZeRO-3 a rank whose answers are done must go on gathering weights with the others.
+        synced_gpus=process.world_size > 1,
+    )
+    new_BT = ids_BT[:, max(prompts) :]
+    return held_out.tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+
+
+def prompt_length(sample: EncodedSample) -> int:
+    """Number of tokens before the last answer's first."""
+    last_turn = sample.char_spans[-1][0]
+    first = next(n for n, (turn, _, _) in enumerate(sample.char_spans) if turn == last_turn)
+    return int((sample.labels_S >= 0).nonzero()[first, 0]) + 1
+
+
+def _left_padded(
+    held_out: HeldOut, samples: list[LoadedSample], prompts: list[int]
+) -> dict[str, Tensor]:
+    """Inputs of ``generate``: rows end together, padding stands before them and is masked."""
+    shape = (len(samples), max(prompts))
+    ids_BT = torch.full(shape, held_out.pad_id)
+    mask_BT = torch.zeros(shape, dtype=torch.int64)
+    is_image_BT = torch.zeros(shape, dtype=torch.bool)
+    for row, (sample, length) in enumerate(zip(samples, prompts)):
+        ids_BT[row, -length:] = sample.encoded.input_ids_S[:length]
+        mask_BT[row, -length:] = 1
+        is_image_BT[row, -length:] = sample.encoded.is_placeholder_S[:length]
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    images = [image for sample in samples for image in sample.images]
+    if held_out.vision is not None:
+        inputs |= held_out.vision.extra_inputs(ids_BT, is_image_BT)
+        inputs |= held_out.vision.pixels(images) if images else {}
+    return inputs

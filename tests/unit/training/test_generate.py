@@ -1,0 +1,95 @@
+import itertools
+
+import pytest
+import torch
+from test_evaluate import ALONE, make_held_out, make_records
+from tiny_students import make_llava, make_qwen2_vl
+
+from regate_ds.data.collate import SampleDataset
+from regate_ds.data.samples import Turn
+from regate_ds.training.generate import (
+    _answers,
+    _in_common,
+    evaluate_generated,
+    match_gold_words,
+    prompt_length,
+)
+
+
+def test_a_gold_word_counts_only_in_its_place():
+    turn = Turn("?", "a red 3 and a blue 7", gold_spans=((2, 5), (6, 7), (14, 18), (19, 20)))
+    assert match_gold_words(turn, "a red 3 and a blue 7") == (4, 4)
+    assert match_gold_words(turn, "a blue 7 and a red 3") == (2, 4)
+    assert match_gold_words(turn, "a red 3 and") == (2, 4)
+    assert match_gold_words(turn, "") == (0, 4)
+
+
+def test_marked_words_form_a_longest_common_subsequence():
+    """The oracle tries every subset of the wanted words."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        wanted, given = (
+            "".join("abc"[i] for i in torch.randint(3, (6,), generator=generator)) for _ in range(2)
+        )
+        found = _in_common(wanted, given)
+        marked = [w for w, is_found in zip(wanted, found) if is_found]
+        rest = iter(given)
+        assert all(word in rest for word in marked)
+        best = max(
+            size
+            for size in range(7)
+            for subset in itertools.combinations(wanted, size)
+            if all(word in rest for rest in [iter(given)] for word in subset)
+        )
+        assert len(marked) == best
+
+
+@pytest.mark.parametrize("make", [make_llava, make_qwen2_vl])
+def test_answers_do_not_depend_on_the_other_rows_of_the_batch(make, tmp_path):
+    student = make()
+    held_out = make_held_out(student, make_records(tmp_path))
+    dataset = SampleDataset(held_out.records, held_out.encoder)
+    samples = [dataset[i] for i in (0, 1, 3, 4)]
+    student.model.eval()
+    together = _answers(student.model, held_out, samples, ALONE)
+    apart = [_answers(student.model, held_out, [sample], ALONE)[0] for sample in samples]
+    # A batch gives every row the spare tokens of its longest answer.
+    assert all(t.startswith(a) for t, a in zip(together, apart))
+    assert len(set(apart)) > 1
+
+
+def test_a_prompt_ends_just_before_the_last_answer(tmp_path):
+    student = make_llava()
+    held_out = make_held_out(student, make_records(tmp_path))
+    sample = held_out.encoder.encode(held_out.records[1])
+    rest = student.tokenizer.decode(sample.input_ids_S[prompt_length(sample) :])
+    assert rest.split() == ["a", "blue", "3", "</s>"]
+
+
+def test_generated_accuracy_counts_the_gold_words_of_last_turns(tmp_path):
+    student = make_llava()
+    held_out = make_held_out(student, make_records(tmp_path), batch_size=2)
+    result = evaluate_generated(student.model, held_out, ALONE, num_samples=4)
+    assert result["num_words_generated"] == 1 + 2 + 1 + 2
+    assert 0.0 <= result["accuracy_generated"] <= 1.0
+
+
+def test_a_perfect_model_gets_all_gold_words(tmp_path):
+    student = make_llava()
+    held_out = make_held_out(student, make_records(tmp_path), batch_size=2)
+
+    class Perfect(torch.nn.Module):
+        """Answers each row with the true answer, found by the length of its prompt."""
+
+        def generate(self, input_ids, **_):
+            samples = [held_out.encoder.encode(record) for record in held_out.records]
+            answers = []
+            for ids in input_ids:
+                prompt = ids[ids != held_out.pad_id]
+                fits = [s for s in samples if s.input_ids_S[: len(prompt)].equal(prompt)]
+                answers.append(fits[0].input_ids_S[len(prompt) :])
+            rest = torch.nn.utils.rnn.pad_sequence(answers, True, held_out.pad_id)
+            return torch.cat([input_ids, rest], dim=1)
+
+    result = evaluate_generated(Perfect(), held_out, ALONE, num_samples=2)
+    assert result == {"accuracy_generated": 1.0, "num_words_generated": 3}
