@@ -68,6 +68,17 @@ class _Open:
     losses: dict[int, Tensor] = field(default_factory=dict)
 
 
+def schedule_of(config: RegateConfig) -> Schedule:
+    """The schedule in steps that a configuration means."""
+    return Schedule(
+        total_steps=config.total_steps,
+        warmup_steps=config.num_warmup_steps,
+        cycle_steps=config.cycle_steps,
+        cycle_dense_steps=config.cycle_dense_steps,
+        final_dense_steps=config.num_final_dense_steps,
+    )
+
+
 class Regate:
     """The method's state: the step number, and through the difficulty store what is still hard."""
 
@@ -82,13 +93,7 @@ class Regate:
     ) -> None:
         """``device``: where the backend of the layout's groups wants its tensors."""
         self.config = config
-        self.schedule = Schedule(
-            total_steps=config.total_steps,
-            warmup_steps=config.num_warmup_steps,
-            cycle_steps=config.cycle_steps,
-            cycle_dense_steps=config.cycle_dense_steps,
-            final_dense_steps=config.num_final_dense_steps,
-        )
+        self.schedule = schedule_of(config)
         self.step = 0
         self._layout, self._device = layout or ParallelLayout(), device
         self._open: _Open | None = None
