@@ -9,8 +9,8 @@ import json
 import platform
 import statistics
 import time
-from argparse import Namespace
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -63,13 +63,16 @@ class _Memory:
         return self._values_N[self.index.locate(keys)]
 
 
-def main(args: Namespace) -> None:
-    """Run the cases, print a table, and write JSON where ``args.json`` says."""
-    case = BenchCase(num_pairs=args.pairs) if args.pairs else BenchCase()
-    result = run_bench(case)
+def main(argv: Sequence[str]) -> None:
+    """Run the case, print a table, and write JSON if asked."""
+    parser = ArgumentParser(prog="regate bench", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=BenchCase.num_pairs, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    args = parser.parse_args(argv)
+    result = run_bench(BenchCase(num_pairs=args.pairs))
     print(_table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def run_bench(case: BenchCase) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""What the commands `regate train`, `regate teacher` and `regate eval` do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from regate_ds.teacher.precompute import precompute
+from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens
+from regate_ds.training.configuration import RunConfig, load_config
+from regate_ds.training.evaluate import evaluate
+from regate_ds.training.generate import evaluate_generated
+from regate_ds.training.metrics import RunFolder
+from regate_ds.training.plan_only import walk_plan
+from regate_ds.training.process import Process, start_process
+from regate_ds.training.student import text_backbone
+from regate_ds.training.task import Task, build_task
+from regate_ds.training.trainer import Trainer, held_out
+
+NUM_GENERATED = 100
+"""Held-out questions that `regate eval` also answers freely."""
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train one run and return its summary (empty on ranks other than the first)."""
+    if config.run.plan_only:
+        return _print_on_first(walk_plan(config, build_task(config)))
+    with _job() as process:
+        summary = Trainer(config, build_task(config), process).run()
+        return _print_on_first(summary, process)
+
+
+def run_teacher(config: RunConfig) -> None:
+    """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
+    if config.teacher.store is None:
+        raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    with _job() as process:
+        task = build_task(config)
+        teacher = _teacher(config, task).to(process.device)
+        precompute(
+            teacher,
+            task.train.encode,
+            task.index(),
+            config.teacher.store,
+            teacher_id=_teacher_id(teacher),
+            pad_id=_teacher_pad_id(config, task),
+            rank=process.rank,
+            world_size=process.world_size,
+            tokens_per_batch=config.teacher.tokens_per_batch,
+        )
+
+
+def evaluate_run(folder: Path) -> dict[str, Any]:
+    """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
+    run = RunFolder(folder)
+    config = load_config(run.config)
+    model = replace(
+        config.model, path=run.model, text={}, vision={}, init_from=None, tokenizer=None, lora=None
+    )
+    with _job() as process:
+        task = build_task(replace(config, model=model))
+        student = task.student.model.to(process.device)  # type: ignore[arg-type]
+        questions = held_out(task, config)
+        scores = {
+            **evaluate(student, questions, process),
+            **evaluate_generated(student, questions, process, num_samples=NUM_GENERATED),
+        }
+        return _print_on_first(scores, process)
+
+
+def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
+    if config.teacher.path is None:
+        return text_backbone(task.student.model)
+    teacher = AutoModelForCausalLM.from_pretrained(config.teacher.path, local_files_only=True)
+    return teacher.eval()
+
+
+def _teacher_pad_id(config: RunConfig, task: Task) -> int:
+    """The token that stands for images, after the check that the teacher reads ids alike."""
+    own = task.student.tokenizer
+    if config.teacher.path is None:
+        return choose_pad_id(own)
+    theirs = AutoTokenizer.from_pretrained(config.teacher.path, local_files_only=True)
+    image_id = task.student.model.config.image_token_id
+    require_same_tokens(own, theirs, placeholder_ids=[image_id])
+    return choose_pad_id(theirs)
+
+
+def _teacher_id(teacher: PreTrainedModel) -> str:
+    """Names the teacher by content: a hash over its configuration and weights."""
+    digest = hashlib.sha256(json.dumps(teacher.config.to_dict(), sort_keys=True).encode())
+    for name, weight in sorted(teacher.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    return f"{teacher.config.model_type}-{digest.hexdigest()[:16]}"
+
+
+@contextmanager
+def _job() -> Iterator[Process]:
+    """Be part of the job, and leave it in order."""
+    process = start_process()
+    yield process
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _print_on_first(figures: dict[str, Any], process: Process | None = None) -> dict[str, Any]:
+    if process is None or process.is_first:
+        for name, value in figures.items():
+            print(f"{name:<26}{value:.4f}" if isinstance(value, float) else f"{name:<26}{value}")
+    return figures
