@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Run a regate command with several data-parallel ranks on this machine, by the deepspeed launcher.
+#
+#   launch/local.sh 2 train configs/digits.yaml run.out=runs/first
+#
+# Works from any directory; arguments and the exit code are passed through.
+set -euo pipefail
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+    echo "usage: $0 RANKS COMMAND [ARGUMENT ...]" >&2
+    exit 2
+fi
+ranks=$1
+shift
+port=${MASTER_PORT:-$((20000 + RANDOM % 20000))}
+command=(deepspeed --num_gpus "$ranks" --master_port "$port" --no_local_rank
+    --module regate_ds.cli "$@")
+echo "${command[*]}" >&2
+exec "${command[@]}"
