@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.encode import Encoder, Template
+from regate_ds.data.encode import Encoder
 from regate_ds.data.samples import Record, read_records
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.sections import LoraConfig, ModelConfig
@@ -62,7 +62,7 @@ def build_task(config: RunConfig) -> Task:
         image_token=student.image_token,
         num_image_tokens=student.vision.num_tokens,
         max_length=data.max_length,
-        template=Template(**data.template),
+        template=data.template,
     )
     pad_id = student.tokenizer.pad_token_id
     collator = Collator(

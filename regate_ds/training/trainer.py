@@ -134,7 +134,7 @@ class Trainer:
         )
 
     def _step(self, step: int, window: Window) -> dict[str, Any]:
-        loss_sum = torch.zeros((), device=self.engine.device)
+        loss_sum, lr = torch.zeros((), device=self.engine.device), self.engine.get_lr()[0]
         for inputs, plan in window:
             output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
             loss = self.regate.loss(output, plan)
@@ -142,7 +142,7 @@ class Trainer:
             self.engine.step()
             loss_sum += loss.detach()
         self.regate.step(applied=self.engine.was_step_applied())
-        row = self._row(step, loss_sum / len(window))
+        row = {**self._row(step, loss_sum / len(window)), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
         return row
@@ -159,7 +159,6 @@ class Trainer:
             **counts,
             "step_seconds": seconds,
             "cpu_seconds": cpu_mean * self.process.world_size,
-            "lr": self.engine.get_lr()[0],
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
         }
 
