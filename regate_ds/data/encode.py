@@ -158,17 +158,14 @@ class Encoder:
             tape.add([self._tokenizer.bos_token_id])
         media = iter(record.images_per_marker)
         images = iter(record.images)
-        before = self._template.system
         for number, turn in enumerate(record.turns):
-            prompt = f"{before}{self._template.user}{turn.question}{self._template.assistant}"
-            texts = MARKER.split(prompt)
-            self._add_text(tape, record, texts[0])
-            for text in texts[1:]:
+            first, *others = _prompt(record, number, self._template)
+            self._add_text(tape, record, first)
+            for text in others:
                 for _ in range(next(media)):
                     self._add_image(tape, record, next(images))
                 self._add_text(tape, record, text)
             self._add_answer(tape, record, number, turn)
-            before = self._template.separator
         return tape
 
     def _add_text(self, tape: _Tape, record: Record, text: str) -> None:
@@ -199,6 +196,21 @@ class Encoder:
     def _too_long(self, record: Record, length: int, what: str) -> Exception:
         cause = f"cutting its {length} tokens at data.max_length={self._max_length} {what}"
         return bad_record(describe(record, f"{cause}; raise data.max_length"))
+
+
+def text_segments(record: Record, template: Template) -> list[str]:
+    """Every text of a record as the tokenizer gets it: what to train a tokenizer on."""
+    segments = [template.image_start, template.image_end] * len(record.images)
+    for number, turn in enumerate(record.turns):
+        segments += [*_prompt(record, number, template), turn.answer]
+    return [segment for segment in segments if segment]
+
+
+def _prompt(record: Record, number: int, template: Template) -> list[str]:
+    """The text from the last answer to the next, cut at its image and video markers."""
+    before = template.separator if number else template.system
+    question = record.turns[number].question
+    return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
 
 
 def describe(record: Record, cause: str) -> BadRecord:

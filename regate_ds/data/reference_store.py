@@ -155,7 +155,7 @@ class ReferenceStore:
         missing = [n for n in range(len(shards)) if not shard_path(self.path, n).exists()]
         raise ValueError(
             f"the reference store {self.path} is not finished ({len(missing)} of {len(shards)} "
-            "shards are missing); run `regate teacher` again, it goes on where it stopped"
+            "shards are still to compute); run `regate teacher` again, it goes on where it stopped"
         )
 
     def _load_index(self) -> AnswerIndex:

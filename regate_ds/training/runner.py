@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from regate_ds.teacher.precompute import precompute
-from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens
+from regate_ds.teacher.precompute import TeacherJob, precompute
+from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
@@ -45,18 +46,19 @@ def run_teacher(config: RunConfig) -> None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
     with _job() as process:
         task = build_task(config)
-        teacher = _teacher(config, task).to(process.device)
-        precompute(
-            teacher,
-            task.train.encode,
-            task.index(),
-            config.teacher.store,
+        teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
+        pad_id = _teacher_pad_id(config, task)
+        job = TeacherJob(
+            index=task.index(),
+            encode=task.train.encode,
+            score=partial(score_samples, teacher, pad_id=pad_id),
             teacher_id=_teacher_id(teacher),
-            pad_id=_teacher_pad_id(config, task),
-            rank=process.rank,
-            world_size=process.world_size,
+            store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
         )
+        done = precompute(job, process.group, process.device)
+        if process.is_first:
+            print(f"teacher: {done} on this rank; the store is {config.teacher.store}")
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:

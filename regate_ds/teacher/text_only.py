@@ -1,0 +1,214 @@
+"""What the teacher sees: the text of a sample, with a plain token where the images are.
+
+Shapes: B samples, T positions of the longest, S positions of one sample, H hidden, N label
+positions of all samples, sample by sample, C label positions of one chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regate_ds.algorithm.batch import IGNORE, SampleKey
+
+logger = logging.getLogger(__name__)
+
+_HEAD_FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config fields of models that change the logits after the head's matrix product."""
+
+
+class ScoredSample(Protocol):
+    """What the teacher needs of a sample; ``EncodedSample`` has it."""
+
+    @property
+    def key(self) -> SampleKey: ...
+
+    @property
+    def input_ids_S(self) -> Tensor: ...
+
+    @property
+    def labels_S(self) -> Tensor:
+        """int64: the token at t+1 where it belongs to an answer, else IGNORE."""
+        ...
+
+    @property
+    def is_placeholder_S(self) -> Tensor: ...
+
+
+class TeacherInputs(NamedTuple):
+    """Right-padded model inputs of one batch."""
+
+    input_ids_BT: Tensor
+    attention_mask_BT: Tensor
+    """int64: 1 at every position of a sample, 0 at batch padding."""
+
+    position_ids_BT: Tensor
+
+
+def teacher_inputs(
+    input_ids: Sequence[Tensor], is_placeholder: Sequence[Tensor], pad_id: int
+) -> TeacherInputs:
+    """Put ``pad_id`` in the images' place, attended, with plain positions 0..S-1 for all.
+
+    ``input_ids`` and ``is_placeholder`` hold one tensor [S] for each sample.
+    """
+    lengths = [ids_S.numel() for ids_S in input_ids]
+    ids_BT = torch.full((len(lengths), max(lengths)), pad_id, dtype=torch.int64)
+    # From the lengths, never from the pad id: it stands for images, and may be the eos as well.
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, (ids_S, is_placeholder_S) in enumerate(zip(input_ids, is_placeholder, strict=True)):
+        ids_BT[row, : lengths[row]] = ids_S.masked_fill(is_placeholder_S, pad_id)
+        mask_BT[row, : lengths[row]] = 1
+    positions_BT = torch.arange(max(lengths)).expand_as(ids_BT)
+    return TeacherInputs(ids_BT, mask_BT, positions_BT)
+
+
+@torch.inference_mode()
+def score_samples(
+    teacher: nn.Module, samples: Sequence[ScoredSample], *, pad_id: int, chunk: int = 256
+) -> Tensor:
+    """Negative log-likelihood, in nats, of every label under the teacher: fp32 [N] on the CPU.
+
+    ``teacher`` is a causal LM with a decoder ``model`` and an ``lm_head``. Only label positions go
+    through the head, ``chunk`` at a time, so that logits [B, T, V] never exist.
+    """
+    _require_plain_head(teacher)
+    num_embeddings = teacher.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    for sample in samples:
+        text_ids = sample.input_ids_S[~sample.is_placeholder_S]
+        require_ids_fit(text_ids.tolist(), num_embeddings, ())
+    require_ids_fit([pad_id], num_embeddings, ())
+    inputs = teacher_inputs(
+        [sample.input_ids_S for sample in samples],
+        [sample.is_placeholder_S for sample in samples],
+        pad_id,
+    )
+    hidden_BTH = _run_decoder(teacher, inputs)
+    labels = [sample.labels_S for sample in samples]
+    labels_BT = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+    is_label_BT = labels_BT != IGNORE
+    hidden_NH = hidden_BTH[is_label_BT.to(hidden_BTH.device)]
+    labels_N = labels_BT[is_label_BT].to(hidden_BTH.device)
+    return _score_labels(teacher.lm_head, hidden_NH, labels_N, chunk).cpu()
+
+
+def choose_pad_id(tokenizer: Any) -> int:
+    """The token that stands for images: the tokenizer's pad, or its eos if it has none."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the teacher's tokenizer has neither a pad nor an eos token to stand for images; set one"
+        )
+    logger.info("the teacher's tokenizer has no pad token: eos stands for images")
+    return tokenizer.eos_token_id
+
+
+def require_same_tokens(
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    *,
+    placeholder_ids: Iterable[int],
+    ids: Iterable[int] | None = None,
+) -> None:
+    """Refuse, by ``ValueError`` naming the first difference, a teacher that reads ids otherwise.
+
+    ``ids``: those that occur as text or label; None means all that the student knows, except
+    ``placeholder_ids`` and a padding token of its own. Both tokenizers must be fast ones.
+    """
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    checked = set(student.values()) if ids is None else set(ids)
+    if ids is None and student_tokenizer.pad_token_id != student_tokenizer.eos_token_id:
+        checked.discard(student_tokenizer.pad_token_id)
+    student_token = {number: token for token, number in student.items()}
+    teacher_token = {number: token for token, number in teacher.items()}
+    for number in sorted(checked - set(placeholder_ids)):
+        if student_token.get(number) != teacher_token.get(number):
+            raise _unfit(
+                f"token id {number} is {student_token.get(number)!r} for the student and "
+                f"{teacher_token.get(number)!r} for the teacher"
+            )
+    _require_same_rules(_rules(student_tokenizer), _rules(teacher_tokenizer))
+
+
+def require_ids_fit(
+    ids: Iterable[int], num_embeddings: int, placeholder_ids: Iterable[int]
+) -> None:
+    """Refuse, by ``ValueError`` naming it, an id that the teacher has no embedding for."""
+    beyond = {number for number in ids if number >= num_embeddings} - set(placeholder_ids)
+    if beyond:
+        raise ValueError(
+            f"token id {min(beyond)} is beyond the teacher's {num_embeddings} embedding rows; "
+            "use a teacher whose vocabulary covers the student's text"
+        )
+
+
+def _run_decoder(teacher: nn.Module, inputs: TeacherInputs) -> Tensor:
+    device = next(teacher.parameters()).device
+    output = teacher.model(  # type: ignore[operator]
+        input_ids=inputs.input_ids_BT.to(device),
+        attention_mask=inputs.attention_mask_BT.to(device),
+        position_ids=inputs.position_ids_BT.to(device),
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+def _score_labels(head: Any, hidden_NH: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    losses = [hidden_NH.new_empty(0, dtype=torch.float32)]
+    for hidden_CH, labels_C in zip(hidden_NH.split(chunk), labels_N.split(chunk)):
+        losses.append(F.cross_entropy(head(hidden_CH).float(), labels_C, reduction="none"))
+    return torch.cat(losses)
+
+
+def _require_plain_head(teacher: nn.Module) -> None:
+    config = getattr(teacher, "config", None)
+    for name in _HEAD_FACTORS:
+        if (value := getattr(config, name, None)) not in (None, 1, 1.0):
+            raise ValueError(
+                f"the teacher's {name}={value} changes its logits after the head, which is not "
+                "supported; use a teacher without it"
+            )
+
+
+def _rules(tokenizer: Any) -> tuple[str, list[Any]]:
+    """Kind of a fast tokenizer's model, and its merges (none for a kind that has no merges)."""
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, whose merges cannot be compared; "
+            "convert it to a fast one"
+        )
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return model["type"], model.get("merges", [])
+
+
+def _require_same_rules(student: tuple[str, list[Any]], teacher: tuple[str, list[Any]]) -> None:
+    if student == teacher:
+        return
+    (student_kind, student_merges), (teacher_kind, teacher_merges) = student, teacher
+    if student_kind != teacher_kind:
+        raise _unfit(f"the student's is of kind {student_kind}, the teacher's {teacher_kind}")
+    pairs = zip(student_merges, teacher_merges)
+    different = (number for number, (one, other) in enumerate(pairs) if one != other)
+    number = next(different, min(len(student_merges), len(teacher_merges)))
+    raise _unfit(
+        f"merge {number} is {_merge(student_merges, number)} for the student and "
+        f"{_merge(teacher_merges, number)} for the teacher"
+    )
+
+
+def _merge(merges: list[Any], number: int) -> str:
+    return repr(merges[number]) if number < len(merges) else "absent"
+
+
+def _unfit(difference: str) -> ValueError:
+    return ValueError(
+        f"the teacher's tokenizer does not fit the student's: {difference}; use the student's own "
+        "text backbone or a teacher with the same tokenizer"
+    )

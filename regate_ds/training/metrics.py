@@ -1,0 +1,116 @@
+"""What a run writes down: one JSON object per optimizer step, one per evaluation, and a summary.
+
+    config.yaml      as resolved
+    metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
+                     filled, padded, step_seconds, cpu_seconds, lr, grad_norm
+    evals.jsonl      step, accuracies, and the totals of all steps so far
+    summary.json     the final figures
+    checkpoints/     see checkpoint.py; model/ is the trained student
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regate_ds.data.atomic_file import write_atomically
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """The files of one run; one process writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self._metrics, self._evals = path / "metrics.jsonl", path / "evals.jsonl"
+        self._summary = path / "summary.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def begin(self, config: str) -> None:
+        """Start a new run; ValueError if the folder holds one that could be resumed."""
+        if (self.checkpoints / "latest").is_file():
+            raise ValueError(
+                f"run.out={self.path} holds a run with checkpoints already; set run.resume=true to "
+                "go on with it, or choose another folder"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config.encode())
+        for path in (self._metrics, self._evals):
+            write_atomically(path, b"")
+
+    def append_metrics(self, row: Row) -> None:
+        _append(self._metrics, row)
+
+    def append_eval(self, row: Row) -> None:
+        _append(self._evals, row)
+
+    def metrics(self) -> list[Row]:
+        return _read_lines(self._metrics)
+
+    def evals(self) -> list[Row]:
+        return _read_lines(self._evals)
+
+    def forget_after(self, done: int) -> None:
+        """Drop what came after the checkpoint of ``done`` steps, so that no step stands twice."""
+        _rewrite(self._metrics, [row for row in self.metrics() if row["step"] < done])
+        _rewrite(self._evals, [row for row in self.evals() if row["step"] <= done])
+
+    def write_summary(self, summary: Row) -> None:
+        write_atomically(self._summary, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def summary(self) -> Row:
+        """Final figures; ValueError if the run is not finished."""
+        if not self._summary.is_file():
+            raise ValueError(f"{self.path} has no summary.json: not a run, or not finished")
+        return json.loads(self._summary.read_text())
+
+
+def totals(rows: Sequence[Row], gated_share: float) -> Row:
+    """Sums and medians over steps.
+
+    ``tokens_processed`` is the mean over layers of the positions that ran, padding excluded: of
+    the gated layers the kept, of the others all.
+    """
+    dense = [row["step_seconds"] for row in rows if row["dense"]]
+    sparse = [row["step_seconds"] for row in rows if not row["dense"]]
+    return {
+        "tokens_processed": _processed(rows, "tokens", gated_share),
+        "answer_tokens_processed": _processed(rows, "answer", gated_share),
+        "train_seconds": sum(row["step_seconds"] for row in rows),
+        "train_cpu_seconds": sum(row["cpu_seconds"] for row in rows),
+        "step_seconds_dense": statistics.median(dense) if dense else None,
+        "step_seconds_sparse": statistics.median(sparse) if sparse else None,
+    }
+
+
+def _processed(rows: Sequence[Row], kind: str, gated_share: float) -> float:
+    total = sum(row[f"{kind}_total"] for row in rows)
+    kept = sum(row[f"{kind}_kept"] for row in rows)
+    return (1.0 - gated_share) * total + gated_share * kept
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _rewrite(path: Path, rows: list[Row]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _read_lines(path: Path) -> list[Row]:
+    """Whole lines only: a killed run may have left half of one at the end."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,139 @@
+"""Build a tree of frozen dataclasses from plain YAML values, and turn it back into them.
+
+Types come from the annotations: a section inside a section, Path, Literal, tuples, dicts, optional
+values. Nothing is converted that could be a mistake: no true for 1, no "4" for 4.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Section = TypeVar("Section")
+
+
+def read_section(kind: type[Section], values: object, *, where: str) -> Section:
+    """Make a ``kind`` of ``values``; ``where`` is the dotted name of this section, for messages.
+
+    ValueError names the key, its value and what is allowed.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}={values!r}: must hold keys")
+    hints = get_type_hints(kind)
+    specs = {spec.name: spec for spec in fields(kind) if spec.init}  # pyright: ignore
+    for key in values:
+        if key not in specs:
+            raise ValueError(f"{_join(where, key)}={values[key]!r}: {_unknown(key, specs, where)}")
+    for name, spec in specs.items():
+        required = spec.default is MISSING and spec.default_factory is MISSING
+        if required and name not in values:
+            raise ValueError(f"{_join(where, name)} is missing; it has no default")
+    own = {key: _read(hints[key], value, _join(where, key)) for key, value in values.items()}
+    try:
+        return kind(**own)
+    except ValueError as error:
+        raise ValueError(_join(where, str(error))) from None
+
+
+def plain_values(value: Any) -> Any:
+    """Dataclasses as dicts, paths as text, tuples as lists: what YAML and JSON can hold."""
+    if is_dataclass(value):
+        return {spec.name: plain_values(getattr(value, spec.name)) for spec in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain_values(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_values(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read(hint: Any, value: object, where: str) -> Any:
+    origin = get_origin(hint)
+    if is_dataclass(hint):
+        return read_section(hint, value, where=where)  # pyright: ignore
+    if origin in (Union, types.UnionType):
+        return _read_union(get_args(hint), value, where)
+    if origin is Literal:
+        return _read_choice(get_args(hint), value, where)
+    if origin is tuple:
+        return _read_tuple(get_args(hint), value, where)
+    return _read_leaf(origin or hint, value, where)
+
+
+def _read_union(kinds: tuple[Any, ...], value: object, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    mappings = [kind for kind in kinds if (get_origin(kind) or kind) is dict or is_dataclass(kind)]
+    others = [kind for kind in kinds if kind not in mappings]
+    use = mappings if isinstance(value, Mapping) and mappings else others or mappings
+    return _read(use[0], value, where)
+
+
+def _read_choice(allowed: tuple[Any, ...], value: object, where: str) -> Any:
+    if value in allowed:
+        return value
+    raise ValueError(f"{where}={value!r}: must be one of {', '.join(map(str, allowed))}")
+
+
+def _read_tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where}={value!r}: must be a list")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise ValueError(f"{where}={value!r}: must be a list of {len(kinds)} values")
+    return tuple(_read(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+
+
+def _read_leaf(kind: Any, value: object, where: str) -> Any:
+    accepts, make, meaning = _LEAVES[kind]
+    if not accepts(value):
+        raise ValueError(f"{where}={value!r}: must be {meaning}")
+    return make(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, str) and "e" in value.lower():
+        # YAML 1.1 reads 2e-5, without a point, as text.
+        try:
+            value = float(value)
+        except ValueError:
+            return False
+    is_finite = isinstance(value, int | float) and abs(value) < float("inf")
+    return is_finite and not isinstance(value, bool)
+
+
+def _number(value: Any) -> int | float:
+    return float(value) if isinstance(value, str) else value
+
+
+_LEAVES: dict[Any, tuple[Callable[[object], bool], Callable[[Any], Any], str]] = {
+    bool: (lambda v: isinstance(v, bool), bool, "true or false"),
+    int: (_is_whole, int, "a whole number"),
+    float: (_is_number, _number, "a number"),
+    str: (lambda v: isinstance(v, str), str, "text"),
+    Path: (lambda v: isinstance(v, str | Path) and str(v) != "", Path, "a path"),
+    dict: (lambda v: isinstance(v, Mapping), dict, "keys with values"),
+}
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _unknown(key: object, known: Iterable[str], where: str) -> str:
+    known = list(known)
+    if not known:
+        return f"unknown key; {where} has no keys"
+    close = difflib.get_close_matches(str(key), known, n=1)
+    if close:
+        return f"unknown key; did you mean {_join(where, close[0])}?"
+    return f"unknown key; known are {', '.join(known)}"

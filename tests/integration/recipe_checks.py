@@ -1,0 +1,164 @@
+"""Checks of the recipe on two data ranks; each runs in every rank's process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from regate_ds.training.configuration import load_config
+from regate_ds.training.process import start_process
+from regate_ds.training.task import build_task, host_labels
+from regate_ds.training.trainer import Trainer
+
+STEPS = 12
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledTrainer(Trainer):
+    """Stops after step 7, as a lost machine would: nothing is written."""
+
+    def _after(self, done: int) -> None:
+        super()._after(done)
+        if done == 7:
+            raise Killed
+
+
+def config_of(folder: Path, out: str, *overrides: str):
+    return load_config(folder / "run.yaml", [f"run.out={folder / out}", *overrides])
+
+
+def run(folder: Path, out: str, *overrides: str, trainer: type[Trainer] = Trainer) -> Trainer:
+    config = config_of(folder, out, *overrides)
+    process = start_process()
+    made = trainer(config, build_task(config), process)
+    made.run()
+    return made
+
+
+def weights(folder: Path, out: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / out / "model" / "model.safetensors")
+
+
+def rows(folder: Path, out: str) -> list[dict[str, Any]]:
+    """Metrics without the times."""
+    lines = (folder / out / "metrics.jsonl").read_text().splitlines()
+    timed = {"step_seconds", "cpu_seconds"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def difficulty(folder: Path, out: str) -> list[np.ndarray]:
+    last = folder / out / "checkpoints" / f"step-{STEPS:06d}" / "regate"
+    return [np.load(path)["values"] for path in sorted(last.glob("difficulty-*.npz"))]
+
+
+def assert_same_run(folder: Path, one: str, other: str) -> None:
+    assert rows(folder, one) == rows(folder, other)
+    for name, weight in weights(folder, one).items():
+        assert torch.equal(weight, weights(folder, other)[name]), name
+    values = difficulty(folder, one)
+    assert len(values) == dist.get_world_size()
+    assert any(v.any() for v in values)
+    for mine, theirs in zip(values, difficulty(folder, other), strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def check_recipe(rank: int, folder: str) -> None:
+    """All checks of one world size, one after the other in the same processes."""
+    root = Path(folder)
+    run(root, "whole")
+    check_counts_follow_the_plan(root)
+    run(root, "again")
+    assert_same_run(root, "whole", "again")
+    check_resume_equals_never_stopped(root)
+    check_disabled_is_the_plain_loop(root)
+    check_other_length_is_refused(root)
+
+
+def check_counts_follow_the_plan(root: Path) -> None:
+    """Kept targets are the sum of k = ceil(n / 2) over the samples of sparse steps."""
+    config = config_of(root, "whole")
+    task = build_task(config)
+    trainer_order = Trainer(config, task, start_process()).order
+    world = dist.get_world_size()
+    for row in rows(root, "whole"):
+        step = replace(trainer_order, start_step=row["step"], total_steps=row["step"] + 1)
+        numbers = [n for r in range(world) for micro in replace(step, rank=r) for n in micro]
+        counts = [int((task.train.encode(n).labels_S >= 0).sum()) for n in numbers]
+        expected = sum(counts) if row["dense"] else sum(-(-n // 2) for n in counts)
+        assert row["answer_total"] == sum(counts)
+        assert row["answer_kept"] == expected + row["filled"]
+    dense = [row["dense"] for row in rows(root, "whole")]
+    assert dense == [s < 2 or s >= 10 for s in range(STEPS)]
+
+
+def check_resume_equals_never_stopped(root: Path) -> None:
+    try:
+        run(root, "resumed", trainer=KilledTrainer)
+        raise AssertionError("the run was not stopped")
+    except Killed:
+        pass
+    run(root, "resumed", "run.resume=true")
+    assert_same_run(root, "whole", "resumed")
+
+
+def check_other_length_is_refused(root: Path) -> None:
+    try:
+        run(root, "whole", "run.resume=true", "run.steps=20")
+        raise AssertionError("a resume with another length was accepted")
+    except ValueError as error:
+        assert "total_steps" in str(error)
+
+
+def check_disabled_is_the_plain_loop(root: Path) -> None:
+    """elision.enabled=false: the weights of a loop that has never heard of us, bit for bit."""
+    import deepspeed
+
+    for stage in (0, 2, 3):
+        zero = f"run.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+        out = f"off-{stage}"
+        config = config_of(root, out, zero, "elision.enabled=false", "run.steps=5")
+        run(root, out, zero, "elision.enabled=false", "run.steps=5")
+        task = build_task(config)
+        model = task.student.model.train()
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.0},
+                {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+            ],
+            lr=1e-3,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage},
+        }
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        order = Trainer(config, build_task(config), start_process()).order
+        losses = []
+        for numbers in order:
+            batch = task.collator([task.train[n] for n in numbers])
+            labels = host_labels(batch.tokens.labels_BT)
+            loss = engine(**batch.inputs, labels=labels).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        per_step = torch.stack(losses).view(5, 2).mean(dim=1)
+        dist.all_reduce(per_step)
+        found = [row["loss"] for row in rows(root, out)]
+        assert found == [float(x) / dist.get_world_size() for x in per_step.double()], stage
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+            for name, weight in weights(root, out).items():
+                assert torch.equal(weight, dict(model.named_parameters())[name]), (stage, name)
