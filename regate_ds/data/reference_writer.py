@@ -75,11 +75,6 @@ class ReferenceWriter:
         read_shard(path, self._manifest.shards[number])
         return True
 
-    def missing_shards(self) -> list[int]:
-        """Shards that have no file yet, by name only."""
-        numbers = range(len(self._manifest.shards))
-        return [number for number in numbers if not shard_path(self.path, number).exists()]
-
     def write_shard(self, number: int, values_N: Tensor) -> None:
         """Store the values, in nats, of a shard's samples in the order of its rows.
 
@@ -120,6 +115,12 @@ class ReferenceWriter:
             f"nats, beyond what the store holds ({LARGEST}); check the teacher's weights, run "
             "it in bf16 or fp32, or leave the sample out"
         )
+
+
+def has_all_files(path: Path, manifest: Manifest) -> bool:
+    """Whether the store at ``path`` has its index and all of its shards, by name only."""
+    shards = (shard_path(path, number) for number in range(len(manifest.shards)))
+    return (path / INDEX_NAME).exists() and all(shard.exists() for shard in shards)
 
 
 def begun_store(path: Path, index: AnswerIndex, teacher_id: str) -> Manifest | None:

@@ -13,18 +13,29 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup  # noqa: TID251 (a type; nothing is sent from here)
 from tqdm import tqdm
 
+from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.data.reference_writer import ReferenceWriter, begun_store
-from regate_ds.parallel.layout import rank_in, size_of
+from regate_ds.data.reference_writer import ReferenceWriter, begun_store, has_all_files
+from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.parallel.sync import sum_over
 from regate_ds.teacher.text_only import ScoredSample
 
-BATCHES_PER_SHARD = 8
-"""What a killed job loses on each rank at most."""
+LARGEST_SHARD = 16
+"""Batches of a shard, at most: what a killed job loses on each rank."""
+
+FEWEST_SHARDS = 64
+"""Shards of a job that has as many batches, so that they spread evenly over the ranks."""
+
+_BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens "
+    "[{elapsed}<{remaining}, {rate_fmt}, ends {eta:%H:%M}]"
+)
+
+Batch = list[int]
+"""Rows of the answer index that the teacher reads in one forward pass."""
 
 Score = Callable[[Sequence[ScoredSample]], Tensor]
 """Losses in nats of all label positions of the samples, in order: fp32 [N]."""
@@ -47,20 +58,31 @@ class TeacherJob:
     """Upper limit of padded tokens in a batch; a longer sample is a batch of its own."""
 
     @property
-    def shards(self) -> list[list[list[int]]]:
-        """Rows of each batch of each shard."""
-        batches = plan_batches(self.index.num_positions, self.tokens_per_batch)
-        starts = range(0, len(batches), BATCHES_PER_SHARD)
-        return [batches[i : i + BATCHES_PER_SHARD] for i in starts]
+    def shards(self) -> list[list[Batch]]:
+        """The batches of each shard."""
+        return plan_shards(plan_batches(self.index.num_positions, self.tokens_per_batch))
 
     @property
     def is_complete(self) -> bool:
         """Whether the store holds it all. ValueError if it is another's, or damaged."""
         begun = begun_store(self.store, self.index, self.teacher_id)
-        if begun is None or not begun.is_finished:
+        if begun is None or not begun.is_finished or not has_all_files(self.store, begun):
             return False
         ReferenceStore(self.store)
         return True
+
+    def read(self, row: int) -> ScoredSample:
+        """The sample of a row. ValueError if it is not what the index was built from."""
+        sample = self.encode(row)
+        num_labels = int((sample.labels_S != IGNORE).sum())
+        expected = self.index.keys[row], int(self.index.num_labels[row])
+        if (sample.key, num_labels) != expected:
+            raise ValueError(
+                f"row {row} of the answer index is sample {expected[0]} with {expected[1]} answer "
+                f"tokens, the data gives {sample.key} with {num_labels}; build the index and the "
+                "samples from the same data"
+            )
+        return sample
 
 
 @dataclass(frozen=True)
@@ -75,21 +97,27 @@ class Throughput:
         return f"{self.num_tokens} tokens in {self.seconds:.1f} s ({rate:.0f} tokens/s)"
 
 
-def plan_batches(num_positions: Tensor, tokens_per_batch: int) -> list[list[int]]:
+def plan_batches(num_positions: Tensor, tokens_per_batch: int) -> list[Batch]:
     """Rows of similar length together, so that each batch has at most that many padded tokens.
 
-    A row that is longer than the budget is a batch of its own.
+    A row that is longer than the budget is a batch of its own. The longest come first: a batch
+    that the device cannot hold should fail at once.
     """
-    order = num_positions.argsort(stable=True).tolist()
     lengths = num_positions.tolist()
-    batches: list[list[int]] = []
-    for row in order:
-        # Rows come by length, so a batch is as wide as its newest row.
-        if batches and (len(batches[-1]) + 1) * lengths[row] <= tokens_per_batch:
+    batches: list[Batch] = []
+    for row in num_positions.argsort(descending=True, stable=True).tolist():
+        # Rows come by length, so a batch is as wide as its first row.
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
+
+
+def plan_shards(batches: list[Batch]) -> list[list[Batch]]:
+    """Cut the batches into shards: a function of the batches alone, whatever ranks there are."""
+    size = max(1, min(LARGEST_SHARD, len(batches) // FEWEST_SHARDS))
+    return [batches[start : start + size] for start in range(0, len(batches), size)]
 
 
 def precompute(
@@ -119,16 +147,23 @@ def precompute(
 
 
 def _score_shards(
-    job: TeacherJob, writer: ReferenceWriter, shards: dict[int, list[list[int]]], *, show: bool
+    job: TeacherJob, writer: ReferenceWriter, shards: dict[int, list[Batch]], *, show: bool
 ) -> Throughput:
     lengths = job.index.num_positions.tolist()
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
     begin = time.perf_counter()
-    with tqdm(total=total, unit="token", unit_scale=True, desc="teacher", disable=not show) as bar:
+    with tqdm(
+        total=total,
+        unit="token",
+        unit_scale=True,
+        desc="teacher",
+        bar_format=_BAR,
+        disable=not show,
+    ) as bar:
         for number, batches in shards.items():
             losses = []
             for batch in batches:
-                losses.append(job.score([job.encode(row) for row in batch]))
+                losses.append(job.score([job.read(row) for row in batch]))
                 bar.update(sum(lengths[row] for row in batch))
             writer.write_shard(number, torch.cat(losses))
     return Throughput(total, time.perf_counter() - begin)

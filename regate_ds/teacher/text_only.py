@@ -104,7 +104,8 @@ def choose_pad_id(tokenizer: Any) -> int:
         return tokenizer.pad_token_id
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the teacher's tokenizer has neither a pad nor an eos token to stand for images; set one"
+            "the teacher's tokenizer has neither a pad nor an eos token; set one to stand for "
+            "images"
         )
     logger.info("the teacher's tokenizer has no pad token: eos stands for images")
     return tokenizer.eos_token_id
