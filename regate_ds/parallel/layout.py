@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -18,9 +17,6 @@ class ParallelLayout:
 
     replica: ProcessGroup | None = None
     """Ranks that hold one copy of the model together (tensor, context and pipeline axes)."""
-
-    device: torch.device | str = "cpu"
-    """Where the groups' backend wants its tensors: "cpu" for gloo, this rank's GPU for NCCL."""
 
 
 def rank_in(group: ProcessGroup | None) -> int:
