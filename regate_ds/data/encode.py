@@ -15,7 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, shift_labels
-from regate_ds.data.samples import IMAGE_ERRORS, MARKER, BadRecord, Record, Turn, bad_record
+from regate_ds.data.samples import (
+    IMAGE_ERRORS,
+    MARKER,
+    BadRecord,
+    Record,
+    SampleError,
+    Turn,
+    bad_record,
+)
 
 CharSpan = tuple[int, int, int]
 """Turn, start, end: a token's place in the characters of that turn's answer."""
@@ -211,6 +219,15 @@ def _prompt(record: Record, number: int, template: Template) -> list[str]:
     before = template.separator if number else template.system
     question = record.turns[number].question
     return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
+
+
+def refusal(record: Record, encoder: Encoder) -> BadRecord | None:
+    """Why ``record``, which read well, cannot be encoded; None if it can."""
+    try:
+        encoder.encode(record)
+    except SampleError as error:
+        return error.bad
+    return None
 
 
 def describe(record: Record, cause: str) -> BadRecord:

@@ -123,22 +123,27 @@ def _id(raw: Any) -> str | None:
 
 
 def _load(path: Path) -> list[Any]:
+    """The raw records; a line of a .jsonl file that is not JSON is its _Cause."""
     if not path.is_file():
         raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [_Line(line) for line in text.splitlines() if line.strip()]
     try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            # Not splitlines: JSON strings may hold other line separators unescaped.
+            return [_parse_line(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}; expected a list of records") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); expected a list of records") from error
     if not isinstance(records, list):
         raise ValueError(f"{path} holds a {type(records).__name__}; expected a list of records")
     return records
 
 
-class _Line(str):
-    """A line of a .jsonl file, still to be parsed, so that a bad one is a bad record."""
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return _Cause(f"is not JSON ({error})")
 
 
 class _Parser:
@@ -149,8 +154,8 @@ class _Parser:
         self._image_root, self._verify_images = image_root, verify_images
 
     def record(self, number: int, raw: Any) -> Record:
-        if isinstance(raw, _Line):
-            raw = _parse_line(raw)
+        if isinstance(raw, _Cause):
+            raise raw
         if not isinstance(raw, dict):
             raise _Cause(f"is a {type(raw).__name__}, not an object")
         turns = _turns(raw)
@@ -197,13 +202,6 @@ class _Parser:
                 image.verify()
         except IMAGE_ERRORS as error:
             raise _Cause(f"image file {path} is broken ({error})") from error
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _Cause(f"is not JSON ({error})") from error
 
 
 def _names(raw: dict[str, Any], field: str) -> list[str]:
