@@ -1,11 +1,11 @@
 """What a run writes down: one JSON object per optimizer step, one per evaluation, and a summary.
 
-    config.yaml      as resolved
-    metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
-                     filled, padded, step_seconds, cpu_seconds, lr, grad_norm
-    evals.jsonl      step, accuracies, and the totals of all steps so far
-    summary.json     the final figures
-    checkpoints/     see checkpoint.py; model/ is the trained student
+config.yaml      as resolved
+metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
+                 filled, padded, step_seconds, cpu_seconds, lr, grad_norm
+evals.jsonl      step, accuracies, and the totals of all steps so far
+summary.json     the final figures
+checkpoints/     see checkpoint.py; model/ is the trained student
 """
 
 from __future__ import annotations
