@@ -1,4 +1,4 @@
-"""The `regate` command. Each sub-command imports what it needs when it runs, so that --help is quick.
+"""The `regate` command. Sub-commands import what they need when they run: --help is quick.
 
 Also started as ``python -m regate_ds.cli``, by the deepspeed launcher, torchrun or srun.
 """

@@ -73,7 +73,10 @@ def llava(attention: str = "sdpa", **sizes) -> nn.Module:
         vision_feature_select_strategy="default",
     )
     config._attn_implementation = attention
-    return _enlarge(LlavaForConditionalGeneration(config)).train()
+    model = LlavaForConditionalGeneration(config)
+    # Not the tower: large weights there would make its own gradients ill-conditioned in fp32.
+    _enlarge(model.model.language_model)
+    return model.train()
 
 
 def _enlarge(model: nn.Module) -> nn.Module:

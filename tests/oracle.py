@@ -1,7 +1,7 @@
 """The slow, plain reference: every layer gathers, attends, scatters, one sample at a time.
 
-Nothing here is shared with the fast path but the weights. Supports Llama, Mistral and Qwen2 decoders
-(RMSNorm, rotary positions, grouped queries, SwiGLU), with 1-D positions.
+Nothing here is shared with the fast path but the weights. Supports Llama, Mistral and Qwen2
+decoders (RMSNorm, rotary positions, grouped queries, SwiGLU), with 1-D positions.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -
 
 
 def plot_sample(image: Image.Image, title: str, tokens: Sequence[TokenMark], path: Path) -> None:
-    """The image beside its answer: colour is the score, a box is kept, underlined needs the image."""
+    """The image beside its answer: colour is the score, a box is kept, a star needs the image."""
     per_line = 6
     num_lines = -(-len(tokens) // per_line)
     figure, (left, right) = plt.subplots(
