@@ -60,7 +60,8 @@ class RegateConfig:
     and, where a sample has none left, with padding."""
 
     def __post_init__(self) -> None:
-        for key, problem in (*self._type_problems(), *self._range_problems()):
+        # Ranges are judged only where the types are right.
+        for key, problem in self._type_problems() or self._range_problems():
             raise ValueError(f"{key}={getattr(self, key)!r}: {problem}")
 
     @property

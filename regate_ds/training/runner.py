@@ -66,7 +66,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     run = RunFolder(folder)
     config = load_config(run.config)
     model = replace(
-        config.model, path=run.model, text={}, vision={}, init_from=None, tokenizer=None, lora=None
+        config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None
     )
     with _job() as process:
         task = build_task(replace(config, model=model))

@@ -81,9 +81,6 @@ def make_student(config: ModelConfig, *, seed: int) -> Student:
         raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
     student = _BUILDERS[config.kind](tokenizer, text=config.text, vision=config.vision, seed=seed)
-    if config.init_from is not None:
-        weights = load_student(config.init_from).model.state_dict()
-        student.model.load_state_dict(weights)
     student.model.set_attn_implementation(config.attn_implementation)
     return student
 

@@ -2,20 +2,69 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
-from regate_ds.training.configuration import load_config
-from regate_ds.training.runner import run_teacher
+import pytest
+
 from tests.distributed.ranks import run_ranks
 from tests.integration.recipe_checks import check_recipe
 from tests.integration.small_task import make_task
 
 
-def test_a_run_repeats_resumes_and_can_be_switched_off(tmp_path: Path):
-    make_task(tmp_path)
-    run_ranks(check_teacher, 1, str(tmp_path))
-    run_ranks(check_recipe, 2, str(tmp_path))
+def regate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "regate_ds.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def check_teacher(rank: int, folder: str) -> None:
-    run_teacher(load_config(Path(folder) / "run.yaml"))
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small task whose reference losses `regate teacher` has computed."""
+    folder = tmp_path_factory.mktemp("task")
+    make_task(folder)
+    done = regate("teacher", str(folder / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_run_repeats_resumes_and_can_be_switched_off(task: Path):
+    run_ranks(check_recipe, 2, str(task))
+
+
+def test_train_eval_and_compare_work_from_the_command_line(task: Path):
+    out = task / "alone"
+    done = regate("train", str(task / "run.yaml"), f"run.out={out}", "run.eval_every=6")
+    assert done.returncode == 0, done.stderr
+    done = regate("eval", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "accuracy_generated" in done.stdout
+    done = regate("compare", str(out), "--out", str(task / "table"))
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((task / "table" / "compare.json").read_text())["runs"]
+    assert 0 < runs["alone"]["tokens_processed"]
+    assert (task / "table" / "accuracy_over_tokens.png").stat().st_size > 1000
+
+
+def test_a_plan_can_be_walked_without_a_model(task: Path):
+    done = regate("train", str(task / "run.yaml"), "run.plan_only=true")
+    assert done.returncode == 0, done.stderr
+    assert "kept_share_of_answer" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("elision.keep_share=2", "keep_share"),
+        ("elision.kep_share=0.5", "kep_share"),
+        ("teacher.store=nowhere", "not a reference store"),
+        ("data.train=nowhere.json", "nowhere.json"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_line(task: Path, override: str, message: str):
+    done = regate("train", str(task / "run.yaml"), override)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("regate train:")
+    assert message in last
