@@ -105,8 +105,9 @@ class _Gradients:
         self._weight_VH = weight_VH
         self.hidden = torch.empty_like(hidden_LH) if wants[0] else None
         self.weight = torch.zeros_like(weight_VH, dtype=precise) if wants[1] else None
-        has_bias = wants[2] and bias_V is not None
-        self.bias = torch.zeros_like(bias_V, dtype=precise) if has_bias else None
+        self.bias = None
+        if wants[2] and bias_V is not None:
+            self.bias = torch.zeros_like(bias_V, dtype=precise)
 
     def add(self, start: int, h_CH: Tensor, residual_CV: Tensor) -> None:
         if self.hidden is not None:

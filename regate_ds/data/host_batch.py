@@ -27,7 +27,8 @@ class Keyed(Dataset[dict[str, Any]]):
                 f"{type(dataset).__name__} has no length or no items by number; elision needs "
                 "samples that can be named: use a map-style data set"
             )
-        self._dataset, self._name = dataset, name
+        self._dataset: Any = dataset
+        self._name = name
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -65,9 +65,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
     run = RunFolder(folder)
     config = load_config(run.config)
-    model = replace(
-        config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None
-    )
+    model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
     with _job() as process:
         task = build_task(replace(config, model=model))
         student = task.student.model.to(process.device)  # type: ignore[arg-type]
