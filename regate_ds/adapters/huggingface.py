@@ -59,8 +59,6 @@ class _ModelGate:
 
     host: nn.Module
     packed_at_end: bool
-    own_loss: bool
-    run_tower_without_image: bool
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,10 @@ def attach_model(
     require_supported(host, decoder, first_layer, last_layer)
     attachment = Attachment()
     ends_early = last_layer < depth
-    gate = _ModelGate(host, not ends_early, own_loss, run_tower_without_image)
+    gate = _ModelGate(host, packed_at_end=not ends_early)
     attachment.rebind_forward(host, _model_forward, gate=gate)
+    if run_tower_without_image and getattr(host.config, "vision_config", None) is not None:
+        attachment.rebind_forward(host.base_model, _base_forward, host=host)
     attachment.rebind_forward(host.get_output_embeddings(), _head_forward, own_loss=own_loss)
     for number, layer in enumerate(decoder.layers):
         gated = first_layer <= number < last_layer
@@ -152,8 +152,6 @@ def _model_forward(
         raise ValueError("with regate_plan give inputs by keyword and no labels: the plan has them")
     host, plan = gate.host, regate_plan
     _require_fits(host, plan)
-    if gate.run_tower_without_image and kwargs.get("pixel_values") is None:
-        kwargs = _with_empty_image(host, kwargs)
     gated = _Gated(plan, {} if plan.is_dense else attention_inputs(plan, host))
     outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
     hidden = outputs.last_hidden_state
@@ -163,6 +161,21 @@ def _model_forward(
     loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_targets=plan.targets_L)
     aux_loss = getattr(outputs, "aux_loss", None)
     return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss)
+
+
+def _base_forward(
+    host_forward: Any,
+    *args: Any,
+    host: nn.Module,
+    regate_plan: _Gated | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Inside the base model's own call: under ZeRO-3 all ranks must enter modules in one order."""
+    if regate_plan is None:
+        return host_forward(*args, **kwargs)
+    if kwargs.get("pixel_values") is None:
+        kwargs = _with_empty_image(host, kwargs)
+    return host_forward(*args, **kwargs, regate_plan=regate_plan)
 
 
 def _layer_forward(
@@ -232,9 +245,6 @@ def _require_fits(host: nn.Module, plan: ElisionPlan) -> None:
 
 def _with_empty_image(host: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Embed the text here, plus zero times the features of an empty image."""
-    vision = getattr(host.config, "vision_config", None)
-    if vision is None:
-        return kwargs
     rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "mm_token_type_ids")}
     embedded = host.get_input_embeddings()(kwargs["input_ids"])
     features = host.base_model.get_image_features(**_empty_image(host, embedded), return_dict=True)

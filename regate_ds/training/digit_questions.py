@@ -76,7 +76,7 @@ _DESCRIBE = {
             " The {ordinal} digit is {size} and {colour}, and it is the number {digit}.",
         ),
         (
-            "Which digits appear, one after the other?",
+            "Which digits appear, and in which order?",
             "There are {count} digits that appear here.",
             " The {ordinal} number is {digit}, it has the colour {colour} and its size is {size}.",
         ),

@@ -92,14 +92,14 @@ def build_digits(
         raise ValueError(
             f"a clip needs at least 2 frames, got {num_frames}; leave it out for images"
         )
-    for name, number in (("train", num_train), ("test", num_test)):
+    numbers = {"train": num_train, "test": num_test}
+    for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"the {name} part needs at least 1 sample, got {number}")
+    for name, number in numbers.items():
         part = Part(name, handwritten(name), seed, num_frames)
-        records = [
-            _write_sample(out, part, i)
-            for i in tqdm(range(number), desc=f"{name} scenes", unit="scene")
-        ]
+        progress = tqdm(range(number), desc=f"{name} scenes", unit="scene")
+        records = [_write_sample(out, part, i) for i in progress]
         (out / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 

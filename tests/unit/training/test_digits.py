@@ -154,7 +154,7 @@ def test_every_statement_is_true_of_the_digit_it_names(pictures: Path, clips: Pa
             assert len(told) == len(words)
             [shown] = [shown for shown in record["scene"] if shown["digit"] == told["digit"]]
             assert told.items() <= shown.items()
-            num_told.update(told)
+            num_told.update(list(told))
     assert all(num_told[name] > 100 for name in WORDS)
 
 
@@ -188,18 +188,11 @@ def test_a_question_by_colour_singles_one_digit_out(pictures: Path):
     assert num_seen > 20
 
 
-def test_gold_words_are_all_told_properties_that_the_question_does_not_name(
-    pictures: Path, clips: Path
-):
+def test_gold_words_are_all_seen_words_that_the_question_does_not_name(pictures: Path, clips: Path):
     for _, question, answer in both(pictures, clips):
-        asked = set(re.findall(r"\w+", question))
+        asked = re.findall(r"\w+", question)
         told = [word for word in re.findall(r"\w+", answer["value"]) if word in SEEN_WORDS]
-        # "large digits" in the question about their number is not a property of one digit.
-        assert [word for word in told if word not in asked] == [
-            word for word in gold_words(answer) if word not in asked
-        ]
-        digits_asked = asked & set(DIGITS)
-        assert not digits_asked & {w for w in gold_words(answer) if "How many" not in question}
+        assert gold_words(answer) == [word for word in told if word not in asked]
 
 
 def test_turns_of_one_record_speak_of_different_digits(pictures: Path):
@@ -242,13 +235,20 @@ def test_no_gold_word_is_nearly_known_from_the_words_before_it(tmp_path: Path):
     seen: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
     for _, question, answer in exchanges(load(tmp_path / "train.json")):
         gold = gold_words(answer)
-        kind = skeleton(question.removeprefix("<image>\n")), skeleton(answer["value"])
+        kind = (skeleton(question.removeprefix("<image>\n")),)
         for place, word in enumerate(gold):
             for before in gold[:place] or [""]:
                 seen[(*kind, place, before)][word] += 1
     shares = [max(count.values()) / count.total() for count in seen.values() if count.total() > 30]
     assert len(shares) > 500
-    assert max(shares) < 0.85
+    print(
+        sorted(shares)[-20:],
+        len(shares),
+        sorted(
+            ((max(c.values()) / c.total(), c.total(), k) for k, c in seen.items() if c.total() > 30)
+        )[-8:],
+    )
+    assert max(shares) < 0.1
 
 
 @pytest.mark.parametrize("num_frames", [None, 4])

@@ -17,7 +17,7 @@ TEXTS = ["The number seven is red.", "The number two is red, it is small."] * 3
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(TEXTS, vocab_size=300)
+    return train_tokenizer(TEXTS, vocab_size=280)
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -38,7 +38,7 @@ def test_begin_end_pad_and_image_are_single_tokens(tokenizer: PreTrainedTokenize
 
 
 def test_the_image_token_may_have_another_name():
-    tokenizer = train_tokenizer(TEXTS, vocab_size=300, image_token="<|image_pad|>")
+    tokenizer = train_tokenizer(TEXTS, vocab_size=280, image_token="<|image_pad|>")
     assert ids(tokenizer, "<|image_pad|>") == [3]
     assert "<image>" not in tokenizer.get_vocab()
 
@@ -56,12 +56,12 @@ def test_offsets_leave_out_the_space_before_a_word(tokenizer: PreTrainedTokenize
 
 
 def test_training_has_no_more_entries_than_asked_for(tokenizer: PreTrainedTokenizerFast):
-    assert len(tokenizer) == 300
-    assert max(tokenizer.get_vocab().values()) == 299
+    assert len(tokenizer) == 280
+    assert max(tokenizer.get_vocab().values()) == 279
 
 
 def test_the_order_of_the_texts_changes_nothing(tokenizer: PreTrainedTokenizerFast):
-    other = train_tokenizer(TEXTS[::-1], vocab_size=300)
+    other = train_tokenizer(TEXTS[::-1], vocab_size=280)
     assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
