@@ -69,14 +69,19 @@ def handwritten(part: str) -> dict[int, np.ndarray]:
 
     Every fifth image of each digit is a test image, whatever the seed of the scenes is.
     """
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.uint8).reshape(-1, 28, 28)
+    images, labels = _mnist()
     inks = {}
     for digit in range(10):
         mine = images[labels == digit]
         is_test = np.arange(len(mine)) % 5 == 0
         inks[digit] = mine[is_test if part == "test" else ~is_test]
     return inks
+
+
+@cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
 
 
 def build_digits(
