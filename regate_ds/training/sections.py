@@ -170,7 +170,7 @@ class OptimizerConfig:
     """Highest learning rate."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
