@@ -68,7 +68,7 @@ class PretrainConfig:
     seed: int = 0
     text_stage: StageConfig = StageConfig(steps=250, batch=32, lr=3e-3)
     tower_stage: StageConfig = StageConfig(steps=400, batch=64, lr=2e-3)
-    align_stage: StageConfig = StageConfig(steps=60, batch=32, lr=1e-3)
+    align_stage: StageConfig = StageConfig(steps=120, batch=32, lr=1e-3)
     align_text_share: float = 0.25
     """Share of the samples of the last stage that are shown without their image."""
 
@@ -79,7 +79,7 @@ def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
     settings = asdict(config)
     content = hashlib.sha256(train.read_bytes()).hexdigest()
     fresh = {k: v for k, v in settings.items() if not k.startswith(("tower", "align"))}
-    text = _stage(cache, "text", [content, fresh], lambda: _learn_text(records, config))
+    text = _stage(cache, "text", [content, fresh], lambda: learn_text(records, config))
     tower = _stage(
         cache, "tower", [text.name, settings["tower_stage"]], lambda: _learn_scenes(text, config)
     )
@@ -110,7 +110,7 @@ def _stage(cache: Path, name: str, basis: list[Any], make: Callable[[], Student]
     return folder
 
 
-def _learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
+def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
     """Next-token prediction on whole conversations; the images' own positions are no target."""
     texts = [text for record in records for t in record.turns for text in (t.question, t.answer)]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
