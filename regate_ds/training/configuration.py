@@ -26,6 +26,7 @@ from regate_ds.training.sections import (
     RunSection,
     TeacherConfig,
 )
+from regate_ds.training.yaml_reader import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,9 @@ def dump_config(config: RunConfig) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -96,8 +95,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(name.split(".")):
         raise ValueError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except ValueError:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
     *parents, key = name.split(".")
     node = tree

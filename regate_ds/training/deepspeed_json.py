@@ -80,15 +80,22 @@ def _take(user: dict[str, Any], settings: list[Setting]) -> dict[str, Any]:
         *parents, last = key.split(".")
         node = user
         for parent in parents:
-            node = node.setdefault(parent, {})
+            node = _keys(parent, node.setdefault(parent, {}))
         _require_same(key, node.get(last, AUTO), ours, name)
         node[last] = ours
     return user
 
 
+def _keys(name: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"run.deepspeed: {name}={value!r}: must hold keys")
+    return value
+
+
 def _check_optimizer(theirs: Any, ours: OptimizerConfig) -> None:
     if theirs == AUTO:
         return
+    theirs = _keys("optimizer", theirs)
     _require_same(
         "optimizer.type", theirs.get("type", AUTO), "AdamW", "the optimizer of the recipe"
     )
@@ -106,6 +113,7 @@ def _check_optimizer(theirs: Any, ours: OptimizerConfig) -> None:
 def _check_scheduler(theirs: Any, ours: OptimizerConfig) -> None:
     if theirs == AUTO:
         return
+    theirs = _keys("scheduler", theirs)
     name = f"optimizer.schedule={ours.schedule}"
     _require_same("scheduler.type", theirs.get("type", AUTO), _SCHEDULERS[ours.schedule], name)
     known = {
@@ -118,10 +126,8 @@ def _check_scheduler(theirs: Any, ours: OptimizerConfig) -> None:
     _check_params("scheduler", theirs.get("params", {}), known)
 
 
-def _check_params(
-    section: str, theirs: Mapping[str, Any], ours: Mapping[str, tuple[object, str]]
-) -> None:
-    for key, value in theirs.items():
+def _check_params(section: str, theirs: Any, ours: Mapping[str, tuple[object, str]]) -> None:
+    for key, value in _keys(f"{section}.params", theirs).items():
         if value == AUTO:
             continue
         if key not in ours:

@@ -68,7 +68,7 @@ class PretrainConfig:
     seed: int = 0
     text_stage: StageConfig = StageConfig(steps=250, batch=32, lr=3e-3)
     tower_stage: StageConfig = StageConfig(steps=400, batch=64, lr=2e-3)
-    align_stage: StageConfig = StageConfig(steps=120, batch=32, lr=1e-3)
+    align_stage: StageConfig = StageConfig(steps=60, batch=32, lr=1e-3)
     align_text_share: float = 0.25
     """Share of the samples of the last stage that are shown without their image."""
 

@@ -101,24 +101,14 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    if isinstance(value, str) and "e" in value.lower():
-        # YAML 1.1 reads 2e-5, without a point, as text.
-        try:
-            value = float(value)
-        except ValueError:
-            return False
     is_finite = isinstance(value, int | float) and abs(value) < float("inf")
     return is_finite and not isinstance(value, bool)
-
-
-def _number(value: Any) -> int | float:
-    return float(value) if isinstance(value, str) else value
 
 
 _LEAVES: dict[Any, tuple[Callable[[object], bool], Callable[[Any], Any], str]] = {
     bool: (lambda v: isinstance(v, bool), bool, "true or false"),
     int: (_is_whole, int, "a whole number"),
-    float: (_is_number, _number, "a number"),
+    float: (_is_number, float, "a number"),
     str: (lambda v: isinstance(v, str), str, "text"),
     Path: (lambda v: isinstance(v, str | Path) and str(v) != "", Path, "a path"),
     dict: (lambda v: isinstance(v, Mapping), dict, "keys with values"),
