@@ -108,7 +108,7 @@ def _is_number(value: object) -> bool:
 _LEAVES: dict[Any, tuple[Callable[[object], bool], Callable[[Any], Any], str]] = {
     bool: (lambda v: isinstance(v, bool), bool, "true or false"),
     int: (_is_whole, int, "a whole number"),
-    float: (_is_number, float, "a number"),
+    float: (_is_number, lambda v: v, "a number"),
     str: (lambda v: isinstance(v, str), str, "text"),
     Path: (lambda v: isinstance(v, str | Path) and str(v) != "", Path, "a path"),
     dict: (lambda v: isinstance(v, Mapping), dict, "keys with values"),

@@ -1,4 +1,7 @@
-"""The table of docs/configuration.md, from the dataclasses: ``python -m tests.unit.training.config_table``."""
+"""The table of docs/configuration.md, from the dataclasses.
+
+``python -m tests.unit.training.config_table`` prints it, to be pasted after a change.
+"""
 
 import ast
 import inspect
@@ -12,17 +15,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.section_reader import plain_values
 
-NEEDED = {"ModelConfig", "DataConfig", "RunSection"}
+HEAD = "| key | value | default | meaning |\n| --- | --- | --- | --- |"
 
 
 def rows() -> Iterator[str]:
     """One table row for each key, in the order of the tree."""
     yield from _rows(RunConfig, "")
-
-
-def keys() -> Iterator[str]:
-    for row in rows():
-        yield row.split("`")[1]
 
 
 def _rows(section: type, where: str) -> Iterator[str]:
@@ -75,8 +73,9 @@ def _default(spec: Field[Any]) -> str:
     plain = plain_values(value)
     if plain is None or isinstance(plain, bool):
         return {None: "null", True: "true", False: "false"}[plain]
-    return f"`{plain}`" if isinstance(plain, list | dict) else f'`"{plain}"`' if plain == "" or " " in str(plain) else f"`{plain}`"
+    needs_quotes = isinstance(plain, str) and (plain == "" or " " in plain)
+    return f'`"{plain}"`' if needs_quotes else f"`{plain}`"
 
 
 if __name__ == "__main__":
-    print("| key | value | default | meaning |", "| --- | --- | --- | --- |", *rows(), sep="\n")
+    print(HEAD, *rows(), sep="\n")
