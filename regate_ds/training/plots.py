@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,23 @@ mpl.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.cm import ScalarMappable  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap, Normalize  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
+from matplotlib.ticker import EngFormatter  # noqa: E402
 from PIL import Image  # noqa: E402
 
 _AXES = (
     ("tokens_processed", "tokens processed (mean over layers)", "accuracy_over_tokens.png"),
     ("train_seconds", "training time (s)", "accuracy_over_time.png"),
 )
+
+
+_PER_LINE = 8
+_STAR = " *"
+_COLOURS = LinearSegmentedColormap.from_list("score", ("#ffffe5", "#fec44f", "#ec7014"))
+"""Light enough, also at the highest score, for black text on it."""
 
 
 @dataclass(frozen=True)
@@ -39,54 +51,69 @@ def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -
             x = [row[key] for row in rows]
             axes.plot(x, [row["accuracy_visual"] for row in rows], marker="o", label=run)
         axes.set_xlabel(label)
-        axes.set_ylabel("accuracy, words that need the image")
+        axes.set_ylabel("accuracy on words that need the image")
+        if key == "tokens_processed":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(out / name, dpi=120)
         plt.close(figure)
 
 
-def plot_sample(image: Image.Image, title: str, tokens: Sequence[TokenMark], path: Path) -> None:
-    """The image beside its answer: colour is the score, a box is kept, a star needs the image."""
-    per_line = 6
-    num_lines = -(-len(tokens) // per_line)
+def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], path: Path) -> None:
+    """The image beside the answer's tokens in reading order, coloured by score.
+
+    A black frame is kept, a pale one without a frame is elided; a star needs the image.
+    """
+    num_lines = -(-len(tokens) // _PER_LINE)
     figure, (left, right) = plt.subplots(
         1,
         2,
-        figsize=(12.0, max(3.2, 0.55 * num_lines + 1.4)),
-        width_ratios=(1, 3),
+        figsize=(12.0, max(3.6, 0.42 * num_lines + 1.9)),
+        width_ratios=(1, 3.4),
         layout="constrained",
     )
     left.imshow(image)
-    left.axis("off")
-    right.axis("off")
-    right.set_title(title, loc="left", fontsize=10, wrap=True)
-    colours = mpl.colormaps["YlOrRd"]
-    highest = max(mark.score for mark in tokens) or 1.0
+    left.set_title(textwrap.fill(MARKER.sub("", question).strip(), 34), fontsize=9)
+    scale = ScalarMappable(Normalize(0.0, max(mark.score for mark in tokens) or 1.0), _COLOURS)
     for number, mark in enumerate(tokens):
-        line, column = divmod(number, per_line)
-        place = (column / per_line, 1.0 - (line + 0.8) / (num_lines + 0.4))
-        _draw_token(right, place, mark, colours(0.75 * mark.score / highest))
-    figure.supxlabel(
-        "colour: score (darker is harder)   bold box: kept   faded: elided   "
-        "* only the image can tell it",
-        fontsize=9,
-    )
+        line, column = divmod(number, _PER_LINE)
+        place = ((column + 0.5) / _PER_LINE, 1.0 - (line + 0.5) / num_lines)
+        _draw_token(right, place, mark, scale.to_rgba(mark.score))
+    for axes in (left, right):
+        axes.axis("off")
+    figure.colorbar(scale, ax=right, label="score (nats)", fraction=0.03, pad=0.02)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def _draw_token(axes: Axes, place: tuple[float, float], mark: TokenMark, colour: Any) -> None:
+    text = mark.text.strip() or repr(mark.text)
     axes.text(
         *place,
-        f"{mark.text.strip() or repr(mark.text)}{' *' if mark.is_gold else ''}  {mark.score:.1f}",
+        # A dollar sign would start a formula.
+        (text + _STAR * mark.is_gold).replace("$", r"\$"),
         transform=axes.transAxes,
+        ha="center",
+        va="center",
         fontsize=10,
-        alpha=1.0 if mark.is_kept else 0.45,
+        fontweight="bold" if mark.is_gold else "normal",
+        color="black" if mark.is_kept else "0.3",
         bbox={
-            "boxstyle": "round",
+            "boxstyle": "round,pad=0.35",
             "facecolor": colour,
-            "edgecolor": "black" if mark.is_kept else "none",
-            "linewidth": 1.6 if mark.is_kept else 0.0,
+            "edgecolor": "black" if mark.is_kept else "0.8",
+            "linewidth": 1.6 if mark.is_kept else 0.5,
+            "linestyle": "solid" if mark.is_kept else "dotted",
         },
     )
+
+
+def _legend() -> list[Any]:
+    white = {"facecolor": "white"}
+    return [
+        Patch(edgecolor="black", linewidth=1.6, label="kept", **white),
+        Patch(edgecolor="0.6", linewidth=0.8, linestyle="dotted", label="elided", **white),
+        Line2D([], [], marker="*", color="black", linestyle="none", label="needs the image"),
+    ]
