@@ -168,6 +168,18 @@ def test_descriptions_follow_the_order_of_the_scene(pictures: Path, clips: Path)
     assert num_seen > 50
 
 
+@pytest.mark.parametrize("name", ["digit", "colour", "size"])
+def test_the_order_of_a_description_shows_none_of_the_told_properties(pictures: Path, name: str):
+    ranks = [
+        [WORDS[name].index(shown[name]) for shown in record["scene"]]
+        for record in load(pictures / "train.json")
+    ]
+    steps = [after - before for scene in ranks for before, after in zip(scene, scene[1:])]
+    num_up, num_down = sum(step > 0 for step in steps), sum(step < 0 for step in steps)
+    # 600 scenes have about 1,200 steps: five standard errors of a fair coin are 0.08 or less.
+    assert abs(num_up / (num_up + num_down) - 0.5) < 0.1
+
+
 def test_counts_are_those_of_the_scene(pictures: Path):
     num_seen = 0
     for record, question, answer in exchanges(load(pictures / "train.json")):
