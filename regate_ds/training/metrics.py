@@ -34,7 +34,7 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.resolve().name
 
     def begin(self, config: str) -> None:
         """Start a new run; ValueError if the folder holds one that could be resumed."""
@@ -72,7 +72,10 @@ class RunFolder:
         """Final figures; ValueError if the run is not finished."""
         if not self._summary.is_file():
             raise ValueError(f"{self.path} has no summary.json: not a run, or not finished")
-        return json.loads(self._summary.read_text())
+        try:
+            return json.loads(self._summary.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self._summary} is not JSON: {error}") from None
 
 
 def totals(rows: Sequence[Row], gated_share: float) -> Row:

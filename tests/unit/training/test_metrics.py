@@ -1,0 +1,113 @@
+import json
+
+import pytest
+
+from regate_ds.training.metrics import RunFolder, totals
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin("seed: 1\n")
+    return folder
+
+
+def test_a_new_run_writes_its_configuration_and_starts_empty(folder):
+    assert folder.config.read_text() == "seed: 1\n"
+    assert (folder.metrics(), folder.evals()) == ([], [])
+
+
+def test_rows_are_read_back_in_the_order_they_were_written(folder):
+    rows = [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 1.25}]
+    for row in rows:
+        folder.append_metrics(row)
+    folder.append_eval({"step": 2})
+    assert folder.metrics() == rows
+    assert folder.evals() == [{"step": 2}]
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_appended(folder):
+    folder.append_metrics({"step": 0})
+    assert json.loads((folder.path / "metrics.jsonl").read_text()) == {"step": 0}
+
+
+def test_no_step_stands_twice_after_a_resume(folder):
+    for step in range(5):
+        folder.append_metrics({"step": step, "loss": 1.0})
+    for done in (0, 2, 4):
+        folder.append_eval({"step": done})
+    folder.forget_after(2)
+    for step in range(2, 4):
+        folder.append_metrics({"step": step, "loss": 2.0})
+    assert [(row["step"], row["loss"]) for row in folder.metrics()] == [
+        (0, 1.0),
+        (1, 1.0),
+        (2, 2.0),
+        (3, 2.0),
+    ]
+    assert [row["step"] for row in folder.evals()] == [0, 2]
+
+
+def test_half_a_line_left_by_a_killed_run_is_no_row_and_does_not_spoil_the_next(folder):
+    folder.append_metrics({"step": 0})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')
+    assert folder.metrics() == [{"step": 0}]
+    folder.forget_after(1)
+    folder.append_metrics({"step": 1})
+    assert folder.metrics() == [{"step": 0}, {"step": 1}]
+
+
+def test_a_run_that_could_be_resumed_is_not_overwritten(folder):
+    folder.append_metrics({"step": 0})
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "latest").write_text("step_1")
+    with pytest.raises(ValueError, match="set run.resume=true"):
+        folder.begin("seed: 2\n")
+    assert folder.metrics() == [{"step": 0}]
+
+
+def test_a_run_without_checkpoints_is_started_anew(folder):
+    folder.append_metrics({"step": 0})
+    folder.begin("seed: 2\n")
+    assert (folder.config.read_text(), folder.metrics()) == ("seed: 2\n", [])
+
+
+def test_a_summary_is_read_back(folder):
+    folder.write_summary({"steps": 3, "step_seconds_sparse": None})
+    assert folder.summary() == {"steps": 3, "step_seconds_sparse": None}
+
+
+def test_a_run_that_is_not_finished_has_no_summary(folder):
+    with pytest.raises(ValueError, match="no summary.json: not a run, or not finished"):
+        folder.summary()
+
+
+def test_a_broken_summary_is_named(folder):
+    (folder.path / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary\.json is not JSON"):
+        folder.summary()
+
+
+def step(*, dense: bool, seconds: float, kept: int) -> dict:
+    counts = {"tokens_total": 100, "tokens_kept": 60 + kept, "answer_total": 40}
+    clock = {"step_seconds": seconds, "cpu_seconds": 2 * seconds}
+    return {"dense": dense, "answer_kept": kept, **counts, **clock}
+
+
+def test_totals_are_sums_over_steps_and_medians_by_kind_of_step():
+    rows = [step(dense=True, seconds=s, kept=40) for s in (1.0, 2.0, 9.0)]
+    rows += [step(dense=False, seconds=s, kept=20) for s in (0.5, 0.7)]
+    figures = totals(rows, gated_share=0.75)
+    assert figures["step_seconds_dense"] == 2.0
+    assert figures["step_seconds_sparse"] == pytest.approx(0.6)
+    assert figures["train_seconds"] == pytest.approx(13.2)
+    assert figures["train_cpu_seconds"] == pytest.approx(26.4)
+    # Three steps with all; two in which a quarter of the layers sees all, the others half.
+    assert figures["answer_tokens_processed"] == 3 * 40 + 2 * (0.25 * 40 + 0.75 * 20)
+    assert figures["tokens_processed"] == 3 * 100 + 2 * (0.25 * 100 + 0.75 * 80)
+
+
+def test_a_kind_of_step_that_never_ran_has_no_time():
+    figures = totals([step(dense=True, seconds=1.0, kept=40)], gated_share=1.0)
+    assert figures["step_seconds_sparse"] is None

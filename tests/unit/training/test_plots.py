@@ -1,0 +1,91 @@
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from regate_ds.training.plots import TokenMark, plot_accuracy, plot_sample
+
+EVALS = {
+    name: [
+        {"tokens_processed": 1000.0 * i, "train_seconds": 2.0 * i, "accuracy_visual": 0.1 * i}
+        for i in range(4)
+    ]
+    for name in ("dense", "regate")
+}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they were saved, by file name."""
+    figures = {}
+    save = mpl.figure.Figure.savefig
+
+    def remember(figure, path, **options):
+        save(figure, path, **options)
+        figures[path.name] = figure
+
+    monkeypatch.setattr(mpl.figure.Figure, "savefig", remember)
+    return figures
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_accuracy_is_drawn_over_tokens_and_over_time(tmp_path, drawn):
+    plot_accuracy(EVALS, tmp_path)
+    for name, key in (("tokens", "tokens_processed"), ("time", "train_seconds")):
+        (axes,) = drawn[f"accuracy_over_{name}.png"].axes
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(EVALS)
+        for line, rows in zip(axes.get_lines(), EVALS.values(), strict=True):
+            assert list(line.get_xdata()) == [row[key] for row in rows]
+            assert list(line.get_ydata()) == [row["accuracy_visual"] for row in rows]
+        assert pixels(tmp_path / f"accuracy_over_{name}.png").std() > 0
+
+
+def marks(num_tokens):
+    return [
+        TokenMark(f"word{i}", score=i / 10, is_kept=i % 2 == 0, is_gold=i % 3 == 0)
+        for i in range(num_tokens)
+    ]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 90])
+def test_every_token_is_drawn_inside_the_picture_and_none_covers_another(
+    num_tokens, tmp_path, drawn
+):
+    image = Image.new("RGB", (48, 48))
+    plot_sample(image, "<image>\nWhich?", marks(num_tokens), tmp_path / "s.png")
+    figure = drawn["s.png"]
+    figure.canvas.draw()
+    boxes = [text.get_bbox_patch().get_window_extent() for text in figure.axes[1].texts]
+    assert len(boxes) == num_tokens
+    assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_kept_elided_and_image_words_look_different_and_a_marker_is_not_shown(tmp_path, drawn):
+    tokens = [TokenMark("$2", 1.0, True, True), TokenMark(" ", 0.0, False, False)]
+    plot_sample(Image.new("RGB", (9, 9)), "<image>\nWhich?", tokens, tmp_path / "s.png")
+    left, right, _ = drawn["s.png"].axes
+    assert left.get_title() == "Which?"
+    gold, blank = right.texts
+    assert (gold.get_text(), blank.get_text()) == (r"\$2 *", "' '")
+    assert gold.get_bbox_patch().get_linewidth() > blank.get_bbox_patch().get_linewidth()
+    assert gold.get_bbox_patch().get_facecolor() != blank.get_bbox_patch().get_facecolor()
+
+
+def test_scores_of_zero_can_be_drawn(tmp_path):
+    plot_sample(
+        Image.new("RGB", (9, 9)), "", [TokenMark("a", 0.0, True, False)], tmp_path / "s.png"
+    )
+    assert (tmp_path / "s.png").is_file()
+
+
+def test_no_figure_stays_open(tmp_path):
+    plot_accuracy(EVALS, tmp_path)
+    assert plt.get_fignums() == []
