@@ -29,6 +29,7 @@ _AXES = (
 )
 
 
+_DPI = 120
 _PER_LINE = 8
 _STAR = " *"
 _COLOURS = LinearSegmentedColormap.from_list("score", ("#ffffe5", "#fec44f", "#ec7014"))
@@ -48,7 +49,7 @@ class TokenMark:
 def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> None:
     """Two pictures of the accuracy on words that need the image, one line for each run."""
     for key, label, name in _AXES:
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=_DPI, layout="constrained")
         for run, rows in evals.items():
             x = [row[key] for row in rows]
             axes.plot(x, [row["accuracy_visual"] for row in rows], marker="o", label=run)
@@ -58,7 +59,7 @@ def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(out / name, dpi=120)
+        figure.savefig(out / name)
         plt.close(figure)
 
 
@@ -72,6 +73,7 @@ def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], 
         1,
         2,
         figsize=(12.0, max(3.6, 0.42 * num_lines + 1.9)),
+        dpi=_DPI,
         width_ratios=(1, 3.4),
         layout="constrained",
     )
@@ -86,7 +88,7 @@ def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], 
         axes.axis("off")
     figure.colorbar(scale, ax=right, label="score (nats)", fraction=0.03, pad=0.02)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     plt.close(figure)
 
 

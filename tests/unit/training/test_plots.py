@@ -61,7 +61,6 @@ def test_every_token_is_drawn_inside_the_picture_and_none_covers_another(
     image = Image.new("RGB", (48, 48))
     plot_sample(image, "<image>\nWhich?", marks(num_tokens), tmp_path / "s.png")
     figure = drawn["s.png"]
-    figure.canvas.draw()
     boxes = [text.get_bbox_patch().get_window_extent() for text in figure.axes[1].texts]
     assert len(boxes) == num_tokens
     assert all(figure.bbox.x0 <= b.x0 and b.x1 <= figure.bbox.x1 for b in boxes)
