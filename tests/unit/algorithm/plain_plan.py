@@ -1,0 +1,100 @@
+"""Selection by walking over each sample with lists and sets, and batches of every kind for it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.select import ElisionPlan
+
+
+def wild_batch(rng: random.Random) -> TokenBatch:
+    """Any rows: samples of one token, without a label, all labels, labels at the first position."""
+    num_rows, longest = rng.randrange(1, 4), 0
+    rows = []
+    for _ in range(num_rows):
+        sizes = [rng.randrange(1, 14) for _ in range(rng.randrange(1, 4))]
+        rows.append([_labels(size, rng) for size in sizes])
+        longest = max(longest, sum(sizes))
+    longest += rng.choice([0, 0, 5])
+    labels = torch.full((num_rows, longest), IGNORE)
+    segment = torch.full((num_rows, longest), -1)
+    for r, samples in enumerate(rows):
+        flat = [y for sample in samples for y in sample]
+        labels[r, : len(flat)] = torch.tensor(flat)
+        segment[r, : len(flat)] = torch.tensor([s for s, x in enumerate(samples) for _ in x])
+    keys = tuple(tuple((f"row{r}", s) for s in range(len(row))) for r, row in enumerate(rows))
+    return TokenBatch(keys, segment, labels)
+
+
+def _labels(size: int, rng: random.Random) -> list[int]:
+    share = rng.choice([0.0, 0.5, 0.8, 1.0])
+    return [rng.randrange(50) if rng.random() < share else IGNORE for _ in range(size)]
+
+
+@dataclass(frozen=True)
+class PlainSample:
+    row: int
+    positions: list[int]
+    elidable: list[int]
+    """Label positions but the first of the sample."""
+
+
+def samples_of(batch: TokenBatch) -> Iterator[PlainSample]:
+    for r, row in enumerate(batch.segment_BT.tolist()):
+        for s in range(max(row) + 1):
+            positions = [t for t, segment in enumerate(row) if segment == s]
+            labelled = [t for t in positions[1:] if int(batch.labels_BT[r, t]) != IGNORE]
+            yield PlainSample(r, positions, labelled)
+
+
+def plain_kept(
+    batch: TokenBatch, score_N: torch.Tensor, *, keep_share: float, align: str, multiple: int = 1
+) -> tuple[list[list[int]], int]:
+    """Kept positions of each row in reading order, and how many of them only fill."""
+    score = _score_of(batch, score_N)
+    kept: list[set[int]] = [set() for _ in batch.keys]
+    for sample in samples_of(batch):
+        stays = set(sample.positions) - set(sample.elidable)
+        kept[sample.row] |= stays | _hard(sample, score, keep_share, align)
+    num_filled = 0
+    for r, row in enumerate(kept):
+        left = [t for s in samples_of(batch) if s.row == r for t in s.elidable if t not in row]
+        best = sorted(left, key=lambda t, r=r: (-score[r, t], t))
+        missing = math.ceil(len(row) / multiple) * multiple - len(row)
+        num_filled += len(best[:missing])
+        row |= set(best[:missing])
+    return [sorted(row) for row in kept], num_filled
+
+
+def _hard(sample: PlainSample, score: dict[tuple[int, int], float], share: float, align: str):
+    order = sorted(sample.elidable, key=lambda t: (-score[sample.row, t], t))
+    k = math.ceil(share * len(order) - 1e-9)
+    if align == "predictor":
+        return set(order[:k])
+    if align == "both":
+        return set(order[:k]) | {t + 1 for t in order[:k] if t + 1 in sample.elidable}
+    holders = [t + 1 for t in order if t + 1 in sample.elidable]
+    others = [t for t in order if t not in holders]
+    return set((holders + others)[:k])
+
+
+def _score_of(batch: TokenBatch, score_N: torch.Tensor) -> dict[tuple[int, int], float]:
+    """Scores by (row, position): they come in reading order."""
+    scores, found = iter(score_N.tolist()), {}
+    for r, row in enumerate(batch.labels_BT.tolist()):
+        for t, label in enumerate(row):
+            if label != IGNORE:
+                found[r, t] = next(scores)
+    return found
+
+
+def rows_of(plan: ElisionPlan) -> list[list[int]]:
+    """Kept positions of each row, read off the packed rows."""
+    pairs = zip(plan.kept_BK.tolist(), plan.segment_BK.tolist(), strict=True)
+    return [[t for t, s in zip(*row, strict=True) if s >= 0] for row in pairs]

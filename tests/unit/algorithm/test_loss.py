@@ -1,0 +1,168 @@
+"""The chunked loss against torch's cross-entropy, and what it holds in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from regate_ds.algorithm.loss import CHUNK, summed_loss, token_losses
+
+HIDDEN, VOCABULARY = 6, 11
+
+
+class Head:
+    """Random inputs of the loss in fp64; ``leaves`` are those that get a gradient."""
+
+    def __init__(self, num_targets: int, *, bias: bool = False, dtype=torch.float64) -> None:
+        torch.manual_seed(num_targets)
+        shapes = [(num_targets, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,)]
+        made = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+        self.hidden, self.weight, self.bias = made[0], made[1], made[2] if bias else None
+        self.leaves = made if bias else made[:2]
+        self.targets = torch.randint(VOCABULARY, (num_targets,))
+        self.inputs = (self.hidden, self.weight, self.bias, self.targets)
+
+    def expected(self) -> Tensor:
+        logits = F.linear(self.hidden, self.weight, self.bias)
+        return F.cross_entropy(logits, self.targets, reduction="none")
+
+
+def assert_gradients(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
+    wanted = torch.autograd.grad(expected, leaves)
+    for mine, want in zip(torch.autograd.grad(found, leaves), wanted, strict=True):
+        assert torch.allclose(mine, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_targets", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
+@pytest.mark.parametrize("bias", [False, True])
+def test_summed_loss_and_its_gradients_are_those_of_cross_entropy(num_targets: int, bias: bool):
+    head = Head(num_targets, bias=bias)
+    total, losses = summed_loss(*head.inputs)
+    assert torch.allclose(losses, head.expected(), rtol=1e-12)
+    assert torch.equal(total, losses.sum())
+    assert_gradients(3 * total, 3 * head.expected().sum(), head.leaves)
+
+
+@pytest.mark.parametrize("num_targets", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_losses_take_any_weights_of_the_user(num_targets: int, bias: bool):
+    head = Head(num_targets, bias=bias)
+    weights = torch.rand(num_targets).double()
+    losses = token_losses(*head.inputs)
+    assert torch.allclose(losses, head.expected(), rtol=1e-12)
+    if num_targets:
+        assert_gradients((losses * weights).sum(), (head.expected() * weights).sum(), head.leaves)
+
+
+def test_no_targets_still_give_the_hidden_state_a_gradient_of_zero():
+    head = Head(0)
+    (gradient,) = torch.autograd.grad(token_losses(*head.inputs).sum(), head.hidden)
+    assert gradient.shape == (0, HIDDEN)
+
+
+def test_the_losses_beside_the_sum_are_detached():
+    head = Head(4)
+    total, losses = summed_loss(*head.inputs)
+    assert total.requires_grad
+    assert not losses.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str):
+    head, whole = Head(9), Head(9)
+    getattr(head, frozen).requires_grad_(False)
+    other = "hidden" if frozen == "weight" else "weight"
+    summed_loss(*head.inputs)[0].backward()
+    summed_loss(*whole.inputs)[0].backward()
+    assert getattr(head, frozen).grad is None
+    assert torch.equal(getattr(head, other).grad, getattr(whole, other).grad)
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_cannot_come():
+    with torch.no_grad():
+        total, losses = summed_loss(*Head(9).inputs)
+    assert not total.requires_grad
+    assert torch.allclose(losses, Head(9).expected())
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    hidden = torch.tensor([[300.0], [-300.0]])
+    weight = torch.tensor([[1.0], [0.0], [-1.0]])
+    _, losses = summed_loss(hidden, weight, None, torch.tensor([0, 0]))
+    assert losses.tolist() == [0.0, 600.0]
+
+
+def test_bf16_heads_give_losses_in_fp32_and_gradients_as_near_as_the_hosts():
+    head = Head(CHUNK + 20, dtype=torch.bfloat16, bias=True)
+    exact = [leaf.detach().double().requires_grad_() for leaf in head.leaves]
+    logits = F.linear(*exact)
+    wanted_loss = F.cross_entropy(logits, head.targets, reduction="sum")
+    host_logits = F.linear(*head.leaves).float()
+    host = torch.autograd.grad(
+        F.cross_entropy(host_logits, head.targets, reduction="sum"), head.leaves
+    )
+    total, losses = summed_loss(*head.inputs)
+    assert losses.dtype == torch.float32
+    assert abs(total.item() - wanted_loss.item()) <= 2**-8 * wanted_loss.item()
+    wanted = torch.autograd.grad(wanted_loss, exact)
+    found = torch.autograd.grad(total, head.leaves)
+    for mine, theirs, want in zip(found, host, wanted, strict=True):
+        assert mine.dtype == torch.bfloat16
+        error, hosts_error = ((g.double() - want).norm() for g in (mine, theirs))
+        assert error <= 1.5 * hosts_error + 2**-9 * want.norm()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements in a tensor that any operation returns, forward and backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return out
+
+
+def by_cross_entropy(hidden, weight, bias, targets):
+    return F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="sum")
+
+
+def in_chunks(hidden, weight, bias, targets):
+    return summed_loss(hidden, weight, bias, targets)[0]
+
+
+def in_checkpointed_chunks(hidden, weight, bias, targets):
+    return token_losses(hidden, weight, bias, targets).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "rows"),
+    [(in_chunks, CHUNK), (in_checkpointed_chunks, CHUNK), (by_cross_entropy, 4 * CHUNK)],
+)
+def test_the_logits_of_one_chunk_are_the_largest_tensor(loss: Callable, rows: int):
+    # The last case shows that the measure sees what it should.
+    vocabulary = 40
+    hidden = torch.randn(4 * CHUNK, 4, requires_grad=True)
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    targets = torch.randint(vocabulary, (4 * CHUNK,))
+    with Largest() as largest:
+        loss(hidden, weight, None, targets).backward()
+    assert largest.numel == rows * vocabulary
+
+
+@pytest.mark.parametrize("loss", [in_chunks, in_checkpointed_chunks])
+def test_no_logits_are_saved_for_the_backward_pass(loss: Callable):
+    saved = []
+    hidden = torch.randn(4 * CHUNK, 4, requires_grad=True)
+    weight = torch.randn(40, 4, requires_grad=True)
+    targets = torch.randint(40, (4 * CHUNK,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        loss(hidden, weight, None, targets)
+    assert all(x.numel() <= hidden.numel() for x in saved)
