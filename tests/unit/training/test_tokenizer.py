@@ -24,7 +24,9 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("text", [*TEXTS[:2], "  Zürich,\t東京 \U0001f600\n", "", "x" * 50])
+@pytest.mark.parametrize(
+    "text", [*TEXTS[:2], "  Z\u00fcrich,\t\u6771\u4eac \U0001f600\n", "", "x" * 50]
+)
 def test_any_text_survives_encoding_and_decoding(tokenizer: PreTrainedTokenizerFast, text: str):
     decoded = tokenizer.decode(ids(tokenizer, text), clean_up_tokenization_spaces=False)
     assert decoded == text
