@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,10 +19,17 @@ TESTED = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
     "deepspeed": "0.19.8",
+    "peft": "0.21.2",
+    "tokenizers": "0.23.3",
+    "safetensors": "0.8.0",
+    "pillow": "13.0.0",
+    "mlxtend": "0.25.0",
+    "matplotlib": "3.11.2",
 }
-"""Versions that the tests ran with."""
+"""What the recipe needs, and the versions that the tests ran with."""
 
-_PACKAGES = (*TESTED, "peft", "tokenizers", "safetensors", "pillow", "mlxtend", "matplotlib")
+_BROKEN = (ImportError, OSError, AttributeError)
+"""What importing a package ends in that was built for another torch, CUDA or Python."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +44,19 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, devices and optional kernels; nothing is changed."""
+    """Look at versions, devices, groups and optional kernels; nothing is changed."""
     return [
-        *(_package(name) for name in _PACKAGES),
-        _compiler(),
+        Finding("python", platform.python_version(), is_required=True, is_fine=True),
+        *(_package(name, tested) for name, tested in TESTED.items()),
         _device(),
-        _backends(),
+        *(_backend(name) for name in ("gloo", "nccl")),
+        _job(),
+        _compiler(),
         _apex(),
-        _optional("flash_attn", "attention over packed rows on GPUs: pip install flash-attn"),
-        _optional("transformer_engine", "FP8 and packed attention in Megatron-core layers"),
+        _kernels("flash_attn", "attn_implementation=flash_attention_2: pip install flash-attn"),
+        _kernels(
+            "transformer_engine", "Megatron-core's FP8: pip install transformer-engine[pytorch]"
+        ),
     ]
 
 
@@ -50,65 +65,109 @@ def lacks_required(findings: Sequence[Finding]) -> bool:
 
 
 def as_text(findings: Sequence[Finding]) -> str:
-    marks = {True: "ok", False: "--"}
-    lines = [
-        f"{marks[f.is_fine]:<4}{f.name:<20}{f.found}{'   ' + f.advice if f.advice else ''}"
-        for f in findings
-    ]
-    return "\n".join(lines)
+    """A line for each finding: a mark, its name, what was found, what to do."""
+    lines = [f"{_mark(f):<9}{f.name:<20}{f.found:<20}{f.advice}".rstrip() for f in findings]
+    end = "something required is missing" if lacks_required(findings) else "all required is here"
+    return "\n".join([*lines, "", end])
 
 
 def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps([asdict(f) for f in findings], indent=2)
 
 
-def _package(name: str) -> Finding:
+def _mark(finding: Finding) -> str:
+    if finding.is_fine:
+        return "ok"
+    return "MISSING" if finding.is_required else "-"
+
+
+def _package(name: str, tested: str) -> Finding:
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(name, "missing", True, False, "pip install -e '.[recipe]'")
-    tested = TESTED.get(name)
-    differs = tested is not None and found.split("+")[0] != tested
-    return Finding(name, found, True, True, f"tested with {tested}" if differs else "")
-
-
-def _compiler() -> Finding:
-    path = shutil.which("cc") or shutil.which("gcc")
-    advice = "" if path else "deepspeed builds its kernels with it: install gcc"
-    return Finding("C compiler", path or "missing", False, path is not None, advice)
+        return Finding(name, "absent", True, False, "pip install -e '.[recipe]'")
+    # A build's own part ("+cpu") is no other version.
+    advice = "" if found.split("+")[0] == tested else f"tested with {tested}"
+    return Finding(name, found, True, True, advice)
 
 
 def _device() -> Finding:
-    if not torch.cuda.is_available():
-        return Finding("device", "CPU", False, True)
-    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return Finding("device", f"{torch.cuda.device_count()} x {', '.join(names)}", False, True)
+    if torch.cuda.is_available():
+        first = torch.cuda.get_device_properties(0)
+        memory = f"{first.total_memory / 2**30:.0f} GiB"
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: set run.precision=fp32"
+        return Finding(
+            "GPUs", f"{torch.cuda.device_count()} x {first.name}, {memory}, {bf16}", False, True
+        )
+    if shutil.which("nvidia-smi") is not None:
+        advice = f"nvidia-smi is here, but torch {torch.__version__} sees no GPU: check its build"
+        return Finding("GPUs", "none", False, False, advice)
+    return Finding("GPUs", f"none; {os.cpu_count()} CPU cores", False, True)
 
 
-def _backends() -> Finding:
-    backends = [n for n in ("nccl", "gloo") if dist.is_backend_available(n)]
-    advice = "" if backends else "this torch has no backend for several processes"
-    return Finding("collectives", ", ".join(backends) or "none", True, bool(backends), advice)
+def _backend(name: str) -> Finding:
+    is_needed = (name == "nccl") == torch.cuda.is_available()
+    if not dist.is_available() or not dist.is_backend_available(name):
+        advice = f"this build of torch has no {name}" if is_needed else "for GPUs only"
+        return Finding(name, "absent", is_needed, False, advice)
+    if name == "nccl" or dist.is_initialized():
+        return Finding(name, "present", is_needed, True)
+    return _tried_gloo(is_needed)
+
+
+def _tried_gloo(is_needed: bool) -> Finding:
+    """Sum over a group of one: shows that a network interface can be bound."""
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    except RuntimeError as error:
+        advice = f"set GLOO_SOCKET_IFNAME to a network interface: {' '.join(str(error).split())}"
+        return Finding("gloo", "present, but fails", is_needed, False, advice)
+    dist.all_reduce(torch.ones(1))
+    dist.destroy_process_group()
+    return Finding("gloo", "works", is_needed, True)
+
+
+def _job() -> Finding:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return Finding("launcher", "none; one process", False, True)
+    text = " ".join(f"{name}={value}" for name, value in found.items())
+    lacks = [name for name in names if name not in found]
+    advice = f"{', '.join(lacks)} not set: start by deepspeed, torchrun or launch/" if lacks else ""
+    return Finding("launcher", text, False, not lacks, advice)
+
+
+def _compiler() -> Finding:
+    path = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    advice = "" if path else "torch.compile and deepspeed's kernels need one: install gcc"
+    return Finding("C compiler", path or "absent", False, path is not None, advice)
 
 
 def _apex() -> Finding:
+    """NVIDIA's apex, none, or the project of the same name on PyPI."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        use = "optional, for Megatron-core's fused kernels: build NVIDIA's from its source"
+        return Finding("apex", "absent", False, False, use)
+    # Judged by its files: the other project cannot be imported safely.
+    if not any((Path(p) / "optimizers").is_dir() for p in spec.submodule_search_locations or ()):
+        advice = "PyPI's apex is another project: pip uninstall apex, then build NVIDIA's"
+        return Finding("apex", "not NVIDIA's", False, False, advice)
     try:
-        apex = import_module("apex")
-    except ImportError:
-        return Finding("apex", "absent", False, True, "optional; build NVIDIA's from source")
-    try:
-        found = hasattr(import_module("apex.optimizers"), "FusedAdam")
-    except ImportError:
-        found = False
-    if found:
-        return Finding("apex", "NVIDIA apex", False, True)
-    advice = "PyPI's apex is another project: pip uninstall apex"
-    return Finding("apex", str(getattr(apex, "__file__", "apex")), False, False, advice)
+        _ = import_module("apex.optimizers").FusedAdam
+    except _BROKEN as error:
+        advice = f"build it again: {' '.join(str(error).split())}"
+        return Finding("apex", "present, but fails", False, False, advice)
+    return Finding("apex", "NVIDIA's", False, True)
 
 
-def _optional(name: str, use: str) -> Finding:
+def _kernels(name: str, use: str) -> Finding:
+    if importlib.util.find_spec(name) is None:
+        return Finding(name, "absent", False, False, f"optional, for {use}")
     try:
-        version = getattr(import_module(name), "__version__", "present")
-    except ImportError:
-        return Finding(name, "absent", False, True, f"optional; {use}")
-    return Finding(name, str(version), False, True)
+        module = import_module(name)
+    except _BROKEN as error:
+        advice = f"build it for torch {torch.__version__}: {' '.join(str(error).split())}"
+        return Finding(name, "present, but fails", False, False, advice)
+    return Finding(name, str(getattr(module, "__version__", "present")), False, True)

@@ -1,0 +1,150 @@
+import json
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from regate_ds.training import doctor
+from regate_ds.training.doctor import Finding
+
+FUSED_ADAM = "class FusedAdam: pass\n"
+
+
+def examined(name: str) -> Finding:
+    (finding,) = (f for f in doctor.examine() if f.name == name)
+    return finding
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Puts a package of a single source text per module on the path, until the test ends."""
+
+    def write(name: str, **modules: str) -> None:
+        for module, text in {"__init__": "", **modules}.items():
+            folder = tmp_path / name if module == "__init__" else tmp_path / name / module
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "__init__.py").write_text(text)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    yield write
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_a_machine_that_runs_the_tests_lacks_nothing_required():
+    assert not doctor.lacks_required(doctor.examine())
+
+
+def test_a_missing_package_is_required_and_says_how_to_get_it(monkeypatch):
+    def version(name):
+        if name == "peft":
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    findings = doctor.examine()
+    assert [f.name for f in findings if f.is_required and not f.is_fine] == ["peft"]
+    assert "pip install" in examined("peft").advice
+    assert doctor.lacks_required(findings)
+    assert doctor.as_text(findings).endswith("something required is missing")
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [("2.13.0+cpu", ""), ("2.12.0", "tested with 2.13.0")]
+)
+def test_another_version_than_the_tested_one_is_named_but_accepted(version, advice, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    torch_found = examined("torch")
+    assert (torch_found.is_fine, torch_found.advice) == (True, advice)
+
+
+def test_apex_that_is_not_installed_is_optional(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    apex = examined("apex")
+    assert (apex.found, apex.is_required) == ("absent", False)
+
+
+def test_nvidias_apex_is_known_by_its_optimizer(install):
+    install("apex", optimizers=FUSED_ADAM)
+    assert (examined("apex").found, examined("apex").is_fine) == ("NVIDIA's", True)
+
+
+def test_pypis_apex_is_found_out_without_importing_it(install):
+    install("apex", __init__="raise SystemExit('imported')\n")
+    apex = examined("apex")
+    assert (apex.found, apex.is_fine) == ("not NVIDIA's", False)
+    assert "pip uninstall apex" in apex.advice
+
+
+@pytest.mark.parametrize("text", ["", "import no_such_library\n"])
+def test_nvidias_apex_that_cannot_be_used_is_to_be_built_again(text, install):
+    install("apex", optimizers=text)
+    assert examined("apex").found == "present, but fails"
+    assert "build it again" in examined("apex").advice
+
+
+def test_attention_kernels_are_shown_with_their_version(install):
+    install("flash_attn", __init__="__version__ = '2.8.1'\n")
+    assert (examined("flash_attn").found, examined("flash_attn").is_fine) == ("2.8.1", True)
+
+
+def test_attention_kernels_built_for_another_torch_are_named(install):
+    install("flash_attn", __init__="raise OSError('undefined\\nsymbol')\n")
+    found = examined("flash_attn")
+    assert (found.found, found.is_fine) == ("present, but fails", False)
+    assert f"build it for torch {torch.__version__}: undefined symbol" in found.advice
+
+
+def test_gloo_is_tried_and_leaves_no_group_behind():
+    assert examined("gloo").found == "works"
+    assert not dist.is_initialized()
+
+
+def test_gloo_that_cannot_bind_says_what_to_set(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no\ninterface")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    gloo = examined("gloo")
+    assert (gloo.is_required, gloo.is_fine) == (True, False)
+    assert gloo.advice == "set GLOO_SOCKET_IFNAME to a network interface: no interface"
+
+
+def test_a_build_without_nccl_is_a_lack_only_where_there_are_gpus(monkeypatch):
+    monkeypatch.setattr(dist, "is_backend_available", lambda _: False)
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert doctor._backend("nccl").is_required == has_gpu
+        assert doctor._backend("gloo").is_required != has_gpu
+
+
+def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    assert "sees no GPU" in examined("GPUs").advice
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    assert "install gcc" in examined("C compiler").advice
+
+
+def test_half_an_announcement_of_a_job_names_what_lacks(monkeypatch):
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = examined("launcher")
+    assert launcher.found == "RANK=1 WORLD_SIZE=2"
+    assert launcher.advice.startswith("LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set")
+
+
+def test_the_findings_fit_on_one_screen_and_read_back_from_json():
+    findings = doctor.examine()
+    assert len(doctor.as_text(findings).splitlines()) <= 24
+    names = [finding["name"] for finding in json.loads(doctor.as_json(findings))]
+    assert names == [finding.name for finding in findings]
