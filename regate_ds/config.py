@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -129,4 +130,4 @@ def _is_whole(value: object, key: str) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not _is_bool(value) and value == value
+    return isinstance(value, int | float) and not _is_bool(value) and math.isfinite(value)
