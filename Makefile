@@ -6,7 +6,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-CODE := regate_ds tests launch
 
 # Fixed, so that tests time and sum alike on any machine; a run of your own is not touched.
 TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
@@ -38,7 +37,7 @@ style: setup
 	$(BIN)/ruff format
 
 quickstart:
-	@start=$$(date +%s); $(MAKE) --no-print-directory setup; \
+	@start=$$(date +%s); $(MAKE) --no-print-directory setup && \
 		echo "setup: $$(( $$(date +%s) - start )) s"
 	$(BIN)/python -m regate_ds.training.quickstart
 
