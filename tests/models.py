@@ -16,6 +16,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
@@ -29,20 +31,23 @@ _CAUSAL = {
 }
 
 
-def text_config(kind: str = "llama", *, num_layers: int = 3, heads: tuple[int, int] = (4, 2)):
+def text_config(
+    kind: str = "llama", *, num_layers: int = 3, heads: tuple[int, int] = (4, 2), **extra
+):
     config_class, _ = _CAUSAL[kind]
-    extra = {"sliding_window": None} if kind == "mistral" else {}
-    return config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        **extra,
-    )
+    if kind == "mistral":
+        extra = {"sliding_window": None, **extra}
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+    return config_class(**{**fields, **extra})
 
 
 def causal_lm(kind: str = "llama", attention: str = "sdpa", **sizes) -> nn.Module:
@@ -75,6 +80,36 @@ def llava(attention: str = "sdpa", **sizes) -> nn.Module:
     config._attn_implementation = attention
     model = LlavaForConditionalGeneration(config)
     # Not the tower: large weights there would make its own gradients ill-conditioned in fp32.
+    _enlarge(model.model.language_model)
+    return model.train()
+
+
+def qwen2_vl(attention: str = "sdpa", *, num_layers: int = 3) -> nn.Module:
+    """Rotary positions with three axes; an image of h x w merged patches is h * w tokens."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "mrope_section": [1, 1, 2],
+        },
+    }
+    vision = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "hidden_size": 32}
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = attention
+    model = Qwen2VLForConditionalGeneration(config)
     _enlarge(model.model.language_model)
     return model.train()
 
@@ -119,6 +154,18 @@ def _label_positions(size: int, rng: random.Random) -> list[int]:
     begin = rng.randrange(1, max(2, size // 2))
     gap = rng.randrange(begin, size - 1)
     return [t for t in range(begin, size - 1) if t != gap or size < 8]
+
+
+def with_images(input_ids_BT: Tensor, batch: TokenBatch, sizes: list[int]) -> TokenBatch:
+    """Write an image of that many placeholders from position 1 of each row; 0 leaves it as text.
+
+    Changes ``input_ids_BT``; returns the batch without targets that are placeholders.
+    """
+    for r, size in enumerate(sizes):
+        input_ids_BT[r, 1 : 1 + size] = IMAGE_TOKEN
+    is_target_BT = input_ids_BT.roll(-1, 1) == IMAGE_TOKEN
+    labels_BT = batch.labels_BT.masked_fill(is_target_BT, IGNORE)
+    return TokenBatch(batch.keys, batch.segment_BT, labels_BT)
 
 
 def packed_positions(batch: TokenBatch) -> Tensor:

@@ -1,39 +1,81 @@
 """The slow, plain reference: every layer gathers, attends, scatters, one sample at a time.
 
-Nothing here is shared with the fast path but the weights. Supports Llama, Mistral and Qwen2
-decoders (RMSNorm, rotary positions, grouped queries, SwiGLU), with 1-D positions.
+Nothing here is shared with the fast path but the weights. Supports Llama, Mistral, Qwen2 and
+Qwen2-VL decoders (RMSNorm, rotary positions, grouped queries, SwiGLU).
+
+Shapes: B rows, T positions, K kept positions, H hidden, N heads, D size of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.select import ElisionPlan
 
-def decoder_losses(
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin [T, D] of one sample's positions."""
+
+
+def oracle_loss(
     host: nn.Module,
-    embedded_TH: Tensor,
-    *,
-    kept: list[int],
+    embedded_BTH: Tensor,
+    batch: TokenBatch,
+    plan: ElisionPlan,
     gated: range,
-    labels: dict[int, int],
+    rotary_B: list[Rotary] | None = None,
 ) -> Tensor:
-    """Summed loss of one sample whose kept positions are ``kept``; labels: position -> target."""
+    """Summed loss of the kept targets of a micro-batch, each sample computed on its own.
+
+    Of the plan only the set of kept positions is used. ``rotary_B``: for models whose positions are
+    not 0, 1, 2... in each sample; one sample a row then.
+    """
+    real = set(plan.position_R.tolist())
+    num_tokens = batch.labels_BT.shape[1]
+    total = embedded_BTH.new_zeros(())
+    for r, row in enumerate(batch.segment_BT.tolist()):
+        for s in range(max(row) + 1):
+            positions = [t for t in range(num_tokens) if row[t] == s]
+            kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
+            targets = {i: int(batch.labels_BT[r, positions[i]]) for i in kept}
+            sample = Sample(
+                embedded_BTH[r, positions],
+                kept,
+                {i: y for i, y in targets.items() if y != IGNORE},
+                None if rotary_B is None else rotary_B[r],
+            )
+            total = total + sample_loss(host, sample, gated)
+    return total
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample's embedded tokens, kept positions, and targets by position."""
+
+    embedded_TH: Tensor
+    kept: list[int]
+    targets: dict[int, int]
+    rotary: Rotary | None = None
+
+
+def sample_loss(host: nn.Module, sample: Sample, gated: range) -> Tensor:
+    """Summed loss of one sample's kept targets."""
     decoder = host.get_decoder()
-    cos_TD, sin_TD = _rotary(decoder, len(embedded_TH), embedded_TH.dtype)
-    x_TH = embedded_TH
+    x_TH = sample.embedded_TH
+    cos_TD, sin_TD = sample.rotary or _rotary(decoder, len(x_TH), x_TH.dtype)
     for number, layer in enumerate(decoder.layers):
-        positions = kept if number in gated else list(range(len(x_TH)))
+        positions = sample.kept if number in gated else list(range(len(x_TH)))
         y_KH = _layer(layer, x_TH[positions], cos_TD[positions], sin_TD[positions])
         rows = [x_TH[t] for t in range(len(x_TH))]
         for slot, position in enumerate(positions):
             rows[position] = y_KH[slot]
         x_TH = torch.stack(rows)
     total = x_TH.new_zeros(())
-    for position, target in labels.items():
+    for position, target in sample.targets.items():
         logits_V = host.get_output_embeddings()(decoder.norm(x_TH[position]))
         total = total + logits_V.logsumexp(0) - logits_V[target]
     return total
@@ -72,33 +114,3 @@ def _rotate(x_KND: Tensor, cos_KD: Tensor, sin_KD: Tensor) -> Tensor:
     first, second = x_KND.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x_KND * cos_KD[:, None] + turned * sin_KD[:, None]
-
-
-Gradients = dict[str, Tensor]
-
-
-def gradients(model: nn.Module) -> Gradients:
-    return {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def errors(found: Gradients, expected: Gradients) -> Iterable[tuple[str, float, float]]:
-    """(name, ||g - g*||, ||g*||) per tensor; the two must name the same tensors."""
-    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-    for name, wanted in expected.items():
-        difference = (found[name].double() - wanted.double()).norm()
-        yield name, float(difference), float(wanted.double().norm())
-
-
-def assert_gradients_equal(found: Gradients, expected: Gradients, tolerance: float) -> None:
-    """Per tensor ||g - g*|| <= tolerance * ||g*|| + 1e-7 * ||all g*||.
-
-    The second term is for tensors whose gradient is 0 in theory, such as a key bias.
-    """
-    rows = list(errors(found, expected))
-    floor = 1e-7 * math.sqrt(sum(size**2 for _, _, size in rows))
-    bad = [
-        f"{name}: {error:.2e} > {tolerance:g} * {size:.2e} + {floor:.1e}"
-        for name, error, size in rows
-        if error > tolerance * size + floor
-    ]
-    assert not bad, "\n".join(bad)

@@ -17,12 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.attention import attention_inputs
+from regate_ds.adapters.attention import BOUNDARIES, attention_inputs, ungated_attention_inputs
+from regate_ds.adapters.empty_image import PIXELS, with_empty_image
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import summed_loss, token_losses
 from regate_ds.algorithm.select import ElisionPlan
@@ -51,6 +51,7 @@ class _Gated:
 
     plan: ElisionPlan
     attention: dict[str, Any]
+    ungated_attention: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def _model_forward(
         raise ValueError("with regate_plan give inputs by keyword and no labels: the plan has them")
     host, plan = gate.host, regate_plan
     _require_fits(host, plan)
-    gated = _Gated(plan, {} if plan.is_dense else attention_inputs(plan, host))
+    inputs = {} if plan.is_dense else attention_inputs(plan, host)
+    gated = _Gated(plan, inputs, ungated_attention_inputs(plan, host))
     outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
     hidden = outputs.last_hidden_state
     is_packed = gate.packed_at_end and not plan.is_dense
@@ -173,8 +175,8 @@ def _base_forward(
     """Inside the base model's own call: under ZeRO-3 all ranks must enter modules in one order."""
     if regate_plan is None:
         return host_forward(*args, **kwargs)
-    if kwargs.get("pixel_values") is None:
-        kwargs = _with_empty_image(host, kwargs)
+    if all(kwargs.get(name) is None for name in PIXELS):
+        kwargs = with_empty_image(host, kwargs)
     return host_forward(*args, **kwargs, regate_plan=regate_plan)
 
 
@@ -186,9 +188,11 @@ def _layer_forward(
     regate_plan: _Gated | None = None,
     **kwargs: Any,
 ) -> Any:
-    if regate_plan is None or regate_plan.plan.is_dense or not gate.gated:
+    if regate_plan is None:
         return host_forward(hidden_states, *args, **kwargs)
     plan = regate_plan.plan
+    if plan.is_dense or not gate.gated:
+        return host_forward(hidden_states, *args, **{**kwargs, **regate_plan.ungated_attention})
     x = keep(hidden_states, plan) if gate.packs else hidden_states
     y = host_forward(x, *args, **_at_kept(kwargs, plan), **regate_plan.attention)
     return restore(hidden_states, y, plan) if gate.restores else y
@@ -196,7 +200,7 @@ def _layer_forward(
 
 def _at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
     """The layer's inputs at kept positions; the mask is left out, as attention_inputs has ours."""
-    own = {"attention_mask", "position_ids", "position_embeddings"}
+    own = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
     rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
     return {
         **{k: v for k, v in kwargs.items() if k not in own},
@@ -241,23 +245,3 @@ def _require_fits(host: nn.Module, plan: ElisionPlan) -> None:
             f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
             "elision the window would count kept tokens, not positions; use shorter rows"
         )
-
-
-def _with_empty_image(host: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Embed the text here, plus zero times the features of an empty image."""
-    rest = {k: v for k, v in kwargs.items() if k not in ("input_ids", "mm_token_type_ids")}
-    embedded = host.get_input_embeddings()(kwargs["input_ids"])
-    features = host.base_model.get_image_features(**_empty_image(host, embedded), return_dict=True)
-    zero = sum(f.sum() for f in features.pooler_output) * 0.0
-    return {**rest, "inputs_embeds": embedded + zero.to(embedded.dtype)}
-
-
-def _empty_image(host: nn.Module, like: Tensor) -> dict[str, Tensor]:
-    vision = host.config.vision_config
-    if hasattr(vision, "spatial_merge_size"):
-        side = vision.spatial_merge_size
-        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        grid = torch.tensor([[1, side, side]], device=like.device)
-        return {"pixel_values": like.new_zeros(side * side, size), "image_grid_thw": grid}
-    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": like.new_zeros(shape)}

@@ -49,6 +49,9 @@ class ElisionPlan:
     run_lengths: tuple[int, ...]
     """Lengths of the runs of one sample, or of padding, through the flattened [B * K] slots."""
 
+    token_run_lengths: tuple[int, ...]
+    """The same through the flattened [B * T] positions, for layers that see every token."""
+
     is_packed: bool
     """Some row holds several samples, so that causal order alone does not bound attention."""
 
@@ -200,7 +203,6 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
     slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
     flat_K = (kept_BK + num_tokens * torch.arange(num_rows)[:, None]).reshape(-1)
     label_slot_L = (labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1)
-    run_BK = segment_BK + (num_tokens + 1) * torch.arange(num_rows)[:, None]
     return ElisionPlan(
         is_dense=is_dense,
         num_tokens=num_tokens,
@@ -211,9 +213,17 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
         position_R=flat_K[slot_R],
         label_slot_L=label_slot_L,
         label_position_L=flat_K[label_slot_L],
-        run_lengths=tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist()),
+        run_lengths=_run_lengths(segment_BK),
+        token_run_lengths=_run_lengths(batch.segment_BT),
         is_packed=any(len(row) > 1 for row in batch.keys),
     )
+
+
+def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:
+    num_rows, num_slots = segment_BK.shape
+    # Numbered through the rows, so that equal segments of neighbouring rows differ.
+    run_BK = segment_BK + (num_slots + 1) * torch.arange(num_rows)[:, None]
+    return tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist())
 
 
 def _shift_right(x_BT: Tensor, first: float | bool) -> Tensor:

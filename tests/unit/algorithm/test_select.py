@@ -112,6 +112,10 @@ def test_padding_is_never_kept_or_counted():
         assert plan.num_padded == plan.segment_BK.numel() - 28
 
 
+def run_lengths(owners: list) -> tuple[int, ...]:
+    return tuple(len(list(run)) for _, run in itertools.groupby(owners))
+
+
 def assert_consistent(plan: ElisionPlan, batch: TokenBatch) -> None:
     """Every field says the same of each slot as the batch says of its position."""
     flat_segment, flat_labels = plan.segment_BK.flatten(), plan.labels_BK.flatten()
@@ -127,7 +131,9 @@ def assert_consistent(plan: ElisionPlan, batch: TokenBatch) -> None:
     assert plan.label_position_L.tolist() == [position[real.index(i)] for i in labelled]
     assert plan.targets_L.tolist() == flat_labels[labelled].tolist()
     owner = [(i // plan.num_slots, s) for i, s in enumerate(flat_segment.tolist())]
-    assert plan.run_lengths == tuple(len(list(run)) for _, run in itertools.groupby(owner))
+    assert plan.run_lengths == run_lengths(owner)
+    owner = [(i // width, s) for i, s in enumerate(batch.segment_BT.flatten().tolist())]
+    assert plan.token_run_lengths == run_lengths(owner)
     assert plan.is_packed == any(len(keys) > 1 for keys in batch.keys)
 
 
