@@ -1,0 +1,66 @@
+"""Samples of a user's own data set get names, and its batches are read as tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.host_batch import HostCollate, Keyed
+
+
+def stack(items: list[dict]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
+
+
+def item(number: int, **fields) -> dict:
+    return {"input_ids": [5, 6, 7], "labels": [5, 6, 7], "regate_key": ("mine", number), **fields}
+
+
+def test_items_know_the_name_of_their_data_set_and_their_number():
+    dataset = Keyed([{"text": "a"}, {"text": "b"}], "mine")
+    assert len(dataset) == 2
+    assert dataset[1] == {"text": "b", "regate_key": ("mine", 1)}
+
+
+def test_a_data_set_whose_samples_have_no_number_is_refused():
+    with pytest.raises(ValueError, match="generator has no length or no items by number"):
+        Keyed((i for i in range(3)), "mine")
+
+
+def test_the_host_collates_what_is_left_without_the_keys():
+    seen = []
+    HostCollate(lambda items: seen.extend(items) or stack(items))([item(3), item(4)])
+    assert [set(each) for each in seen] == [{"input_ids", "labels"}] * 2
+
+
+def test_labels_are_shifted_and_padding_is_read_off_the_mask():
+    ignored = [IGNORE, 6, IGNORE]
+    items = [item(3, attention_mask=[1, 1, 1]), item(4, attention_mask=[1, 1, 0], labels=ignored)]
+    batch = HostCollate(stack)(items)
+    assert batch.tokens.keys == ((("mine", 3),), (("mine", 4),))
+    assert batch.tokens.segment_BT.tolist() == [[0, 0, 0], [0, 0, -1]]
+    assert batch.tokens.labels_BT.tolist() == [[6, 7, IGNORE], [6, IGNORE, IGNORE]]
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+
+
+def test_without_a_mask_every_position_is_real():
+    assert HostCollate(stack)([item(0)]).tokens.segment_BT.tolist() == [[0, 0, 0]]
+
+
+def test_the_labels_may_stay_for_a_host_that_computes_its_own_loss():
+    batch = HostCollate(stack, keep_labels=True)([item(0)])
+    assert batch.inputs["labels"].tolist() == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([item(0), {"input_ids": [1], "labels": [1]}], "an item has no 'regate_key'; wrap the"),
+        ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has no labels"),
+        ([item(0, attention_mask=[0, 1, 1])], "padding before tokens; set padding_side='right'"),
+    ],
+)
+def test_a_batch_that_cannot_be_read_is_refused(items: list[dict], message: str):
+    with pytest.raises(ValueError, match=message):
+        HostCollate(stack)(items)
