@@ -12,8 +12,8 @@ from regate_ds.config import RegateConfig
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch
 from regate_ds.training.process import start_process
-from tests.models import IMAGE_TOKEN, llava, random_batch
 from tests.measure import assert_gradients_equal
+from tests.models import IMAGE_TOKEN, llava, random_batch
 
 ROWS = {0: [[24], [17]], 1: [[6]]}
 """Much on one rank; on the other a short sample without an image."""
