@@ -1,6 +1,48 @@
+"""Two data ranks under DeepSpeed against one process; many cases in one process group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
 from tests.distributed.ranks import run_ranks
-from tests.distributed.zero_checks import check_zero
+from tests.distributed.zero_cases import CASES, RANKS
+from tests.distributed.zero_checks import check_all_gradients
+from tests.distributed.zero_runs import RUNS, check_all_runs
+
+pytestmark = pytest.mark.slow
+
+Failures = dict[str, list[str]]
+"""Messages by the name of a case; none where it passed."""
 
 
-def test_gradients_of_two_uneven_ranks_are_those_of_one_process():
-    run_ranks(check_zero, 2)
+def failures(check: Callable[..., None], folder: Path) -> Failures:
+    run_ranks(check, len(RANKS), str(folder))
+    found: Failures = {}
+    for path in sorted(folder.glob("rank*.json")):
+        for name, message in json.loads(path.read_text()).items():
+            found.setdefault(name, []).append(f"{path.stem}: {message}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def gradient_failures(tmp_path_factory) -> Failures:
+    return failures(check_all_gradients, tmp_path_factory.mktemp("gradients"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_one_process_on_the_joint_batch(name, gradient_failures):
+    assert name not in gradient_failures, "\n".join(gradient_failures[name])
+
+
+@pytest.fixture(scope="module")
+def run_failures(tmp_path_factory) -> Failures:
+    return failures(check_all_runs, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_of_several_steps(name: str, run_failures: Failures):
+    assert name not in run_failures, "\n".join(run_failures[name])
