@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,9 +35,9 @@ NUM_GENERATED = 100
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its summary (empty on ranks other than the first)."""
     if config.run.plan_only:
-        return _print_on_first(walk_plan(config, build_task(config)))
+        return _print_on_first(walk_plan(config, _task(config)))
     with _job() as process:
-        summary = Trainer(config, build_task(config), process).run()
+        summary = Trainer(config, _task(config), process).run()
         return _print_on_first(summary, process)
 
 
@@ -45,7 +46,7 @@ def run_teacher(config: RunConfig) -> None:
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
     with _job() as process:
-        task = build_task(config)
+        task = _task(config)
         teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
         pad_id = _teacher_pad_id(config, task)
         job = TeacherJob(
@@ -67,7 +68,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     config = load_config(run.config)
     model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
     with _job() as process:
-        task = build_task(replace(config, model=model))
+        task = _task(replace(config, model=model))
         student = task.student.model.to(process.device)  # type: ignore[arg-type]
         questions = held_out(task, config)
         scores = {
@@ -75,6 +76,15 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             **evaluate_generated(student, questions, process, num_samples=NUM_GENERATED),
         }
         return _print_on_first(scores, process)
+
+
+def _task(config: RunConfig) -> Task:
+    """The student and its data; the first rank says what was left out."""
+    task = build_task(config)
+    if task.bad and os.environ.get("RANK", "0") == "0":
+        print(f"data.skip_bad left out {len(task.bad)} bad records:")
+        print("\n".join(f"  {bad}" for bad in task.bad), flush=True)
+    return task
 
 
 def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:

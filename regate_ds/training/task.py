@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.encode import Encoder
-from regate_ds.data.samples import Record, read_records
+from regate_ds.data.encode import Encoder, refusal
+from regate_ds.data.samples import BadRecord, Record, read_records
 from regate_ds.training.configuration import RunConfig
-from regate_ds.training.sections import LoraConfig, ModelConfig
+from regate_ds.training.sections import DataConfig, LoraConfig, ModelConfig
 from regate_ds.training.student import Student, build_llava, build_qwen2_vl, load_student
 
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
@@ -28,7 +28,9 @@ class Task:
     student: Student
     train_records: list[Record]
     test_records: list[Record]
-    num_bad: int
+    bad: list[BadRecord]
+    """Records that `data.skip_bad` left out, of both sets."""
+
     encoder: Encoder
     collator: Collator
 
@@ -49,14 +51,12 @@ class Task:
 def build_task(config: RunConfig) -> Task:
     """Load or make the student, and read the records."""
     student = make_student(config.model, seed=config.run.seed)
-    if config.data.pack_length is not None and config.model.kind == "qwen2_vl":
+    if config.data.pack_length is not None and student.model.config.model_type == "qwen2_vl":
         raise ValueError(
             f"data.pack_length={config.data.pack_length}: a qwen2_vl student has three position "
             "axes, which packed rows do not carry; set it to null"
         )
     data = config.data
-    train, bad_train = _read(data.train, data.name, config)
-    test, bad_test = _read(data.test, "test", config) if data.test else ([], 0)
     encoder = Encoder(
         student.tokenizer,
         image_token=student.image_token,
@@ -64,6 +64,8 @@ def build_task(config: RunConfig) -> Task:
         max_length=data.max_length,
         template=data.template,
     )
+    train, bad_train = _read(data.train, data.name, config.data, encoder)
+    test, bad_test = _read(data.test, "test", config.data, encoder) if data.test else ([], [])
     pad_id = student.tokenizer.pad_token_id
     collator = Collator(
         pad_id=student.tokenizer.eos_token_id if pad_id is None else pad_id,
@@ -113,14 +115,18 @@ def host_labels(labels_BT: Tensor) -> Tensor:
     return unshifted_BT
 
 
-def _read(path: Path, name: str, config: RunConfig) -> tuple[list[Record], int]:
-    data = config.data
+def _read(
+    path: Path, name: str, data: DataConfig, encoder: Encoder
+) -> tuple[list[Record], list[BadRecord]]:
+    """The usable records; without `data.skip_bad` the first bad one is an error."""
     records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
-    for record in bad:
-        print(f"skipped: {record}", flush=True)
+    if data.skip_bad:
+        refused = [refusal(record, encoder) for record in records]
+        records = [record for record, why in zip(records, refused) if why is None]
+        bad += [why for why in refused if why is not None]
     if not records:
         raise ValueError(f"{path} has no usable record; training and testing need at least one")
-    return records, len(bad)
+    return records, bad
 
 
 def _with_lora(student: Student, config: LoraConfig) -> Any:

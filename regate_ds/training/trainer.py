@@ -148,8 +148,9 @@ class Trainer:
         return row
 
     def _row(self, step: int, loss: Tensor) -> dict[str, Any]:
+        loss_here = float(loss)  # Waits for the device, so that the lap holds the step's own work.
         seconds, cpu_seconds = self._clock.lap()
-        means = torch.tensor([float(loss), cpu_seconds], dtype=torch.float64)
+        means = torch.tensor([loss_here, cpu_seconds], dtype=torch.float64)
         loss_mean, cpu_mean = self._mean(means.to(self.engine.device)).tolist()
         counts = self._counts()
         self._seen.clear()

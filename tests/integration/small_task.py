@@ -42,6 +42,7 @@ def make_task(folder: Path, *, num_train: int = 40, num_test: int = 10) -> None:
     config = {
         "model": {"path": str(folder / "student")},
         "data": {
+            "name": "mine",
             "train": str(folder / "data" / "train.json"),
             "test": str(folder / "data" / "test.json"),
             "max_length": 256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,57 @@ def test_a_plan_can_be_walked_without_a_model(task: Path):
     done = regate("train", str(task / "run.yaml"), "run.plan_only=true")
     assert done.returncode == 0, done.stderr
     assert "kept_share_of_answer" in done.stdout
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_the_first_example_of_the_readme_runs_as_it_stands(task: Path, switch: str):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.integration.readme_example"]
+    done = subprocess.run(
+        [*command, str(root / "README.md"), switch],
+        cwd=task,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "steps 4 " in done.stdout
+    assert (task / "checkpoint" / "regate" / "state.json").exists() or switch == "off"
+
+
+def test_bad_records_are_left_out_and_named_if_asked_for(task: Path):
+    records = json.loads((task / "data" / "train.json").read_text())
+    records[3]["image"] = "images/gone.png"
+    records[5]["conversations"][0]["value"] = "<image>\n" * 30 + "How many digits are there?"
+    records[5]["images"] = [records[5].pop("image")] * 30
+    (task / "data" / "damaged.json").write_text(json.dumps(records))
+    damaged = f"data.train={task / 'data' / 'damaged.json'}"
+    done = regate("train", str(task / "run.yaml"), damaged, "run.plan_only=true")
+    assert done.returncode == 1
+    assert "record 3" in done.stderr.splitlines()[-1]
+    done = regate(
+        "train",
+        str(task / "run.yaml"),
+        damaged,
+        "run.plan_only=true",
+        "data.skip_bad=true",
+        "teacher.store=nowhere",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "left out 2 bad records" in done.stdout
+    assert "record 5" in done.stdout
+
+
+@pytest.mark.parametrize("extra", [["run.precision=bf16"], ["model.lora={rank: 4}"]])
+def test_bf16_and_lora_runs_train_and_can_be_evaluated(task: Path, extra: list[str]):
+    out = task / extra[0].partition("=")[0]
+    done = regate("train", str(task / "run.yaml"), f"run.out={out}", *extra)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert regate("eval", str(out)).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""The stages that prepare the quickstart's student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from regate_ds.training import scene_stages as s
+from regate_ds.training.digits import Part, handwritten
+from regate_ds.training.scene_stages import learn_words
+from regate_ds.training.stages import StageConfig, finished_stage, optimise
+from regate_ds.training.student import Student, build_llava
+from regate_ds.training.tokenizer import train_tokenizer
+from tests.integration.small_task import TEXT, VISION
+
+FINE = {**VISION, "patch_size": 8}
+"""Patches that divide a cell of the grid."""
+
+
+def touch(out: Path) -> None:
+    (out / "made").touch()
+
+
+def test_a_finished_stage_is_made_once_for_each_basis(tmp_path: Path):
+    first = finished_stage(tmp_path, "text", [1], touch)
+    assert (first / "made").exists()
+    again = finished_stage(tmp_path, "text", [1], lambda out: pytest.fail("made again"))
+    assert again == first
+    assert finished_stage(tmp_path, "text", [2], touch) != first
+
+
+def test_a_stage_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path):
+    def die(out: Path) -> None:
+        touch(out)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        finished_stage(tmp_path, "text", [1], die)
+    assert not list(tmp_path.glob("text-*"))
+    assert (finished_stage(tmp_path, "text", [1], touch) / "made").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}])
+def test_an_empty_stage_is_refused(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match="must be at least 1 and lr above 0"):
+        StageConfig(**{"steps": 1, "batch": 1, "lr": 1e-3, **wrong})
+
+
+def test_the_same_seed_trains_the_same_weights():
+    def trained() -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+
+        def loss(rng: Random) -> torch.Tensor:
+            return (model(torch.tensor([rng.random() for _ in range(3)])) - 1.0).square().sum()
+
+        optimise("test", model, loss, StageConfig(steps=5, batch=1, lr=0.1), seed=1)
+        return model.weight.detach()
+
+    assert torch.equal(trained(), trained())
+
+
+def test_the_projector_learns_the_words_of_the_cells_and_nothing_else_moves():
+    words = "zero one two three four five six seven eight nine red green blue yellow purple white"
+    tokenizer = train_tokenizer([f"a {words} small large top middle bottom left"], vocab_size=320)
+    student = build_llava(tokenizer, text=TEXT, vision=FINE, seed=0)
+    before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+    one, many = (StageConfig(steps=n, batch=64, lr=1e-2) for n in (1, 60))
+    early = distance(student, one)
+    late = distance(student, many)
+    assert late < early
+    for name, weight in student.model.named_parameters():
+        assert torch.equal(weight, before[name]) == ("projector" not in name), name
+
+
+def distance(student: Student, stage: StageConfig) -> float:
+    """Error of the projector after a stage, relative to the words' size, on the same scenes."""
+    learn_words(student, stage, num_scenes=8, seed=0)
+    part, rng = Part("train", handwritten("train"), 0, None), Random(0)
+    scenes = [s._crowded_scene(part, rng) for _ in range(8)]
+    side = FINE["image_size"] // FINE["patch_size"]
+    with torch.no_grad():
+        wanted = torch.cat([s._words(student, cells, side) for cells in scenes])
+        features = s._features(student, scenes).flatten(0, 1)
+        error = student.model.model.multi_modal_projector(features) - wanted
+    return float(error.square().sum() / wanted.square().sum())
