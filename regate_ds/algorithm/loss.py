@@ -3,6 +3,10 @@
 Shapes: L targets, H hidden, V vocabulary. The logits exist for one chunk of targets at a time.
 """
 
+# torch's own types have gaps.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any

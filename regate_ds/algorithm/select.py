@@ -4,6 +4,10 @@ Shapes: B rows, T positions, K slots of a packed row, R real (not padding) slots
 micro-batch, N label positions of the micro-batch in reading order. All of this runs on the host.
 """
 
+# torch's own types have gaps.
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import math

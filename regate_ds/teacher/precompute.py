@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.data.reference_writer import ReferenceWriter, begun_store, has_all_files
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
@@ -28,11 +28,6 @@ LARGEST_SHARD = 16
 
 FEWEST_SHARDS = 64
 """Shards of a job that has as many batches, so that they spread evenly over the ranks."""
-
-_BAR = (
-    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens "
-    "[{elapsed}<{remaining}, {rate_fmt}, ends {eta:%H:%M}]"
-)
 
 Batch = list[int]
 """Rows of the answer index that the teacher reads in one forward pass."""
@@ -152,14 +147,7 @@ def _score_shards(
     lengths = job.index.num_positions.tolist()
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
     begin = time.perf_counter()
-    with tqdm(
-        total=total,
-        unit="token",
-        unit_scale=True,
-        desc="teacher",
-        bar_format=_BAR,
-        disable=not show,
-    ) as bar:
+    with progress(total, desc="teacher", unit="token", show=show) as bar:
         for number, batches in shards.items():
             losses = []
             for batch in batches:

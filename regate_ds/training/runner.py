@@ -35,10 +35,10 @@ NUM_GENERATED = 100
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its summary (empty on ranks other than the first)."""
     if config.run.plan_only:
-        return _print_on_first(walk_plan(config, _task(config)))
+        return _print_on_first(walk_plan(config, _task(config, weights=False)))
     with _job() as process:
         summary = Trainer(config, _task(config), process).run()
-        return _print_on_first(summary, process)
+        return _print_on_first(summary)
 
 
 def run_teacher(config: RunConfig) -> None:
@@ -75,13 +75,13 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             **evaluate(student, questions, process),
             **evaluate_generated(student, questions, process, num_samples=NUM_GENERATED),
         }
-        return _print_on_first(scores, process)
+        return _print_on_first(scores)
 
 
-def _task(config: RunConfig) -> Task:
+def _task(config: RunConfig, *, weights: bool = True) -> Task:
     """The student and its data; the first rank says what was left out."""
-    task = build_task(config)
-    if task.bad and os.environ.get("RANK", "0") == "0":
+    task = build_task(config, weights=weights)
+    if task.bad and _is_first():
         print(f"data.skip_bad left out {len(task.bad)} bad records:")
         print("\n".join(f"  {bad}" for bad in task.bad), flush=True)
     return task
@@ -125,8 +125,13 @@ def _job() -> Iterator[Process]:
     dist.destroy_process_group()
 
 
-def _print_on_first(figures: dict[str, Any], process: Process | None = None) -> dict[str, Any]:
-    if process is None or process.is_first:
+def _is_first() -> bool:
+    """Before, or without, a process group: as the launcher says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_on_first(figures: dict[str, Any]) -> dict[str, Any]:
+    if _is_first():
         for name, value in figures.items():
             print(f"{name:<26}{value:.4f}" if isinstance(value, float) else f"{name:<26}{value}")
     return figures

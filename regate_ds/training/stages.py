@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from regate_ds.data.progress import progress
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.sections import OptimizerConfig
 
@@ -74,8 +74,8 @@ def optimise(
     schedule = make_lr_schedule(optimizer, config, stage.steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     rng = Random(seed)
-    with tqdm(range(stage.steps), unit="step", desc=name) as bar:
-        for step in bar:
+    with progress(stage.steps, desc=name, unit="step") as bar:
+        for step in range(stage.steps):
             value = loss(rng)
             value.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -83,4 +83,5 @@ def optimise(
             schedule.step()
             optimizer.zero_grad()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{float(value):.3f}")
+                bar.set_postfix(loss=f"{float(value.detach()):.3f}")
+            bar.update()

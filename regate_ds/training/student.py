@@ -64,11 +64,12 @@ def build_llava(
     *,
     text: Mapping[str, Any],
     vision: Mapping[str, Any],
-    seed: int,
+    seed: int | None,
     image_token: str = "<image>",
 ) -> Student:
     """Make a LLaVA with fresh weights; the last layer's patch features go to the projector.
 
+    With ``seed`` None the model is on "meta": it can be asked, but not run.
     ``text`` and ``vision`` are config dicts with their ``model_type`` (``llama``, ``qwen2``;
     ``clip_vision_model``); vocabulary and special ids come from the tokenizer.
     """
@@ -89,11 +90,12 @@ def build_qwen2_vl(
     *,
     text: Mapping[str, Any],
     vision: Mapping[str, Any],
-    seed: int,
+    seed: int | None,
     image_token: str = "<image>",
 ) -> Student:
     """Make a Qwen2-VL with fresh weights; ``vision["max_pixels"]`` bounds an image's tokens.
 
+    With ``seed`` None the model is on "meta": it can be asked, but not run.
     ``text["rope_parameters"]`` needs an ``mrope_section`` that sums to half the head size.
     """
     vision = dict(vision)
@@ -116,9 +118,15 @@ def save_student(student: Student, folder: Path) -> None:
 
 
 def load_student(
-    folder: Path, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    weights: bool = True,
 ) -> Student:
     """Load what ``save_student`` or the model's publisher wrote; nothing is downloaded.
+
+    Without ``weights`` the model is on "meta": it can be asked, but not run.
 
     Raises:
         ValueError: not a folder with a model, or a model of an unsupported type.
@@ -130,9 +138,13 @@ def load_student(
         raise ValueError(
             f"{folder} is a {config.model_type} model; students are one of {sorted(_MODEL_CLASSES)}"
         )
-    model = _MODEL_CLASSES[config.model_type].from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, local_files_only=True
-    )
+    model_class = _MODEL_CLASSES[config.model_type]
+    if weights:
+        model = model_class.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+        )
+    else:
+        model = _fresh_model(model_class, config, seed=None)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     return Student(model, tokenizer, vision_of(config, processor))
@@ -174,9 +186,12 @@ def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _fresh_model(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int | None
 ) -> PreTrainedModel:
     """Initialise from ``seed`` alone, leaving the caller's random state as it was."""
+    if seed is None:
+        with torch.device("meta"):
+            return model_class(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config)

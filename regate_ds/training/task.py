@@ -48,9 +48,9 @@ class Task:
         return AnswerIndex.build(data.encode(number) for number in range(len(data)))
 
 
-def build_task(config: RunConfig) -> Task:
-    """Load or make the student, and read the records."""
-    student = make_student(config.model, seed=config.run.seed)
+def build_task(config: RunConfig, *, weights: bool = True) -> Task:
+    """Load or make the student, and read the records. Without ``weights`` it is on "meta"."""
+    student = make_student(config.model, seed=config.run.seed if weights else None)
     if config.data.pack_length is not None and student.model.config.model_type == "qwen2_vl":
         raise ValueError(
             f"data.pack_length={config.data.pack_length}: a qwen2_vl student has three position "
@@ -75,10 +75,14 @@ def build_task(config: RunConfig) -> Task:
     return Task(student, train, test, bad_train + bad_test, encoder, collator)
 
 
-def make_student(config: ModelConfig, *, seed: int) -> Student:
-    """Load the student from a directory, or make it from `text` and `vision` with fresh weights."""
+def make_student(config: ModelConfig, *, seed: int | None) -> Student:
+    """Load the student from a directory, or make it from `text` and `vision` with fresh weights.
+
+    With ``seed`` None the model is on "meta", without weights.
+    """
     if config.path is not None:
-        return load_student(config.path, attention=config.attn_implementation)
+        attention = config.attn_implementation
+        return load_student(config.path, attention=attention, weights=seed is not None)
     if config.tokenizer is None:
         raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)

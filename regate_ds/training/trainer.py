@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from regate_ds.adapters.deepspeed import attach
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.data.collate import Batch
+from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.sync import sum_over
 from regate_ds.training.checkpoint import (
@@ -68,7 +68,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
         start = self._resume() if self.config.run.resume else self._begin()
-        with self._bar(start) as bar:
+        total, show = self.order.total_steps, self.process.is_first
+        name = self.config.run.out.name
+        with progress(total, desc=name, unit="step", start=start, show=show) as bar:
             windows = self.regate.windows(self._loader(start), self.engine)
             self._clock.lap()
             for step, window in enumerate(windows, start):
@@ -123,15 +125,6 @@ class Trainer:
         for batch in loader:
             self._seen.append(batch.tokens)
             yield batch
-
-    def _bar(self, start: int) -> tqdm:
-        return tqdm(
-            total=self.order.total_steps,
-            initial=start,
-            unit="step",
-            desc=self.config.run.out.name,
-            disable=not self.process.is_first,
-        )
 
     def _step(self, step: int, window: Window) -> dict[str, Any]:
         loss_sum, lr = torch.zeros((), device=self.engine.device), self.engine.get_lr()[0]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from regate_ds.session import schedule_of
 from regate_ds.training.configuration import load_config
 from regate_ds.training.process import start_process
 from regate_ds.training.task import build_task, host_labels
@@ -89,10 +90,10 @@ def check_counts_follow_the_plan(root: Path) -> None:
     """Kept targets are the sum of k = ceil(n / 2) over the samples of sparse steps."""
     config = config_of(root, "whole")
     task = build_task(config)
-    trainer_order = Trainer(config, task, start_process()).order
+    trainer = Trainer(config, task, start_process())
     world = dist.get_world_size()
     for row in rows(root, "whole"):
-        step = replace(trainer_order, start_step=row["step"], total_steps=row["step"] + 1)
+        step = replace(trainer.order, start_step=row["step"], total_steps=row["step"] + 1)
         numbers = [n for r in range(world) for micro in replace(step, rank=r) for n in micro]
         counts = [int((task.train.encode(n).labels_S >= 0).sum()) for n in numbers]
         expected = sum(counts) if row["dense"] else sum(-(-n // 2) for n in counts)
@@ -100,6 +101,17 @@ def check_counts_follow_the_plan(root: Path) -> None:
         assert row["answer_kept"] == expected + row["filled"]
     dense = [row["dense"] for row in rows(root, "whole")]
     assert dense == [s < 2 or s >= 10 for s in range(STEPS)]
+    check_share_is_the_schedules(root, trainer)
+
+
+def check_share_is_the_schedules(root: Path, trainer: Trainer) -> None:
+    """The mean over steps is the expected share, but for k being rounded up in each sample."""
+    share = schedule_of(trainer.knobs).expected_share(trainer.knobs.keep_share)
+    found, rounding = 0.0, 0.0
+    for row in rows(root, "whole"):
+        found += (row["answer_kept"] - row["filled"]) / row["answer_total"] / STEPS
+        rounding += trainer.order.samples_per_step / row["answer_total"] / STEPS
+    assert share <= found < share + rounding
 
 
 def check_resume_equals_never_stopped(root: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from regate_ds.data.answer_index import AnswerIndex
 from tests.distributed.ranks import run_ranks
 from tests.integration.recipe_checks import check_recipe
 from tests.integration.small_task import make_task
@@ -48,10 +50,19 @@ def test_train_eval_and_compare_work_from_the_command_line(task: Path):
     assert (task / "table" / "accuracy_over_tokens.png").stat().st_size > 1000
 
 
-def test_a_plan_can_be_walked_without_a_model(task: Path):
-    done = regate("train", str(task / "run.yaml"), "run.plan_only=true")
+def test_a_plan_can_be_walked_without_the_weights_of_a_model(task: Path):
+    shutil.copytree(task / "student", task / "bare")
+    (task / "bare" / "model.safetensors").unlink()
+    bare = f"model.path={task / 'bare'}"
+    done = regate("train", str(task / "run.yaml"), "run.plan_only=true", bare)
     assert done.returncode == 0, done.stderr
-    assert "kept_share_of_answer" in done.stdout
+    figures = dict(line.split() for line in done.stdout.splitlines())
+    index = AnswerIndex.load(task / "store" / "index.npz")
+    # Ten steps of four samples each: an epoch.
+    kept = sum(-(-n // 2) for n in index.num_labels.tolist())
+    assert figures["kept_share_of_answer"] == f"{kept / index.num_tokens:.4f}"
+    assert figures["padding_share"] != "0.0000"
+    assert figures["expected_share"] == f"{(2 + 2 + 8 / 2) / 12:.4f}"
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])

@@ -1,0 +1,19 @@
+"""A progress bar with a rate and the time of day at which the work will end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+_FORM = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s "
+    "[{elapsed}<{remaining}, {rate_fmt}, ends {eta:%H:%M}]{postfix}"
+)
+
+
+def progress(total: int, *, desc: str, unit: str, start: int = 0, show: bool = True) -> tqdm:
+    """Count up from ``start`` to ``total``; counts in the millions are printed as 1.2M."""
+    options: dict[str, Any] = {"desc": desc, "unit": unit, "bar_format": _FORM}
+    scale = total >= 1_000_000
+    return tqdm(total=total, initial=start, unit_scale=scale, disable=not show, **options)
