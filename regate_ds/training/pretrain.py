@@ -3,10 +3,11 @@
     text     the backbone learns the training set's answers, without the images
     tower    the vision tower learns to tell what stands in each cell of a scene
     words    the projector learns to say it in the backbone's own word embeddings
-    align    projector and backbone learn from image and text samples, mixed
+    align    projector and backbone learn from scenes' notes and text, mixed
 
-What comes out knows what the answers sound like, and has only begun to look at the images: that is
-what fine-tuning is for. Each stage is cached; see ``finished_stage``.
+What comes out knows what the answers sound like and how to look at a place or for a digit, but has
+never answered a question with an image: that is what fine-tuning is for. Each stage is cached; see
+``finished_stage``.
 
 Shapes: B samples, T positions, N label positions, V vocabulary.
 """
@@ -14,20 +15,20 @@ Shapes: B samples, T positions, N label positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.collate import Collator, LoadedSample, SampleDataset
+from regate_ds.data.collate import SampleDataset
 from regate_ds.data.encode import EncodedSample, Encoder, Template
 from regate_ds.data.samples import Record, read_records
 from regate_ds.teacher.text_only import teacher_inputs
+from regate_ds.training.align import align_student
 from regate_ds.training.scene_stages import learn_scenes, learn_words
 from regate_ds.training.stages import StageConfig, digest_of, finished_stage, optimise
 from regate_ds.training.student import (
@@ -39,7 +40,7 @@ from regate_ds.training.student import (
 )
 from regate_ds.training.tokenizer import train_tokenizer
 
-_RECIPE = 3
+_RECIPE = 4
 """Part of every cache name: counts up when a stage's code changes its result."""
 
 _POOL = 8
@@ -60,14 +61,14 @@ class PretrainConfig:
     max_length: int = 256
     seed: int = 0
     text_stage: StageConfig = StageConfig(steps=150, batch=32, lr=2e-3)
-    tower_stage: StageConfig = StageConfig(steps=600, batch=64, lr=2e-3)
-    words_stage: StageConfig = StageConfig(steps=1500, batch=1024, lr=1e-2)
+    tower_stage: StageConfig = StageConfig(steps=600, batch=64, lr=4e-3)
+    words_stage: StageConfig = StageConfig(steps=800, batch=512, lr=1e-2)
     words_scenes: int = 1536
     """Scenes that the projector's stage learns from."""
 
-    align_stage: StageConfig = StageConfig(steps=200, batch=16, lr=2e-3)
+    align_stage: StageConfig = StageConfig(steps=600, batch=32, lr=3e-3)
     align_text_share: float = 0.25
-    """Share of the samples of the last stage that are shown without their image."""
+    """Share of the last stage's samples that are answers of the data set, without their image."""
 
 
 def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
@@ -96,7 +97,9 @@ def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
 
     def make_aligned(out: Path) -> None:
         student = load_student(third)
-        align_student(student, records, config)
+        texts = SampleDataset(records, encoder_of(student, config.max_length))
+        stage, share = config.align_stage, config.align_text_share
+        align_student(student, texts, stage, text_share=share, seed=config.seed)
         save_student(student, out)
 
     data = digest_of([train, *images])
@@ -145,30 +148,6 @@ def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
     return student
 
 
-def align_student(student: Student, records: Sequence[Record], config: PretrainConfig) -> None:
-    """Train projector and backbone on the answers, given the image or, for some samples, not.
-
-    The tower stays as it is: the loss of a backbone that does not look yet would wipe it out.
-    """
-    data = SampleDataset(records, encoder_of(student, config.max_length))
-    pad_id: int = student.tokenizer.pad_token_id
-    collator = Collator(pad_id=pad_id, vision=student.vision)
-    model = student.model.train()
-    model.model.vision_tower.requires_grad_(False)
-    batch_size = min(config.align_stage.batch, len(data))
-    num_text = round(config.align_text_share * batch_size)
-
-    def loss(rng: Random) -> Tensor:
-        loaded = [data[number] for number in rng.sample(range(len(data)), batch_size)]
-        unseen = [_without_image(sample, pad_id) for sample in loaded[:num_text]]
-        batch = collator([*unseen, *loaded[num_text:]])
-        hidden_BTH = model.model(**batch.inputs, use_cache=False).last_hidden_state
-        return _answer_loss(model, hidden_BTH, batch.tokens.labels_BT)
-
-    optimise("alignment", model, loss, config.align_stage, config.seed)
-    model.requires_grad_(True)
-
-
 def _answer_loss(model: Any, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
     is_label_BT = labels_BT != IGNORE
     return F.cross_entropy(model.lm_head(hidden_BTH[is_label_BT]), labels_BT[is_label_BT])
@@ -181,11 +160,3 @@ def _batches_of_like_length(
     batches = [drawn[i : i + size] for i in range(0, len(drawn), size)]
     rng.shuffle(batches)
     return batches
-
-
-def _without_image(sample: LoadedSample, pad_id: int) -> LoadedSample:
-    """The sample as the teacher sees it."""
-    encoded = sample.encoded
-    ids_S = encoded.input_ids_S.masked_fill(encoded.is_placeholder_S, pad_id)
-    none_S = torch.zeros_like(encoded.is_placeholder_S)
-    return LoadedSample(replace(encoded, input_ids_S=ids_S, is_placeholder_S=none_S, images=()), ())

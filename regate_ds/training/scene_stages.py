@@ -1,7 +1,7 @@
 """The stages of a student that learn from digit scenes whose content is known.
 
     tower    tell the digit, colour, size and place of each cell of the grid
-    words    bring each cell's features to where the backbone keeps the words for it
+    words    bring each cell's features to where the backbone tells the words for it apart
 
 Scenes are drawn on the way, from the training part's digits, and are more crowded than those of the
 data set: nearly every cell teaches something.
@@ -27,6 +27,9 @@ from regate_ds.training.student import Student
 _CHOICES = (DIGITS, tuple(COLOURS), tuple(SIZES), ROWS, COLUMNS)
 """What is told of each cell; an empty cell is one more choice of each but the last two."""
 
+_PLACES = [(row, column) for row in ROWS for column in COLUMNS]
+"""Of the cells 0 to 8."""
+
 _MOST_SCENES = 5
 """So many scenes are laid over each other; where two have a digit, the later one stays."""
 
@@ -46,7 +49,7 @@ def learn_scenes(student: Student, stage: StageConfig, *, seed: int) -> None:
     part = Part("train", handwritten("train"), seed, None)
 
     def loss(rng: Random) -> Tensor:
-        scenes = [_crowded_scene(part, rng) for _ in range(stage.batch)]
+        scenes = [crowded_scene(part, rng) for _ in range(stage.batch)]
         cells_BCF = _by_cell(_features(student, scenes), side)
         truth_BCX = torch.tensor([_truth(cells) for cells in scenes])
         losses = [
@@ -59,16 +62,15 @@ def learn_scenes(student: Student, stage: StageConfig, *, seed: int) -> None:
 
 
 def learn_words(student: Student, stage: StageConfig, *, num_scenes: int, seed: int) -> None:
-    """Train the projector alone: a patch becomes the sum of its cell's words, as embedded.
+    """Train the projector alone: a patch becomes the sum of the words' directions of its cell.
 
-    An empty cell becomes nothing, as the pad that the text backbone knows in the images' place.
     ``stage.batch`` counts patches. The tower runs once over each of ``num_scenes`` scenes.
     """
     config = student.model.config.vision_config
     side = config.image_size // config.patch_size
     part = Part("train", handwritten("train"), seed, None)
     rng = Random(seed)
-    scenes = [_crowded_scene(part, rng) for _ in range(num_scenes)]
+    scenes = [crowded_scene(part, rng) for _ in range(num_scenes)]
     with torch.no_grad():
         batches = [scenes[i : i + 64] for i in range(0, num_scenes, 64)]
         features_NF = torch.cat([_features(student, batch).flatten(0, 1) for batch in batches])
@@ -84,7 +86,7 @@ def learn_words(student: Student, stage: StageConfig, *, num_scenes: int, seed: 
     optimise("projector on words", projector, loss, stage, seed)
 
 
-def _crowded_scene(part: Part, rng: Random) -> Cells:
+def crowded_scene(part: Part, rng: Random) -> Cells:
     cells: Cells = {}
     for _ in range(rng.randint(1, _MOST_SCENES)):
         for placed in draw_scene(part, rng):
@@ -121,14 +123,33 @@ def _truth(cells: Cells) -> list[list[int]]:
 
 
 def _words(student: Student, cells: Cells, side: int) -> Tensor:
-    """For each patch of a scene, the sum of its cell's words' embeddings: [P, H]."""
-    embedding = student.model.get_input_embeddings().weight
-    words_CH = embedding.new_zeros(9, embedding.shape[1])
+    """For each patch of a scene, the sum of its cell's words' directions: [P, H].
+
+    An empty cell tells its place. As a target of nothing, its token is noise that the decoder's
+    first norm makes as large as any other token.
+    """
+    directions = _directions(student)
+    words_CH = torch.stack([directions[row] + directions[column] for row, column in _PLACES])
     for cell, placed in cells.items():
-        for word in placed.shown:
-            # With its space, as inside a sentence; a word of several tokens is their mean.
-            ids = student.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-            words_CH[cell] += embedding[ids].mean(dim=0)
+        for word in placed.shown[:3]:
+            words_CH[cell] += directions[word]
     in_cell = side // 3
     grid = words_CH.view(3, 1, 3, 1, -1).expand(3, in_cell, 3, in_cell, -1)
     return grid.reshape(side * side, -1)
+
+
+def _directions(student: Student) -> dict[str, Tensor]:
+    """What sets each word's embedding apart from the other words of its kind, as long as a word.
+
+    Text alone hardly tells the words of a kind apart: most of an embedding is what they share.
+    """
+    embedding = student.model.get_input_embeddings().weight.detach()
+    length = embedding.norm(dim=1).mean()
+    directions: dict[str, Tensor] = {}
+    for words in _CHOICES:
+        # With its space, as inside a sentence; a word of several tokens is their mean.
+        ids = [student.tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in words]
+        own = torch.stack([embedding[tokens].mean(dim=0) for tokens in ids])
+        own = F.normalize(own - own.mean(dim=0), dim=1) * length
+        directions |= dict(zip(words, own))
+    return directions

@@ -68,6 +68,9 @@ class ModelConfig:
     lora: LoraConfig | None = None
     """Train low-rank adapters (see `model.lora.*`); null trains all weights."""
 
+    freeze_vision: bool = False
+    """Leave the vision tower as it is; projector and decoder are trained."""
+
     gradient_checkpointing: bool = False
     """Recompute the decoder's layers in the backward pass instead of storing their activations."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -150,6 +151,12 @@ def load_student(
     return Student(model, tokenizer, vision_of(config, processor))
 
 
+def vision_tower(model: PreTrainedModel) -> nn.Module:
+    """The part that turns pixels into features; a Qwen2-VL's holds its projector as well."""
+    inner: Any = model.model
+    return inner.visual if model.config.model_type == "qwen2_vl" else inner.vision_tower
+
+
 def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
     """View the student's decoder and head as a causal LM, without copying a weight.
 
@@ -166,6 +173,8 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
     weights = {f"model.{name}": value for name, value in decoder.state_dict().items()}
     weights["lm_head.weight"] = model.lm_head.weight.detach()
     view.load_state_dict(weights, strict=True, assign=True)
+    # Where head and embedding are one parameter, an optimiser must see one.
+    view.tie_weights()
     # The rotary table is no weight: it is computed from the config, and was left on "meta".
     view.model.rotary_emb = type(view.model.rotary_emb)(config=config).to(model.device)
     return view.eval()

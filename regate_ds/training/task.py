@@ -16,7 +16,13 @@ from regate_ds.data.encode import Encoder, refusal
 from regate_ds.data.samples import BadRecord, Record, read_records
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.sections import DataConfig, LoraConfig, ModelConfig
-from regate_ds.training.student import Student, build_llava, build_qwen2_vl, load_student
+from regate_ds.training.student import (
+    Student,
+    build_llava,
+    build_qwen2_vl,
+    load_student,
+    vision_tower,
+)
 
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
 
@@ -92,8 +98,10 @@ def make_student(config: ModelConfig, *, seed: int | None) -> Student:
 
 
 def trainable(student: Student, config: ModelConfig) -> nn.Module:
-    """The student as it is trained: with LoRA adapters and activation checkpointing, if asked."""
+    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked."""
     model: nn.Module = student.model
+    if config.freeze_vision:
+        vision_tower(student.model).requires_grad_(False)
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:

@@ -8,13 +8,20 @@ from random import Random
 import pytest
 import torch
 
+from regate_ds.data.collate import SampleDataset
+from regate_ds.data.samples import read_records
 from regate_ds.training import scene_stages as s
+from regate_ds.training.align import align_student, notes
+from regate_ds.training.digit_questions import DIGITS, Shown
 from regate_ds.training.digits import Part, handwritten
+from regate_ds.training.pretrain import encoder_of
 from regate_ds.training.scene_stages import learn_words
 from regate_ds.training.stages import StageConfig, finished_stage, optimise
-from regate_ds.training.student import Student, build_llava
+from regate_ds.training.student import Student, build_llava, load_student
 from regate_ds.training.tokenizer import train_tokenizer
-from tests.integration.small_task import TEXT, VISION
+from tests.integration.small_task import TEXT, VISION, make_task
+
+PART = Part("train", handwritten("train"), 0, None)
 
 FINE = {**VISION, "patch_size": 8}
 """Patches that divide a cell of the grid."""
@@ -76,11 +83,47 @@ def test_the_projector_learns_the_words_of_the_cells_and_nothing_else_moves():
         assert torch.equal(weight, before[name]) == ("projector" not in name), name
 
 
+def test_notes_tell_what_stands_at_a_place_or_where_a_digit_stands():
+    rng = Random(0)
+    for _ in range(50):
+        cells = s.crowded_scene(PART, rng)
+        told = notes(cells, rng)
+        shown = [placed.shown for placed in cells.values()]
+        for start in range(0, len(told), 6):
+            words = [word.strip() for word, _ in told[start : start + 6]]
+            seen = [is_seen for _, is_seen in told[start : start + 6]]
+            if words[0] in DIGITS:
+                digit, colour, size, row, column, stop = words
+                assert [each.digit for each in shown].count(digit) == 1
+                assert seen == [False, True, True, True, True, False]
+            else:
+                row, column, digit, colour, size, stop = words
+                assert seen == [False, False, True, True, True, False]
+            assert Shown(digit, colour, size, row, column) in shown
+            assert stop == "."
+
+
+def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: Path):
+    make_task(tmp_path, num_train=4, num_test=1)
+    student = load_student(tmp_path / "student")
+    records, _ = read_records(tmp_path / "data" / "train.json", name="mine")
+    texts = SampleDataset(records, encoder_of(student, 256))
+    before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+    stage = StageConfig(steps=3, batch=4, lr=1e-3)
+    align_student(student, texts, stage, text_share=0.25, seed=0)
+    for name, weight in student.model.named_parameters():
+        assert weight.requires_grad
+        if "vision_tower" in name:
+            assert torch.equal(weight, before[name]), name
+        elif "projector" in name or "language_model.layers" in name:
+            assert not torch.equal(weight, before[name]), name
+
+
 def distance(student: Student, stage: StageConfig) -> float:
     """Error of the projector after a stage, relative to the words' size, on the same scenes."""
     learn_words(student, stage, num_scenes=8, seed=0)
-    part, rng = Part("train", handwritten("train"), 0, None), Random(0)
-    scenes = [s._crowded_scene(part, rng) for _ in range(8)]
+    rng = Random(0)
+    scenes = [s.crowded_scene(PART, rng) for _ in range(8)]
     side = FINE["image_size"] // FINE["patch_size"]
     with torch.no_grad():
         wanted = torch.cat([s._words(student, cells, side) for cells in scenes])

@@ -12,7 +12,15 @@ from tiny_students import (
     make_tokenizer,
 )
 
-from regate_ds.training.student import build_llava, load_student, save_student, text_backbone
+from regate_ds.training.sections import ModelConfig
+from regate_ds.training.student import (
+    build_llava,
+    load_student,
+    save_student,
+    text_backbone,
+    vision_tower,
+)
+from regate_ds.training.task import trainable
 
 each_student = pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
 
@@ -60,6 +68,25 @@ def test_text_backbone_shares_weights_but_not_the_wish_to_train_them(make):
     assert embedding.requires_grad
     assert view.get_input_embeddings().weight.data_ptr() == embedding.data_ptr()
     assert view.lm_head.weight.data_ptr() == student.model.lm_head.weight.data_ptr()
+
+
+def test_text_backbone_of_a_tied_student_has_head_and_embedding_in_one():
+    tokenizer = make_tokenizer()
+    text = {**TEXT, "tie_word_embeddings": True}
+    student = build_llava(tokenizer, text=text, vision=CLIP, seed=0)
+    view = text_backbone(student.model)
+    assert view.lm_head.weight is view.get_input_embeddings().weight
+    assert view.lm_head.weight.data_ptr() == student.model.lm_head.weight.data_ptr()
+
+
+@each_student
+def test_a_frozen_tower_is_left_out_of_training_and_the_rest_is_not(make, tmp_path):
+    student = make()
+    tower = {id(p) for p in vision_tower(student.model).parameters()}
+    assert 0 < len(tower) < len(list(student.model.parameters()))
+    model = trainable(student, ModelConfig(path=tmp_path, freeze_vision=True))
+    for weight in model.parameters():
+        assert weight.requires_grad == (id(weight) not in tower)
 
 
 def test_making_the_text_backbone_leaves_the_random_state_alone():
