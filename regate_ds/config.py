@@ -85,7 +85,8 @@ class RegateConfig:
     def _range_problems(self) -> list[tuple[str, str]]:
         rules = [
             ("total_steps", self.total_steps >= 1, "must be at least 1"),
-            ("keep_share", 0.0 < self.keep_share <= 1.0, "must be in (0, 1]"),
+            # Less would round to no position at all: k = ceil(p * n - 1e-9).
+            ("keep_share", 1e-6 <= self.keep_share <= 1.0, "must be in [1e-6, 1]"),
             ("first_layer", self.first_layer >= 0, "must be 0 or more"),
             (
                 "last_layer",

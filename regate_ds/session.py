@@ -7,7 +7,7 @@ A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +118,10 @@ class Regate:
         Raises ValueError if the run is over, RuntimeError if the step before is still open.
         """
         if self._open is not None:
-            raise RuntimeError(f"step {self.step} is planned already; call finish_step before")
+            raise RuntimeError(
+                f"step {self.step} is planned but not ended; end it before the next one is planned "
+                "(finish_step, or `step` of what attach returned)"
+            )
         if self.step >= self.config.total_steps:
             raise ValueError(
                 f"step {self.step} is beyond total_steps={self.config.total_steps}; "
@@ -152,7 +155,10 @@ class Regate:
         current.losses[plan.micro] = losses_L.detach()
 
     def finish_step(self, *, applied: bool) -> None:
-        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective."""
+        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
+
+        RuntimeError names the sample whose loss is not finite; nothing is remembered then.
+        """
         current = self._require_open("finish_step")
         missing = set(range(len(current.plan.micro))) - set(current.losses)
         if missing:
@@ -166,7 +172,7 @@ class Regate:
         """The schedule's state; the difficulty store saves itself beside it."""
         if self._open is not None:
             raise RuntimeError(f"step {self.step} is open; save between steps")
-        return {"version": 1, "step": self.step, "total_steps": self.config.total_steps}
+        return {"version": 1, "step": self.step, **asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["total_steps"] != self.config.total_steps:
@@ -174,6 +180,12 @@ class Regate:
                 f"total_steps={self.config.total_steps}, but the checkpoint's run has "
                 f"{state['total_steps']}: the schedule would change; resume with the same value"
             )
+        for name, mine in asdict(self.schedule).items():
+            if state[name] != mine:
+                raise ValueError(
+                    f"{name} is {mine} by this configuration, but {state[name]} in the "
+                    "checkpoint's run: resume with the same warmup, cycles and final_dense_share"
+                )
         self.step = state["step"]
 
     def _require_open(self, call: str) -> _Open:
@@ -237,7 +249,22 @@ def _updated(
     number_P = batch.is_label_BT.reshape(-1).long().cumsum(0) - 1
     seen_L = number_P[plan.label_position_L]
     fresh_L = losses_L.to("cpu", torch.float32)
+    _require_finite(batch, plan, fresh_L)
     return old_N.index_copy(0, seen_L, update_difficulty(old_N[seen_L], fresh_L, decay=decay))
+
+
+def _require_finite(batch: TokenBatch, plan: ElisionPlan, losses_L: Tensor) -> None:
+    bad_L = (~losses_L.isfinite()).nonzero().squeeze(1)
+    if len(bad_L) == 0:
+        return
+    where = int(plan.label_position_L[bad_L[0]])
+    name, number = batch.flat_keys[int(batch.sample_BT.reshape(-1)[where])]
+    row, position = divmod(where, plan.num_tokens)
+    raise RuntimeError(
+        f"step {plan.step}: the loss of sample {name!r} record {number} at position {position} of "
+        f"row {row} is {float(losses_L[bad_L[0]])}; the run has diverged: resume from an earlier "
+        "checkpoint with a lower learning rate"
+    )
 
 
 def _require_same_labels(window: Sequence[TokenBatch], index: Index) -> None:

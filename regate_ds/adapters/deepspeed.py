@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface import ElidedOutput, attach_model
+from regate_ds.adapters.huggingface import ElidedOutput, attach_model, has_tower
+from regate_ds.adapters.window import Window
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.atomic_file import write_atomically
-from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.data.host_batch import HostCollate
+from regate_ds.data.host_batch import HostCollate, Unkeyed
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate, StepPlan
@@ -57,16 +57,19 @@ def attach(
 
     ValueError names what is not supported. With enabled=False nothing is touched.
     """
-    attachment = Attachment()
+    attachment, several_ranks = Attachment(), _world_size() > 1
     if config.enabled:
         attachment = attach_model(
             model,
             first_layer=config.first_layer,
             last_layer=config.last_layer,
             own_loss=own_loss,
-            run_tower_without_image=_world_size() > 1,
+            run_tower_without_image=several_ranks,
         )
-    return DeepSpeedRegate(config, reference, attachment, own_loss=own_loss)
+    unwatched = not several_ranks and has_tower(model)
+    return DeepSpeedRegate(
+        config, reference, attachment, own_loss=own_loss, tower_unwatched=unwatched
+    )
 
 
 class DeepSpeedRegate:
@@ -79,43 +82,52 @@ class DeepSpeedRegate:
         attachment: Attachment,
         *,
         own_loss: bool,
+        tower_unwatched: bool,
     ) -> None:
         self.config = config
         self.plan: StepPlan | None = None
         """The step that is planned or was planned last."""
         self._reference, self._attachment, self._own_loss = reference, attachment, own_loss
+        self._tower_unwatched = tower_unwatched
         self._session: Regate | None = None
         self._difficulty: DifficultyStore | None = None
         self._engine: Any = None
 
-    def collate(self, collate_fn: Callable[[list[Any]], dict[str, Tensor]]) -> HostCollate:
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> HostCollate | Unkeyed:
         """Wrap a collate function of yours; the items need a ``regate_key`` (see ``Keyed``)."""
-        return HostCollate(collate_fn, keep_labels=not self.config.enabled)
+        return HostCollate(collate_fn) if self.config.enabled else Unkeyed(collate_fn)
 
-    def windows(
-        self, loader: Iterable[Batch], engine: Any
-    ) -> Iterator[list[tuple[dict[str, Tensor], ElisionPlan | None]]]:
-        """The loader's micro-batches in groups of one optimizer step, moved, with their plans.
+    def windows(self, loader: Iterable[Any], engine: Any) -> Iterator[Window]:
+        """The loader's micro-batches in groups of one optimizer step, with their plans.
 
         Micro-batches at the end that do not fill a step are left out: a window never crosses an
-        epoch. Without elision the plan is None and the batch is the host's own.
+        epoch. A loader that keeps its order, as DeepSpeed's own does, leaves out the same samples
+        each time, unless you call ``loader.data_sampler.set_epoch(epoch)``.
+
+        Without elision the plan is None, the batch is the host's own, and nothing is left out.
         """
         self._bind(engine)
-        window: list[Batch] = []
+        size, micro = engine.gradient_accumulation_steps(), []
         for batch in loader:
-            window.append(batch)
-            if len(window) == engine.gradient_accumulation_steps():
-                yield self._planned(window, engine)
-                window = []
-        if window:
-            _log.warning("left out %d micro-batches that do not fill a step", len(window))
+            micro.append(batch)
+            if len(micro) == size:
+                yield self._window(micro, engine)
+                micro = []
+        if micro and not self.config.enabled:
+            yield self._window(micro, engine)
+        elif micro:
+            _log.warning(
+                "left out %d micro-batches at the end of the epoch: a step takes %d; the same "
+                "samples each time, unless the loader changes its order",
+                len(micro),
+                size,
+            )
 
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
-        """What ``engine.backward`` takes: the mean over all targets of the whole step.
+        """What ``engine.backward`` takes: averaged over micro-batches and data ranks, as the engine
+        does, it is the mean over all targets of the step. One micro-batch's says little by itself.
 
-        The engine divides by the accumulation steps and averages over data ranks, while targets
-        are counted over all of them: both are undone here. An auxiliary loss is added as it is.
-        Without a plan it is the host's own loss.
+        An auxiliary loss is added as it is. Without a plan it is the host's own loss.
         """
         if plan is None:
             return output.loss
@@ -146,10 +158,13 @@ class DeepSpeedRegate:
         session = self._open_session()
         folder = Path(checkpoint_dir) / STATE_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
+        state = session.state_dict()
         if self._difficulty is not None:
             self._difficulty.save(folder)
+            state |= {"num_files": self._difficulty.num_ranks}
+            state |= {"num_writes": self._difficulty.num_writes}
         if _rank() == 0:
-            write_atomically(folder / "state.json", json.dumps(session.state_dict()).encode())
+            write_atomically(folder / "state.json", json.dumps(state).encode())
 
     def load(self, checkpoint_dir: str | Path, engine: Any) -> None:
         """Take over what ``save`` wrote, with any number of data ranks."""
@@ -159,10 +174,19 @@ class DeepSpeedRegate:
         folder = Path(checkpoint_dir) / STATE_FOLDER
         if not (folder / "state.json").is_file():
             raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
-        session = self._open_session()
-        session.load_state_dict(json.loads((folder / "state.json").read_text()))
-        if self._difficulty is not None:
-            self._difficulty.load(folder)
+        state = json.loads((folder / "state.json").read_text())
+        self._open_session().load_state_dict(state)
+        if self._difficulty is None:
+            return
+        if "num_files" not in state:
+            raise ValueError(f"{folder} is of a dense run without difficulty; set keep_share=1.0")
+        self._difficulty.load(folder, num_ranks=state["num_files"])
+        if self._difficulty.num_writes != state["num_writes"]:
+            raise ValueError(
+                f"{folder}: the difficulty was written {self._difficulty.num_writes} times, its "
+                f"state.json says {state['num_writes']}: a save over an older one was cut short; "
+                "resume from another checkpoint, and save each into a folder of its own"
+            )
 
     def metrics(self) -> dict[str, int | bool]:
         """Counts of the step planned last, over all data ranks, for any logger."""
@@ -184,6 +208,11 @@ class DeepSpeedRegate:
                 f"sequence parallel size {engine.sequence_parallel_size} is not supported under "
                 "DeepSpeed; set it to 1"
             )
+        if engine.dp_world_size > 1 and self._tower_unwatched:
+            raise RuntimeError(
+                f"{engine.dp_world_size} data ranks, but attach saw no launcher: a rank without an "
+                "image would stop the others; call deepspeed.init_distributed() before attach"
+            )
         self._engine = engine
         group = engine.data_parallel_group if engine.dp_world_size > 1 else None
         if self.config.keep_share < 1.0 and self._reference is not None:
@@ -197,17 +226,11 @@ class DeepSpeedRegate:
             device=engine.device,
         )
 
-    def _planned(
-        self, window: list[Batch], engine: Any
-    ) -> list[tuple[dict[str, Tensor], ElisionPlan | None]]:
+    def _window(self, micro: list[Any], engine: Any) -> Window:
         if not self.config.enabled:
-            return [(batch.to(engine.device).inputs, None) for batch in window]
-        self.plan = self._open_session().plan_step([batch.tokens for batch in window])
-        device = engine.device
-        return [
-            (batch.to(device).inputs, plan.to(device))
-            for batch, plan in zip(window, self.plan.micro, strict=True)
-        ]
+            return Window(micro, [None] * len(micro), engine.device)
+        self.plan = self._open_session().plan_step([batch.tokens for batch in micro])
+        return Window(micro, self.plan.micro, engine.device)
 
     def _open_session(self) -> Regate:
         if self._session is None:

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+KNOWN_HOSTS = ("llava", "qwen2_vl", "qwen2_5_vl")
+"""`model_type` of the hosts whose towers take the empty image that is made here."""
+
 PIXELS = ("pixel_values", "pixel_values_videos")
 """Inputs of a multimodal model that make it run its tower."""
 
 
 def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Embed the text here, plus zero times the features of an empty image."""
-    if getattr(host.config, "vision_config", None) is None:
-        return inputs
+    """Embed the text here, plus zero times the features of an empty image.
+
+    ValueError for a host whose tower wants more than pixels: then each micro-batch needs an image.
+    """
+    if host.config.model_type not in KNOWN_HOSTS:
+        raise ValueError(
+            f"a micro-batch without an image, on several ranks: for a {host.config.model_type} "
+            f"model no empty image is known (only for {KNOWN_HOSTS}); put a sample with an image "
+            "into every micro-batch"
+        )
     rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "mm_token_type_ids")}
     embedded = host.get_input_embeddings()(inputs["input_ids"])
     if hasattr(host.base_model, "rope_deltas") and rest.get("position_ids") is None:

@@ -23,12 +23,16 @@ from transformers.utils import ModelOutput
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.attention import BOUNDARIES, attention_inputs, ungated_attention_inputs
 from regate_ds.adapters.empty_image import PIXELS, with_empty_image
+from regate_ds.adapters.support import (
+    require_language_model,
+    require_plain_call,
+    require_rows,
+    require_supported,
+    require_window,
+)
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import summed_loss, token_losses
 from regate_ds.algorithm.select import ElisionPlan
-
-SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
-"""`model_type` of the text models whose layers were tested: causal, and one tensor in and out."""
 
 
 @dataclass
@@ -66,6 +70,7 @@ class _ModelGate:
 class _LayerGate:
     """A decoder layer's part in the gated range."""
 
+    number: int
     gated: bool
     packs: bool
     restores: bool
@@ -88,6 +93,7 @@ def attach_model(
     ValueError names what is not supported; RuntimeError if the model is attached already.
     """
     host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    require_language_model(model, host)
     decoder = host.get_decoder()
     depth = len(decoder.layers)
     last_layer = depth if last_layer is None else last_layer
@@ -96,48 +102,21 @@ def attach_model(
     ends_early = last_layer < depth
     gate = _ModelGate(host, packed_at_end=not ends_early)
     attachment.rebind_forward(host, _model_forward, gate=gate)
-    if run_tower_without_image and getattr(host.config, "vision_config", None) is not None:
+    if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, _base_forward, host=host)
     attachment.rebind_forward(host.get_output_embeddings(), _head_forward, own_loss=own_loss)
     for number, layer in enumerate(decoder.layers):
         gated = first_layer <= number < last_layer
         restores = gated and ends_early
         packs = restores or number == first_layer
-        attachment.rebind_forward(layer, _layer_forward, gate=_LayerGate(gated, packs, restores))
+        layer_gate = _LayerGate(number, gated, packs, restores)
+        attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
 
 
-def require_supported(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
-    """Refuse by name what elision would compute wrongly."""
-    config = decoder.config
-    if config.model_type not in SUPPORTED_DECODERS:
-        raise ValueError(
-            f"decoder {config.model_type!r} is not supported; tested are {SUPPORTED_DECODERS}"
-        )
-    if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
-        raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} is not supported; "
-            "load the model with sdpa, eager or flash_attention_2"
-        )
-    if not 0 <= first < last <= len(decoder.layers):
-        raise ValueError(
-            f"gated layers [{first}, {last}) do not fit a decoder of {len(decoder.layers)} layers; "
-            "set first_layer and last_layer within it"
-        )
-    unknown = set(getattr(config, "layer_types", None) or ()) - _CAUSAL_LAYERS
-    if unknown:
-        raise ValueError(
-            f"layers of type {sorted(unknown)} are not supported; only {_CAUSAL_LAYERS}"
-        )
-    head = host.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the output head is a {type(head).__name__}, not a plain Linear; "
-            "leave lm_head out of LoRA's target_modules and modules_to_save"
-        )
-
-
-_CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+def has_tower(model: nn.Module) -> bool:
+    """Whether the model has a vision side."""
+    return getattr(getattr(model, "config", None), "vision_config", None) is not None
 
 
 def _model_forward(
@@ -149,10 +128,9 @@ def _model_forward(
 ) -> Any:
     if regate_plan is None:
         return host_forward(*args, **kwargs)
-    if args or kwargs.get("labels") is not None:
-        raise ValueError("with regate_plan give inputs by keyword and no labels: the plan has them")
+    require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
-    _require_fits(host, plan)
+    require_window(host, plan)
     inputs = {} if plan.is_dense else attention_inputs(plan, host)
     gated = _Gated(plan, inputs, ungated_attention_inputs(plan, host))
     outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
@@ -191,6 +169,8 @@ def _layer_forward(
     if regate_plan is None:
         return host_forward(hidden_states, *args, **kwargs)
     plan = regate_plan.plan
+    if gate.number == 0:
+        require_rows(hidden_states, plan)
     if plan.is_dense or not gate.gated:
         return host_forward(hidden_states, *args, **{**kwargs, **regate_plan.ungated_attention})
     x = keep(hidden_states, plan) if gate.packs else hidden_states
@@ -233,15 +213,3 @@ def _head_forward(
         losses_L = token_losses(hidden, head.weight, head.bias, regate_targets)
         return losses_L.sum(), losses_L
     return summed_loss(hidden, head.weight, head.bias, regate_targets)
-
-
-def _require_fits(host: nn.Module, plan: ElisionPlan) -> None:
-    config = host.get_decoder().config
-    layer_types = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else True
-    window = getattr(config, "sliding_window", None)
-    if slides and window is not None and plan.num_tokens >= window:
-        raise ValueError(
-            f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
-            "elision the window would count kept tokens, not positions; use shorter rows"
-        )

@@ -95,7 +95,11 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grads[0].to(g.dtype) for g in ctx.gradients]
+        if ctx.gradients is None:
+            raise RuntimeError("summed_loss goes backward once; for more passes use token_losses")
+        # Let go of them: the head's is [V, H], and the loss may live on until the next step's.
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g * grads[0].to(g.dtype) for g in gradients]
         return (*scaled, None, None)
 
 

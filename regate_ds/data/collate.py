@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -30,13 +31,25 @@ class LoadedSample:
 class Batch:
     """One micro-batch: what the model is called with, and what the method needs to know of it."""
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     tokens: TokenBatch
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move ``inputs``; ``tokens`` stay on the host, where planning happens."""
-        moved = {name: x.to(device, non_blocking=True) for name, x in self.inputs.items()}
-        return Batch(moved, self.tokens)
+        """Move the tensors of ``inputs``; ``tokens`` stay on the host, where planning happens."""
+        return Batch(moved(self.inputs, device), self.tokens)
+
+    def pin_memory(self) -> Batch:
+        """For loaders with ``pin_memory=True``: ``to`` a GPU then overlaps with its work."""
+        pinned = {k: x.pin_memory() if isinstance(x, Tensor) else x for k, x in self.inputs.items()}
+        return Batch(pinned, self.tokens)
+
+
+def moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The tensors on ``device``; everything else as it is."""
+    return {
+        name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        for name, x in inputs.items()
+    }
 
 
 class SampleDataset(Dataset[LoadedSample]):

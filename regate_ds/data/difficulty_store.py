@@ -93,9 +93,22 @@ class DifficultyStore:
         name = f"difficulty-{self._rank}-of-{self._size}.npz"
         write_atomically(folder / name, buffer.getvalue())
 
-    def load(self, folder: Path) -> None:
-        """Take over what any number of ranks saved; this store is unchanged if it fails."""
-        paths = _find_sidecars(Path(folder))
+    @property
+    def num_ranks(self) -> int:
+        """Data ranks that the values are spread over, and so the number of sidecar files."""
+        return self._size
+
+    @property
+    def num_writes(self) -> int:
+        """How often it was written to: tells the moments of two saves apart."""
+        return self._num_writes
+
+    def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
+        """Take over what any number of ranks saved; this store is unchanged if it fails.
+
+        ``num_ranks``: of the save that is meant, where the folder may hold several.
+        """
+        paths = _find_sidecars(Path(folder), num_ranks)
         values, moments = torch.zeros_like(self._values), {}
         for rank, path in enumerate(paths):
             saved = _read_sidecar(path)
@@ -176,10 +189,11 @@ class DifficultyStore:
         into[self._locate(rows_R[own_R])] = saved_N[spans(starts_R[own_R], lengths_R[own_R])]
 
 
-def _find_sidecars(folder: Path) -> list[Path]:
+def _find_sidecars(folder: Path, num_ranks: int | None) -> list[Path]:
     """The files of all ranks of one save, by rank."""
     names = sorted(path.name for path in folder.glob("difficulty-*-of-*.npz"))
     sizes = sorted({int(match[2]) for name in names if (match := _SIDECAR.fullmatch(name))})
+    sizes = sizes if num_ranks is None else [num_ranks]
     if len(sizes) > 1:
         raise ValueError(
             f"{folder} holds difficulty files of several saves (by {sizes} ranks); "

@@ -40,19 +40,17 @@ class Keyed(Dataset[dict[str, Any]]):
 class HostCollate:
     """Takes keys off the items, lets the host collate the rest, and reads labels and padding.
 
-    The labels leave the batch, as the plan has them; ``keep_labels`` leaves them to the host.
+    The labels leave the batch, as the plan has them.
     """
 
-    def __init__(
-        self, collate_fn: Callable[[list[Any]], dict[str, Tensor]], *, keep_labels: bool = False
-    ) -> None:
-        self._collate_fn, self._keep_labels = collate_fn, keep_labels
+    def __init__(self, collate_fn: Callable[[list[Any]], dict[str, Tensor]]) -> None:
+        self._collate_fn = collate_fn
 
     def __call__(self, items: list[dict[str, Any]]) -> Batch:
         if any(KEY not in item for item in items):
             raise ValueError(f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name)")
         keys = tuple((tuple(item[KEY]),) for item in items)
-        inputs = self._collate_fn([{k: v for k, v in i.items() if k != KEY} for i in items])
+        inputs = self._collate_fn([_without_key(item) for item in items])
         if "labels" not in inputs:
             raise ValueError("the collated batch has no labels; elision follows them")
         labels_BT = inputs["labels"]
@@ -60,6 +58,19 @@ class HostCollate:
         if bool((mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()):
             raise ValueError("a row has padding before tokens; set padding_side='right'")
         segment_BT = torch.where(mask_BT, 0, -1)
-        if not self._keep_labels:
-            inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
         return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT)))
+
+
+class Unkeyed:
+    """Takes keys off the items and leaves all else to the host: for runs without elision."""
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self._collate_fn = collate_fn
+
+    def __call__(self, items: list[Any]) -> Any:
+        return self._collate_fn([_without_key(item) for item in items])
+
+
+def _without_key(item: Any) -> Any:
+    return {k: v for k, v in item.items() if k != KEY} if isinstance(item, dict) else item

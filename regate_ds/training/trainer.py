@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from regate_ds.adapters.deepspeed import attach
+from regate_ds.adapters.deepspeed import Window, attach
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.data.collate import Batch
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
@@ -34,8 +33,6 @@ from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
 from regate_ds.training.process import Process
 from regate_ds.training.task import HostLabels, Task, trainable
-
-Window = list[tuple[dict[str, Tensor], ElisionPlan | None]]
 
 
 class Clock:

@@ -13,12 +13,13 @@ from tests.models import random_batch
 from tests.stores import RandomReference, index_of
 
 BATCH = random_batch([[20], [13]], seed=1)[1]
+INDEX = index_of([BATCH])
 
 
-def made(total_steps: int = 4) -> Regate:
-    index = index_of([BATCH])
+def made(total_steps: int = 4, difficulty: DifficultyStore | None = None) -> Regate:
     config = RegateConfig(total_steps=total_steps, warmup=0)
-    return Regate(config, reference=RandomReference(index), difficulty=DifficultyStore(index))
+    difficulty = difficulty or DifficultyStore(INDEX)
+    return Regate(config, reference=RandomReference(INDEX), difficulty=difficulty)
 
 
 def open_step(session: Regate):
@@ -38,7 +39,7 @@ def test_nothing_can_be_recorded_or_finished_before_a_plan():
 def test_a_step_cannot_be_planned_twice():
     session = made()
     open_step(session)
-    with pytest.raises(RuntimeError, match="step 0 is planned already; call finish_step before"):
+    with pytest.raises(RuntimeError, match="step 0 is planned but not ended"):
         session.plan_step([BATCH])
 
 
@@ -112,10 +113,17 @@ def test_a_sample_that_the_store_does_not_know_is_refused():
         made().plan_step([TokenBatch(keys, BATCH.segment_BT, BATCH.labels_BT)])
 
 
-def test_a_student_loss_that_is_not_finite_stops_the_next_sparse_step():
-    session = made()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_is_named_and_not_remembered(value: float):
+    difficulty = DifficultyStore(INDEX)
+    session = made(difficulty=difficulty)
     plan = open_step(session)
-    session.record(plan, torch.full((plan.num_targets,), torch.nan))
-    session.finish_step(applied=True)
-    with pytest.raises(RuntimeError, match="a score is not finite"):
-        session.plan_step([BATCH])
+    losses_L = torch.ones(plan.num_targets)
+    losses_L[-1] = value
+    row, position = divmod(int(plan.label_position_L[-1]), plan.num_tokens)
+    key = BATCH.flat_keys[int(BATCH.sample_BT[row, position])]
+    session.record(plan, losses_L)
+    named = f"step 0: the loss of sample '{key[0]}' record {key[1]} at position {position} of row"
+    with pytest.raises(RuntimeError, match=f"{named} {row} is {value}"):
+        session.finish_step(applied=True)
+    assert not difficulty.read(BATCH.flat_keys).any()

@@ -6,6 +6,7 @@ Real engines on several ranks: tests/distributed/test_zero.py.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.host_batch import Keyed
 from tests.measure import assert_gradients_equal, gradients
-from tests.models import causal_lm
+from tests.models import causal_lm, llava
 from tests.stores import RandomReference, index_of
 
 NUM_MICRO = 3
@@ -137,7 +138,7 @@ def test_a_window_is_one_step_and_what_does_not_fill_one_is_left_out_and_said(ca
     with caplog.at_level(logging.WARNING):
         kept = run(regate, model, loader, engine(num_micro=2))
     assert len(kept) == 4
-    assert "left out 1 micro-batches that do not fill a step" in caplog.text
+    assert "left out 1 micro-batches at the end of the epoch: a step takes 2" in caplog.text
     assert regate.metrics()["step"] == 1
 
 
@@ -221,12 +222,88 @@ def test_removing_gives_the_model_back():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_wrapped_collate_hides_labels_from_an_elided_run_and_leaves_them_to_the_host(enabled):
-    _, regate = made(enabled=enabled)
+def test_a_wrapped_collate_hides_labels_from_an_elided_run_and_leaves_them_to_the_host():
     ids = torch.tensor([[4, 5, 6]])
     dataset = Keyed([{"input_ids": ids, "labels": ids}], "mine")
-    collate = regate.collate(lambda items: {k: items[0][k] for k in ("input_ids", "labels")})
-    batch = collate([dataset[0]])
-    assert ("labels" in batch.inputs) is not enabled
+    batch = made()[1].collate(lambda items: dict(items[0]))([dataset[0]])
+    assert batch.inputs.keys() == {"input_ids"}
     assert batch.tokens.labels_BT.tolist() == [[5, 6, IGNORE]]
+    host_batch = made(enabled=False)[1].collate(lambda items: dict(items[0]))([dataset[0]])
+    assert host_batch.keys() == {"input_ids", "labels"}
+
+
+def test_disabled_hands_on_whatever_the_loader_gives_and_leaves_nothing_out(caplog):
+    loader = [{"input_ids": torch.ones(1, 2), "names": ["a"]}, None, "b", [3], (4, 5)]
+    _, regate = made(enabled=False)
+    windows = list(regate.windows(loader, engine(num_micro=2)))
+    assert [len(window) for window in windows] == [2, 2, 1]
+    found = [inputs for window in windows for inputs, _ in window]
+    assert torch.equal(found[0]["input_ids"], torch.ones(1, 2))
+    assert found[0]["names"] == ["a"]
+    assert found[1:] == loader[1:]
+    assert caplog.text == ""
+
+
+def test_a_micro_batch_is_moved_when_it_is_taken_not_before():
+    _, regate = made()
+    window = first_window(regate, batches(), engine(device=torch.device("meta")))
+    assert len(window) == NUM_MICRO
+    inputs, plan = window[1]
+    assert inputs["input_ids"].is_meta
+    assert plan.kept_BK.is_meta
+    assert not regate.plan.micro[1].kept_BK.is_meta
+
+
+def test_several_ranks_without_a_launcher_are_refused_where_there_is_a_tower():
+    loader = batches()
+    reference = RandomReference(index_of(batch.tokens for batch in loader))
+    regate = attach(llava(), config(), reference=reference)
+    with pytest.raises(RuntimeError, match=r"2 data ranks.*deepspeed.init_distributed\(\) before"):
+        first_window(regate, loader, engine(dp_world_size=2))
+
+
+def saved(folder: Path, **knobs) -> DeepSpeedRegate:
+    model, regate = made(**knobs)
+    run(regate, model, batches(), engine())
+    regate.save(folder)
+    return regate
+
+
+def test_a_save_cut_short_over_an_older_one_is_noticed(tmp_path):
+    saved(tmp_path)
+    old_state = (tmp_path / "regate" / "state.json").read_bytes()
+    model, regate = made()
+    used = engine()
+    regate.load(tmp_path, used)
+    run(regate, model, batches(), used)
+    regate.save(tmp_path)
+    (tmp_path / "regate" / "state.json").write_bytes(old_state)
+    with pytest.raises(ValueError, match=r"was written 2 times, its state.json says 1"):
+        made()[1].load(tmp_path, engine())
+
+
+def test_of_saves_by_several_numbers_of_ranks_the_last_is_read(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "regate" / "difficulty-0-of-2.npz").write_bytes(b"of an older save")
+    made()[1].load(tmp_path, engine())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"warmup": 1}, "warmup_steps is 1 by this configuration, but 0 in the checkpoint's run"),
+        ({"final_dense_share": 0.5}, "final_dense_steps is 2 by this"),
+        ({"cycle_steps": 2}, "cycle_steps is 2 by this"),
+        ({"total_steps": 5}, "total_steps=5, but the checkpoint's run has 4"),
+    ],
+)
+def test_another_schedule_is_refused(tmp_path, knobs: dict, message: str):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        made(**knobs)[1].load(tmp_path, engine())
+
+
+def test_a_dense_runs_state_does_not_serve_an_elided_one(tmp_path):
+    saved(tmp_path, keep_share=1.0)
+    with pytest.raises(ValueError, match="is of a dense run without difficulty"):
+        made()[1].load(tmp_path, engine())

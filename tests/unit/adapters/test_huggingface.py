@@ -183,11 +183,15 @@ def test_a_refused_model_is_left_as_it_was():
     assert all("forward" not in vars(module) for module in model.modules())
 
 
-def test_rows_that_reach_the_attention_window_are_refused():
+@pytest.mark.parametrize("length", [16, 17, 20])
+def test_rows_that_reach_the_attention_window_are_refused_where_tokens_are_elided(length: int):
     model = causal_lm("mistral", sliding_window=16)
     attach_model(model)
-    with pytest.raises(ValueError, match="a row of 20 tokens reaches the attention window of 16"):
-        text_case([[20], [9]]).run(model)
+    case = text_case([[length], [9]])
+    message = f"a row of {length} tokens reaches the attention window of 16"
+    with pytest.raises(ValueError, match=message):
+        case.run(model)
+    case.dense.run(model)
     text_case([[15], [9]]).run(model)
 
 

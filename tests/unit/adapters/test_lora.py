@@ -76,5 +76,5 @@ def test_checkpointing_changes_no_bit_of_the_adapters_gradients(use_reentrant: b
 )
 def test_adapters_on_the_head_are_refused(knobs: dict):
     model = with_lora(causal_lm(), **knobs)
-    with pytest.raises(ValueError, match="leave lm_head out of LoRA's target_modules"):
+    with pytest.raises(ValueError, match="leave lm_head out of quantisation, and of LoRA"):
         attach_model(model)

@@ -6,7 +6,9 @@ import itertools
 import random
 
 import pytest
+import torch
 from gated_cases import assert_exact, text_case
+from torch import nn
 
 from tests.models import causal_lm
 
@@ -61,6 +63,12 @@ def test_a_single_row_of_one_sample_is_exact():
 def test_a_head_tied_to_the_embedding_gets_the_gradients_of_both():
     model = causal_lm("llama", tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_exact(model, text_case([[20], [9]]), range(1, 3))
+
+
+def test_a_head_with_a_bias_is_exact():
+    model = causal_lm("llama")
+    model.lm_head.bias = nn.Parameter(torch.randn(model.lm_head.out_features))
     assert_exact(model, text_case([[20], [9]]), range(1, 3))
 
 

@@ -118,12 +118,49 @@ def test_bf16_heads_give_losses_in_fp32_and_gradients_as_near_as_the_hosts():
         assert error <= 1.5 * hosts_error + 2**-9 * want.norm()
 
 
+def test_the_heads_gradient_is_summed_over_many_chunks_without_rounding():
+    chunks = 32
+    hidden = torch.ones(chunks * CHUNK, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(chunks * CHUNK, dtype=torch.long)
+    total, _ = summed_loss(hidden, weight, None, targets)
+    assert total.dtype == torch.float32
+    (found,) = torch.autograd.grad(total, weight)
+    # Each target adds 1/2; a sum in bf16 stops growing at 256 halves.
+    assert found.flatten().tolist() == [-chunks * CHUNK / 2, chunks * CHUNK / 2]
+
+
+def test_no_gradient_is_made_where_none_can_be_asked_for():
+    head = Head(CHUNK)
+    with torch.no_grad(), Largest() as largest:
+        summed_loss(*head.inputs)
+    assert largest.products == 1
+
+
+def test_the_heads_gradient_is_let_go_of_in_the_backward_pass():
+    head = Head(CHUNK)
+    total, _ = summed_loss(*head.inputs)
+    node = total.grad_fn
+    assert any(x is not None for x in node.gradients)
+    total.backward()
+    assert node.gradients is None
+
+
+def test_a_second_backward_pass_is_refused():
+    total, _ = summed_loss(*Head(5).inputs)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward once; for more passes use token_losses"):
+        total.backward()
+
+
 class Largest(TorchDispatchMode):
-    """The most elements in a tensor that any operation returns, forward and backward."""
+    """The most elements in a tensor that any operation returns, and the matrix products."""
 
     numel = 0
+    products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         out = func(*args, **(kwargs or {}))
         sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
         self.numel = max(self.numel, *sizes, 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.host_batch import HostCollate, Keyed
+from regate_ds.data.host_batch import HostCollate, Keyed, Unkeyed
 
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -48,9 +48,10 @@ def test_without_a_mask_every_position_is_real():
     assert HostCollate(stack)([item(0)]).tokens.segment_BT.tolist() == [[0, 0, 0]]
 
 
-def test_the_labels_may_stay_for_a_host_that_computes_its_own_loss():
-    batch = HostCollate(stack, keep_labels=True)([item(0)])
-    assert batch.inputs["labels"].tolist() == [[5, 6, 7]]
+def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
+    items = [item(0), "a text"]
+    assert Unkeyed(list)(items) == [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "a text"]
+    assert Unkeyed(lambda given: None)(items) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""What a host must be for elision to compute it rightly; everything else is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from regate_ds.algorithm.select import ElisionPlan
+
+SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+"""`model_type` of the text models whose layers were tested: causal, and one tensor in and out."""
+
+_CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def require_language_model(model: nn.Module, host: Any) -> None:
+    """Refuse what has no decoder and head, or changes inputs or logits on its own way."""
+    name = type(host).__name__
+    config = getattr(model, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(config).__name__} puts tokens of its own before the samples, which no plan "
+            "knows; use LoRA, or train all weights"
+        )
+    is_host = callable(getattr(host, "get_decoder", None)) and hasattr(host, "base_model")
+    if not is_host or hasattr(host, "_orig_mod"):  # what torch.compile returns
+        raise ValueError(
+            f"{name} is not a Hugging Face language model; attach to what from_pretrained gave, "
+            "before it is compiled or wrapped"
+        )
+    if host.get_output_embeddings() is None:
+        raise ValueError(f"{name} has no language modelling head; load it as a ...ForCausalLM")
+    home = type(host).forward.__module__
+    if not home.startswith("transformers.models."):
+        raise ValueError(
+            f"{name}.forward is defined in {home}, not in transformers.models: elision would pass "
+            "over what it does to the logits; attach to the class that it is derived from"
+        )
+
+
+def require_supported(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
+    """Refuse by name what elision would compute wrongly."""
+    config: Any = decoder.config
+    if config.model_type not in SUPPORTED_DECODERS:
+        raise ValueError(
+            f"decoder {config.model_type!r} is not supported; tested are {SUPPORTED_DECODERS}"
+        )
+    if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} is not supported; "
+            "load the model with sdpa, eager or flash_attention_2"
+        )
+    if not 0 <= first < last <= len(decoder.layers):
+        raise ValueError(
+            f"gated layers [{first}, {last}) do not fit a decoder of {len(decoder.layers)} layers; "
+            "set first_layer and last_layer within it"
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - _CAUSAL_LAYERS
+    if unknown:
+        raise ValueError(
+            f"layers of type {sorted(unknown)} are not supported; only {_CAUSAL_LAYERS}"
+        )
+    require_plain_head(host)
+
+
+def require_plain_head(host: Any) -> None:
+    """The head is computed from its weight and bias alone, for target rows only."""
+    head = host.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the output head is a {type(head).__name__}, not a plain Linear; leave lm_head out of "
+            "quantisation, and of LoRA's target_modules and modules_to_save"
+        )
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise ValueError(
+            "the output head has forward hooks, which would not see logits; remove them, or "
+            "register them after attach if they only observe"
+        )
+
+
+def require_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of a model call that a plan contradicts."""
+    if args or kwargs.get("labels") is not None:
+        raise ValueError("with regate_plan give inputs by keyword and no labels: the plan has them")
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            "past_key_values with a regate_plan: a plan is of whole samples, without a cache; "
+            "leave it out"
+        )
+    if kwargs.get("return_dict") is False:
+        raise ValueError("return_dict=False with a regate_plan: the output is an ElidedOutput")
+
+
+def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
+    """Refuse a plan of other rows than the decoder reads: of another micro-batch, say."""
+    found, planned = tuple(hidden_BTH.shape[:2]), (len(plan.kept_BK), plan.num_tokens)
+    if found != planned:
+        raise ValueError(
+            f"the decoder reads {found[0]} rows of {found[1]} tokens, the plan is of {planned[0]} "
+            f"rows of {planned[1]}; give each micro-batch its own plan, and labels as long as what "
+            "the decoder reads"
+        )
+
+
+def require_window(host: Any, plan: ElisionPlan) -> None:
+    """Refuse rows in which a sliding window would hide something, were nothing elided."""
+    config = host.get_decoder().config
+    layer_types = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else True
+    window = getattr(config, "sliding_window", None)
+    if slides and window is not None and plan.num_tokens >= window and not plan.is_dense:
+        raise ValueError(
+            f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
+            "elision the window would count kept tokens, not positions; use shorter rows"
+        )
