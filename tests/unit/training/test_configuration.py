@@ -114,7 +114,7 @@ def test_the_schedule_runs_over_the_run_unless_told_otherwise(small):
             "data.template.usr=2",
             "data.template.usr=2: unknown key; did you mean data.template.user",
         ),
-        ("elision.keep_share=1.5", "elision.keep_share=1.5: must be in (0, 1]"),
+        ("elision.keep_share=1.5", "elision.keep_share=1.5: must be in [1e-6, 1]"),
         ("elision.keep_share=half", "elision.keep_share='half': must be a number"),
         ("elision.align=left", "elision.align='left': must be one of predictor, target, both"),
         ("elision.enabled=1", "elision.enabled=1: must be true or false"),
