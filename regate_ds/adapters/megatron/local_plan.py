@@ -79,8 +79,11 @@ class LocalPlan:
     targets_P: Tensor
     """Targets of this context rank, then padding up to a multiple of the sequence cut."""
 
-    own_L: Tensor
-    """Which of the plan's targets are this context rank's."""
+    context_L: Tensor
+    """Context rank that has each of the plan's targets, on the host."""
+
+    num_targets: int
+    """Targets of this context rank."""
 
     @property
     def is_dense(self) -> bool:
@@ -91,7 +94,8 @@ class LocalPlan:
         return (len(self.targets_P), 1)
 
     def to(self, device: torch.device | str) -> LocalPlan:
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor | Route)}
+        values = {k: v for k, v in vars(self).items() if k != "context_L"}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Route)}
         if self.packing is not None:
             moved["packing"] = replace(self.packing, cumulative=self.packing.cumulative.to(device))
         return replace(self, **moved)
@@ -115,7 +119,8 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     packed_end = elides and not place.ends_early
     real_L = torch.searchsorted(plan.slot_R, plan.label_slot_L)
     targets_RN = kept_RN[real_L] if packed_end else _full_rows(plan.label_position_L, plan, place)
-    own_L = (targets_RN.rank_N // place.sequence_size == place.context_rank).nonzero().squeeze(1)
+    context_L = targets_RN.rank_N // place.sequence_size
+    own_L = (context_L == place.context_rank).nonzero().squeeze(1)
     targets_P, head = _head(plan.targets_L[own_L], targets_RN[own_L], place)
     num_rows, num_tokens = len(plan.kept_BK), plan.num_tokens
     return LocalPlan(
@@ -128,7 +133,8 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
         head=head,
         targets_P=targets_P,
-        own_L=own_L,
+        context_L=context_L,
+        num_targets=len(own_L),
     )
 
 
