@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,10 +92,7 @@ def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
     difficulty = DifficultyStore(store.index)
     zigzag = 2 * case.cp if case.cp > 1 else 1
     multiple = zigzag * (case.tp if case.sp else 1) if case.layout == "sbhd" else 1
-    config = case.config
-    from dataclasses import replace
-
-    config = replace(config, token_multiple=math.lcm(config.token_multiple, multiple))
+    config = replace(case.config, token_multiple=math.lcm(case.token_multiple, multiple))
     session = Regate(config, reference=store, difficulty=difficulty)
     window = [item.tokens for rank in all_items(case) for item in rank]
     return session, session.plan_step(window), difficulty
@@ -119,7 +116,7 @@ def check(case: Case) -> Report:
     for micro, losses_L in zip(plan.micro, losses, strict=True):
         session.record(micro, losses_L.float())
     session.finish_step(applied=True)
-    check_difficulty(regate, difficulty)
+    check_difficulty(case, regate, difficulty)
     return report
 
 
@@ -153,10 +150,11 @@ def check_losses(case: Case, regate: MegatronRegate, expected: list[Tensor]) -> 
     return worst
 
 
-def check_difficulty(regate: MegatronRegate, expected: DifficultyStore) -> None:
+def check_difficulty(case: Case, regate: MegatronRegate, expected: DifficultyStore) -> None:
     planner = regate._planner
     if planner is None or planner.difficulty is None:
         return
-    keys = [key for batch in planner.session.plan_window for key in batch.flat_keys]
+    mine = items(case, mpu.get_data_parallel_rank())
+    keys = [key for item in mine for key in item.tokens.flat_keys]
     found = planner.difficulty.read(keys)
     assert torch.allclose(found, expected.read(keys), rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ def work(rank: int, world: int, pipe: Connection, log_path: str, parent: int) ->
     if os.getppid() != parent:
         return
     with open(log_path, "w") as log:
+        warnings.simplefilter("ignore")
         import torch
 
         torch.set_num_threads(1)
