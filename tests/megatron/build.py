@@ -143,6 +143,8 @@ def named(chunk: nn.Module) -> dict[str, nn.Parameter]:
 
 def global_name(chunk: nn.Module, name: str) -> str:
     parts = name.split(".")
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
     if "layers" in parts and "decoder" in parts:
         at = parts.index("layers") + 1
         decoder = next(m for n, m in chunk.named_modules() if n.endswith("decoder"))

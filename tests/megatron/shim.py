@@ -32,22 +32,36 @@ def install() -> None:
     torch.cuda.current_stream = lambda *_: _Stream()  # type: ignore[assignment]
     torch.cuda.default_stream = lambda *_: _Stream()  # type: ignore[assignment]
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer.moe import moe_utils
+
+    # 0.16.1 looks this name up where Transformer Engine is missing, too.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
     parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
     def wait_stream(self, _: Any) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
 
 
 def _on_cpu(factory: Any) -> Any:
     def made(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return made

@@ -153,8 +153,10 @@ class ChunkGate:
         (hidden, *rest), stream, route = output, carrier.stream, carrier.local.gather
         carrier.stream = None
         rows = hidden.reshape(-1, hidden.shape[2]).index_select(0, route.placed_N)
-        flat = stream.reshape(-1, stream.shape[2])
-        return (flat.index_copy(0, route.sent_N, rows).view_as(stream), *rest)
+        # A tensor of its own, not a view: the schedule frees the data of what a stage sends.
+        restored = stream.clone()
+        restored.view(-1, stream.shape[2]).index_copy_(0, route.sent_N, rows)
+        return (restored, *rest)
 
     def _before_ungated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
         carrier = kwargs.get("packed_seq_params")
