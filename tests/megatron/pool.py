@@ -1,7 +1,7 @@
 """Worker processes that stay alive from case to case: importing megatron-core takes seconds.
 
-One pool at a time; asking for another size ends the one before. A case that fails or takes too long
-ends the pool, as the other ranks may wait for the one that failed.
+A case takes as many of them as it has ranks; a case that fails or takes too long ends all, as the
+other ranks may wait for the one that failed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Pool:
         self, world: int, function: Callable[[Any], Any], argument: Any, timeout: int = TIMEOUT_SECONDS
     ) -> list[Any]:
         """``function(argument)`` on every rank; their answers. AssertionError tells the failed."""
-        if len(self._processes) != world:
-            self.close()
-            self._start(world)
+        starting = self._start(world)
         meeting = Path(self._folder.name) / f"meet{next(self._number)}"
-        for pipe in self._pipes:
-            pipe.send((function, argument, str(meeting), timeout))
-        answers = self._answers(timeout)
+        pipes = self._pipes[:world]
+        for pipe in pipes:
+            pipe.send((world, function, argument, str(meeting), timeout))
+        # Imports are not the case's time.
+        answers = self._answers(pipes, timeout + (60 if starting else 0))
         meeting.unlink(missing_ok=True)
         failed = [f"rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok]
         if failed:
@@ -49,26 +49,27 @@ class Pool:
         assert most <= MAX_THREADS, f"{argument}: a worker has {most} threads"
         return [answer for _, (answer, _) in answers]
 
-    def _start(self, world: int) -> None:
-        context = mp.get_context("spawn")
-        for rank in range(world):
+    def _start(self, world: int) -> bool:
+        """Have as many workers as ranks; whether any of them is new."""
+        context, before = mp.get_context("spawn"), len(self._processes)
+        for rank in range(before, world):
             ours, theirs = context.Pipe()
             log = Path(self._folder.name) / f"rank{rank}.log"
             process = context.Process(
-                target=work, args=(rank, world, theirs, str(log), os.getpid()), daemon=True
+                target=work, args=(rank, theirs, str(log), os.getpid()), daemon=True
             )
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        return world > before
 
-    def _answers(self, timeout: int) -> list[tuple[bool, Any]]:
+    def _answers(self, pipes: list[Any], timeout: int) -> list[tuple[bool, Any]]:
         """Of all ranks; after the first failure the others get two seconds."""
         answers: dict[int, tuple[bool, Any]] = {}
-        # Starting the processes and their imports is not the case's time.
-        deadline = time.monotonic() + timeout + 60
-        while len(answers) < len(self._pipes) and time.monotonic() < deadline:
-            for rank, pipe in enumerate(self._pipes):
+        deadline = time.monotonic() + timeout
+        while len(answers) < len(pipes) and time.monotonic() < deadline:
+            for rank, pipe in enumerate(pipes):
                 if rank in answers or not pipe.poll(0.01):
                     continue
                 try:
@@ -77,11 +78,11 @@ class Pool:
                     answers[rank] = (False, "the process died")
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + 2)
-        hung = set(range(len(self._pipes))) - answers.keys()
+        hung = set(range(len(pipes))) - answers.keys()
         for rank in hung:
             log = (Path(self._folder.name) / f"rank{rank}.log").read_text()
             answers[rank] = (False, f"no answer\n{log}")
-        return [answers[rank] for rank in range(len(self._pipes))]
+        return [answers[rank] for rank in range(len(pipes))]
 
     def close(self) -> None:
         for pipe in self._pipes:

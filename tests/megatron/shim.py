@@ -34,6 +34,7 @@ def install() -> None:
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
+    dist.all_to_all_single = _with_list_splits(dist.all_to_all_single)
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as parallel_random
@@ -65,6 +66,19 @@ def _on_cpu(factory: Any) -> Any:
         return factory(*args, **kwargs)
 
     return made
+
+
+def _with_list_splits(exchange: Any) -> Any:
+    """Megatron's dispatcher gives split sizes as tensors where they are on the CPU already."""
+
+    def exchanged(output: Tensor, given: Tensor, *splits: Any, **kwargs: Any) -> Any:
+        def plain(value: Any) -> Any:
+            return value.tolist() if isinstance(value, Tensor) else value
+
+        named = {name: plain(value) for name, value in kwargs.items()}
+        return exchange(output, given, *map(plain, splits), **named)
+
+    return exchanged
 
 
 class Norm(nn.Module):

@@ -17,8 +17,8 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 
 
-def work(rank: int, world: int, pipe: Connection, log_path: str, parent: int) -> None:
-    """Until the parent closes the pipe. ``(function, argument, meeting file, timeout)`` a job."""
+def work(rank: int, pipe: Connection, log_path: str, parent: int) -> None:
+    """Until the parent closes the pipe. ``(world, function, argument, meeting, timeout)`` a job."""
     ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -27,13 +27,12 @@ def work(rank: int, world: int, pipe: Connection, log_path: str, parent: int) ->
         import torch
 
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         from tests.megatron.shim import install
 
         install()
         while True:
             try:
-                function, argument, meeting, timeout = pipe.recv()
+                world, function, argument, meeting, timeout = pipe.recv()
             except EOFError:
                 return
             faulthandler.dump_traceback_later(timeout, file=log)
@@ -46,6 +45,7 @@ def _job(
 ) -> tuple[bool, Any]:
     import torch.distributed as dist
 
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     try:
         dist.init_process_group(
             "gloo",
@@ -56,7 +56,7 @@ def _job(
         )
         answer = function(argument)
         dist.barrier()
-        return True, (answer, threading_load())
+        return True, (answer, num_threads())
     except BaseException:
         return False, traceback.format_exc()
     finally:
@@ -75,7 +75,7 @@ def leave() -> None:
     gc.collect()
 
 
-def threading_load() -> int:
+def num_threads() -> int:
     """Threads of this process, those of gloo included."""
     with open("/proc/self/status") as status:
         line = next(row for row in status if row.startswith("Threads:"))
