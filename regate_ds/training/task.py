@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.encode import Encoder, refusal
-from regate_ds.data.samples import BadRecord, Record, read_records
+from regate_ds.data.progress import progress
+from regate_ds.data.samples import BadRecord, Record, bad_record, read_records
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.sections import DataConfig, LoraConfig, ModelConfig
 from regate_ds.training.student import (
@@ -130,15 +132,24 @@ def host_labels(labels_BT: Tensor) -> Tensor:
 def _read(
     path: Path, name: str, data: DataConfig, encoder: Encoder
 ) -> tuple[list[Record], list[BadRecord]]:
-    """The usable records; without `data.skip_bad` the first bad one is an error."""
+    """The usable records, each encoded once to see that it can be.
+
+    Without `data.skip_bad` the first bad one is an error.
+    """
     records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
-    if data.skip_bad:
-        refused = [refusal(record, encoder) for record in records]
-        records = [record for record, why in zip(records, refused) if why is None]
-        bad += [why for why in refused if why is not None]
-    if not records:
+    usable, show = [], os.environ.get("RANK", "0") == "0"
+    with progress(len(records), desc=f"check {name}", unit="record", show=show) as bar:
+        for record in records:
+            if (why := refusal(record, encoder)) is None:
+                usable.append(record)
+            elif data.skip_bad:
+                bad.append(why)
+            else:
+                raise bad_record(why)
+            bar.update()
+    if not usable:
         raise ValueError(f"{path} has no usable record; training and testing need at least one")
-    return records, bad
+    return usable, bad
 
 
 def _with_lora(student: Student, config: LoraConfig) -> Any:
