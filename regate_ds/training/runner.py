@@ -21,8 +21,9 @@ from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
+from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import Process, start_process
-from regate_ds.training.student import text_backbone
+from regate_ds.training.student import readable_weights, text_backbone
 from regate_ds.training.task import Task, build_task
 from regate_ds.training.trainer import Trainer, held_out
 
@@ -32,6 +33,7 @@ NUM_GENERATED = 100
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its summary (empty on ranks other than the first)."""
+    judge_run(config)
     if config.run.plan_only:
         return _print_on_first(walk_plan(config, _task(config, weights=False)))
     with _job() as process:
@@ -63,6 +65,9 @@ def run_teacher(config: RunConfig) -> None:
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
     run = RunFolder(folder)
+    run.require_run()
+    if not run.model.is_dir():
+        raise ValueError(f"{folder} has no model/: the run is not finished")
     config = load_config(run.config)
     if config.data.test is None:
         raise ValueError(
@@ -94,7 +99,8 @@ def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
     if config.teacher.path is None:
         return text_backbone(task.student.model)
     _require_causal_lm(config.teacher.path)
-    teacher = AutoModelForCausalLM.from_pretrained(config.teacher.path, local_files_only=True)
+    with readable_weights(config.teacher.path):
+        teacher = AutoModelForCausalLM.from_pretrained(config.teacher.path, local_files_only=True)
     return teacher.eval()
 
 

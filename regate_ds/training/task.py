@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -27,6 +31,16 @@ from regate_ds.training.student import (
 )
 
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
+
+_HOST_REFUSALS = (
+    StrictDataclassError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What building a model ends in where a value of the user's own config dicts is of a wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +108,32 @@ def make_student(config: ModelConfig, *, seed: int | None) -> Student:
     if config.tokenizer is None:
         raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
-    student = _BUILDERS[config.kind](tokenizer, text=config.text, vision=config.vision, seed=seed)
+    build, parts = _BUILDERS[config.kind], {"text": config.text, "vision": config.vision}
+    try:
+        student = build(tokenizer, **parts, seed=seed)
+    except _HOST_REFUSALS as error:
+        raise ValueError(
+            f"model.kind={config.kind}: transformers makes no model of {parts}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     student.model.set_attn_implementation(config.attn_implementation)
     return student
 
 
-def trainable(student: Student, config: ModelConfig) -> nn.Module:
-    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked."""
+def trainable(student: Student, config: ModelConfig, *, seed: int) -> nn.Module:
+    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked.
+
+    Adapters get their weights from ``seed`` alone.
+    """
     model: nn.Module = student.model
     if config.freeze_vision:
         vision_tower(student.model).requires_grad_(False)
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
-        model = _with_lora(student, config.lora)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _with_lora(student, config.lora)
     return model.train()
 
 
@@ -155,7 +181,8 @@ def _read(
 def _with_lora(student: Student, config: LoraConfig) -> Any:
     import peft
 
-    modules = "|".join(config.target_modules)
+    _require_targets(student, config.target_modules)
+    modules = "|".join(map(re.escape, config.target_modules))
     adapters = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type] (a float scales as well)
@@ -165,3 +192,18 @@ def _with_lora(student: Student, config: LoraConfig) -> Any:
     )
     student.model.enable_input_require_grads()
     return peft.get_peft_model(student.model, adapters)
+
+
+def _require_targets(student: Student, targets: Sequence[str]) -> None:
+    """peft itself is content if one of several targets is found."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in student.model.named_modules()
+        if isinstance(module, nn.Linear) and "language_model." in name
+    }
+    for target in targets:
+        if target not in linear:
+            raise ValueError(
+                f"model.lora.target_modules: the text backbone has no linear layer {target!r}; it "
+                f"has {', '.join(sorted(linear))}"
+            )
