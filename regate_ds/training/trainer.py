@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
+from regate_ds.training.preflight import describe_run, require_same_run
 from regate_ds.training.process import Process
 from regate_ds.training.task import HostLabels, Task, trainable
 
@@ -53,17 +55,23 @@ class Trainer:
     def __init__(self, config: RunConfig, task: Task, process: Process) -> None:
         self.config, self.task, self.process = config, task, process
         self.order = make_order(config, len(task.train_records), process)
+        config.elision.judge_length(self.order.total_steps)
         self.knobs = config.elision.knobs(self.order.total_steps)
         self.folder = RunFolder(config.run.out)
-        reference = self._open_reference()
-        self.model = trainable(task.student, config.model)
-        self.regate = attach(self.model, self.knobs, reference=reference)
+        self.reference = self._open_reference()
+        self.model = trainable(task.student, config.model, seed=config.run.seed)
+        self.regate = attach(self.model, self.knobs, reference=self.reference)
         self.engine = self._make_engine()
         self._clock = Clock()
         self._seen: list[TokenBatch] = []
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
+        if self.process.is_first:
+            teacher = None if self.reference is None else self.reference.teacher_id
+            total = self.order.total_steps
+            print(describe_run(self.config, self.knobs, total, teacher), flush=True)
+        torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
         start = self._resume() if self.config.run.resume else self._begin()
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name
@@ -76,10 +84,9 @@ class Trainer:
                 if step % self.config.run.log_every == 0:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", dense=row["dense"])
                 self._after(step + 1)
-        return self._finish()
+        return self._finish(start)
 
     def _begin(self) -> int:
-        torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
         if self.process.is_first:
             self.folder.begin(dump_config(self.config))
         if self.config.run.eval_every:
@@ -124,24 +131,43 @@ class Trainer:
             yield batch
 
     def _step(self, step: int, window: Window) -> dict[str, Any]:
-        loss_sum, lr = torch.zeros((), device=self.engine.device), self.engine.get_lr()[0]
+        losses, lr = [], self.engine.get_lr()[0]
         for inputs, plan in window:
             output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
             loss = self.regate.loss(output, plan)
             self.engine.backward(loss)
             self.engine.step()
-            loss_sum += loss.detach()
+            losses.append(loss.detach())
+        loss_mean = self._mean_loss(step, losses)
         self.regate.step(applied=self.engine.was_step_applied())
-        row = {**self._row(step, loss_sum / len(window)), "lr": lr}
+        row = {**self._row(step, loss_mean), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
         return row
 
-    def _row(self, step: int, loss: Tensor) -> dict[str, Any]:
-        loss_here = float(loss)  # Waits for the device, so that the lap holds the step's own work.
+    def _mean_loss(self, step: int, losses: list[Tensor]) -> float:
+        """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
+        # Waits for the device, so that the next lap holds the step's own work.
+        here = float(torch.stack(losses).sum() / len(losses))
+        (loss,) = self._mean(torch.tensor([here], dtype=torch.float64)).tolist()
+        if math.isfinite(loss):
+            return loss
+        bad = zip(losses, self._seen)
+        found = [key for one, batch in bad if not math.isfinite(one) for key in batch.flat_keys]
+        everywhere: list[Any] = [found]
+        if self.process.world_size > 1:
+            everywhere = [None] * self.process.world_size
+            dist.all_gather_object(everywhere, found)
+        names = ", ".join(f"{name} record {number}" for name, number in sum(everywhere, []))
+        raise RuntimeError(
+            f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}; "
+            "nothing of this step is saved: look at them, or resume from a checkpoint and lower "
+            "optimizer.lr"
+        )
+
+    def _row(self, step: int, loss_mean: float) -> dict[str, Any]:
         seconds, cpu_seconds = self._clock.lap()
-        means = torch.tensor([loss_here, cpu_seconds], dtype=torch.float64)
-        loss_mean, cpu_mean = self._mean(means.to(self.engine.device)).tolist()
+        (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
         counts = self._counts()
         self._seen.clear()
         return {
@@ -174,17 +200,23 @@ class Trainer:
 
     def _mean(self, value: Tensor) -> Tensor:
         """Mean over data ranks, as the engine averages their gradients."""
+        value = value.to(self.engine.device)
         if self.process.world_size > 1:
             dist.all_reduce(value)
         return value / self.process.world_size
 
     def _after(self, done: int) -> None:
         run, last = self.config.run, self.order.total_steps
-        if run.eval_every and (done % run.eval_every == 0) and done < last:
-            self._evaluate(done)
+        # First saved, then evaluated: an evaluation that fails loses nothing.
         if run.save_every and done % run.save_every == 0 and done < last:
             self._save(done)
+        if self._evaluates_after(done):
+            self._evaluate(done)
         self._clock.lap()
+
+    def _evaluates_after(self, done: int) -> bool:
+        every = self.config.run.eval_every
+        return bool(every) and done % every == 0 and done < self.order.total_steps
 
     def _save(self, done: int) -> None:
         checkpoints = self.folder.checkpoints
@@ -193,9 +225,16 @@ class Trainer:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
     def _resume(self) -> int:
+        self.folder.require_run()
+        require_same_run(self.config, self.folder.config)
         done = load_checkpoint(self.folder.checkpoints, self.engine, self.regate, self.process)
+        lacks_eval = False
         if self.process.is_first:
             self.folder.forget_after(done)
+            lacks_eval = all(row["step"] != done for row in self.folder.evals())
+        (lacks_eval,) = sum_over([int(lacks_eval)], self.process.group, self.process.device)
+        if lacks_eval and self._evaluates_after(done):
+            self._evaluate(done)
         return done
 
     def _evaluate(self, done: int) -> dict[str, Any]:
@@ -218,20 +257,24 @@ class Trainer:
             return 0.0
         return ((self.knobs.last_layer or depth) - self.knobs.first_layer) / depth
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, start: int) -> dict[str, Any]:
         total = self.order.total_steps
-        scores = self._evaluate(total)
-        self._save(total)
+        if start < total:
+            self._save(total)
         save_model(self.folder.model, self.task.student, self.model, self.process)
+        scores = self._evaluate(total)
         peak = self._peak_memory()
         if not self.process.is_first:
             return {}
+        store = self.reference
+        origin = store and {"teacher_id": store.teacher_id, "data_fingerprint": store.fingerprint}
         summary = {
             **scores,
             **self._totals(),
             "peak_memory_bytes": peak,
             "steps": total,
             "world_size": self.process.world_size,
+            **(origin or {}),
         }
         self.folder.write_summary(summary)
         return summary
