@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import resource
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regate_ds.adapters.deepspeed import Window, attach
-from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
@@ -34,19 +28,8 @@ from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
 from regate_ds.training.preflight import describe_run, require_same_run
 from regate_ds.training.process import Process
+from regate_ds.training.step_figures import StepFigures, peak_memory
 from regate_ds.training.task import HostLabels, Task, trainable
-
-
-class Clock:
-    """Wall and CPU seconds of this process since the last lap."""
-
-    def __init__(self) -> None:
-        self.lap()
-
-    def lap(self) -> tuple[float, float]:
-        now = time.perf_counter(), time.process_time()
-        last, self._last = getattr(self, "_last", now), now
-        return now[0] - last[0], now[1] - last[1]
 
 
 class Trainer:
@@ -62,8 +45,7 @@ class Trainer:
         self.model = trainable(task.student, config.model, seed=config.run.seed)
         self.regate = attach(self.model, self.knobs, reference=self.reference)
         self.engine = self._make_engine()
-        self._clock = Clock()
-        self._seen: list[TokenBatch] = []
+        self._figures = StepFigures(self.engine, self.regate, process)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
@@ -77,7 +59,7 @@ class Trainer:
         name = self.config.run.out.name
         with progress(total, desc=name, unit="step", start=start, show=show) as bar:
             windows = self.regate.windows(self._loader(start), self.engine)
-            self._clock.lap()
+            self._figures.lap()
             for step, window in enumerate(windows, start):
                 row = self._step(step, window)
                 bar.update()
@@ -116,7 +98,7 @@ class Trainer:
         )[0]
 
     def _loader(self, start: int) -> Iterator[Batch]:
-        """This rank's micro-batches from a step on; remembers the tokens of the open window."""
+        """This rank's micro-batches from a step on."""
         host_only = not self.knobs.enabled
         loader = DataLoader(
             self.task.train,
@@ -126,9 +108,7 @@ class Trainer:
             # Without one of its own, the loader would draw a seed from the run's random state.
             generator=torch.Generator(),
         )
-        for batch in loader:
-            self._seen.append(batch.tokens)
-            yield batch
+        return self._figures.watch(loader)
 
     def _step(self, step: int, window: Window) -> dict[str, Any]:
         losses, lr = [], self.engine.get_lr()[0]
@@ -138,72 +118,12 @@ class Trainer:
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
-        loss_mean = self._mean_loss(step, losses)
+        loss_mean = self._figures.mean_loss(step, losses)
         self.regate.step(applied=self.engine.was_step_applied())
-        row = {**self._row(step, loss_mean), "lr": lr}
+        row = {**self._figures.row(step, loss_mean), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
         return row
-
-    def _mean_loss(self, step: int, losses: list[Tensor]) -> float:
-        """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
-        # Waits for the device, so that the next lap holds the step's own work.
-        here = float(torch.stack(losses).sum() / len(losses))
-        (loss,) = self._mean(torch.tensor([here], dtype=torch.float64)).tolist()
-        if math.isfinite(loss):
-            return loss
-        bad = zip(losses, self._seen)
-        found = [key for one, batch in bad if not math.isfinite(one) for key in batch.flat_keys]
-        everywhere: list[Any] = [found]
-        if self.process.world_size > 1:
-            everywhere = [None] * self.process.world_size
-            dist.all_gather_object(everywhere, found)
-        names = ", ".join(f"{name} record {number}" for name, number in sum(everywhere, []))
-        raise RuntimeError(
-            f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}; "
-            "nothing of this step is saved: look at them, or resume from a checkpoint and lower "
-            "optimizer.lr"
-        )
-
-    def _row(self, step: int, loss_mean: float) -> dict[str, Any]:
-        seconds, cpu_seconds = self._clock.lap()
-        (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
-        counts = self._counts()
-        self._seen.clear()
-        return {
-            "step": step,
-            "loss": loss_mean,
-            **counts,
-            "step_seconds": seconds,
-            "cpu_seconds": cpu_mean * self.process.world_size,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-        }
-
-    def _counts(self) -> dict[str, Any]:
-        """Counts of the step over all data ranks; the host's own run keeps all it has."""
-        if self.regate.plan is not None:
-            return {k: v for k, v in self.regate.metrics().items() if k != "step"}
-        tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
-        padded = sum(batch.segment_BT.numel() for batch in self._seen) - tokens
-        labels = sum(int(batch.is_label_BT.sum()) for batch in self._seen)
-        process = self.process
-        tokens, labels, padded = sum_over([tokens, labels, padded], process.group, process.device)
-        return {
-            "dense": True,
-            "tokens_total": tokens,
-            "tokens_kept": tokens,
-            "answer_total": labels,
-            "answer_kept": labels,
-            "filled": 0,
-            "padded": padded,
-        }
-
-    def _mean(self, value: Tensor) -> Tensor:
-        """Mean over data ranks, as the engine averages their gradients."""
-        value = value.to(self.engine.device)
-        if self.process.world_size > 1:
-            dist.all_reduce(value)
-        return value / self.process.world_size
 
     def _after(self, done: int) -> None:
         run, last = self.config.run, self.order.total_steps
@@ -212,7 +132,7 @@ class Trainer:
             self._save(done)
         if self._evaluates_after(done):
             self._evaluate(done)
-        self._clock.lap()
+        self._figures.lap()
 
     def _evaluates_after(self, done: int) -> bool:
         every = self.config.run.eval_every
@@ -263,7 +183,7 @@ class Trainer:
             self._save(total)
         save_model(self.folder.model, self.task.student, self.model, self.process)
         scores = self._evaluate(total)
-        peak = self._peak_memory()
+        peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}
         store = self.reference
@@ -278,17 +198,6 @@ class Trainer:
         }
         self.folder.write_summary(summary)
         return summary
-
-    def _peak_memory(self) -> int:
-        """Largest memory of any rank, in bytes: of the GPU, or of the process on a CPU."""
-        if self.process.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.process.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = torch.tensor(float(peak), dtype=torch.float64, device=self.process.device)
-        if self.process.world_size > 1:
-            dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        return int(peaks)
 
 
 def make_order(config: RunConfig, num_samples: int, process: Process) -> Order:
