@@ -9,10 +9,4 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 RANKS COMMAND [ARGUMENT ...]" >&2
     exit 2
 fi
-ranks=$1
-shift
-port=${MASTER_PORT:-$((20000 + RANDOM % 20000))}
-command=(deepspeed --num_gpus "$ranks" --master_port "$port" --no_local_rank
-    --module regate_ds.cli "$@")
-echo "${command[*]}" >&2
-exec "${command[@]}"
+exec python -m regate_ds.training.launcher "$@"

@@ -18,6 +18,7 @@ from regate_ds.algorithm.difficulty import update_difficulty
 from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse, widen
 from regate_ds.config import RegateConfig
+from regate_ds.data.answer_index import hash_labels
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.parallel.sync import sum_over
 
@@ -27,6 +28,9 @@ class Index(Protocol):
 
     @property
     def num_labels(self) -> Tensor: ...
+
+    @property
+    def label_hashes(self) -> Tensor: ...
 
     def rows(self, keys: Sequence[SampleKey]) -> list[int]: ...
 
@@ -276,10 +280,19 @@ def _require_finite(batch: TokenBatch, plan: ElisionPlan, losses_L: Tensor) -> N
 def _require_same_labels(window: Sequence[TokenBatch], index: Index) -> None:
     """The cached values belong to the data as it was: refuse samples that read differently now."""
     for batch in window:
-        expected = index.num_labels[index.rows(batch.flat_keys)].tolist()
-        for key, found, known in zip(batch.flat_keys, batch.num_labels_per_sample, expected):
-            if found != known:
-                raise ValueError(
-                    f"sample {key[0]!r} record {key[1]} has {found} answer tokens here, but "
-                    f"{known} in the reference store; compute the store again for this data"
-                )
+        rows, counts = index.rows(batch.flat_keys), batch.num_labels_per_sample
+        labels = batch.labels_BT[batch.is_label_BT].split(counts)
+        known = zip(index.num_labels[rows].tolist(), index.label_hashes[rows].tolist())
+        for (name, number), labels_N, (num_known, hash_known) in zip(
+            batch.flat_keys, labels, known, strict=True
+        ):
+            if len(labels_N) != num_known:
+                difference = f"{len(labels_N)} answer tokens here, but {num_known}"
+            elif hash_labels(labels_N) != hash_known:
+                difference = f"other answer tokens here than its {num_known}"
+            else:
+                continue
+            raise ValueError(
+                f"sample {name!r} record {number} has {difference} in the reference store; "
+                "compute the store again for this data"
+            )

@@ -18,6 +18,10 @@ class _Sample:
     labels_S: Tensor
 
     @property
+    def input_ids_S(self) -> Tensor:
+        return self.labels_S
+
+    @property
     def is_placeholder_S(self) -> Tensor:
         return torch.zeros_like(self.labels_S, dtype=torch.bool)
 

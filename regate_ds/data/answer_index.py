@@ -22,8 +22,12 @@ from torch import Tensor
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.data.atomic_file import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 """Version of the saved form and of the fingerprint."""
+
+
+_PLACEHOLDER = -1
+"""Stands for every image position in the fingerprint."""
 
 
 class IndexedSample(Protocol):
@@ -31,6 +35,9 @@ class IndexedSample(Protocol):
 
     @property
     def key(self) -> SampleKey: ...
+
+    @property
+    def input_ids_S(self) -> Tensor: ...
 
     @property
     def labels_S(self) -> Tensor:
@@ -53,24 +60,36 @@ class AnswerIndex:
     num_positions: Tensor = field(compare=False)
     """int64 [S]: length of each sample, prompt and placeholders included."""
 
+    label_hashes: Tensor = field(compare=False)
+    """int64 [S]: ``hash_labels`` of each sample, to know its labels again wherever they come from.
+    """
+
     fingerprint: str
-    """Hash over every key, its label token ids (after truncation) and its placeholder count."""
+    """Hash over every key with its token ids and labels, both after truncation; placeholders count
+    as one constant id."""
 
     @classmethod
     def build(cls, samples: Iterable[IndexedSample]) -> AnswerIndex:
         """Walk the samples once. Two samples with one key are an error naming it."""
         keys: list[SampleKey] = []
-        num_labels, num_positions = [], []
+        num_labels, num_positions, hashes = [], [], []
         digest = hashlib.sha256(b"regate answer index %d" % FORMAT)
         for sample in samples:
             label_ids_N = sample.labels_S[sample.labels_S != IGNORE]
             keys.append(sample.key)
             num_labels.append(label_ids_N.numel())
             num_positions.append(sample.labels_S.numel())
-            digest.update(_fingerprinted(sample, label_ids_N))
+            hashes.append(hash_labels(label_ids_N))
+            digest.update(_fingerprinted(sample))
         _require_unique(keys)
         offsets = torch.tensor([0, *num_labels], dtype=torch.int64).cumsum(0)
-        return cls(tuple(keys), offsets, torch.tensor(num_positions).long(), digest.hexdigest())
+        return cls(
+            tuple(keys),
+            offsets,
+            torch.tensor(num_positions, dtype=torch.int64),
+            torch.tensor(hashes, dtype=torch.int64),
+            digest.hexdigest(),
+        )
 
     @property
     def num_samples(self) -> int:
@@ -119,6 +138,7 @@ class AnswerIndex:
             record_numbers=np.array([number for _, number in self.keys], dtype=np.int64),
             offsets=self.offsets.numpy(),
             num_positions=self.num_positions.numpy(),
+            label_hashes=self.label_hashes.numpy(),
             fingerprint=np.array(self.fingerprint),
         )
         write_atomically(Path(path), buffer.getvalue())
@@ -141,6 +161,7 @@ class AnswerIndex:
             tuple((names[name], record) for name, record in numbers),
             torch.from_numpy(saved["offsets"]),
             torch.from_numpy(saved["num_positions"]),
+            torch.from_numpy(saved["label_hashes"]),
             str(saved["fingerprint"]),
         )
 
@@ -152,14 +173,24 @@ def spans(starts: Tensor, lengths: Tensor) -> Tensor:
     return first.repeat_interleave(lengths, output_size=total) + torch.arange(total)
 
 
-def _fingerprinted(sample: IndexedSample, label_ids_N: Tensor) -> bytes:
+def hash_labels(label_ids_N: Tensor) -> int:
+    """64 bits, signed, over the label token ids of one sample in order."""
+    digest = hashlib.blake2b(_bytes_of(label_ids_N), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _fingerprinted(sample: IndexedSample) -> bytes:
     """What counts of a sample; each part's length is in it, so that no two samples read alike."""
     name, number = sample.key
     encoded = name.encode()
-    num_placeholders = int(sample.is_placeholder_S.sum())
-    header = [len(encoded), number, num_placeholders, label_ids_N.numel()]
-    label_bytes = label_ids_N.cpu().numpy().astype("<i8").tobytes()
-    return np.array(header, dtype="<i8").tobytes() + encoded + label_bytes
+    # The text that the teacher reads: which id a student has for images does not change it.
+    ids_S = sample.input_ids_S.masked_fill(sample.is_placeholder_S, _PLACEHOLDER)
+    header = np.array([len(encoded), number, ids_S.numel()], dtype="<i8").tobytes()
+    return header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
+
+
+def _bytes_of(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().astype("<i8", copy=False).tobytes()
 
 
 def _require_unique(keys: Sequence[SampleKey]) -> None:

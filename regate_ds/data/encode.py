@@ -5,8 +5,9 @@ Shapes: S positions of one sample.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, shift_labels
+from regate_ds.data.images import IMAGE_ERRORS
 from regate_ds.data.samples import (
-    IMAGE_ERRORS,
     MARKER,
     BadRecord,
     Record,
@@ -53,6 +54,8 @@ class Template:
     """Before the first question."""
 
     user: str = "USER: "
+    """Before every question."""
+
     assistant: str = " ASSISTANT: "
     """Between a question and its answer."""
 
@@ -60,8 +63,10 @@ class Template:
     """Between an answer's eos and the next question."""
 
     image_start: str = ""
+    """Before the placeholders of every image, and of every frame of a video."""
+
     image_end: str = ""
-    """Around the placeholders of every image, and of every frame of a video."""
+    """After the placeholders of every image, and of every frame of a video."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,9 @@ class Encoder:
                 f"the tokenizer does not know the image token {image_token!r}; "
                 "add it as a special token or name the model's own"
             )
+        _require_no_image(template, image_token)
         self._tokenizer = tokenizer
-        self._image_token = image_token
+        self._special = _special_tokens(tokenizer, image_token)
         self._image_id = tokenizer.convert_tokens_to_ids(image_token)
         self._num_image_tokens = num_image_tokens
         self._max_length = max_length
@@ -167,21 +173,29 @@ class Encoder:
         media = iter(record.images_per_marker)
         images = iter(record.images)
         for number, turn in enumerate(record.turns):
+            self._require_plain(record, number, turn)
             first, *others = _prompt(record, number, self._template)
-            self._add_text(tape, record, first)
+            self._add_text(tape, first)
             for text in others:
                 for _ in range(next(media)):
                     self._add_image(tape, record, next(images))
-                self._add_text(tape, record, text)
-            self._add_answer(tape, record, number, turn)
+                self._add_text(tape, text)
+            self._add_answer(tape, number, turn)
         return tape
 
-    def _add_text(self, tape: _Tape, record: Record, text: str) -> None:
-        if text:
-            tape.add(self._tokenize(record, text)["input_ids"])
+    def _require_plain(self, record: Record, number: int, turn: Turn) -> None:
+        """Refuse text that the tokenizer would read as one of its special tokens."""
+        for where, text in (("question", MARKER.sub("\n", turn.question)), ("answer", turn.answer)):
+            if found := self._special.search(text):
+                cause = f"its {where} {number + 1} holds {found.group()!r}, a special token's text"
+                raise bad_record(describe(record, cause))
 
-    def _add_answer(self, tape: _Tape, record: Record, number: int, turn: Turn) -> None:
-        encoding = self._tokenize(record, turn.answer)
+    def _add_text(self, tape: _Tape, text: str) -> None:
+        if text:
+            tape.add(self._tokenize(text)["input_ids"])
+
+    def _add_answer(self, tape: _Tape, number: int, turn: Turn) -> None:
+        encoding = self._tokenize(turn.answer)
         end = len(turn.answer)
         spans = [(number, start, stop) for start, stop in encoding["offset_mapping"]]
         tape.add_answer(
@@ -189,17 +203,18 @@ class Encoder:
         )
 
     def _add_image(self, tape: _Tape, record: Record, path: Path) -> None:
-        count = self._num_image_tokens(_image_size(record, path))
-        self._add_text(tape, record, self._template.image_start)
+        size = _image_size(record, path)
+        try:
+            count = self._num_image_tokens(size)
+        except ValueError as error:
+            cause = f"image file {path} does not suit the model ({error})"
+            raise bad_record(describe(record, cause)) from error
+        self._add_text(tape, self._template.image_start)
         tape.add([self._image_id] * count, is_placeholder=True)
-        self._add_text(tape, record, self._template.image_end)
+        self._add_text(tape, self._template.image_end)
 
-    def _tokenize(self, record: Record, text: str) -> Any:
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if self._image_id in encoding["input_ids"]:
-            cause = f"its text holds the model's image token {self._image_token!r}"
-            raise bad_record(describe(record, cause))
-        return encoding
+    def _tokenize(self, text: str) -> Any:
+        return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
     def _too_long(self, record: Record, length: int, what: str) -> Exception:
         cause = f"cutting its {length} tokens at data.max_length={self._max_length} {what}"
@@ -219,6 +234,22 @@ def _prompt(record: Record, number: int, template: Template) -> list[str]:
     before = template.separator if number else template.system
     question = record.turns[number].question
     return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
+
+
+def _special_tokens(tokenizer: Any, image_token: str) -> re.Pattern[str]:
+    """Finds what the tokenizer reads as one special token, wherever it stands in a text."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, image_token, *(t.content for t in added if t.special)}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+
+
+def _require_no_image(template: Template, image_token: str) -> None:
+    for name, text in asdict(template).items():
+        if image_token in text or MARKER.search(text):
+            raise ValueError(
+                f"data.template.{name}={text!r} stands for an image; images are where a question "
+                "has its marker: take the token out"
+            )
 
 
 def refusal(record: Record, encoder: Encoder) -> BadRecord | None:

@@ -48,7 +48,8 @@ class Shard:
     num_values: int
 
     sha256: str | None = None
-    """Of the values, as hexadecimal digits; None until the store is finished."""
+    """Of the values, as hexadecimal digits; None until the store is finished, and again where a
+    shard is computed anew."""
 
 
 @dataclass(frozen=True)

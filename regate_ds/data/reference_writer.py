@@ -63,9 +63,10 @@ class ReferenceWriter:
             )
         if begun is None or not (path / INDEX_NAME).exists():
             index.save(path / INDEX_NAME)
-        if begun is None:
-            write_atomically(path / MANIFEST_NAME, plan.to_bytes())
-        return cls(path, index, begun or plan)
+        manifest = plan if begun is None else _reopened(path, begun)
+        if manifest != begun:
+            write_atomically(path / MANIFEST_NAME, manifest.to_bytes())
+        return cls(path, index, manifest)
 
     def has_shard(self, number: int) -> bool:
         """Whether the shard is there; a damaged one is a ``ValueError`` naming the file."""
@@ -126,9 +127,15 @@ def has_all_files(path: Path, manifest: Manifest) -> bool:
 def begun_store(path: Path, index: AnswerIndex, teacher_id: str) -> Manifest | None:
     """The manifest of a store of this data and teacher at ``path``; None if there is none.
 
-    A store of other data or of another teacher is a ``ValueError`` naming both.
+    A store of other data or of another teacher is a ``ValueError`` naming both; so are shards that
+    nothing tells the owner of.
     """
     if not (path / MANIFEST_NAME).exists():
+        if any(path.glob("shard-*.fp16")):
+            raise ValueError(
+                f"{path} holds shards but no {MANIFEST_NAME}, so that nothing tells of which data "
+                "and teacher they are; restore it from a copy, or delete the folder"
+            )
         return None
     found = Manifest.load(path)
     for what, old, new in (
@@ -141,6 +148,18 @@ def begun_store(path: Path, index: AnswerIndex, teacher_id: str) -> Manifest | N
                 "give the job a folder of its own, or delete the store"
             )
     return found
+
+
+def _reopened(path: Path, manifest: Manifest) -> Manifest:
+    """Forget the checksums of files that are not there: they will be computed anew, and another
+    machine may round the last digit otherwise."""
+    if has_all_files(path, manifest):
+        return manifest
+    shards = tuple(
+        shard if shard_path(path, number).exists() else replace(shard, sha256=None)
+        for number, shard in enumerate(manifest.shards)
+    )
+    return replace(manifest, shards=shards, index_sha256=None)
 
 
 def _require_partition(shard_rows: Sequence[Sequence[int]], num_samples: int) -> None:

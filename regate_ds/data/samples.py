@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from regate_ds.algorithm.batch import SampleKey
+from regate_ds.data.images import image_fault, unusable_name
 
 MARKER = re.compile("<image>|<video>")
 """What stands in a question where an image or a video belongs."""
@@ -21,8 +20,8 @@ MARKER = re.compile("<image>|<video>")
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Files of a video's folder that count as its frames."""
 
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for a file it cannot read; a broken PNG is a SyntaxError."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character: JSON can write it (as in "\\ud83d"), no tokenizer and no terminal takes it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ class Record:
     """For messages only: public files repeat or omit it."""
 
     images: tuple[Path, ...]
-    """All images in the order of their markers in the text; a video is its frames, by name."""
+    """All images in the order of their markers in the text; a video is its frames, in the order
+    of the numbers in their names."""
 
     images_per_marker: tuple[int, ...]
     """How many of ``images`` each marker stands for: 1 for an image, its frames for a video."""
@@ -67,7 +67,8 @@ class BadRecord:
 
     def __str__(self) -> str:
         name = "" if self.id is None else f" (id {self.id})"
-        return f"{self.source}, record {self.number}{name}: {self.cause}"
+        text = f"{self.source}, record {self.number}{name}: {self.cause}"
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 class SampleError(ValueError):
@@ -132,7 +133,7 @@ def _load(path: Path) -> list[Any]:
             # Not splitlines: JSON strings may hold other line separators unescaped.
             return [_parse_line(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); expected a list of records") from error
     if not isinstance(records, list):
         raise ValueError(f"{path} holds a {type(records).__name__}; expected a list of records")
@@ -142,7 +143,7 @@ def _load(path: Path) -> list[Any]:
 def _parse_line(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         return _Cause(f"is not JSON ({error})")
 
 
@@ -162,7 +163,8 @@ class _Parser:
         media = self._media(raw, MARKER.findall("\n".join(turn.question for turn in turns)))
         images = tuple(image for group in media for image in group)
         for image in images:
-            self._check_image(image)
+            if fault := image_fault(image, verify=self._verify_images):
+                raise _Cause(fault)
         return Record(
             key=(self._name, number),
             id=_id(raw),
@@ -174,9 +176,9 @@ class _Parser:
 
     def _media(self, raw: dict[str, Any], markers: list[str]) -> list[list[Path]]:
         """The files of each marker, in the order of the markers."""
-        if "image" in raw and "images" in raw:
+        if _names(raw, "image") and _names(raw, "images"):
             raise _Cause("has both 'image' and 'images'; use one of them")
-        images = _names(raw, "images" if "images" in raw else "image")
+        images = _names(raw, "image") + _names(raw, "images")
         videos = _names(raw, "video")
         for marker, names in (("<image>", images), ("<video>", videos)):
             if markers.count(marker) != len(names):
@@ -192,17 +194,6 @@ class _Parser:
             for marker in markers
         ]
 
-    def _check_image(self, path: Path) -> None:
-        if not path.is_file():
-            raise _Cause(f"there is no image file {path}")
-        if not self._verify_images:
-            return
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except IMAGE_ERRORS as error:
-            raise _Cause(f"image file {path} is broken ({error})") from error
-
 
 def _names(raw: dict[str, Any], field: str) -> list[str]:
     """File names of a field that may hold one, several or (absent or null) none."""
@@ -217,12 +208,22 @@ def _names(raw: dict[str, Any], field: str) -> list[str]:
 
 
 def _frames(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise _Cause(f"video {folder} is not a folder of frames")
-    frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES)
+    try:
+        if not folder.is_dir():
+            raise _Cause(f"video {folder} is not a folder of frames")
+        frames = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
+    except OSError as error:
+        raise _Cause(unusable_name(folder, error)) from error
     if not frames:
         raise _Cause(f"video folder {folder} holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
-    return frames
+    return sorted(frames, key=_by_numbers)
+
+
+def _by_numbers(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sorts 2 before 10: digits compare as numbers, and what is not a digit as text."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
+    numbers = [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
+    return numbers, path.name
 
 
 def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
@@ -250,6 +251,8 @@ def _check_part(number: int, part: Any) -> None:
         raise _Cause(f"turn {number} is from {part['from']!r} where {expected!r} should speak")
     if not isinstance(part["value"], str):
         raise _Cause(f"turn {number} has the value {part['value']!r}, not a text")
+    if found := _SURROGATE.search(part["value"]):
+        raise _Cause(f"turn {number} holds {found.group()!r}, half of a character")
 
 
 def _turn(number: int, question: dict[str, Any], answer: dict[str, Any]) -> Turn:

@@ -169,6 +169,11 @@ def _score_labels(head: Any, hidden_NH: Tensor, labels_N: Tensor, chunk: int) ->
 
 
 def _require_plain_head(teacher: nn.Module) -> None:
+    if not (hasattr(teacher, "model") and hasattr(teacher, "lm_head")):
+        raise ValueError(
+            f"the teacher is a {type(teacher).__name__}, without a decoder `model` and an "
+            "`lm_head`; use a teacher built like Llama, Mistral or Qwen2"
+        )
     config = getattr(teacher, "config", None)
     for name in _HEAD_FACTORS:
         if (value := getattr(config, name, None)) not in (None, 1, 1.0):

@@ -46,10 +46,11 @@ def align_student(
     model = student.model.train()
     model.model.vision_tower.requires_grad_(False)
     num_text = min(round(text_share * stage.batch), len(texts))
+    tokens_of: dict[str, list[int]] = {}
 
     def loss(rng: Random) -> Tensor:
         scenes = [crowded_scene(part, rng) for _ in range(stage.batch - num_text)]
-        noted = [_note_sample(student, cells, rng) for cells in scenes]
+        noted = [_note_sample(student, cells, rng, tokens_of) for cells in scenes]
         drawn = [texts[number] for number in rng.sample(range(len(texts)), num_text)]
         unseen = [_without_image(sample, student.tokenizer.pad_token_id) for sample in drawn]
         # One by one: notes are far shorter, and padding costs as much as text.
@@ -80,13 +81,18 @@ def _note(shown: Shown, order: tuple[str, ...], num_told: int) -> list[tuple[str
     return [*words, (".", False)]
 
 
-def _note_sample(student: Student, cells: Cells, rng: Random) -> LoadedSample:
+def _note_sample(
+    student: Student, cells: Cells, rng: Random, tokens_of: dict[str, list[int]]
+) -> LoadedSample:
+    """One scene with its notes; ``tokens_of`` remembers the few words that notes are made of."""
     image = render(list(cells.values()))
     num_image = student.vision.num_tokens(image.size)
     ids = [student.tokenizer.bos_token_id, *[student.model.config.image_token_id] * num_image]
     is_answer = [False] * len(ids)
     for word, is_seen in notes(cells, rng):
-        tokens = student.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if word not in tokens_of:
+            tokens_of[word] = student.tokenizer(word, add_special_tokens=False)["input_ids"]
+        tokens = tokens_of[word]
         ids += tokens
         is_answer += [is_seen] * len(tokens)
     ids_S = torch.tensor(ids)

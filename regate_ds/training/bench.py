@@ -48,6 +48,7 @@ class _Sample:
     """What the answer index asks of a sample."""
 
     key: tuple[str, int]
+    input_ids_S: Tensor
     labels_S: Tensor
     is_placeholder_S: Tensor
 
@@ -165,7 +166,7 @@ def _data(case: BenchCase) -> tuple[Tensor, TokenBatch, AnswerIndex]:
     keys = [("bench", number) for number in range(case.num_samples)]
     batch = TokenBatch(tuple((key,) for key in keys), torch.zeros_like(labels_BT), labels_BT)
     no_image = partial(torch.zeros, case.num_tokens, dtype=torch.bool)
-    samples = [_Sample(key, labels_BT[i], no_image()) for i, key in enumerate(keys)]
+    samples = [_Sample(key, ids_BT[i], labels_BT[i], no_image()) for i, key in enumerate(keys)]
     return ids_BT, batch, AnswerIndex.build(samples)
 
 

@@ -1,12 +1,14 @@
 """Checkpoints of a run: the engine's own files, the method's state, random states, and the model.
 
-checkpoints/step-000120/          the engine's folder, with regate/ and random-<rank>.pt inside
+checkpoints/step-000120/          the engine's folder, with regate/ and random-<rank>.pt inside;
+                                  the file `complete` in it is written last
 checkpoints/latest                names the newest complete one
 model/                            the final student, as a Hugging Face folder
 """
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,29 +23,52 @@ from regate_ds.data.atomic_file import write_atomically
 from regate_ds.training.process import Process
 from regate_ds.training.student import Student
 
+COMPLETE = "complete"
+
 
 def save_checkpoint(
     folder: Path, step: int, engine: Any, regate: DeepSpeedRegate, process: Process
 ) -> None:
     """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
     tag = f"step-{step:06d}"
+    if process.is_first and (folder / tag).exists():
+        # Of a run that was resumed from an earlier step: its files would mix with ours.
+        shutil.rmtree(folder / tag)
+    dist.barrier()
     engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
     regate.save(folder / tag)
     torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
     if process.is_first:
+        write_atomically(folder / tag / COMPLETE, b"")
         write_atomically(folder / "latest", tag.encode())
 
 
 def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> int:
     """Take over the newest checkpoint and return the number of steps it has done. Collective.
 
-    ValueError if there is none. Random states are taken over where the number of ranks is the same.
+    ValueError if there is none, or none for these ranks. A rank that the saved run did not have
+    keeps the random state it is called with.
     """
     tag = latest(folder)
     if tag is None:
-        raise ValueError(f"{folder} holds no complete checkpoint; start without run.resume=true")
-    _, client_state = engine.load_checkpoint(str(folder), tag=tag)
+        raise ValueError(
+            f"{folder} holds no complete checkpoint; to start anew, delete {folder.parent} or "
+            "choose another run.out, and leave run.resume out"
+        )
+    _require_same_ranks(folder / tag, engine, process)
+    try:
+        path, client_state = engine.load_checkpoint(str(folder), tag=tag)
+    except (EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{folder / tag} cannot be read ({type(error).__name__}: {error}); name an earlier "
+            f"checkpoint in {folder / 'latest'}"
+        ) from error
+    if path is None:
+        raise ValueError(
+            f"{folder / tag} lacks the engine's files; name an earlier checkpoint in "
+            f"{folder / 'latest'}"
+        )
     regate.load(folder / tag, engine)
     random_file = folder / tag / f"random-{process.rank}.pt"
     if random_file.is_file():
@@ -52,17 +77,52 @@ def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process:
 
 
 def latest(folder: Path) -> str | None:
-    """Tag of the newest complete checkpoint."""
+    """Tag of the newest complete checkpoint; ValueError if ``latest`` names a missing folder."""
     pointer = folder / "latest"
-    return pointer.read_text() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    tag = pointer.read_text().strip()
+    if not tag or not (folder / tag).is_dir():
+        there = ", ".join(path.name for path in _by_step(folder)) or "none"
+        raise ValueError(
+            f"{pointer} names {tag!r}, which is not there; write the name of a checkpoint into it "
+            f"(there are: {there})"
+        )
+    return tag
 
 
 def prune_checkpoints(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints; one process calls it."""
-    if keep is None:
+    """Delete all but the newest ``keep`` complete checkpoints; one process calls it.
+
+    What lies beyond ``latest`` belongs to a run that was resumed from an earlier step: it is no
+    newer than ours, so it does not count, and stays until that step is saved again.
+    """
+    tag = latest(folder)
+    if keep is None or tag is None:
         return
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    ours = [p for p in _by_step(folder) if _step(p) <= _step(folder / tag)]
+    complete = [p for p in ours if (p / COMPLETE).is_file() and p.name != tag]
+    for old in complete[: max(0, len(complete) - keep + 1)]:
         shutil.rmtree(old)
+
+
+def _by_step(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _require_same_ranks(checkpoint: Path, engine: Any, process: Process) -> None:
+    """ZeRO cuts the optimizer's state by rank."""
+    stage, saved = engine.zero_optimization_stage(), len(list(checkpoint.glob("random-*.pt")))
+    if stage >= 1 and saved != process.world_size:
+        raise ValueError(
+            f"{checkpoint} is of {saved} ranks under ZeRO stage {stage}, this job has "
+            f"{process.world_size}; resume with {saved} ranks"
+        )
 
 
 def save_model(folder: Path, student: Student, model: nn.Module, process: Process) -> None:

@@ -25,6 +25,10 @@ COLUMNS = (
 """Key of a run's summary, heading, and how the value is printed."""
 
 
+_OWN = {"run.out", "run.resume"}
+"""Settings that may differ between runs that are the same."""
+
+
 def compare_runs(folders: Sequence[Path], *, out: Path | None = None) -> str:
     """The table of finished runs; with ``out``, compare.json and the pictures go there too."""
     runs = [RunFolder(folder) for folder in folders]
@@ -39,7 +43,24 @@ def compare_runs(folders: Sequence[Path], *, out: Path | None = None) -> str:
         evals = {run.name: rows for run in runs if len(rows := run.evals()) > 1}
         if evals:
             plot_accuracy(evals, out)
-    return table(summaries)
+    return "\n".join([table(summaries), *differences(runs, summaries)])
+
+
+def differences(runs: Sequence[RunFolder], summaries: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each setting, besides the method's own, in which the runs are not alike."""
+    settings = {
+        run.name: {**run.settings(), "world_size": summaries[run.name].get("world_size")}
+        for run in runs
+    }
+    # In the order of the configuration, as the first run that has the key has it.
+    keys = dict.fromkeys(key for own in settings.values() for key in own)
+    lines = []
+    for key in keys:
+        values = {name: own.get(key) for name, own in settings.items()}
+        if key.startswith("elision.") or key in _OWN or len(set(map(repr, values.values()))) == 1:
+            continue
+        lines.append(f"note: {key} differs: {', '.join(f'{n} {v}' for n, v in values.items())}")
+    return lines
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:

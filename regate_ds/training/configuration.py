@@ -42,6 +42,13 @@ class RunConfig:
     run: RunSection
 
     def __post_init__(self) -> None:
+        if self.run.steps is not None:
+            self.elision.judge_length(self.run.steps)
+        if self.run.plan_only and not self.elision.enabled:
+            raise ValueError(
+                "run.plan_only=True: with elision.enabled=false nothing is planned; set "
+                "elision.enabled=true"
+            )
         if self.selects and self.teacher.store is None:
             raise ValueError(
                 "teacher.store=None: elision ranks tokens by the teacher's losses; name the folder "

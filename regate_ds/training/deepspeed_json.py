@@ -30,6 +30,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """
     user = _read_user(config.run.deepspeed)
     _refuse_other_precision(user)
+    _check_zero(user)
     _check_optimizer(user.pop("optimizer", AUTO), config.optimizer)
     _check_scheduler(user.pop("scheduler", AUTO), config.optimizer)
     merged = _take(user, _run_settings(config, world_size))
@@ -57,7 +58,9 @@ def _read_user(source: Path | dict[str, Any] | None) -> dict[str, Any]:
         return json.loads(json.dumps(source))
     try:
         user = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ValueError(f"run.deepspeed={source}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise ValueError(f"run.deepspeed={source}: not JSON: {error}") from None
     if not isinstance(user, dict):
         raise ValueError(f"run.deepspeed={source}: must hold a JSON object")
@@ -73,6 +76,18 @@ def _refuse_other_precision(user: dict[str, Any]) -> None:
                 f"run.deepspeed: {key}.enabled=True is not supported; "
                 f"remove it and set run.precision to fp32 or bf16"
             )
+
+
+def _check_zero(user: dict[str, Any]) -> None:
+    zero = _keys("zero_optimization", user.get("zero_optimization", {}))
+    stage = zero.get("stage", 0)
+    if stage != AUTO and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
+        raise ValueError(
+            f"run.deepspeed: zero_optimization.stage={stage!r}: must be one of 0, 1, 2, 3"
+        )
+    if zero.get("offload_optimizer") not in (None, AUTO):
+        # DeepSpeed would refuse torch.optim.AdamW there, and demand its own Adam for CPUs.
+        user.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def _take(user: dict[str, Any], settings: list[Setting]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -27,6 +29,11 @@ TESTED = {
     "matplotlib": "3.11.2",
 }
 """What the recipe needs, and the versions that the tests ran with."""
+
+_MODULES = {"pillow": "PIL"}
+"""Where a package is imported by another name."""
+
+BROKEN = "broken"
 
 _BROKEN = (ImportError, OSError, AttributeError)
 """What importing a package ends in that was built for another torch, CUDA or Python."""
@@ -67,7 +74,9 @@ def lacks_required(findings: Sequence[Finding]) -> bool:
 def as_text(findings: Sequence[Finding]) -> str:
     """A line for each finding: a mark, its name, what was found, what to do."""
     lines = [f"{_mark(f):<9}{f.name:<20}{f.found:<20}{f.advice}".rstrip() for f in findings]
-    end = "something required is missing" if lacks_required(findings) else "all required is here"
+    end = "all required is here"
+    if lacks_required(findings):
+        end = "something required is missing or broken"
     return "\n".join([*lines, "", end])
 
 
@@ -78,7 +87,9 @@ def as_json(findings: Sequence[Finding]) -> str:
 def _mark(finding: Finding) -> str:
     if finding.is_fine:
         return "ok"
-    return "MISSING" if finding.is_required else "-"
+    if not finding.is_required:
+        return "-"
+    return "BROKEN" if finding.found == BROKEN else "MISSING"
 
 
 def _package(name: str, tested: str) -> Finding:
@@ -86,6 +97,13 @@ def _package(name: str, tested: str) -> Finding:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding(name, "absent", True, False, "pip install -e '.[recipe]'")
+    try:
+        # What a package prints while it is imported is no finding.
+        with redirect_stdout(sys.stderr):
+            import_module(_MODULES.get(name, name))
+    except (*_BROKEN, RuntimeError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return Finding(name, BROKEN, True, False, f"{found}: {first_line}")
     # A build's own part ("+cpu") is no other version.
     advice = "" if found.split("+")[0] == tested else f"tested with {tested}"
     return Finding(name, found, True, True, advice)

@@ -77,10 +77,13 @@ class Word:
     is_visual: bool
 
 
-def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> dict[str, float | int]:
+Scores = dict[str, float | int | None]
+
+
+def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> Scores:
     """Run every held-out sample through the dense model once. Collective.
 
-    Returns ``accuracy_visual`` and ``accuracy_plain`` (0 if there are no such words), ``loss``
+    Returns ``accuracy_visual`` and ``accuracy_plain`` (None if there are no such words), ``loss``
     (mean over answer tokens, nats) and ``num_words_visual``, ``num_words_plain``, the same on all
     ranks. The model, its random state and its train mode are left as they were.
     """
@@ -91,12 +94,17 @@ def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> dict[str,
             tally = tally + found if is_counted else tally
     total = Tally(*sum_over(tally.counts, process.group, process.device))
     return {
-        "accuracy_visual": total.right_visual / max(1, total.num_visual),
-        "accuracy_plain": total.right_plain / max(1, total.num_plain),
+        "accuracy_visual": share(total.right_visual, total.num_visual),
+        "accuracy_plain": share(total.right_plain, total.num_plain),
         "loss": total.micro_nats / _MICRO / max(1, total.num_tokens),
         "num_words_visual": total.num_visual,
         "num_words_plain": total.num_plain,
     }
+
+
+def share(part: int, whole: int) -> float | None:
+    """None of nothing: no accuracy is measured where nothing was counted."""
+    return part / whole if whole else None
 
 
 def words_of(turn: Turn) -> list[Word]:
@@ -112,18 +120,27 @@ def words_of(turn: Turn) -> list[Word]:
 
 
 def tally_words(turns: Sequence[Turn], sample: EncodedSample, is_right_N: Sequence[bool]) -> Tally:
-    """Judge each word by its tokens; a word cut off at the sample's end is not counted."""
-    tokens: dict[int, list[tuple[int, int, bool]]] = {}
-    for (turn, start, end), is_right in zip(sample.char_spans, is_right_N):
-        tokens.setdefault(turn, []).append((start, end, is_right))
+    """Judge each word by its tokens."""
     tally = Tally()
-    for turn, spans in tokens.items():
-        last = max(end for _, end, _ in spans)
-        for word in words_of(turns[turn]):
-            if word.end <= last:
-                hits = [r for start, end, r in spans if start < word.end and word.start < end]
-                tally += _one_word(word.is_visual, all(hits))
+    for number, turn in enumerate(turns):
+        for word, tokens in counted_words(turn, number, sample):
+            tally += _one_word(word.is_visual, all(is_right_N[token] for token in tokens))
     return tally
+
+
+def counted_words(turn: Turn, number: int, sample: EncodedSample) -> list[tuple[Word, list[int]]]:
+    """The words of turn ``number`` that a sample can tell, each with its label positions' numbers.
+
+    A word that is cut off at the sample's end is none of them, nor is one that has no tokens.
+    """
+    spans = [(n, a, b) for n, (turn_of, a, b) in enumerate(sample.char_spans) if turn_of == number]
+    last = max((end for _, _, end in spans), default=0)
+    words = [
+        (word, [n for n, start, end in spans if start < word.end and word.start < end])
+        for word in words_of(turn)
+        if word.end <= last
+    ]
+    return [(word, tokens) for word, tokens in words if tokens]
 
 
 def _one_word(is_visual: bool, is_right: bool) -> Tally:
@@ -147,20 +164,20 @@ def dense_inference(model: nn.Module) -> Iterator[None]:
 
 
 def share_of(
-    records: Sequence[Record], process: Process, batch_size: int
+    has_images: Sequence[bool], process: Process, batch_size: int
 ) -> list[tuple[list[int], bool]]:
-    """Cut this rank's share into batches of record numbers, each with: does it count?
+    """Cut this rank's share into batches of sample numbers, each with: does it count?
 
-    All ranks get equally many, and the n-th has images on all ranks or on none: under ZeRO-3
-    every rank must run the same modules equally often. A rank that has run out repeats a sample,
-    which does not count.
+    ``has_images`` says of each sample whether the model gets images with it. All ranks get equally
+    many batches, and the n-th has images on all ranks or on none: under ZeRO-3 every rank must run
+    the same modules equally often. A rank that has run out repeats a sample, which does not count.
     """
     batches: list[tuple[list[int], bool]] = []
-    for has_images in (True, False):
-        numbers = [i for i, record in enumerate(records) if bool(record.images) == has_images]
-        share = numbers[process.rank :: process.world_size]
+    for wanted in (True, False):
+        numbers = [i for i, found in enumerate(has_images) if found == wanted]
+        mine = numbers[process.rank :: process.world_size]
         for start in range(0, -(-len(numbers) // process.world_size), batch_size):
-            batch = share[start : start + batch_size]
+            batch = mine[start : start + batch_size]
             batches.append((batch or numbers[:1], bool(batch)))
     return batches
 
@@ -169,16 +186,17 @@ def _batches(
     held_out: HeldOut, process: Process
 ) -> Iterator[tuple[list[tuple[int, EncodedSample]], Batch, bool]]:
     """Yield the record number and encoding of each row, the batch, and whether it counts."""
-    share = share_of(held_out.records, process, held_out.batch_size)
+    has_images = [bool(record.images) for record in held_out.records]
+    batches = share_of(has_images, process, held_out.batch_size)
     loader = DataLoader(
         SampleDataset(held_out.records, held_out.encoder),
-        batch_sampler=[numbers for numbers, _ in share],
+        batch_sampler=[numbers for numbers, _ in batches],
         collate_fn=_Joined(Collator(pad_id=held_out.pad_id, vision=held_out.vision)),
         num_workers=held_out.num_workers,
         # Without one of its own, the loader would draw a seed from the training run's.
         generator=torch.Generator(),
     )
-    for (numbers, is_counted), (encoded, batch) in zip(share, loader):
+    for (numbers, is_counted), (encoded, batch) in zip(batches, loader):
         yield list(zip(numbers, encoded)), batch, is_counted
 
 

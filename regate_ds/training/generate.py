@@ -1,8 +1,8 @@
 """How many of the words that only the image can tell appear when the model answers freely.
 
-The last turn of a sample is answered greedily, the turns before it being given. The generated words
-are aligned with the true answer's by their longest common subsequence; a gold word is right if it
-is part of it.
+The last turn of a sample (of what `data.max_length` left of it) is answered greedily, the turns
+before it being given. The generated words are aligned with the true answer's by their longest
+common subsequence; a gold word is right if it is part of it.
 
 Shapes: B rows, T positions.
 """
@@ -11,16 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from regate_ds.data.collate import LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample
 from regate_ds.data.samples import Turn
 from regate_ds.parallel.sync import sum_over
-from regate_ds.training.evaluate import HeldOut, dense_inference, share_of, words_of
+from regate_ds.training.evaluate import (
+    HeldOut,
+    Scores,
+    counted_words,
+    dense_inference,
+    share,
+    share_of,
+)
 from regate_ds.training.process import Process
 
 _SPARE_TOKENS = 8
@@ -29,32 +38,42 @@ _SPARE_TOKENS = 8
 
 def evaluate_generated(
     model: Any, held_out: HeldOut, process: Process, *, num_samples: int
-) -> dict[str, float | int]:
+) -> Scores:
     """Answer the first ``num_samples`` questions greedily. Collective.
 
     ``model`` has ``generate`` (a student, a PEFT model, an engine). Returns ``accuracy_generated``
-    (0 if no word is visual) and ``num_words_generated``, the same on all ranks.
+    (None if no word is visual) and ``num_words_generated``, the same on all ranks.
     """
     few = replace(held_out, records=held_out.records[:num_samples])
     dataset = SampleDataset(few.records, few.encoder)
+    encoded = [dataset.encode(i) for i in range(len(dataset))]
+    has_images = [bool(s.is_placeholder_S[: prompt_length(s)].any()) for s in encoded]
     num_right = num_words = 0
     with dense_inference(model):
-        for numbers, is_counted in share_of(few.records, process, few.batch_size):
-            texts = _answers(model, few, [dataset[i] for i in numbers], process)
-            for number, text in zip(numbers, texts):
-                right, words = match_gold_words(few.records[number].turns[-1], text)
+        for numbers, is_counted in share_of(has_images, process, few.batch_size):
+            samples = [dataset[i] for i in numbers]
+            for number, sample, text in zip(
+                numbers, samples, _answers(model, few, samples, process)
+            ):
+                turns = few.records[number].turns
+                right, words = match_gold_words(turns, sample.encoded, text)
                 num_right += right * is_counted
                 num_words += words * is_counted
     num_right, num_words = sum_over([num_right, num_words], process.group, process.device)
     return {
-        "accuracy_generated": num_right / max(1, num_words),
+        "accuracy_generated": share(num_right, num_words),
         "num_words_generated": num_words,
     }
 
 
-def match_gold_words(turn: Turn, text: str) -> tuple[int, int]:
-    """Count the visual words of the true answer that ``text`` has in their place, and all."""
-    words = words_of(turn)
+def match_gold_words(turns: Sequence[Turn], sample: EncodedSample, text: str) -> tuple[int, int]:
+    """Count the visual words of the sample's last answer that ``text`` has in their place, and all.
+
+    Of an answer that is cut off, its words before the cut.
+    """
+    number = _last_turn(sample)
+    turn = turns[number]
+    words = [word for word, _ in counted_words(turn, number, sample)]
     is_found = _in_common([turn.answer[w.start : w.end] for w in words], text.split())
     found = [is_found[i] for i, word in enumerate(words) if word.is_visual]
     return sum(found), len(found)
@@ -100,9 +119,23 @@ def _answers(
 
 def prompt_length(sample: EncodedSample) -> int:
     """Number of tokens before the last answer's first."""
-    last_turn = sample.char_spans[-1][0]
-    first = next(n for n, (turn, _, _) in enumerate(sample.char_spans) if turn == last_turn)
+    last = _last_turn(sample)
+    first = next(n for n, (turn, _, _) in enumerate(sample.char_spans) if turn == last)
     return int((sample.labels_S >= 0).nonzero()[first, 0]) + 1
+
+
+def _last_turn(sample: EncodedSample) -> int:
+    """The last turn of which a cut left an answer token."""
+    return sample.char_spans[-1][0]
+
+
+def _images_of(held_out: HeldOut, sample: LoadedSample, length: int) -> list[Image.Image]:
+    """The images that stand in the first ``length`` tokens."""
+    if held_out.vision is None:
+        return list(sample.images)
+    num_placeholders = int(sample.encoded.is_placeholder_S[:length].sum())
+    ends = accumulate(held_out.vision.num_tokens(image.size) for image in sample.images)
+    return [image for image, end in zip(sample.images, ends) if end <= num_placeholders]
 
 
 def _left_padded(
@@ -118,7 +151,11 @@ def _left_padded(
         mask_BT[row, -length:] = 1
         is_image_BT[row, -length:] = sample.encoded.is_placeholder_S[:length]
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    images = [image for sample in samples for image in sample.images]
+    images = [
+        image
+        for sample, length in zip(samples, prompts)
+        for image in _images_of(held_out, sample, length)
+    ]
     if held_out.vision is not None:
         inputs |= held_out.vision.extra_inputs(ids_BT, is_image_BT)
         inputs |= held_out.vision.pixels(images) if images else {}

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from regate_ds.data.atomic_file import write_atomically
+from regate_ds.training.yaml_reader import read_yaml
 
 Row = dict[str, Any]
 
@@ -37,21 +38,37 @@ class RunFolder:
         return self.path.resolve().name
 
     def begin(self, config: str) -> None:
-        """Start a new run; ValueError if the folder holds one that could be resumed."""
-        if (self.checkpoints / "latest").is_file():
-            raise ValueError(
-                f"run.out={self.path} holds a run with checkpoints already; set run.resume=true to "
-                "go on with it, or choose another folder"
-            )
+        """Start a new run; ValueError if the folder holds one already."""
+        self.require_new()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.encode())
         for path in (self._metrics, self._evals):
             write_atomically(path, b"")
 
+    def require_new(self) -> None:
+        """Refuse, by ValueError, a folder in which something would be overwritten."""
+        if (self.checkpoints / "latest").is_file():
+            raise ValueError(
+                f"run.out={self.path} holds a run with checkpoints already; set run.resume=true to "
+                "go on with it, or choose another folder"
+            )
+        results = [self._summary, self.model, self._metrics]
+        found = [p.name for p in results if p.exists() and (p.is_dir() or p.stat().st_size)]
+        if found:
+            raise ValueError(
+                f"run.out={self.path} holds a run already ({', '.join(found)}); choose another "
+                "folder, or delete this one"
+            )
+
     def append_metrics(self, row: Row) -> None:
         _append(self._metrics, row)
 
     def append_eval(self, row: Row) -> None:
+        """Write an evaluation down; it takes the place of an earlier one after the same step."""
+        others = self.evals()
+        kept = [other for other in others if other["step"] != row["step"]]
+        if len(kept) < len(others):
+            _rewrite(self._evals, kept)
         _append(self._evals, row)
 
     def metrics(self) -> list[Row]:
@@ -65,6 +82,17 @@ class RunFolder:
         _rewrite(self._metrics, [row for row in self.metrics() if row["step"] < done])
         _rewrite(self._evals, [row for row in self.evals() if row["step"] <= done])
 
+    def require_run(self) -> None:
+        """ValueError if there is no run in this folder."""
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} has no config.yaml: not the folder of a run")
+
+    def settings(self) -> Row:
+        """The configuration's dotted keys and values; none where it was not written down."""
+        if not self.config.is_file():
+            return {}
+        return dict(leaves(read_yaml(self.config.read_text(encoding="utf-8")) or {}))
+
     def write_summary(self, summary: Row) -> None:
         write_atomically(self._summary, (json.dumps(summary, indent=2) + "\n").encode())
 
@@ -76,6 +104,16 @@ class RunFolder:
             return json.loads(self._summary.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{self._summary} is not JSON: {error}") from None
+
+
+def leaves(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; an empty mapping is a value."""
+    for key, value in tree.items():
+        name = f"{where}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
 
 
 def totals(rows: Sequence[Row], gated_share: float) -> Row:

@@ -32,6 +32,8 @@ def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
     order = make_order(config, len(task.train_records), process)
+    config.elision.judge_length(order.total_steps)
+    _require_layers(config, task)
     planner = _Planner(config, task, config.elision.knobs(order.total_steps))
     total, imbalance = _Tally(), 0.0
     with progress(order.steps_per_epoch, desc="plan", unit="step", show=show) as bar:
@@ -49,6 +51,17 @@ def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
         "expected_share": schedule_of(planner.knobs).expected_share(planner.knobs.keep_share),
         "steps": order.total_steps,
     }
+
+
+def _require_layers(config: RunConfig, task: Task) -> None:
+    """In training, attaching judges this; here nothing is attached."""
+    depth = task.student.model.get_decoder().config.num_hidden_layers
+    first, last = config.elision.first_layer, config.elision.last_layer
+    if first >= depth or (last or 0) > depth:
+        raise ValueError(
+            f"elision.first_layer={first}, elision.last_layer={last}: the decoder has {depth} "
+            "layers; set both within them"
+        )
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,12 @@ class PretrainConfig:
     max_length: int = 256
     seed: int = 0
     text_stage: StageConfig = StageConfig(steps=150, batch=32, lr=2e-3)
-    tower_stage: StageConfig = StageConfig(steps=600, batch=64, lr=4e-3)
+    tower_stage: StageConfig = StageConfig(steps=500, batch=64, lr=4e-3)
     words_stage: StageConfig = StageConfig(steps=800, batch=512, lr=1e-2)
     words_scenes: int = 1536
     """Scenes that the projector's stage learns from."""
 
-    align_stage: StageConfig = StageConfig(steps=600, batch=32, lr=3e-3)
+    align_stage: StageConfig = StageConfig(steps=500, batch=32, lr=3e-3)
     align_text_share: float = 0.25
     """Share of the last stage's samples that are answers of the data set, without their image."""
 

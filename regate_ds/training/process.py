@@ -33,6 +33,7 @@ class Process:
 
 def start_process(local_rank: int | None = None) -> Process:
     """Join the job that a launcher announced in the environment, or be a job of one process."""
+    require_launched()
     _announce_single_process()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if local_rank is None:
@@ -46,6 +47,24 @@ def start_process(local_rank: int | None = None) -> Process:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _init_groups(backend)
     return Process(rank, world_size, device)
+
+
+def require_launched() -> None:
+    """ValueError if a launcher has announced half a job, or started ranks that know of none."""
+    names = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    lacks = [name for name in names if name not in os.environ]
+    if "RANK" in os.environ and lacks:
+        raise ValueError(
+            f"RANK={os.environ['RANK']}, but {', '.join(lacks)} not set: start by deepspeed, "
+            "torchrun or launch/, or unset RANK to run one process"
+        )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise ValueError(
+            f"SLURM_NTASKS={tasks}, but RANK is not set: each task would be a run of its own; set "
+            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each task, start by "
+            "deepspeed or torchrun, or set SLURM_NTASKS=1 to run one process"
+        )
 
 
 def _announce_single_process() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ import yaml
 from regate_ds.training.compare import compare_runs
 from regate_ds.training.configuration import load_config
 from regate_ds.training.digits import build_digits
+from regate_ds.training.launcher import launch, report
 from regate_ds.training.pretrain import PretrainConfig, make_student
 from regate_ds.training.sample_picture import picture_sample
 
@@ -99,19 +98,13 @@ def _overrides(student: Path) -> list[str]:
 
 def _launch(arguments: list[str]) -> None:
     """Run a regate command on all ranks by the deepspeed launcher; exit as it does if it fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS)]
-    options = ["--master_port", str(port), "--no_local_rank", "--log_level", "warning"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
     if not torch.cuda.is_available():
         # One thread for each rank: two ranks with all cores each would fight for them.
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, *options, "--module", "regate_ds.cli", *arguments]
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code, said = launch(RANKS, arguments, environment)
     if code:
-        print(f"quickstart: `{' '.join(command)}` failed with exit code {code}", file=sys.stderr)
+        report(code, said)
         sys.exit(code)
 
 

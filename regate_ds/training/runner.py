@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
 from regate_ds.training.configuration import RunConfig, load_config
@@ -23,8 +21,9 @@ from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
+from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import Process, start_process
-from regate_ds.training.student import text_backbone
+from regate_ds.training.student import readable_weights, text_backbone
 from regate_ds.training.task import Task, build_task
 from regate_ds.training.trainer import Trainer, held_out
 
@@ -34,6 +33,7 @@ NUM_GENERATED = 100
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its summary (empty on ranks other than the first)."""
+    judge_run(config)
     if config.run.plan_only:
         return _print_on_first(walk_plan(config, _task(config, weights=False)))
     with _job() as process:
@@ -53,7 +53,7 @@ def run_teacher(config: RunConfig) -> None:
             index=task.index(),
             encode=task.train.encode,
             score=partial(score_samples, teacher, pad_id=pad_id),
-            teacher_id=_teacher_id(teacher),
+            teacher_id=teacher_id(teacher, pad_id=pad_id),
             store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
         )
@@ -65,7 +65,15 @@ def run_teacher(config: RunConfig) -> None:
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
     run = RunFolder(folder)
+    run.require_run()
+    if not run.model.is_dir():
+        raise ValueError(f"{folder} has no model/: the run is not finished")
     config = load_config(run.config)
+    if config.data.test is None:
+        raise ValueError(
+            f"data.test=None in {run.config}: there is nothing to evaluate on; name held-out "
+            "samples there"
+        )
     model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
     with _job() as process:
         task = _task(replace(config, model=model))
@@ -90,8 +98,24 @@ def _task(config: RunConfig, *, weights: bool = True) -> Task:
 def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
     if config.teacher.path is None:
         return text_backbone(task.student.model)
-    teacher = AutoModelForCausalLM.from_pretrained(config.teacher.path, local_files_only=True)
+    _require_causal_lm(config.teacher.path)
+    with readable_weights(config.teacher.path):
+        teacher = AutoModelForCausalLM.from_pretrained(config.teacher.path, local_files_only=True)
     return teacher.eval()
+
+
+def _require_causal_lm(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"teacher.path={path}: holds no config.json; give the folder of a causal language "
+            "model, or null for the student's own text backbone"
+        )
+    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"teacher.path={path}: is a {config.model_type} model, not a causal language model; "
+            "give one, or null for the student's own text backbone"
+        )
 
 
 def _teacher_pad_id(config: RunConfig, task: Task) -> int:
@@ -103,17 +127,6 @@ def _teacher_pad_id(config: RunConfig, task: Task) -> int:
     image_id = task.student.model.config.image_token_id
     require_same_tokens(own, theirs, placeholder_ids=[image_id])
     return choose_pad_id(theirs)
-
-
-def _teacher_id(teacher: PreTrainedModel) -> str:
-    """Names the teacher by content: a hash over its configuration and weights."""
-    digest = hashlib.sha256(json.dumps(teacher.config.to_dict(), sort_keys=True).encode())
-    for name, weight in sorted(teacher.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(
-            weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return f"{teacher.config.model_type}-{digest.hexdigest()[:16]}"
 
 
 @contextmanager
@@ -133,5 +146,6 @@ def _is_first() -> bool:
 def _print_on_first(figures: dict[str, Any]) -> dict[str, Any]:
     if _is_first():
         for name, value in figures.items():
-            print(f"{name:<26}{value:.4f}" if isinstance(value, float) else f"{name:<26}{value}")
+            text = f"{value:.4f}" if isinstance(value, float) else value
+            print(f"{name:<26}{'-' if text is None else text}")
     return figures

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from regate_ds.config import RegateConfig
 from regate_ds.data.encode import Template
+from regate_ds.session import schedule_of
 
 
 def require(section: object, key: str, holds: bool, problem: str) -> None:
@@ -158,6 +159,25 @@ class ElisionConfig(RegateConfig):
         if self.total_steps is None:
             own["total_steps"] = num_steps
         return RegateConfig(**own)
+
+    def judge_length(self, num_steps: int) -> None:
+        """ValueError if the schedule is too short for the run, or leaves no step to elide in."""
+        knobs = self.knobs(num_steps)
+        if not self.enabled:
+            return
+        if knobs.total_steps < num_steps:
+            raise ValueError(
+                f"elision.total_steps={self.total_steps}: the run has {num_steps} steps; set it to "
+                "at least as many, or to null"
+            )
+        schedule = schedule_of(knobs)
+        if self.keep_share < 1.0 and all(schedule.is_dense(step) for step in range(num_steps)):
+            raise ValueError(
+                f"elision.keep_share={self.keep_share}, but no step of the run's {num_steps} is "
+                f"sparse: lower elision.warmup={self.warmup}, elision.final_dense_share="
+                f"{self.final_dense_share} or elision.cycle_dense_steps={self.cycle_dense_steps}, "
+                "or set elision.keep_share=1.0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,14 @@ or made small from two dicts. ``text_backbone`` is the default teacher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -74,6 +76,7 @@ def build_llava(
     ``text`` and ``vision`` are config dicts with their ``model_type`` (``llama``, ``qwen2``;
     ``clip_vision_model``); vocabulary and special ids come from the tokenizer.
     """
+    _require_size("model.vision", vision, "image_size")
     config = LlavaConfig(
         text_config={**text, **_vocabulary(tokenizer)},
         vision_config=dict(vision),
@@ -99,6 +102,8 @@ def build_qwen2_vl(
     With ``seed`` None the model is on "meta": it can be asked, but not run.
     ``text["rope_parameters"]`` needs an ``mrope_section`` that sums to half the head size.
     """
+    _require_size("model.vision", vision, "max_pixels")
+    _require_size("model.text", text, "hidden_size")
     vision = dict(vision)
     max_pixels = int(vision.pop("max_pixels"))
     config = Qwen2VLConfig(
@@ -141,14 +146,26 @@ def load_student(
         )
     model_class = _MODEL_CLASSES[config.model_type]
     if weights:
-        model = model_class.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, local_files_only=True
-        )
+        with readable_weights(folder):
+            model = model_class.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+            )
     else:
         model = _fresh_model(model_class, config, seed=None)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     return Student(model, tokenizer, vision_of(config, processor))
+
+
+@contextmanager
+def readable_weights(folder: Path) -> Iterator[None]:
+    """Name the folder whose weights are damaged: safetensors' own error names no file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {folder} cannot be read ({error}); copy or download them again"
+        ) from error
 
 
 def vision_tower(model: PreTrainedModel) -> nn.Module:
@@ -224,3 +241,16 @@ def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     if token not in tokenizer.get_vocab():
         raise ValueError(f"the tokenizer has no token {token!r}; add it, or name another")
     return tokenizer.get_vocab()[token]
+
+
+def _require_size(name: str, given: Mapping[str, Any], key: str) -> None:
+    """Look at a size that we read ourselves.
+
+    Raises:
+        ValueError: it is missing, or not a whole number above 0.
+    """
+    if key not in given:
+        raise ValueError(f"{name}.{key} is missing; it has no default")
+    value = given[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}.{key}={value!r}: must be a whole number above 0")

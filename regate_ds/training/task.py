@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -13,7 +18,8 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.encode import Encoder, refusal
-from regate_ds.data.samples import BadRecord, Record, read_records
+from regate_ds.data.progress import progress
+from regate_ds.data.samples import BadRecord, Record, bad_record, read_records
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.sections import DataConfig, LoraConfig, ModelConfig
 from regate_ds.training.student import (
@@ -25,6 +31,16 @@ from regate_ds.training.student import (
 )
 
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
+
+_HOST_REFUSALS = (
+    StrictDataclassError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
+"""What building a model ends in where a value of the user's own config dicts is of a wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +108,32 @@ def make_student(config: ModelConfig, *, seed: int | None) -> Student:
     if config.tokenizer is None:
         raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
-    student = _BUILDERS[config.kind](tokenizer, text=config.text, vision=config.vision, seed=seed)
+    build, parts = _BUILDERS[config.kind], {"text": config.text, "vision": config.vision}
+    try:
+        student = build(tokenizer, **parts, seed=seed)
+    except _HOST_REFUSALS as error:
+        raise ValueError(
+            f"model.kind={config.kind}: transformers makes no model of {parts}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     student.model.set_attn_implementation(config.attn_implementation)
     return student
 
 
-def trainable(student: Student, config: ModelConfig) -> nn.Module:
-    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked."""
+def trainable(student: Student, config: ModelConfig, *, seed: int) -> nn.Module:
+    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked.
+
+    Adapters get their weights from ``seed`` alone.
+    """
     model: nn.Module = student.model
     if config.freeze_vision:
         vision_tower(student.model).requires_grad_(False)
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
-        model = _with_lora(student, config.lora)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _with_lora(student, config.lora)
     return model.train()
 
 
@@ -130,21 +158,31 @@ def host_labels(labels_BT: Tensor) -> Tensor:
 def _read(
     path: Path, name: str, data: DataConfig, encoder: Encoder
 ) -> tuple[list[Record], list[BadRecord]]:
-    """The usable records; without `data.skip_bad` the first bad one is an error."""
+    """The usable records, each encoded once to see that it can be.
+
+    Without `data.skip_bad` the first bad one is an error.
+    """
     records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
-    if data.skip_bad:
-        refused = [refusal(record, encoder) for record in records]
-        records = [record for record, why in zip(records, refused) if why is None]
-        bad += [why for why in refused if why is not None]
-    if not records:
+    usable, show = [], os.environ.get("RANK", "0") == "0"
+    with progress(len(records), desc=f"check {name}", unit="record", show=show) as bar:
+        for record in records:
+            if (why := refusal(record, encoder)) is None:
+                usable.append(record)
+            elif data.skip_bad:
+                bad.append(why)
+            else:
+                raise bad_record(why)
+            bar.update()
+    if not usable:
         raise ValueError(f"{path} has no usable record; training and testing need at least one")
-    return records, bad
+    return usable, bad
 
 
 def _with_lora(student: Student, config: LoraConfig) -> Any:
     import peft
 
-    modules = "|".join(config.target_modules)
+    _require_targets(student, config.target_modules)
+    modules = "|".join(map(re.escape, config.target_modules))
     adapters = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type] (a float scales as well)
@@ -154,3 +192,18 @@ def _with_lora(student: Student, config: LoraConfig) -> Any:
     )
     student.model.enable_input_require_grads()
     return peft.get_peft_model(student.model, adapters)
+
+
+def _require_targets(student: Student, targets: Sequence[str]) -> None:
+    """peft itself is content if one of several targets is found."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in student.model.named_modules()
+        if isinstance(module, nn.Linear) and "language_model." in name
+    }
+    for target in targets:
+        if target not in linear:
+            raise ValueError(
+                f"model.lora.target_modules: the text backbone has no linear layer {target!r}; it "
+                f"has {', '.join(sorted(linear))}"
+            )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from regate_ds.adapters.deepspeed import Window, attach
-from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
@@ -31,20 +26,10 @@ from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
+from regate_ds.training.preflight import describe_run, require_same_run
 from regate_ds.training.process import Process
+from regate_ds.training.step_figures import StepFigures, peak_memory
 from regate_ds.training.task import HostLabels, Task, trainable
-
-
-class Clock:
-    """Wall and CPU seconds of this process since the last lap."""
-
-    def __init__(self) -> None:
-        self.lap()
-
-    def lap(self) -> tuple[float, float]:
-        now = time.perf_counter(), time.process_time()
-        last, self._last = getattr(self, "_last", now), now
-        return now[0] - last[0], now[1] - last[1]
 
 
 class Trainer:
@@ -53,33 +38,37 @@ class Trainer:
     def __init__(self, config: RunConfig, task: Task, process: Process) -> None:
         self.config, self.task, self.process = config, task, process
         self.order = make_order(config, len(task.train_records), process)
+        config.elision.judge_length(self.order.total_steps)
         self.knobs = config.elision.knobs(self.order.total_steps)
         self.folder = RunFolder(config.run.out)
-        reference = self._open_reference()
-        self.model = trainable(task.student, config.model)
-        self.regate = attach(self.model, self.knobs, reference=reference)
+        self.reference = self._open_reference()
+        self.model = trainable(task.student, config.model, seed=config.run.seed)
+        self.regate = attach(self.model, self.knobs, reference=self.reference)
         self.engine = self._make_engine()
-        self._clock = Clock()
-        self._seen: list[TokenBatch] = []
+        self._figures = StepFigures(self.engine, self.regate, process)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
+        if self.process.is_first:
+            teacher = None if self.reference is None else self.reference.teacher_id
+            total = self.order.total_steps
+            print(describe_run(self.config, self.knobs, total, teacher), flush=True)
+        torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
         start = self._resume() if self.config.run.resume else self._begin()
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name
         with progress(total, desc=name, unit="step", start=start, show=show) as bar:
             windows = self.regate.windows(self._loader(start), self.engine)
-            self._clock.lap()
+            self._figures.lap()
             for step, window in enumerate(windows, start):
                 row = self._step(step, window)
                 bar.update()
                 if step % self.config.run.log_every == 0:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", dense=row["dense"])
                 self._after(step + 1)
-        return self._finish()
+        return self._finish(start)
 
     def _begin(self) -> int:
-        torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
         if self.process.is_first:
             self.folder.begin(dump_config(self.config))
         if self.config.run.eval_every:
@@ -109,7 +98,7 @@ class Trainer:
         )[0]
 
     def _loader(self, start: int) -> Iterator[Batch]:
-        """This rank's micro-batches from a step on; remembers the tokens of the open window."""
+        """This rank's micro-batches from a step on."""
         host_only = not self.knobs.enabled
         loader = DataLoader(
             self.task.train,
@@ -119,72 +108,35 @@ class Trainer:
             # Without one of its own, the loader would draw a seed from the run's random state.
             generator=torch.Generator(),
         )
-        for batch in loader:
-            self._seen.append(batch.tokens)
-            yield batch
+        return self._figures.watch(loader)
 
     def _step(self, step: int, window: Window) -> dict[str, Any]:
-        loss_sum, lr = torch.zeros((), device=self.engine.device), self.engine.get_lr()[0]
+        losses, lr = [], self.engine.get_lr()[0]
         for inputs, plan in window:
             output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
             loss = self.regate.loss(output, plan)
             self.engine.backward(loss)
             self.engine.step()
-            loss_sum += loss.detach()
+            losses.append(loss.detach())
+        loss_mean = self._figures.mean_loss(step, losses)
         self.regate.step(applied=self.engine.was_step_applied())
-        row = {**self._row(step, loss_sum / len(window)), "lr": lr}
+        row = {**self._figures.row(step, loss_mean), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
         return row
 
-    def _row(self, step: int, loss: Tensor) -> dict[str, Any]:
-        loss_here = float(loss)  # Waits for the device, so that the lap holds the step's own work.
-        seconds, cpu_seconds = self._clock.lap()
-        means = torch.tensor([loss_here, cpu_seconds], dtype=torch.float64)
-        loss_mean, cpu_mean = self._mean(means.to(self.engine.device)).tolist()
-        counts = self._counts()
-        self._seen.clear()
-        return {
-            "step": step,
-            "loss": loss_mean,
-            **counts,
-            "step_seconds": seconds,
-            "cpu_seconds": cpu_mean * self.process.world_size,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-        }
-
-    def _counts(self) -> dict[str, Any]:
-        """Counts of the step over all data ranks; the host's own run keeps all it has."""
-        if self.regate.plan is not None:
-            return {k: v for k, v in self.regate.metrics().items() if k != "step"}
-        tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
-        padded = sum(batch.segment_BT.numel() for batch in self._seen) - tokens
-        labels = sum(int(batch.is_label_BT.sum()) for batch in self._seen)
-        process = self.process
-        tokens, labels, padded = sum_over([tokens, labels, padded], process.group, process.device)
-        return {
-            "dense": True,
-            "tokens_total": tokens,
-            "tokens_kept": tokens,
-            "answer_total": labels,
-            "answer_kept": labels,
-            "filled": 0,
-            "padded": padded,
-        }
-
-    def _mean(self, value: Tensor) -> Tensor:
-        """Mean over data ranks, as the engine averages their gradients."""
-        if self.process.world_size > 1:
-            dist.all_reduce(value)
-        return value / self.process.world_size
-
     def _after(self, done: int) -> None:
         run, last = self.config.run, self.order.total_steps
-        if run.eval_every and (done % run.eval_every == 0) and done < last:
-            self._evaluate(done)
+        # First saved, then evaluated: an evaluation that fails loses nothing.
         if run.save_every and done % run.save_every == 0 and done < last:
             self._save(done)
-        self._clock.lap()
+        if self._evaluates_after(done):
+            self._evaluate(done)
+        self._figures.lap()
+
+    def _evaluates_after(self, done: int) -> bool:
+        every = self.config.run.eval_every
+        return bool(every) and done % every == 0 and done < self.order.total_steps
 
     def _save(self, done: int) -> None:
         checkpoints = self.folder.checkpoints
@@ -193,9 +145,16 @@ class Trainer:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
     def _resume(self) -> int:
+        self.folder.require_run()
+        require_same_run(self.config, self.folder.config)
         done = load_checkpoint(self.folder.checkpoints, self.engine, self.regate, self.process)
+        lacks_eval = False
         if self.process.is_first:
             self.folder.forget_after(done)
+            lacks_eval = all(row["step"] != done for row in self.folder.evals())
+        (lacks_eval,) = sum_over([int(lacks_eval)], self.process.group, self.process.device)
+        if lacks_eval and self._evaluates_after(done):
+            self._evaluate(done)
         return done
 
     def _evaluate(self, done: int) -> dict[str, Any]:
@@ -218,34 +177,27 @@ class Trainer:
             return 0.0
         return ((self.knobs.last_layer or depth) - self.knobs.first_layer) / depth
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, start: int) -> dict[str, Any]:
         total = self.order.total_steps
-        scores = self._evaluate(total)
-        self._save(total)
+        if start < total:
+            self._save(total)
         save_model(self.folder.model, self.task.student, self.model, self.process)
-        peak = self._peak_memory()
+        scores = self._evaluate(total)
+        peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}
+        store = self.reference
+        origin = store and {"teacher_id": store.teacher_id, "data_fingerprint": store.fingerprint}
         summary = {
             **scores,
             **self._totals(),
             "peak_memory_bytes": peak,
             "steps": total,
             "world_size": self.process.world_size,
+            **(origin or {}),
         }
         self.folder.write_summary(summary)
         return summary
-
-    def _peak_memory(self) -> int:
-        """Largest memory of any rank, in bytes: of the GPU, or of the process on a CPU."""
-        if self.process.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.process.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = torch.tensor(float(peak), dtype=torch.float64, device=self.process.device)
-        if self.process.world_size > 1:
-            dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        return int(peaks)
 
 
 def make_order(config: RunConfig, num_samples: int, process: Process) -> Order:

@@ -25,6 +25,11 @@ def _unique_keys(reader: _Reader, node: yaml.MappingNode) -> dict[Any, Any]:
     """Build a mapping; PyYAML itself would take the last of two equal keys."""
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                problem="a key must be a single value; text with { or [ needs quotes",
+                problem_mark=key.start_mark,
+            )
         if key.value in seen:
             raise yaml.constructor.ConstructorError(
                 problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark

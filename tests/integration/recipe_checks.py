@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import load_config
 from regate_ds.training.process import start_process
@@ -84,6 +85,50 @@ def check_recipe(rank: int, folder: str) -> None:
     check_resume_equals_never_stopped(root)
     check_disabled_is_the_plain_loop(root)
     check_other_length_is_refused(root)
+    check_a_failed_evaluation_loses_nothing(root)
+    check_a_loss_that_is_not_finite_ends_the_run(root)
+
+
+class Unevaluated(Trainer):
+    """Whose evaluation at the end of the run fails."""
+
+    def _evaluate(self, done: int) -> dict[str, Any]:
+        if done == STEPS:
+            raise Killed
+        return super()._evaluate(done)
+
+
+class Diverging(Trainer):
+    """Whose weights break before the third step."""
+
+    def _after(self, done: int) -> None:
+        super()._after(done)
+        if done == 2:
+            for parameter in self.model.parameters():
+                parameter.data.fill_(float("nan"))
+
+
+def check_a_failed_evaluation_loses_nothing(root: Path) -> None:
+    """The model and the last checkpoint are there, and a resume has only to evaluate."""
+    with pytest.raises(Killed):
+        run(root, "failed", "run.eval_every=6", trainer=Unevaluated)
+    assert_same_run(root, "whole", "failed")
+    run(root, "failed", "run.eval_every=6", "run.resume=true")
+    run(root, "failed", "run.eval_every=6", "run.resume=true")
+    lines = (root / "failed" / "evals.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 6, STEPS]
+    summary = json.loads((root / "failed" / "summary.json").read_text())
+    store = ReferenceStore(root / "store")
+    assert summary["teacher_id"] == store.teacher_id
+    assert summary["data_fingerprint"] == store.fingerprint
+
+
+def check_a_loss_that_is_not_finite_ends_the_run(root: Path) -> None:
+    with pytest.raises(RuntimeError, match="step 2: the loss is nan, .* of mine record") as end:
+        run(root, "diverged", trainer=Diverging)
+    # The samples of all ranks: two ranks with two micro-batches of two.
+    assert str(end.value).count("mine record") == 4 * dist.get_world_size()
+    assert [row["step"] for row in rows(root, "diverged")] == [0, 1]
 
 
 def check_counts_follow_the_plan(root: Path) -> None:
@@ -122,7 +167,7 @@ def check_resume_equals_never_stopped(root: Path) -> None:
 
 
 def check_other_length_is_refused(root: Path) -> None:
-    with pytest.raises(ValueError, match="total_steps=20, but the checkpoint's run has 12"):
+    with pytest.raises(ValueError, match="run.steps=20, but .*whole was started with 12"):
         run(root, "whole", "run.resume=true", "run.steps=20")
 
 

@@ -123,10 +123,12 @@ def test_bf16_and_lora_runs_train_and_can_be_evaluated(task: Path, extra: list[s
         ("elision.kep_share=0.5", "kep_share"),
         ("teacher.store=nowhere", "not a reference store"),
         ("data.train=nowhere.json", "nowhere.json"),
+        ("run.deepspeed=nowhere.json", "run.deepspeed=nowhere.json: cannot be read"),
+        ("run={plan_only: true, steps: 12, out: a}\telision.first_layer=3", "has 3 layers"),
     ],
 )
 def test_a_wrong_setting_ends_in_one_line(task: Path, override: str, message: str):
-    done = regate("train", str(task / "run.yaml"), override)
+    done = regate("train", str(task / "run.yaml"), *override.split("\t"))
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("regate train:")

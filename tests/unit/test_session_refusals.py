@@ -85,6 +85,17 @@ def test_a_run_that_is_over_plans_no_further_step():
         session.plan_step([BATCH])
 
 
+def test_other_labels_of_the_same_number_are_refused_naming_the_sample():
+    labels_BT = BATCH.labels_BT.clone()
+    row, position = BATCH.is_label_BT.nonzero()[-1].tolist()
+    labels_BT[row, position] += 1
+    name, number = BATCH.flat_keys[int(BATCH.sample_BT[row, position])]
+    changed = TokenBatch(BATCH.keys, BATCH.segment_BT, labels_BT)
+    cause = f"sample '{name}' record {number} has other answer tokens here than its"
+    with pytest.raises(ValueError, match=cause):
+        made().plan_step([changed])
+
+
 def test_state_is_saved_between_steps_only():
     session = made()
     open_step(session)

@@ -59,21 +59,39 @@ def _changed(samples, change: str):
         labels_S[labels_S != IGNORE] += 1
     if change == "truncation":
         labels_S[-2] = IGNORE
+    input_ids_S = first.input_ids_S.clone()
+    if change == "a word of the question":
+        input_ids_S[~is_placeholder_S & (labels_S == IGNORE)] += 1
     if change == "placeholders":
         is_placeholder_S[0] = ~is_placeholder_S[0]
     name = "other" if change == "the name" else first.key[0]
-    changed = replace(first, key=(name, 10), labels_S=labels_S, is_placeholder_S=is_placeholder_S)
+    changed = replace(
+        first,
+        key=(name, 10),
+        input_ids_S=input_ids_S,
+        labels_S=labels_S,
+        is_placeholder_S=is_placeholder_S,
+    )
     rest = samples[1:]
     return [*rest, changed] if change == "the order" else [changed, *rest]
 
 
 @pytest.mark.parametrize(
-    "change", ["a label", "truncation", "placeholders", "the name", "the order"]
+    "change",
+    ["a label", "a word of the question", "truncation", "placeholders", "the name", "the order"],
 )
 def test_the_fingerprint_changes_with(change):
     samples = make_samples(4)
     changed = AnswerIndex.build(_changed(samples, change))
     assert changed.fingerprint != AnswerIndex.build(samples).fingerprint
+
+
+def test_the_id_that_stands_for_images_is_not_in_the_fingerprint():
+    samples = make_samples(4)
+    others = [
+        replace(s, input_ids_S=s.input_ids_S.masked_fill(s.is_placeholder_S, 7)) for s in samples
+    ]
+    assert AnswerIndex.build(others) == AnswerIndex.build(samples)
 
 
 def test_equal_data_gives_equal_indexes():
@@ -90,6 +108,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
     assert loaded.keys == index.keys
     assert torch.equal(loaded.offsets, index.offsets)
     assert torch.equal(loaded.num_positions, index.num_positions)
+    assert torch.equal(loaded.label_hashes, index.label_hashes)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -131,6 +133,9 @@ class WordTokenizer:
     """One token for each character."""
 
     bos_token_id, eos_token_id = 2, 3
+
+    all_special_tokens: tuple[str, ...] = ()
+    added_tokens_decoder: Mapping[int, Any] = MappingProxyType({})
 
     def get_vocab(self) -> dict[str, int]:
         return {"$": 1}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,6 +23,11 @@ class CharTokenizer:
 
     bos_token_id: int | None = BOS
     eos_token_id: int | None = EOS
+    all_special_tokens = ("</s>",)
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {
+        7: SimpleNamespace(content="<tool>", special=True),
+        8: SimpleNamespace(content="plain", special=False),
+    }
 
     def get_vocab(self) -> dict[str, int]:
         return {"$": IMAGE}
@@ -154,9 +160,33 @@ def test_a_cut_that_leaves_no_answer_is_refused():
     assert refusal(record, build(max_length=num_prompt + 1)) is None
 
 
-@pytest.mark.parametrize("turn", [("q$", "y"), ("q", "y$")])
-def test_a_text_that_holds_the_image_token_is_refused(turn: tuple[str, str]):
-    refused(build(), make(turn), "its text holds the model's image token '$'")
+@pytest.mark.parametrize("token", ["$", "</s>", "<tool>"])
+@pytest.mark.parametrize("where", ["question", "answer"])
+def test_a_text_that_holds_a_special_token_is_refused(where: str, token: str):
+    texts = {"question": "q", "answer": "plain"} | {where: f"a {token} b"}
+    record = make(("q", "y"), (texts["question"], texts["answer"]))
+    refused(build(), record, f"its {where} 2 holds {token!r}, a special token's text")
+
+
+@pytest.mark.parametrize("text", ["a $ b", "<image>", "<video>"])
+def test_a_template_that_stands_for_an_image_is_refused(text: str):
+    with pytest.raises(ValueError, match=r"data\.template\.user=.* stands for an image"):
+        build(user=text)
+
+
+def test_an_image_that_the_model_refuses_is_a_bad_record(tmp_path: Path):
+    def refuse(size: tuple[int, int]) -> int:
+        raise ValueError("too thin")
+
+    encoder = Encoder(
+        CharTokenizer(),
+        image_token="$",
+        num_image_tokens=refuse,
+        max_length=99,
+        template=Template(),
+    )
+    record = make(("<image>", "y"), images=(draw(tmp_path / "a.png", 2),))
+    refused(encoder, record, "does not suit the model (too thin)")
 
 
 def test_an_image_that_broke_after_reading_is_refused(tmp_path: Path):

@@ -80,6 +80,67 @@ def test_several_images_belong_to_their_markers_in_order(tmp_path: Path, field: 
     assert read.images_per_marker == (1, 1)
 
 
+@pytest.mark.parametrize("fields", [{"image": None}, {"image": []}])
+def test_a_null_image_beside_images_is_none(tmp_path: Path, fields: dict[str, Any]):
+    image = draw(tmp_path / "cat.png")
+    good = record(**fields, images=["cat.png"], conversations=said("<image>", "A cat."))
+    [read], _ = read_records(write(tmp_path, good), name="set")
+    assert read.images == (image,)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "gif"])
+def test_an_image_that_is_cut_off_is_refused(tmp_path: Path, suffix: str):
+    whole = draw(tmp_path / f"cat.{suffix}").read_bytes()
+    good = record(image=f"cat.{suffix}", conversations=said("<image>", "A cat."))
+    assert not read_records(write(tmp_path, good), name="set")[1]
+    for keep in (len(whole) // 2, len(whole) * 9 // 10):
+        (tmp_path / f"cat.{suffix}").write_bytes(whole[:keep])
+        assert f"cat.{suffix} is broken" in refused(tmp_path, good)
+
+
+def test_a_whole_jpeg_with_something_after_its_end_is_good(tmp_path: Path):
+    image = draw(tmp_path / "cat.jpg")
+    image.write_bytes(image.read_bytes() + bytes(10_000))
+    good = record(image="cat.jpg", conversations=said("<image>", "A cat."))
+    assert not read_records(write(tmp_path, good), name="set")[1]
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F"])
+def test_pixels_of_more_than_eight_bits_are_refused_naming_the_mode(tmp_path: Path, mode: str):
+    Image.new(mode, (8, 8)).save(tmp_path / "deep.tiff")
+    bad = record(image="deep.tiff", conversations=said("<image>", "A cat."))
+    assert f"has pixels of mode {mode};" in refused(tmp_path, bad)
+
+
+def test_an_image_that_is_all_length_is_refused(tmp_path: Path):
+    Image.new("L", (201, 1)).save(tmp_path / "line.png")
+    bad = record(image="line.png", conversations=said("<image>", "A line."))
+    assert "is 201 x 1 pixels" in refused(tmp_path, bad)
+
+
+@pytest.mark.parametrize("fields", [{"image": "x" * 5000}, {"video": "x" * 5000}])
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path, fields: dict[str, str]):
+    marker = f"<{next(iter(fields))}>"
+    message = refused(tmp_path, record(**fields, conversations=said(marker, "A cat.")))
+    assert "cannot be looked up (File name too long)" in message
+
+
+@pytest.mark.parametrize("texts", [("What \ud83d?", "That."), ("What?", "That \ude00.")])
+def test_half_a_character_is_refused_in_a_message_that_can_be_printed(
+    tmp_path: Path, texts: tuple[str, str]
+):
+    message = refused(tmp_path, record(id="\ud83d", conversations=said(*texts)))
+    assert "half of a character" in message
+    assert message.encode()
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path):
+    frames = [draw(tmp_path / "clip" / f"frame{i}.png") for i in (1, 2, 10, 100)]
+    good = record(video="clip", conversations=said("<video>", "A cat."))
+    [read], _ = read_records(write(tmp_path, good), name="set")
+    assert read.images == tuple(frames)
+
+
 @pytest.mark.parametrize("fields", [{}, {"image": None, "video": None}, {"images": []}])
 def test_a_record_without_an_image_is_good(tmp_path: Path, fields: dict[str, Any]):
     [read], _ = read_records(write(tmp_path, record(**fields)), name="set")

@@ -88,12 +88,29 @@ def test_a_killed_job_ends_with_the_files_of_an_uninterrupted_one(uninterrupted,
     assert files_of(store) == files_of(uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["shard-00002.fp16", "index.npz", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-00002.fp16", "index.npz"])
 def test_a_deleted_file_is_computed_again(uninterrupted, name):
     before = files_of(uninterrupted)
     (uninterrupted / name).unlink()
     precompute(make_job(uninterrupted))
     assert files_of(uninterrupted) == before
+
+
+def test_shards_without_a_manifest_are_refused_naming_the_folder(uninterrupted):
+    (uninterrupted / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=rf"{uninterrupted} holds shards but no manifest\.json"):
+        precompute(make_job(uninterrupted))
+
+
+def test_a_shard_that_was_computed_again_with_other_digits_is_the_stores(uninterrupted):
+    shard_path(uninterrupted, 1).unlink()
+    job = make_job(uninterrupted)
+    elsewhere = replace(job, score=lambda samples: job.score(samples) + 0.5)
+    with pytest.raises(RuntimeError, match="power cut"):
+        precompute(replace(job, score=Counting(job, fail_after=0)))
+    precompute(elsewhere)
+    assert ReferenceStore(uninterrupted).index == job.index
+    assert job.is_complete
 
 
 def test_a_damaged_shard_is_reported_not_replaced(uninterrupted):

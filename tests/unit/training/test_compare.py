@@ -19,9 +19,9 @@ SUMMARY = {
 }
 
 
-def finished(path, **changes):
+def finished(path, config="", **changes):
     folder = RunFolder(path)
-    folder.begin("")
+    folder.begin(config)
     for done in (0, 10):
         folder.append_eval(
             {"step": done, "accuracy_visual": 0.5, "tokens_processed": done, "train_seconds": done}
@@ -90,6 +90,16 @@ def test_a_run_is_named_by_its_folder_however_the_path_is_written(tmp_path, monk
     monkeypatch.chdir(finished(tmp_path / "dense"))
     (row,) = cells(compare_runs([Path(".")]))
     assert row["run"] == "dense"
+
+
+def test_settings_that_differ_besides_the_methods_own_are_noted(tmp_path):
+    text = "run: {{out: {0}, steps: 4}}\noptimizer: {{lr: {1}}}\nelision: {{keep_share: {1}}}\n"
+    runs = [
+        finished(tmp_path / name, text.format(name, lr), world_size=2)
+        for name, lr in (("dense", 0.1), ("regate", 0.5))
+    ]
+    notes = [line for line in compare_runs(runs).splitlines() if line.startswith("note")]
+    assert notes == ["note: optimizer.lr differs: dense 0.1, regate 0.5"]
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path):

@@ -147,6 +147,7 @@ def test_the_schedule_runs_over_the_run_unless_told_otherwise(small):
         ("data.pack_length=64", "data.pack_length=64: must be at least max_length=2048, or null"),
         ("teacher.store=null", "teacher.store=None: elision ranks tokens by the teacher's losses"),
         ("run.steps", "override 'run.steps' is not of the form section.key=value"),
+        ("run.out={{ a }}", "override 'run.out={{ a }}': '{{ a }}' is not a YAML value"),
         ("run..steps=1", "override 'run..steps=1' is not of the form section.key=value"),
         ("run.steps.more=1", "run.steps={'more': 1}: must be a whole number"),
         ("run.out.more=1", "override 'run.out.more=1': run.out has no keys"),
@@ -156,6 +157,37 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(small, override, mes
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         load(small, override)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_key_that_is_no_single_value_is_refused_in_one_line(small):
+    small.write_text("run: {out: {{ folder }}}\n")
+    with pytest.raises(ValueError, match="a key must be a single value.* line 1") as refusal:
+        load(small)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["elision.total_steps=9"], "elision.total_steps=9: the run has 10 steps"),
+        (["elision.warmup=10"], "no step of the run's 10 is sparse: lower elision.warmup=10"),
+        (["elision.final_dense_share=1"], "no step of the run's 10 is sparse"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_refused(small, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load(small, "run.steps=10", *overrides)
+    with pytest.raises(ValueError, match=message):
+        load(small, *overrides).elision.judge_length(10)
+
+
+def test_a_dense_run_may_be_dense_throughout(small):
+    assert not load(small, "run.steps=10", "elision.warmup=10", "elision.keep_share=1.0").selects
+
+
+def test_without_elision_there_is_nothing_to_plan(small):
+    with pytest.raises(ValueError, match=r"run.plan_only=True: with elision.enabled=false"):
+        load(small, "run.plan_only=true", "elision.enabled=false")
 
 
 @pytest.mark.parametrize("section", ["model", "data", "run"])
@@ -256,6 +288,9 @@ def test_equal_values_agree(small):
         ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 .* 1.0 .optimizer.grad_clip"),
         ({"bf16": {"enabled": False}}, "bf16.enabled=False .* True .run.precision=bf16"),
         ({"fp16": {"enabled": True}}, "fp16.enabled=True .* False .run.precision=bf16"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: must be one of 0, 1"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage='2': must be one of"),
+        ({"zero_optimization": True}, "zero_optimization=True: must hold keys"),
         ({"bf16": True}, "bf16=True: must hold keys"),
         ({"bfloat16": {"enabled": True}}, "bfloat16 is DeepSpeed's old name; write bf16"),
         ({"amp": {"enabled": True}}, "amp.enabled=True is not supported"),
@@ -275,6 +310,19 @@ def test_equal_values_agree(small):
 def test_a_json_that_disagrees_is_refused_with_both_values(small, user, message):
     with pytest.raises(ValueError, match=message):
         with_json(small, user)
+
+
+def test_an_offloaded_optimizer_may_be_torchs(small):
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert with_json(small, zero)["zero_force_ds_cpu_optimizer"] is False
+    own = {**zero, "zero_force_ds_cpu_optimizer": True}
+    assert with_json(small, own)["zero_force_ds_cpu_optimizer"] is True
+    assert "zero_force_ds_cpu_optimizer" not in with_json(small, {})
+
+
+def test_a_json_that_is_not_there_is_named(small, tmp_path):
+    with pytest.raises(ValueError, match="run.deepspeed=.*none.json: cannot be read: No such"):
+        deepspeed_config(load(small, f"run.deepspeed={tmp_path / 'none.json'}"), world_size=1)
 
 
 @pytest.mark.parametrize(

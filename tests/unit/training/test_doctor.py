@@ -45,11 +45,21 @@ def test_a_missing_package_is_required_and_says_how_to_get_it(monkeypatch):
         return "1.0"
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(doctor, "import_module", lambda _: None)
     findings = doctor.examine()
     assert [f.name for f in findings if f.is_required and not f.is_fine] == ["peft"]
     assert "pip install" in examined("peft").advice
     assert doctor.lacks_required(findings)
-    assert doctor.as_text(findings).endswith("something required is missing")
+    assert doctor.as_text(findings).endswith("something required is missing or broken")
+
+
+@pytest.mark.parametrize("kind", ["ImportError", "RuntimeError"])
+def test_a_required_package_that_cannot_be_imported_is_broken(kind, install, monkeypatch):
+    install("own_kernels", __init__=f"print('hello')\nraise {kind}('undefined symbol\\nmore')\n")
+    monkeypatch.setattr(metadata, "version", lambda _: "1.0")
+    found = doctor._package("own_kernels", "1.0")
+    assert (found.found, found.advice) == ("broken", "1.0: undefined symbol")
+    assert doctor.as_text([found]).startswith("BROKEN   own_kernels")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +161,22 @@ def test_a_word_that_was_cut_off_is_not_counted():
     assert tally_words([turn], sample, [True] * 3).num_plain == 2
 
 
+def test_a_word_without_tokens_is_not_counted():
+    turn = Turn("?", "a \u200b red")
+    sample = SimpleNamespace(char_spans=((0, 0, 1), (0, 4, 7), (0, 7, 7)))
+    tally = tally_words([turn], sample, [True] * 3)
+    assert (tally.right_plain, tally.num_plain) == (2, 2)
+
+
+def test_an_accuracy_of_nothing_is_none(tmp_path):
+    student = make_llava()
+    [record] = make_records(tmp_path, images=(1,))
+    plain = replace(record, turns=(replace(record.turns[0], gold_spans=()),))
+    scores = evaluate(student.model, make_held_out(student, [plain]), ALONE)
+    assert (scores["accuracy_visual"], scores["num_words_visual"]) == (None, 0)
+    assert scores["accuracy_plain"] is not None
+
+
 def test_words_are_visual_if_they_overlap_a_gold_span():
     words = words_of(Turn("?", "two reds, one\nblue", gold_spans=((0, 3), (5, 7), (14, 18))))
     assert [w.is_visual for w in words] == [True, True, False, True]
@@ -168,8 +185,9 @@ def test_words_are_visual_if_they_overlap_a_gold_span():
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_samples_and_run_the_same_modules(world_size, tmp_path):
     records = make_records(tmp_path, images=(1, 0, 1, 1, 1, 0, 1))
+    has_images = [bool(record.images) for record in records]
     shares = [
-        share_of(records, Process(rank, world_size, torch.device("cpu")), 2)
+        share_of(has_images, Process(rank, world_size, torch.device("cpu")), 2)
         for rank in range(world_size)
     ]
     counted = [i for share in shares for numbers, counts in share for i in numbers if counts]

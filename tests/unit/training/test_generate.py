@@ -1,15 +1,20 @@
 import itertools
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from test_evaluate import ALONE, make_held_out, make_records
-from tiny_students import make_llava, make_qwen2_vl
+from tiny_students import make_image, make_llava, make_qwen2_vl
 
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.samples import Turn
 from regate_ds.training.generate import (
     _answers,
     _in_common,
+    _left_padded,
     evaluate_generated,
     match_gold_words,
     prompt_length,
@@ -18,10 +23,38 @@ from regate_ds.training.generate import (
 
 def test_a_gold_word_counts_only_in_its_place():
     turn = Turn("?", "a red 3 and a blue 7", gold_spans=((2, 5), (6, 7), (14, 18), (19, 20)))
-    assert match_gold_words(turn, "a red 3 and a blue 7") == (4, 4)
-    assert match_gold_words(turn, "a blue 7 and a red 3") == (2, 4)
-    assert match_gold_words(turn, "a red 3 and") == (2, 4)
-    assert match_gold_words(turn, "") == (0, 4)
+    spans = tuple((0, m.start(), m.end()) for m in re.finditer(r"\S+", turn.answer))
+    whole: Any = SimpleNamespace(char_spans=spans)
+    assert match_gold_words([turn], whole, "a red 3 and a blue 7") == (4, 4)
+    assert match_gold_words([turn], whole, "a blue 7 and a red 3") == (2, 4)
+    assert match_gold_words([turn], whole, "a red 3 and") == (2, 4)
+    assert match_gold_words([turn], whole, "") == (0, 4)
+
+
+def test_of_a_sample_that_is_cut_the_last_turn_that_is_left_is_scored_up_to_the_cut():
+    turn = Turn("?", "a red 3 and a blue 7", gold_spans=((2, 5), (6, 7), (14, 18), (19, 20)))
+    cut: Any = SimpleNamespace(char_spans=((0, 0, 1), (0, 2, 5), (0, 6, 7)))
+    assert match_gold_words([turn, Turn("?", "no")], cut, "a red 7") == (1, 2)
+
+
+def test_images_after_the_prompt_are_not_handed_on(tmp_path):
+    student = make_llava()
+    held_out = make_held_out(student, make_records(tmp_path, images=(1,)))
+    [record] = held_out.records
+    make_image().save(tmp_path / "later.png")
+    later = Turn("<image> what ?", "a 3 at the top")
+    record = replace(
+        record,
+        images=(*record.images, tmp_path / "later.png"),
+        images_per_marker=(1, 1),
+        turns=(*record.turns, later),
+    )
+    whole = held_out.encoder.encode(record)
+    held_out.encoder._max_length = prompt_length(whole)
+    [sample] = [SampleDataset([record], held_out.encoder)[0]]
+    assert (len(sample.images), sample.encoded.char_spans[-1][0]) == (2, 0)
+    inputs = _left_padded(held_out, [sample], [prompt_length(sample.encoded)])
+    assert len(inputs["pixel_values"]) == 1
 
 
 def test_marked_words_form_a_longest_common_subsequence():

@@ -67,10 +67,26 @@ def test_a_run_that_could_be_resumed_is_not_overwritten(folder):
     assert folder.metrics() == [{"step": 0}]
 
 
-def test_a_run_without_checkpoints_is_started_anew(folder):
-    folder.append_metrics({"step": 0})
+def test_a_run_without_a_step_is_started_anew(folder):
     folder.begin("seed: 2\n")
     assert (folder.config.read_text(), folder.metrics()) == ("seed: 2\n", [])
+
+
+@pytest.mark.parametrize("result", ["summary.json", "model", "metrics.jsonl"])
+def test_a_folder_that_holds_results_is_not_begun_again(folder, result):
+    if result == "model":
+        folder.model.mkdir()
+    else:
+        (folder.path / result).write_text("{}\n")
+    with pytest.raises(ValueError, match=rf"already \({result}\); choose another folder, or del"):
+        folder.begin("seed: 2\n")
+    assert folder.config.read_text() == "seed: 1\n"
+
+
+def test_a_step_has_one_evaluation_the_last(folder):
+    for step, loss in ((0, 3.0), (4, 2.0), (4, 1.0)):
+        folder.append_eval({"step": step, "loss": loss})
+    assert folder.evals() == [{"step": 0, "loss": 3.0}, {"step": 4, "loss": 1.0}]
 
 
 def test_a_summary_is_read_back(folder):

@@ -12,7 +12,7 @@ from tiny_students import (
     make_tokenizer,
 )
 
-from regate_ds.training.sections import ModelConfig
+from regate_ds.training.sections import LoraConfig, ModelConfig
 from regate_ds.training.student import (
     build_llava,
     load_student,
@@ -20,7 +20,7 @@ from regate_ds.training.student import (
     text_backbone,
     vision_tower,
 )
-from regate_ds.training.task import trainable
+from regate_ds.training.task import make_student, trainable
 
 each_student = pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
 
@@ -84,7 +84,7 @@ def test_a_frozen_tower_is_left_out_of_training_and_the_rest_is_not(make, tmp_pa
     student = make()
     tower = {id(p) for p in vision_tower(student.model).parameters()}
     assert 0 < len(tower) < len(list(student.model.parameters()))
-    model = trainable(student, ModelConfig(path=tmp_path, freeze_vision=True))
+    model = trainable(student, ModelConfig(path=tmp_path, freeze_vision=True), seed=0)
     for weight in model.parameters():
         assert weight.requires_grad == (id(weight) not in tower)
 
@@ -156,3 +156,52 @@ def test_a_model_that_is_no_student_is_refused_by_type(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="is a gpt2 model; students are one of"):
         load_student(tmp_path)
+
+
+def adapters(tmp_path, **lora):
+    config = ModelConfig(path=tmp_path, lora=LoraConfig(rank=2, **lora))
+    model = trainable(make_llava(), config, seed=3)
+    return {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+
+
+def test_adapters_get_their_weights_from_the_runs_seed_alone(tmp_path):
+    found = []
+    for ambient in (1, 2):
+        torch.manual_seed(ambient)
+        found.append(adapters(tmp_path))
+        assert torch.initial_seed() == ambient
+    first, second = found
+    assert first
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+@pytest.mark.parametrize("target", ["qkv_proj", "self_attn", "q.proj"])
+def test_an_adapters_target_that_the_model_lacks_is_named(tmp_path, target):
+    with pytest.raises(ValueError, match=f"no linear layer '{target}'; it has .*k_proj, o_proj"):
+        adapters(tmp_path, target_modules=("q_proj", target))
+
+
+def test_damaged_weights_are_named_by_their_folder(tmp_path):
+    save_student(make_llava(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"the weights in {tmp_path} cannot be read"):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "vision", "message"),
+    [
+        ("llava", {}, {"image_size": None}, r"model.vision.image_size is missing"),
+        ("llava", {}, {"image_size": "big"}, r"model.vision.image_size='big': must be a whole"),
+        ("llava", {"hidden_size": "wide"}, {}, "transformers makes no model of .*hidden_size"),
+        ("qwen2_vl", {}, {}, "model.vision.max_pixels is missing"),
+    ],
+)
+def test_a_fresh_students_wrong_keys_are_named(tmp_path, kind, text, vision, message):
+    make_tokenizer().save_pretrained(tmp_path)
+    vision = {k: v for k, v in {**CLIP, **vision}.items() if v is not None}
+    config = ModelConfig(
+        kind=kind, tokenizer=tmp_path, text={"model_type": "llama", **TEXT, **text}, vision=vision
+    )
+    with pytest.raises(ValueError, match=message):
+        make_student(config, seed=0)

@@ -1,0 +1,40 @@
+"""Which teacher a store's losses are of: by what decides them, not by where it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+_IRRELEVANT = frozenset(
+    {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+)
+"""Keys of a model's configuration that differ between copies of one model and change no loss."""
+
+
+def teacher_id(teacher: nn.Module, *, pad_id: int) -> str:
+    """Name a Hugging Face model by a hash over its configuration and weights, and over ``pad_id``,
+    the token that it reads where the images are."""
+    config: Any = teacher.config
+    relevant = json.dumps([_relevant(config.to_dict()), pad_id], sort_keys=True, default=str)
+    digest = hashlib.sha256(relevant.encode())
+    for name, weight in sorted(teacher.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(content.numpy().tobytes())
+    return f"{config.model_type}-{digest.hexdigest()[:16]}"
+
+
+def _relevant(value: Any) -> Any:
+    """The configuration without those keys, at any depth, and without names and paths."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _relevant(item) for key, item in value.items() if _decides(str(key))}
+
+
+def _decides(key: str) -> bool:
+    names_a_place = not {"name", "path"}.isdisjoint(key.split("_"))
+    return not (key.startswith("_") or key in _IRRELEVANT or names_a_place)

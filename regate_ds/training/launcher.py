@@ -1,0 +1,75 @@
+"""Run a regate command on several ranks of this machine, by the deepspeed launcher.
+
+``python -m regate_ds.training.launcher RANKS COMMAND [ARGUMENT ...]``; launch/local.sh is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+
+def launch(
+    ranks: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Exit code, and the command's own line about its error ("" if it wrote none).
+
+    The launcher ends in a traceback of its own, below which the ranks' error is easily lost.
+    """
+    port = os.environ.get("MASTER_PORT") or str(_free_port())
+    options = ["--num_gpus", str(ranks), "--master_port", port, "--no_local_rank"]
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    command = [program, *options, "--log_level", "warning"]
+    command += ["--module", "regate_ds.cli", *arguments]
+    print(" ".join(command), file=sys.stderr, flush=True)
+    job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    assert job.stderr is not None
+    before = signal.signal(signal.SIGTERM, lambda *_: job.terminate())
+    try:
+        said = _pass_on(job.stderr)
+        return _exit_code(job.wait()), said
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def report(code: int, said: str) -> None:
+    """The last line a user sees of a command that failed."""
+    print(f"exit code {code}{': ' if said else ''}{said}", file=sys.stderr)
+
+
+def _pass_on(errors: BinaryIO) -> str:
+    """Show what the ranks write, as they write it (bars have no line ends), and find the error."""
+    said, line = b"", b""
+    while chunk := os.read(errors.fileno(), 65536):
+        os.write(sys.stderr.fileno(), chunk)
+        *whole, line = (line + chunk).replace(b"\r", b"\n").split(b"\n")
+        said = next((one for one in reversed(whole) if one.startswith(b"regate ")), said)
+    return said.decode(errors="replace")
+
+
+def _exit_code(code: int) -> int:
+    """As a shell has it: 128 and the signal's number."""
+    return code if code >= 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(argv: Sequence[str]) -> int:
+    code, said = launch(int(argv[0]), argv[1:])
+    if code:
+        report(code, said)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

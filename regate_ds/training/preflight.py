@@ -1,0 +1,67 @@
+"""What is judged before a model is loaded, and what a run says before its first step.
+
+A wrong setting should cost seconds, not the minutes that loading takes on many ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from regate_ds.config import RegateConfig
+from regate_ds.session import schedule_of
+from regate_ds.training.configuration import RunConfig, load_config
+from regate_ds.training.deepspeed_json import deepspeed_config
+from regate_ds.training.metrics import RunFolder, leaves
+from regate_ds.training.section_reader import plain_values
+
+MAY_CHANGE = {
+    "run.resume",
+    "run.save_every",
+    "run.eval_every",
+    "run.log_every",
+    "run.keep_checkpoints",
+    "data.num_workers",
+}
+"""What a resumed run may set otherwise: none of it changes the training."""
+
+
+def judge_run(config: RunConfig) -> None:
+    """ValueError for what can be known to fail without loading anything."""
+    deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if config.run.plan_only:
+        return
+    folder = RunFolder(config.run.out)
+    if not config.run.resume:
+        folder.require_new()
+        return
+    folder.require_run()
+    require_same_run(config, folder.config)
+
+
+def require_same_run(config: RunConfig, written: Path) -> None:
+    """Refuse to resume with other settings than the run was started with."""
+    # The folder itself may be written otherwise, or may have been moved.
+    free = MAY_CHANGE | {"run.out"}
+    ours, theirs = (
+        dict(leaves(plain_values(config))),
+        dict(leaves(plain_values(load_config(written)))),
+    )
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        mine, started = ours.get(key), theirs.get(key)
+        if key not in free and mine != started:
+            raise ValueError(
+                f"{key}={mine!r}, but the run in {written.parent} was started with {started!r}: "
+                "resume with the same value, or start a new run in another run.out"
+            )
+
+
+def describe_run(config: RunConfig, knobs: RegateConfig, steps: int, teacher_id: str | None) -> str:
+    """How much of the run will be sparse, and by whose losses."""
+    schedule = schedule_of(knobs)
+    num_sparse = sum(not schedule.is_dense(step) for step in range(steps)) * config.selects
+    share = 1.0 - num_sparse * (1.0 - knobs.keep_share) / steps
+    return (
+        f"{config.run.out.name}: {steps} steps, {num_sparse} of them sparse, kept share "
+        f"{share:.3f} of the answer tokens, teacher {teacher_id or 'none'}"
+    )

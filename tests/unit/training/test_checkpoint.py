@@ -1,0 +1,86 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regate_ds.training.checkpoint import COMPLETE, latest, load_checkpoint, prune_checkpoints
+from regate_ds.training.process import Process
+
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def write(folder, *steps, complete=True):
+    for step in steps:
+        (folder / f"step-{step:06d}").mkdir()
+        if complete:
+            (folder / f"step-{step:06d}" / COMPLETE).touch()
+
+
+def point_to(folder, step):
+    (folder / "latest").write_text(f"step-{step:06d}\n")
+
+
+def steps(folder):
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+
+def test_the_pointer_may_end_in_a_new_line(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    assert latest(tmp_path) == "step-000005"
+
+
+def test_a_pointer_to_a_missing_folder_says_what_is_there(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 6)
+    with pytest.raises(ValueError, match=r"names 'step-000006', .* \(there are: step-000005\)"):
+        latest(tmp_path)
+
+
+def test_old_checkpoints_go_by_the_number_of_their_step(tmp_path):
+    write(tmp_path, 999_998, 999_999, 1_000_000)
+    point_to(tmp_path, 1_000_000)
+    prune_checkpoints(tmp_path, 2)
+    assert steps(tmp_path) == [999_999, 1_000_000]
+
+
+def test_one_that_is_cut_short_does_not_count(tmp_path):
+    write(tmp_path, 2, 4, 8)
+    write(tmp_path, 6, complete=False)
+    point_to(tmp_path, 8)
+    prune_checkpoints(tmp_path, 2)
+    assert steps(tmp_path) == [4, 6, 8]
+
+
+def test_those_beyond_the_newest_do_not_displace_it(tmp_path):
+    write(tmp_path, 2, 4, 6, 8, 9)
+    point_to(tmp_path, 6)
+    prune_checkpoints(tmp_path, 1)
+    assert steps(tmp_path) == [6, 8, 9]
+
+
+def engine(stage, loads=None):
+    return SimpleNamespace(
+        zero_optimization_stage=lambda: stage, load_checkpoint=lambda *_, **__: loads
+    )
+
+
+def test_another_number_of_ranks_is_refused_where_the_optimizer_is_cut_by_rank(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    for rank in (0, 1):
+        (tmp_path / "step-000005" / f"random-{rank}.pt").touch()
+    with pytest.raises(ValueError, match="of 2 ranks under ZeRO stage 1, this job has 1"):
+        load_checkpoint(tmp_path, engine(1), None, ALONE)
+
+
+def test_a_checkpoint_without_the_engines_files_is_named(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    with pytest.raises(ValueError, match="step-000005 lacks the engine's files"):
+        load_checkpoint(tmp_path, engine(0, (None, None)), None, ALONE)
+
+
+def test_without_a_checkpoint_the_way_out_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint; to start anew, delete"):
+        load_checkpoint(tmp_path, engine(0), None, ALONE)

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from regate_ds.training.configuration import dump_config, load_config
+from regate_ds.training.metrics import RunFolder
+from regate_ds.training.preflight import describe_run, judge_run
+
+CONFIG = """
+model: {path: student}
+data: {train: train.json}
+teacher: {store: reference}
+run: {steps: 10, save_every: 2}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+
+    def config(*overrides):
+        return load_config(tmp_path / "run.yaml", [f"run.out={tmp_path / 'run'}", *overrides])
+
+    return config
+
+
+@pytest.fixture
+def begun(load):
+    """A run that has done a step."""
+    config = load()
+    RunFolder(config.run.out).begin(dump_config(config))
+    RunFolder(config.run.out).append_metrics({"step": 0})
+    return load
+
+
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(begun):
+    with pytest.raises(ValueError, match="holds a run already"):
+        judge_run(begun())
+
+
+def test_what_does_not_change_the_training_may_differ_on_resume(begun):
+    free = ["save_every=3", "eval_every=0", "log_every=2", "keep_checkpoints=null"]
+    judge_run(begun("run.resume=true", "data.num_workers=0", *(f"run.{key}" for key in free)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=0.5", "optimizer.lr=0.5, but .* was started with 2e-05"),
+        ("run.steps=11", "run.steps=11, but .* was started with 10"),
+        ("data.train=other.json", "data.train='other.json', but .* started with 'train.json'"),
+        ("model.lora={rank: 4}", "model.lora.rank=4, but .* was started with None"),
+        ("run.deepspeed={bf16: {}}", "run.deepspeed.bf16={}, but .* was started with None"),
+    ],
+)
+def test_what_changes_the_training_may_not_differ_on_resume(begun, override, message):
+    config = begun("run.resume=true", override)
+    with pytest.raises(ValueError, match=message):
+        judge_run(config)
+
+
+def test_only_a_run_can_be_resumed(load):
+    with pytest.raises(ValueError, match="has no config.yaml: not the folder of a run"):
+        judge_run(load("run.resume=true"))
+
+
+def test_a_json_that_contradicts_is_refused_before_anything_is_loaded(load, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="train_batch_size=2 disagrees with 3"):
+        judge_run(load(f"run.deepspeed={json.dumps({'train_batch_size': 2})}"))
+
+
+def test_a_run_says_how_much_of_it_is_sparse(load):
+    config = load("elision.warmup=2", "elision.final_dense_share=0.2")
+    assert describe_run(config, config.elision.knobs(10), 10, "llama-1") == (
+        "run: 10 steps, 6 of them sparse, kept share 0.700 of the answer tokens, teacher llama-1"
+    )
+    dense = load("elision.keep_share=1.0")
+    assert "0 of them sparse, kept share 1.000" in describe_run(
+        dense, dense.elision.knobs(10), 10, None
+    )
