@@ -94,18 +94,15 @@ class Regate:
         difficulty: MutableValues | None,
         layout: ParallelLayout | None = None,
         device: torch.device | str = "cpu",
-        equal_slots: bool = False,
     ) -> None:
-        """``device``: where the backend of the layout's groups wants its tensors.
-
-        equal_slots: rows of all micro-batches of a step have the same length, for hosts whose
-            shapes must not change within a step.
-        """
+        """``device``: where the backend of the layout's groups wants its tensors."""
         self.config = config
         self.schedule = schedule_of(config)
         self.step = 0
+        self.equal_slots = False
+        """Rows of all micro-batches of a step are brought to one length, for hosts whose shapes
+        must not change within a step."""
         self._layout, self._device = layout or ParallelLayout(), device
-        self._equal_slots = equal_slots
         self._open: _Open | None = None
         if self.elides and (reference is None or difficulty is None):
             raise ValueError(
@@ -147,7 +144,7 @@ class Regate:
             )
             for i, batch in enumerate(window)
         )
-        if self._equal_slots:
+        if self.equal_slots:
             longest = max(plan.num_slots for plan in micro)
             micro = tuple(widen(plan, longest) for plan in micro)
         counts = self._count(window, micro)

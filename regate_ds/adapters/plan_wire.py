@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.select import ElisionPlan, assemble_plan
+from regate_ds.algorithm.select import ElisionPlan, Slots, assemble_plan
 
 HEADER = 5
 _PLANNED, _FAILED = 0, 1
@@ -66,9 +66,7 @@ def decode(header: Tensor, array: Tensor) -> Sent:
         at += taken.numel()
         kept_BK = torch.arange(num_slots).expand(num_rows, -1) if dense else taken[0]
         plan = assemble_plan(
-            kept_BK,
-            taken[-2],
-            taken[-1],
+            Slots(kept_BK, taken[-2], taken[-1]),
             num_tokens=num_tokens,
             is_dense=bool(dense),
             is_packed=bool(is_packed),

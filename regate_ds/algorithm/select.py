@@ -94,6 +94,15 @@ class ElisionPlan:
         return replace(self, **tensors)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """What each slot [B, K] of a micro-batch holds; padding has segment -1 and no label."""
+
+    kept_BK: Tensor
+    segment_BK: Tensor
+    labels_BK: Tensor
+
+
 def fuse_scores(
     reference_N: Tensor, difficulty_N: Tensor, *, reference_weight: float, fusion: str
 ) -> Tensor:
@@ -202,10 +211,13 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens
     kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
-    return assemble_plan(
+    slots = Slots(
         kept_BK,
         batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1),
         batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE),
+    )
+    return assemble_plan(
+        slots,
         num_tokens=num_tokens,
         is_dense=is_dense,
         is_packed=any(len(row) > 1 for row in batch.keys),
@@ -214,9 +226,7 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
 
 
 def assemble_plan(
-    kept_BK: Tensor,
-    segment_BK: Tensor,
-    labels_BK: Tensor,
+    slots: Slots,
     *,
     num_tokens: int,
     is_dense: bool,
@@ -224,6 +234,7 @@ def assemble_plan(
     token_run_lengths: tuple[int, ...] = (),
 ) -> ElisionPlan:
     """The whole plan from what its slots hold, as on a rank that was sent only these."""
+    kept_BK, segment_BK, labels_BK = slots.kept_BK, slots.segment_BK, slots.labels_BK
     slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
     flat_K = (kept_BK + num_tokens * torch.arange(len(kept_BK))[:, None]).reshape(-1)
     label_slot_L = (labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1)
@@ -252,10 +263,9 @@ def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
     def wider(x_BK: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x_BK, (0, missing), value=value)
 
+    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), wider(plan.labels_BK, IGNORE))
     wide = assemble_plan(
-        wider(plan.kept_BK, 0),
-        wider(plan.segment_BK, -1),
-        wider(plan.labels_BK, IGNORE),
+        slots,
         num_tokens=plan.num_tokens,
         is_dense=False,
         is_packed=plan.is_packed,

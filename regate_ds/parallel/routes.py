@@ -84,6 +84,7 @@ class Route:
     """Row here for each arrival, ordered by source rank."""
 
     num_received: list[int]
+
     def to(self, device: torch.device | str) -> Route:
         return Route(
             self.sent_N.to(device),

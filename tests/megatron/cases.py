@@ -109,4 +109,6 @@ def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
     if case.packed:
         a, b = torch.randint(3, case.length // 3, (2,), generator=generator).tolist()
         return [[a, b, case.length - a - b]]
-    return [[n] for n in torch.randint(5, case.length + 1, (case.rows,), generator=generator).tolist()]
+    return [
+        [n] for n in torch.randint(5, case.length + 1, (case.rows,), generator=generator).tolist()
+    ]

@@ -96,9 +96,9 @@ def _layer(model: PlainModel, number: int, x_KH: Tensor, at_K: Tensor) -> Tensor
 
 
 def _mlp(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
-    gate, value = (
-        h_KH @ model.weight(f"{name}.linear_fc1.weight", 2 * FFN, HIDDEN).T
-    ).chunk(2, dim=-1)
+    gate, value = (h_KH @ model.weight(f"{name}.linear_fc1.weight", 2 * FFN, HIDDEN).T).chunk(
+        2, dim=-1
+    )
     return (torch.nn.functional.silu(gate) * value) @ model.weight(
         f"{name}.linear_fc2.weight", HIDDEN, FFN
     ).T

@@ -18,8 +18,8 @@ from typing import Any
 from tests.megatron.worker import work
 
 TIMEOUT_SECONDS = 60
-MAX_THREADS = 100
-"""Of one worker. Gloo groups that are made and never destroyed show here first."""
+MAX_THREADS = 30
+"""Of one worker between cases. Gloo groups that are made and never destroyed show here first."""
 
 
 class Pool:
@@ -30,7 +30,11 @@ class Pool:
         self._number = itertools.count()
 
     def run(
-        self, world: int, function: Callable[[Any], Any], argument: Any, timeout: int = TIMEOUT_SECONDS
+        self,
+        world: int,
+        function: Callable[[Any], Any],
+        argument: Any,
+        timeout: int = TIMEOUT_SECONDS,
     ) -> list[Any]:
         """``function(argument)`` on every rank; their answers. AssertionError tells the failed."""
         starting = self._start(world)

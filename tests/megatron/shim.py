@@ -105,7 +105,13 @@ class Attention(nn.Module):
         self.context = parallel_state.get_context_parallel_group()
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        packed_seq_params: Any = None,
+        **__: Any,
     ) -> Tensor:
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
             bounds = packed_seq_params.cu_seqlens_q.tolist()
@@ -172,5 +178,3 @@ def layer_spec(spec: Any, *, own_attention: bool) -> Any:
     if own_attention:
         parts.self_attention.submodules.core_attention = Attention
     return spec
-
-

@@ -36,7 +36,8 @@ def work(rank: int, pipe: Connection, log_path: str, parent: int) -> None:
             except EOFError:
                 return
             faulthandler.dump_traceback_later(timeout, file=log)
-            pipe.send(_job(rank, world, function, argument, meeting, timeout))
+            worked, answer = _job(rank, world, function, argument, meeting, timeout)
+            pipe.send((worked, (answer, num_threads()) if worked else answer))
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -56,7 +57,7 @@ def _job(
         )
         answer = function(argument)
         dist.barrier()
-        return True, (answer, num_threads())
+        return True, answer
     except BaseException:
         return False, traceback.format_exc()
     finally:
@@ -67,7 +68,10 @@ def leave() -> None:
     """Gloo's threads live as long as its groups: destroy all of them, Megatron's too."""
     import torch.distributed as dist
     from megatron.core import parallel_state as mpu
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+    # Its cache of tables keeps models alive, and with them their groups.
+    RotaryEmbedding.forward.cache_clear()
     mpu.destroy_model_parallel()
     gc.collect()
     if dist.is_initialized():
@@ -76,9 +80,7 @@ def leave() -> None:
 
 
 def num_threads() -> int:
-    """Threads of this process, those of gloo included."""
+    """Threads of this process, gloo's included."""
     with open("/proc/self/status") as status:
         line = next(row for row in status if row.startswith("Threads:"))
     return int(line.split()[1])
-
-

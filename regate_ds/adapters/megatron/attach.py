@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import wraps
 from operator import attrgetter
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes
-from regate_ds.adapters.megatron.local_plan import LocalPlan, localise
+from regate_ds.adapters.megatron.local_plan import LocalPlan, localise, require_cut
 from regate_ds.adapters.megatron.planner import Planner, share, share_failure
 from regate_ds.adapters.megatron.run import StepRun
 from regate_ds.adapters.megatron.support import (
@@ -63,9 +64,8 @@ def attach(
     ValueError names what is not supported; RuntimeError if the model is attached already. With
     enabled=False nothing is touched.
     """
-    attachment = Attachment()
     if not config.enabled:
-        return MegatronRegate(config, attachment, [], None, None, tokens)
+        return MegatronRegate(config, None, tokens)
     chunks = find_chunks(models)
     host: Any = chunks[0].config
     last = host.num_layers if config.last_layer is None else config.last_layer
@@ -80,9 +80,10 @@ def attach(
         split=axes.split,
         sequence=axes.sequence,
     )
-    gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
+    attachment = Attachment()
     planner = _planner(config, reference, axes) if axes.is_planner else None
-    return MegatronRegate(config, attachment, gates, axes, planner, tokens)
+    gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
+    return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
@@ -98,9 +99,19 @@ def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes)
         difficulty=difficulty,
         layout=ParallelLayout(data=axes.data, replica=axes.replica),
         device=device,
-        equal_slots=not axes.place.ragged,
     )
+    session.equal_slots = not axes.place.ragged
     return Planner(session, difficulty)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What was put into the model and beside it, on this rank."""
+
+    attachment: Attachment
+    gates: Sequence[ChunkGate]
+    axes: Axes
+    planner: Planner | None
 
 
 class MegatronRegate:
@@ -109,15 +120,12 @@ class MegatronRegate:
     def __init__(
         self,
         config: RegateConfig,
-        attachment: Attachment,
-        gates: Sequence[ChunkGate],
-        axes: Axes | None,
-        planner: Planner | None,
+        attached: Attached | None,
         tokens: Callable[[Any], TokenBatch],
     ) -> None:
+        """attached: None leaves everything to the host."""
         self.config = config
-        self._attachment, self._gates, self._axes = attachment, gates, axes
-        self._planner, self._tokens = planner, tokens
+        self._attached, self._tokens = attached, tokens
         self.run: StepRun | None = None
         """The step that runs or ran last: its shapes, bytes and losses on this rank."""
 
@@ -127,7 +135,8 @@ class MegatronRegate:
         It plans the step, tells all ranks, and calls the host's. The host's loss function is
         replaced by the sum over the plan's targets. With ``forward_only`` it is the host's own.
         """
-        if not self.config.enabled:
+        attached = self._attached
+        if attached is None:
             return schedule
         require_schedule(schedule)
 
@@ -135,72 +144,63 @@ class MegatronRegate:
         def forward_backward(**arguments: Any) -> Any:
             if arguments.get("forward_only", False):
                 return schedule(**arguments)
-            return self._run_step(schedule, arguments)
+            micro = self._shared_plan(attached, self._window(attached, arguments))
+            self.run = StepRun(micro, attached.gates, attached.axes)
+            return self.run.call(schedule, arguments)
 
         return forward_backward
 
     def step(self, *, applied: bool) -> None:
         """End an optimizer step; ``applied`` is what ``optimizer.step()`` said. All ranks call."""
-        if self._axes is None or self.run is None:
+        if self._attached is None or self.run is None:
             return
-        losses = self._collect(self.run)
-        if self._planner is not None:
-            self._planner.finish_step(losses, applied=applied)
+        losses = self._collect(self._attached.axes, self.run)
+        if self._attached.planner is not None:
+            self._attached.planner.finish_step(losses, applied=applied)
 
     def metrics(self) -> dict[str, int | bool] | None:
         """Counts of the step planned last, over all data ranks; None on ranks that do not plan."""
-        plan = self._planner.plan if self._planner is not None else None
+        planner = self._attached.planner if self._attached is not None else None
+        plan = planner.plan if planner is not None else None
         return None if plan is None else {"step": plan.step, "dense": plan.is_dense, **plan.counts}
 
     def remove(self) -> None:
         """Leave the model as it was before ``attach``."""
-        self._attachment.remove()
+        if self._attached is not None:
+            self._attached.attachment.remove()
+            self._attached = None
 
-    def _run_step(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        assert self._axes is not None
+    def _window(self, attached: Attached, arguments: dict[str, Any]) -> list[TokenBatch] | None:
+        """The step's tokens where they are planned; the schedule then reads the same items."""
+        if attached.planner is None:
+            return None
         iterators = arguments["data_iterator"]
-        window: list[Any] | None = None
-        if self._axes.is_planner:
-            several = isinstance(iterators, list)
-            read = iterators[-1] if several else iterators
-            window = self._read(read, arguments["num_microbatches"])
-            replay = iter(window)
-            arguments["data_iterator"] = [*iterators[:-1], replay] if several else replay
-        micro = self._shared_plan(window)
-        self.run = StepRun(micro, self._gates, self._axes)
-        return self.run.call(schedule, arguments)
+        several = isinstance(iterators, list)
+        read = iterators[-1] if several else iterators
+        with _failing_together(attached.axes):
+            items = [next(read) for _ in range(arguments["num_microbatches"])]
+            arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
+            return [self._tokens(item) for item in items]
 
-    def _read(self, iterator: Iterator[Any], num_micro: int) -> list[Any]:
-        assert self._axes is not None
-        try:
-            return [next(iterator) for _ in range(num_micro)]
-        except BaseException:
-            share_failure(self._axes)
-            raise
-
-    def _shared_plan(self, window: list[Any] | None) -> list[LocalPlan]:
-        assert self._axes is not None
-        plan = None
+    def _shared_plan(self, attached: Attached, window: list[TokenBatch] | None) -> list[LocalPlan]:
+        """The plan as every rank of the replica reads it. Collective over the replica."""
+        place, planned = attached.axes.place, None
         if window is not None:
-            assert self._planner is not None
-            try:
-                plan = self._planner.plan_step([self._tokens(item) for item in window])
-                local = [localise(micro, self._axes.place) for micro in plan.micro]
-            except BaseException:
-                share_failure(self._axes)
-                raise
-        sent = share(plan, self._axes)
-        if plan is None:
-            local = [localise(micro, self._axes.place) for micro in sent.micro]
-        device = next(self._gates[0].gpt.parameters()).device
-        return [micro.to(device) for micro in local]
+            assert attached.planner is not None
+            with _failing_together(attached.axes):
+                planned = attached.planner.plan_step(window)
+                # What cannot be cut over the ranks fails here, before they are told of it.
+                require_cut(planned.micro, place)
+        sent = share(planned, attached.axes)
+        device = next(attached.gates[0].gpt.parameters()).device
+        return [localise(micro, place).to(device) for micro in sent.micro]
 
-    def _collect(self, run: StepRun) -> list[Tensor]:
+    @staticmethod
+    def _collect(axes: Axes, run: StepRun) -> list[Tensor]:
         """Losses of each micro-batch's targets in reading order, from all context ranks."""
-        assert self._axes is not None
         if not run.losses:
             return []
-        axes, collected = self._axes, []
+        collected = []
         size = axes.place.context_size
         for number, local in enumerate(run.micro):
             counts = torch.bincount(local.context_L, minlength=size).tolist()
@@ -210,3 +210,13 @@ class MegatronRegate:
                 losses_L[local.context_L == rank] = part.cpu()
             collected.append(losses_L)
         return collected
+
+
+@contextmanager
+def _failing_together(axes: Axes) -> Iterator[None]:
+    """An error where the plan is made is an error on all ranks that wait for it."""
+    try:
+        yield
+    except BaseException:
+        share_failure(axes)
+        raise

@@ -9,6 +9,7 @@ that index i of row b is the flattened row i * B + b.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -101,17 +102,19 @@ class LocalPlan:
         return replace(self, **moved)
 
 
-def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
-    """The share of the rank at ``place``.
+def require_cut(micro: Sequence[ElisionPlan], place: Place) -> None:
+    """Refuse rows that cannot be cut over the ranks, or whose samples would be mixed."""
+    for plan in micro:
+        place.cut.owners(plan.num_tokens)
+        if plan.is_packed and not place.ragged:
+            raise ValueError(
+                "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
+                "layout='thd', or give one sample a row"
+            )
 
-    ValueError if a length does not divide over the ranks, or rows hold several samples in a layout
-    that cannot bound attention between them.
-    """
-    if plan.is_packed and not place.ragged:
-        raise ValueError(
-            "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
-            "layout='thd', or give one sample a row"
-        )
+
+def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
+    """The share of the rank at ``place``."""
     full_RN = _full_rows(plan.position_R, plan, place)
     kept_RN, kept_shape = _kept_rows(plan, place)
     elides = not plan.is_dense

@@ -22,9 +22,7 @@ from regate_ds.adapters.megatron.local_plan import LocalPlan
 class StepRun:
     """What one rank does with the plans of a step."""
 
-    def __init__(
-        self, micro: Sequence[LocalPlan], gates: Sequence[ChunkGate], axes: Axes
-    ) -> None:
+    def __init__(self, micro: Sequence[LocalPlan], gates: Sequence[ChunkGate], axes: Axes) -> None:
         self.micro = micro
         self.losses: dict[int, Tensor] = {}
         """Of each micro-batch: this context rank's targets, on the ranks of the last stage."""

@@ -24,8 +24,8 @@ def find_chunks(models: Sequence[nn.Module]) -> list[nn.Module]:
         found = [m for m in model.modules() if isinstance(m, GPTModel)]
         if len(found) != 1:
             raise ValueError(
-                f"{type(model).__name__} holds {len(found)} GPTModels, but one is needed; attach to "
-                "the list of model chunks as the schedule gets it"
+                f"{type(model).__name__} holds {len(found)} GPTModels, but one is needed; attach "
+                "to the list of model chunks as the schedule gets it"
             )
         chunks.append(found[0])
     return chunks
@@ -68,7 +68,7 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
         ),
         (
             host.multi_latent_attention,
-            "multi_latent_attention=True is not supported: its layers make rotary angles themselves",
+            "multi_latent_attention=True is not supported: it rotates by positions of its own",
         ),
         (
             not kinds <= {"rope", "none"},
@@ -90,7 +90,7 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
         ),
         (
             getattr(host, "heterogeneous_block_specs", False),
-            "heterogeneous_block_specs=True is not supported: layers without attention have no gate",
+            "heterogeneous_block_specs=True is not supported: layers may lack attention",
         ),
         (
             host.fp8 is not None or getattr(host, "fp4", None) is not None,
