@@ -13,7 +13,7 @@ DeepSpeed wants it, the first and the last stage of a replica read the same micr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,27 @@ import torch
 import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.huggingface import has_tower
 from regate_ds.adapters.method_state import load_method, save_method
-from regate_ds.adapters.pipeline_layers import Desk, Micro, names_and_tensors, numbered, take_apart
+from regate_ds.adapters.pipeline_layers import (
+    Decoder,
+    Desk,
+    Micro,
+    names_and_tensors,
+    numbered,
+    take_apart,
+)
 from regate_ds.adapters.plan_wire import Sent, share, share_failure
-from regate_ds.adapters.support import require_language_model, require_supported, require_window
-from regate_ds.algorithm.select import ElisionPlan, plan_dense
+from regate_ds.adapters.support import require_language_model, require_supported
+from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.sync import sum_over
 from regate_ds.session import Regate, StepPlan
 
 
@@ -40,6 +49,8 @@ class PipelineStudent(PipelineModule):
     """A model in pipeline stages whose layers take plans; made by ``pipeline_student``."""
 
     def __init__(self, config: RegateConfig, desk: Desk, host: Any, **options: Any) -> None:
+        # Not the ends: integers go into the first layer, and the last one is small.
+        options.setdefault("checkpointable_layers", [Decoder.__name__])
         super().__init__(loss_fn=self._loss, dynamic_shape=True, **options)
         self.regate_config, self.desk = config, desk
         self.scale, self.losses = 1.0, dict[int, Tensor]()
@@ -122,6 +133,7 @@ class PipelineRegate:
         self._engine, self._student = engine, student
         self._session: Regate | None = None
         self._difficulty: DifficultyStore | None = None
+        self._data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
         self.planner, self.replica = _replica(engine)
         if self.config.enabled and engine.is_last_stage():
             self._open_session(reference)
@@ -159,16 +171,15 @@ class PipelineRegate:
         return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
 
     def _open_session(self, reference: ReferenceStore | None) -> None:
-        engine = self._engine
-        group = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
+        group, device = self._data, self._engine.device
         if self.config.keep_share < 1.0 and reference is not None:
-            self._difficulty = DifficultyStore(reference.index, group, device=engine.device)
+            self._difficulty = DifficultyStore(reference.index, group, device=device)
         self._session = Regate(
             self.config,
             reference=reference,
             difficulty=self._difficulty,
             layout=ParallelLayout(data=group),
-            device=engine.device,
+            device=device,
         )
 
     def _read(self, iterator: Iterator[Any]) -> list[Any] | None:
@@ -228,15 +239,15 @@ class PipelineRegate:
             )
         if any(micro.is_packed for micro in plan.micro):
             raise ValueError(
-                "a row holds several samples, which the pipeline cannot keep apart; give one sample "
-                "a row (data.pack_length=null)"
+                "a row holds several samples, which the pipeline cannot keep apart; give one "
+                "sample a row (data.pack_length=null)"
             )
 
     def _feed(self, window: list[Any] | None, plans: Sent | None) -> Iterator[Any] | None:
         """What the engine reads: per micro-batch the first stage's tensors, the last's labels."""
         engine, student = self._engine, self._student
         student.losses.clear()
-        given = [(), *[()] * (engine.micro_batches - 1)] if window is None else window
+        given = [{}] * engine.micro_batches if window is None else window
         names, feed = [], []
         for number, batch in enumerate(given):
             inputs, labels = _inputs_and_labels(batch)
@@ -248,7 +259,8 @@ class PipelineRegate:
         return None if window is None else iter(feed)
 
     def _finish(self, *, applied: bool) -> None:
-        assert self._session is not None and self.plan is not None
+        assert self._session is not None
+        assert self.plan is not None
         for number, plan in enumerate(self.plan.micro):
             self._session.record(plan, self._student.losses[number])
         self._session.finish_step(applied=applied)
@@ -272,7 +284,7 @@ def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
     if grid.pipe_parallel_size == 1:
         return dist.get_rank(), None
     own = None
-    for ranks in grid.pp_group_ranks if hasattr(grid, "pp_group_ranks") else _pipes(grid):
+    for ranks in grid.pipe_groups:
         # Every rank of the world makes every group, in the same order.
         group = dist.new_group(ranks, backend="gloo")
         own = group if dist.get_rank() in ranks else own

@@ -77,7 +77,8 @@ class Embed(nn.Module):
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)
             positions = positions.expand(hidden.shape[:2])
-        flow = (hidden, positions, number)
+        # What is sent must lie in one piece.
+        flow = (hidden, positions.contiguous(), number)
         return gathered(flow, micro.plan) if self._gathers else flow
 
 
@@ -135,9 +136,7 @@ class Head(nn.Module):
         return loss_sum, losses_L, number
 
 
-def take_apart(
-    host: Any, desk: Desk, *, first_layer: int, needs_tower: bool
-) -> list[nn.Module]:
+def take_apart(host: Any, desk: Desk, *, first_layer: int, needs_tower: bool) -> list[nn.Module]:
     """The layers of a model, which is emptied: what is left of it embeds."""
     decoder = host.get_decoder()
     layers, norm = list(decoder.layers), decoder.norm
