@@ -15,8 +15,9 @@ from torch import Tensor
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.session import Regate, StepPlan
-from tests.megatron.build import build, join, named, shard
+from tests.megatron.build import build, fill, host_config, join, named, shard
 from tests.megatron.cases import Case, Item, items
+from tests.megatron.llava import ImageItem, PlainVision
 from tests.megatron.plain_gpt import PlainModel, batch_losses
 from tests.stores import RandomReference, index_of
 
@@ -52,6 +53,9 @@ def forward_step(case: Case) -> Any:
             longest = int(lengths.max())
             packed = PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
+        if isinstance(item, ImageItem):
+            output, _ = model(item.images, ids, positions, None)
+            return output, None
         output = model(ids, positions, None, labels=ids, packed_seq_params=packed)
         return output, None
 
@@ -102,10 +106,10 @@ def check(case: Case) -> Report:
     """Raises AssertionError with what differs."""
     regate, chunks = run_step(case)
     session, plan, difficulty = plans_of(case)
-    model = PlainModel(case, {})
+    model = plain_model(case)
     flat = [item for rank in all_items(case) for item in rank]
     losses = [
-        batch_losses(model, item.ids_BT, item.tokens, micro)
+        batch_losses(model, item, micro)
         for item, micro in zip(flat, plan.micro, strict=True)
     ]
     (torch.cat(losses).sum() / plan.num_targets_global).backward()
@@ -125,6 +129,15 @@ def dismantle(chunks: list[Any]) -> None:
     """Let go of groups: hooks of DDP on autograd's nodes keep models with experts for ever."""
     for module in [m for chunk in chunks for m in chunk.modules()]:
         vars(module).clear()
+
+
+def plain_model(case: Case) -> PlainModel:
+    if case.model != "llava":
+        return PlainModel(case, {})
+    vision = PlainVision(host_config(case))
+    fill(vision)
+    weights = dict(vision.double().named_parameters())
+    return PlainModel(case, weights, vision)
 
 
 def check_gradients(chunks: list[Any], expected: dict[str, Tensor]) -> float:
