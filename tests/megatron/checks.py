@@ -75,19 +75,28 @@ def run_step(case: Case) -> tuple[MegatronRegate, list[Any]]:
     join(case)
     chunks = build(case)
     regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    schedule = regate.wrap(get_forward_backward_func())
+    run_chunks(case, chunks, schedule, forward_step(case))
+    return regate, chunks
+
+
+def run_chunks(
+    case: Case, chunks: list[Any], schedule: Any, step: Any, *, forward_only: bool = False
+) -> Any:
+    """One forward and backward pass over the rank's micro-batches; what the schedule returns."""
     data = items(case, mpu.get_data_parallel_rank())
     iterators: Any = [iter(data) for _ in chunks]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    regate.wrap(get_forward_backward_func())(
-        forward_step_func=forward_step(case),
+    return schedule(
+        forward_step_func=step,
         data_iterator=iterators if case.vpp > 1 else iterators[0],
         model=chunks if case.vpp > 1 else chunks[0],
         num_microbatches=case.num_micro,
         seq_length=case.length,
         micro_batch_size=1 if case.packed else case.rows,
+        forward_only=forward_only,
     )
-    return regate, chunks
 
 
 def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
@@ -109,8 +118,7 @@ def check(case: Case) -> Report:
     model = plain_model(case)
     flat = [item for rank in all_items(case) for item in rank]
     losses = [
-        batch_losses(model, item, micro)
-        for item, micro in zip(flat, plan.micro, strict=True)
+        batch_losses(model, item, micro) for item, micro in zip(flat, plan.micro, strict=True)
     ]
     (torch.cat(losses).sum() / plan.num_targets_global).backward()
     report = Report()
