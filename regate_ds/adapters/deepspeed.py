@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface import ElidedOutput, attach_model, has_tower
-from regate_ds.adapters.method_state import load_method, save_method
+from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.window import Window
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
@@ -151,15 +151,15 @@ class DeepSpeedRegate:
         """Write schedule and difficulty into a checkpoint folder. Every data rank calls it."""
         if not self.config.enabled:
             return
-        session, is_first = self._open_session(), _rank() == 0
-        save_method(Path(checkpoint_dir), session, self._difficulty, is_first=is_first)
+        session = self._open_session()
+        save_state(checkpoint_dir, session, self._difficulty, is_first=_rank() == 0)
 
     def load(self, checkpoint_dir: str | Path, engine: Any) -> None:
         """Take over what ``save`` wrote, with any number of data ranks."""
         if not self.config.enabled:
             return
         self._bind(engine)
-        load_method(Path(checkpoint_dir), self._open_session(), self._difficulty)
+        load_state(checkpoint_dir, self._open_session(), self._difficulty)
 
     def metrics(self) -> dict[str, int | bool]:
         """Counts of the step planned last, over all data ranks, for any logger."""

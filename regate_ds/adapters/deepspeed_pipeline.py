@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.huggingface import has_tower
-from regate_ds.adapters.method_state import load_method, save_method
 from regate_ds.adapters.pipeline_layers import (
     Decoder,
     Desk,
@@ -34,6 +33,7 @@ from regate_ds.adapters.pipeline_layers import (
     take_apart,
 )
 from regate_ds.adapters.plan_wire import Sent, share, share_failure
+from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.support import require_language_model, require_supported
 from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig
@@ -157,12 +157,12 @@ class PipelineRegate:
         """Write schedule and difficulty beside the engine's checkpoint. All ranks may call it."""
         if self._session is not None:
             is_first = self._engine.grid.data_parallel_id == 0
-            save_method(Path(checkpoint_dir), self._session, self._difficulty, is_first=is_first)
+            save_state(Path(checkpoint_dir), self._session, self._difficulty, is_first=is_first)
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Take over what ``save`` wrote, with any number of data ranks."""
         if self._session is not None:
-            load_method(Path(checkpoint_dir), self._session, self._difficulty)
+            load_state(Path(checkpoint_dir), self._session, self._difficulty)
 
     def metrics(self) -> dict[str, int | bool] | None:
         """Counts of the step planned last, over all data ranks; None but on the last stage."""

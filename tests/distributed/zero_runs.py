@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regate_ds.adapters.deepspeed import attach
 from regate_ds.adapters.huggingface import attach_model
-from regate_ds.adapters.method_state import STATE_FOLDER
+from regate_ds.adapters.saved_state import STATE_FOLDER
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch

@@ -1,4 +1,4 @@
-"""The method's state inside a checkpoint folder: schedule and difficulty."""
+"""The method's state inside a checkpoint folder: schedule in one file, difficulty in one a rank."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.session import Regate
 
 STATE_FOLDER = "regate"
-"""Where the method's state lies inside a checkpoint."""
+"""Where it lies inside a checkpoint."""
 
 
-def save_method(
-    checkpoint_dir: Path, session: Regate, difficulty: DifficultyStore | None, *, is_first: bool
+def save_state(
+    checkpoint_dir: str | Path,
+    session: Regate,
+    difficulty: DifficultyStore | None,
+    *,
+    is_first: bool,
 ) -> None:
-    """Every data rank writes its part of the difficulty; the first one the schedule as well."""
-    folder = checkpoint_dir / STATE_FOLDER
+    """Every data rank calls it, each with its part; the first writes what all share."""
+    folder = Path(checkpoint_dir) / STATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     state = session.state_dict()
     if difficulty is not None:
@@ -27,9 +31,11 @@ def save_method(
         write_atomically(folder / "state.json", json.dumps(state).encode())
 
 
-def load_method(checkpoint_dir: Path, session: Regate, difficulty: DifficultyStore | None) -> None:
-    """Take over what was saved, with any number of data ranks; ValueError names what is wrong."""
-    folder = checkpoint_dir / STATE_FOLDER
+def load_state(
+    checkpoint_dir: str | Path, session: Regate, difficulty: DifficultyStore | None
+) -> None:
+    """Take over what ``save_state`` wrote, with any number of data ranks."""
+    folder = Path(checkpoint_dir) / STATE_FOLDER
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
     state = json.loads((folder / "state.json").read_text())
