@@ -50,7 +50,7 @@ def run_teacher(config: RunConfig) -> None:
         teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
         pad_id = _teacher_pad_id(config, task)
         job = TeacherJob(
-            index=task.index(),
+            index=task.index,
             encode=task.train.encode,
             score=partial(score_samples, teacher, pad_id=pad_id),
             teacher_id=teacher_id(teacher, pad_id=pad_id),

@@ -81,8 +81,7 @@ class Trainer:
             return None
         assert self.config.teacher.store is not None
         store = ReferenceStore(self.config.teacher.store)
-        if self.process.is_first:
-            store.require(self.task.index().fingerprint)
+        store.require(self.task.index.fingerprint)
         return store
 
     def _make_engine(self) -> Any:
