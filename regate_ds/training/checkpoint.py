@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed import DeepSpeedRegate
@@ -35,9 +37,10 @@ def save_checkpoint(
         # Of a run that was resumed from an earlier step: its files would mix with ours.
         shutil.rmtree(folder / tag)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-    regate.save(folder / tag)
-    torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
+    with _writing(folder / tag):
+        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+        regate.save(folder / tag)
+        torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
     if process.is_first:
         write_atomically(folder / tag / COMPLETE, b"")
@@ -57,23 +60,43 @@ def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process:
             "choose another run.out, and leave run.resume out"
         )
     _require_same_ranks(folder / tag, engine, process)
-    try:
+    with _reading(folder / tag):
         path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-    except (EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{folder / tag} cannot be read ({type(error).__name__}: {error}); name an earlier "
-            f"checkpoint in {folder / 'latest'}"
-        ) from error
-    if path is None:
-        raise ValueError(
-            f"{folder / tag} lacks the engine's files; name an earlier checkpoint in "
-            f"{folder / 'latest'}"
-        )
+        if path is None:
+            raise FileNotFoundError("it lacks the engine's files")
+        random_file = folder / tag / f"random-{process.rank}.pt"
+        random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
     regate.load(folder / tag, engine)
-    random_file = folder / tag / f"random-{process.rank}.pt"
-    if random_file.is_file():
-        _set_random_state(torch.load(random_file, weights_only=True), process)
+    if random_state is not None:
+        _set_random_state(random_state, process)
     return client_state["step"]
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Name the checkpoint that is damaged: the errors of torch and of the engine name no file."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        # torch goes on about settings that would not help.
+        fault = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(
+            f"{checkpoint} cannot be read ({fault}); name an earlier checkpoint in "
+            f"{checkpoint.parent / 'latest'}"
+        ) from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the folder that could not be written: on a full disk torch says neither."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free
+        raise RuntimeError(
+            f"{folder} cannot be written ({type(error).__name__}: {error}; {free / 1e6:.1f} MB are "
+            "free there); see to it, then resume"
+        ) from error
 
 
 def latest(folder: Path) -> str | None:
@@ -131,9 +154,10 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
     if process.is_first:
         if hasattr(model, "peft_config"):
             weights = merge_lora(weights, model.peft_config["default"])
-        student.model.save_pretrained(folder, state_dict=weights)
-        student.tokenizer.save_pretrained(folder)
-        student.vision.processor.save_pretrained(folder)
+        with _writing(folder):
+            student.model.save_pretrained(folder, state_dict=weights)
+            student.tokenizer.save_pretrained(folder)
+            student.vision.processor.save_pretrained(folder)
     dist.barrier()
 
 
