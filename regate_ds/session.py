@@ -16,7 +16,7 @@ from torch import Tensor
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.algorithm.difficulty import update_difficulty
 from regate_ds.algorithm.schedule import Schedule
-from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse
+from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse, widen
 from regate_ds.config import RegateConfig
 from regate_ds.data.answer_index import hash_labels
 from regate_ds.parallel.layout import ParallelLayout
@@ -99,6 +99,9 @@ class Regate:
         self.config = config
         self.schedule = schedule_of(config)
         self.step = 0
+        self.equal_slots = False
+        """Rows of all micro-batches of a step are brought to one length, for hosts whose shapes
+        must not change within a step."""
         self._layout, self._device = layout or ParallelLayout(), device
         self._open: _Open | None = None
         if self.elides and (reference is None or difficulty is None):
@@ -141,6 +144,9 @@ class Regate:
             )
             for i, batch in enumerate(window)
         )
+        if self.equal_slots:
+            longest = max(plan.num_slots for plan in micro)
+            micro = tuple(widen(plan, longest) for plan in micro)
         counts = self._count(window, micro)
         plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
         self._open = _Open(plan, window, difficulty)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Attachment:
@@ -34,6 +35,10 @@ class Attachment:
         replacement.__signature__ = inspect.signature(host_forward)  # type: ignore[attr-defined]
         module.forward = replacement
         self._restores.append(partial(delattr, module, "forward"))
+
+    def add_hook(self, handle: RemovableHandle) -> None:
+        """Take a forward hook, registered already, off again with the rest."""
+        self._restores.append(handle.remove)
 
     def remove(self) -> None:
         """Leave the model as it was found."""

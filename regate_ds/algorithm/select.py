@@ -94,6 +94,15 @@ class ElisionPlan:
         return replace(self, **tensors)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """What each slot [B, K] of a micro-batch holds; padding has segment -1 and no label."""
+
+    kept_BK: Tensor
+    segment_BK: Tensor
+    labels_BK: Tensor
+
+
 def fuse_scores(
     reference_N: Tensor, difficulty_N: Tensor, *, reference_weight: float, fusion: str
 ) -> Tensor:
@@ -199,13 +208,35 @@ def _positions(keep_BT: Tensor, token_multiple: int) -> Tensor:
 
 def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
     """Select by ``kept_BK`` (T means padding) what the decoder and the loss need."""
-    num_rows, num_tokens = batch.labels_BT.shape
+    num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens
     kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
-    segment_BK = batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1)
-    labels_BK = batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE)
+    slots = Slots(
+        kept_BK,
+        batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1),
+        batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE),
+    )
+    return assemble_plan(
+        slots,
+        num_tokens=num_tokens,
+        is_dense=is_dense,
+        is_packed=any(len(row) > 1 for row in batch.keys),
+        token_run_lengths=_run_lengths(batch.segment_BT),
+    )
+
+
+def assemble_plan(
+    slots: Slots,
+    *,
+    num_tokens: int,
+    is_dense: bool,
+    is_packed: bool,
+    token_run_lengths: tuple[int, ...] = (),
+) -> ElisionPlan:
+    """The whole plan from what its slots hold, as on a rank that was sent only these."""
+    kept_BK, segment_BK, labels_BK = slots.kept_BK, slots.segment_BK, slots.labels_BK
     slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
-    flat_K = (kept_BK + num_tokens * torch.arange(num_rows)[:, None]).reshape(-1)
+    flat_K = (kept_BK + num_tokens * torch.arange(len(kept_BK))[:, None]).reshape(-1)
     label_slot_L = (labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1)
     return ElisionPlan(
         is_dense=is_dense,
@@ -218,9 +249,29 @@ def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
         label_slot_L=label_slot_L,
         label_position_L=flat_K[label_slot_L],
         run_lengths=_run_lengths(segment_BK),
-        token_run_lengths=_run_lengths(batch.segment_BT),
-        is_packed=any(len(row) > 1 for row in batch.keys),
+        token_run_lengths=token_run_lengths,
+        is_packed=is_packed,
     )
+
+
+def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
+    """The same plan with rows of ``num_slots`` slots: padding at their ends, nothing else kept."""
+    missing = num_slots - plan.num_slots
+    if plan.is_dense or missing == 0:
+        return plan
+
+    def wider(x_BK: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x_BK, (0, missing), value=value)
+
+    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), wider(plan.labels_BK, IGNORE))
+    wide = assemble_plan(
+        slots,
+        num_tokens=plan.num_tokens,
+        is_dense=False,
+        is_packed=plan.is_packed,
+        token_run_lengths=plan.token_run_lengths,
+    )
+    return replace(wide, num_filled=plan.num_filled, step=plan.step, micro=plan.micro)
 
 
 def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:

@@ -27,3 +27,11 @@ def rank_in(group: ProcessGroup | None) -> int:
 def size_of(group: ProcessGroup | None) -> int:
     """Number of ranks in the group; 1 where the axis is not in use."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def replicas(data_rank_of: list[int]) -> list[list[int]]:
+    """Ranks of the world that hold one copy of the model together, from each rank's data rank."""
+    found: dict[int, list[int]] = {}
+    for rank, data_rank in enumerate(data_rank_of):
+        found.setdefault(data_rank, []).append(rank)
+    return [found[data_rank] for data_rank in sorted(found)]

@@ -58,3 +58,41 @@ def exchange(
         received_M, sent_N.to(device).contiguous(), num_received, num_sent, group=group
     )
     return received_M.cpu()
+
+
+def exchange_tensors(
+    rows_NH: Tensor, num_sent: list[int], num_received: list[int], group: ProcessGroup | None
+) -> Tensor:
+    """Like ``exchange``, for rows that lie where the group's backend wants them already."""
+    if group is None:
+        return rows_NH
+    received = rows_NH.new_empty(sum(num_received), *rows_NH.shape[1:])
+    dist.all_to_all_single(received, rows_NH.contiguous(), num_received, num_sent, group=group)
+    return received
+
+
+def broadcast_integers(
+    values: Tensor | None, length: int, source: int, group: ProcessGroup | None
+) -> Tensor:
+    """Give every rank of the group the int32 values of the rank ``source`` (of the world)."""
+    if group is None:
+        assert values is not None
+        return values
+    if values is None:
+        values = torch.empty(length, dtype=torch.int32)
+    dist.broadcast(values, source, group=group)
+    return values
+
+
+def gather_values(
+    values_N: Tensor, num_values: list[int], group: ProcessGroup | None
+) -> list[Tensor]:
+    """Every rank's values, by rank; ``num_values`` says how many each has."""
+    if group is None:
+        return [values_N]
+    longest = max(num_values)
+    padded = values_N.new_zeros(longest)
+    padded[: len(values_N)] = values_N
+    gathered = [torch.empty_like(padded) for _ in num_values]
+    dist.all_gather(gathered, padded, group=group)
+    return [row[:n] for row, n in zip(gathered, num_values, strict=True)]

@@ -1,0 +1,222 @@
+"""ReGATE in a training loop around Megatron-core's schedules.
+
+    regate = attach(model, RegateConfig(total_steps=T), reference=ReferenceStore(path))
+    forward_backward = regate.wrap(get_forward_backward_func())
+    ...
+    forward_backward(forward_step_func=..., data_iterator=..., model=model, ...)
+    update_successful, _, _ = optimizer.step()
+    regate.step(applied=update_successful)
+
+``model`` is the list of chunks, built and wrapped. On the rank of the last stage that reads data
+(first tensor and context rank) ``tokens`` turns an item of the data iterator into a TokenBatch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.megatron.gates import ChunkGate, Range
+from regate_ds.adapters.megatron.groups import Axes, find_axes
+from regate_ds.adapters.megatron.local_plan import LocalPlan, localise, require_cut
+from regate_ds.adapters.megatron.planner import Planner, share, share_failure
+from regate_ds.adapters.megatron.run import StepRun
+from regate_ds.adapters.megatron.support import (
+    find_chunks,
+    require_free,
+    require_schedule,
+    require_supported,
+)
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.config import RegateConfig
+from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.sync import gather_values
+from regate_ds.session import Regate
+
+Layout = Literal["sbhd", "thd"]
+
+
+def attach(
+    models: Sequence[nn.Module],
+    config: RegateConfig,
+    *,
+    reference: ReferenceStore | None = None,
+    layout: Layout = "sbhd",
+    tokens: Callable[[Any], TokenBatch] = attrgetter("tokens"),
+) -> MegatronRegate:
+    """Put the gates into built model chunks. Collective over all ranks of the world.
+
+    layout: ``sbhd`` keeps equally many rows of every sample in a step; ``thd`` packs what is kept,
+        and needs an attention that takes packed sequences (Transformer Engine).
+    tokens: reads an item of the data iterator; needed where the plan is made.
+
+    ValueError names what is not supported; RuntimeError if the model is attached already. With
+    enabled=False nothing is touched.
+    """
+    if not config.enabled:
+        return MegatronRegate(config, None, tokens)
+    chunks = find_chunks(models)
+    host: Any = chunks[0].config
+    last = host.num_layers if config.last_layer is None else config.last_layer
+    ends_early = last < host.num_layers
+    require_free(chunks, lambda hook: isinstance(getattr(hook, "__self__", None), ChunkGate))
+    require_supported(chunks, config, ragged=layout == "thd", ends_early=ends_early)
+    axes = find_axes(host, ragged=layout == "thd", ends_early=ends_early)
+    gated = Range(
+        first=config.first_layer,
+        last=last,
+        ends_early=ends_early,
+        split=axes.split,
+        sequence=axes.sequence,
+    )
+    attachment = Attachment()
+    planner = _planner(config, reference, axes) if axes.is_planner else None
+    gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
+    return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
+
+
+def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
+    multiple = 1 if axes.place.ragged else axes.place.cut.multiple
+    config = replace(config, token_multiple=math.lcm(config.token_multiple, multiple))
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    difficulty = None
+    if config.keep_share < 1.0 and reference is not None:
+        difficulty = DifficultyStore(reference.index, axes.data, device=device)
+    session = Regate(
+        config,
+        reference=reference,
+        difficulty=difficulty,
+        layout=ParallelLayout(data=axes.data, replica=axes.replica),
+        device=device,
+    )
+    session.equal_slots = not axes.place.ragged
+    return Planner(session, difficulty)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What was put into the model and beside it, on this rank."""
+
+    attachment: Attachment
+    gates: Sequence[ChunkGate]
+    axes: Axes
+    planner: Planner | None
+
+
+class MegatronRegate:
+    """One rank's part in a training run; made by ``attach``."""
+
+    def __init__(
+        self,
+        config: RegateConfig,
+        attached: Attached | None,
+        tokens: Callable[[Any], TokenBatch],
+    ) -> None:
+        """attached: None leaves everything to the host."""
+        self.config = config
+        self._attached, self._tokens = attached, tokens
+        self.run: StepRun | None = None
+        """The step that runs or ran last: its shapes, bytes and losses on this rank."""
+
+    def wrap(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
+        """What to call in place of Megatron's forward-backward function, with its arguments.
+
+        It plans the step, tells all ranks, and calls the host's. The host's loss function is
+        replaced by the sum over the plan's targets. With ``forward_only`` it is the host's own.
+        """
+        attached = self._attached
+        if attached is None:
+            return schedule
+        require_schedule(schedule)
+
+        @wraps(schedule)
+        def forward_backward(**arguments: Any) -> Any:
+            if arguments.get("forward_only", False):
+                return schedule(**arguments)
+            micro = self._shared_plan(attached, self._window(attached, arguments))
+            self.run = StepRun(micro, attached.gates, attached.axes)
+            return self.run.call(schedule, arguments)
+
+        return forward_backward
+
+    def step(self, *, applied: bool) -> None:
+        """End an optimizer step; ``applied`` is what ``optimizer.step()`` said. All ranks call."""
+        if self._attached is None or self.run is None:
+            return
+        losses = self._collect(self._attached.axes, self.run)
+        if self._attached.planner is not None:
+            self._attached.planner.finish_step(losses, applied=applied)
+
+    def metrics(self) -> dict[str, int | bool] | None:
+        """Counts of the step planned last, over all data ranks; None on ranks that do not plan."""
+        planner = self._attached.planner if self._attached is not None else None
+        plan = planner.plan if planner is not None else None
+        return None if plan is None else {"step": plan.step, "dense": plan.is_dense, **plan.counts}
+
+    def remove(self) -> None:
+        """Leave the model as it was before ``attach``."""
+        if self._attached is not None:
+            self._attached.attachment.remove()
+            self._attached = None
+
+    def _window(self, attached: Attached, arguments: dict[str, Any]) -> list[TokenBatch] | None:
+        """The step's tokens where they are planned; the schedule then reads the same items."""
+        if attached.planner is None:
+            return None
+        iterators = arguments["data_iterator"]
+        several = isinstance(iterators, list)
+        read = iterators[-1] if several else iterators
+        with _failing_together(attached.axes):
+            items = [next(read) for _ in range(arguments["num_microbatches"])]
+            arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
+            return [self._tokens(item) for item in items]
+
+    def _shared_plan(self, attached: Attached, window: list[TokenBatch] | None) -> list[LocalPlan]:
+        """The plan as every rank of the replica reads it. Collective over the replica."""
+        place, planned = attached.axes.place, None
+        if window is not None:
+            assert attached.planner is not None
+            with _failing_together(attached.axes):
+                planned = attached.planner.plan_step(window)
+                # What cannot be cut over the ranks fails here, before they are told of it.
+                require_cut(planned.micro, place)
+        sent = share(planned, attached.axes)
+        device = next(attached.gates[0].gpt.parameters()).device
+        return [localise(micro, place).to(device) for micro in sent.micro]
+
+    @staticmethod
+    def _collect(axes: Axes, run: StepRun) -> list[Tensor]:
+        """Losses of each micro-batch's targets in reading order, from all context ranks."""
+        if not run.losses:
+            return []
+        collected = []
+        size = axes.place.context_size
+        for number, local in enumerate(run.micro):
+            counts = torch.bincount(local.context_L, minlength=size).tolist()
+            parts = gather_values(run.losses[number], counts, axes.context)
+            losses_L = torch.empty(len(local.context_L), dtype=parts[0].dtype)
+            for rank, part in enumerate(parts):
+                losses_L[local.context_L == rank] = part.cpu()
+            collected.append(losses_L)
+        return collected
+
+
+@contextmanager
+def _failing_together(axes: Axes) -> Iterator[None]:
+    """An error where the plan is made is an error on all ranks that wait for it."""
+    try:
+        yield
+    except BaseException:
+        share_failure(axes)
+        raise

@@ -1,0 +1,200 @@
+"""Hooks on the chunks of a Megatron-core model: where kept rows leave the full sequence.
+
+A plan travels as a ``Carrier`` in the place of ``packed_seq_params``, which GPTModel hands to its
+decoder, and the decoder to each layer's attention; activation recomputation captures it there. It
+is taken off before attention, which sees the host's own parameters.
+
+    output of layer first_layer - 1   the kept rows (before the decoder if first_layer is 0)
+    attention of gated layers         positions, bounds and mask of kept rows
+    output of the decoder             the rows that have a target; labels are theirs
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.parallel.routes import move_rows
+
+
+@dataclass
+class Carrier(PackedSeqParams):
+    """A micro-batch's plan on its way through one model chunk."""
+
+    local: LocalPlan | None = None
+    host: PackedSeqParams | None = None
+    """What the host's attention would have been given."""
+
+    rotary: Tensor | None = None
+    """Rotary angles at the kept positions."""
+
+    stream: Tensor | None = None
+    """The full sequence around a gated layer that restores at once."""
+
+
+def carry(local: LocalPlan, host: PackedSeqParams | None) -> Carrier:
+    """As the host's parameters, where it has any; else what makes rotary tables full length."""
+    length = local.plan.num_tokens
+    own = {"qkv_format": "sbhd", "max_seqlen_q": length, "max_seqlen_kv": length}
+    if host is not None:
+        own = {f.name: getattr(host, f.name) for f in fields(PackedSeqParams)}
+    return Carrier(**own, local=local, host=host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The gated layers of the whole model, and the groups that rows move in."""
+
+    first: int
+    last: int
+    ends_early: bool
+    split: ProcessGroup | None
+    """Ranks that hold parts of one sequence."""
+
+    sequence: ProcessGroup | None
+    """Tensor ranks under sequence parallelism."""
+
+
+class ChunkGate:
+    """The hooks of one chunk. ``pending`` is the plan of the forward call that comes next."""
+
+    def __init__(self, gpt: nn.Module, gated: Range, attachment: Attachment) -> None:
+        self.gpt, self.gated = gpt, gated
+        self.layers: list[int] = [layer.layer_number - 1 for layer in gpt.decoder.layers]
+        self.pending: LocalPlan | None = None
+        self._signature = inspect.signature(type(gpt).forward)
+        self._register(attachment)
+
+    def _register(self, attachment: Attachment) -> None:
+        def before(module: nn.Module, hook: Any) -> None:
+            attachment.add_hook(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        def after(module: nn.Module, hook: Any) -> None:
+            attachment.add_hook(module.register_forward_hook(hook, with_kwargs=True))
+
+        before(self.gpt, self._enter)
+        before(self.gpt.decoder, self._before_decoder)
+        if self.gpt.post_process:
+            after(self.gpt.decoder, self._after_decoder)
+        for number, layer in zip(self.layers, self.gpt.decoder.layers, strict=True):
+            gated = self.gated.first <= number < self.gated.last
+            before(layer.self_attention, self._before_gated if gated else self._before_ungated)
+            if gated:
+                before(layer, self._enter_gated)
+            if gated and self.gated.ends_early:
+                after(layer, self._restore)
+            elif number == self.gated.first - 1 and not self.gated.ends_early:
+                after(layer, self._gather_output)
+
+    def _enter(self, gpt: nn.Module, args: Any, kwargs: Any) -> Any:
+        local, self.pending = self.pending, None
+        if local is None:
+            return None
+        given = self._signature.bind(gpt, *args, **kwargs).arguments
+        given = {name: value for name, value in given.items() if name != "self"}
+        given["packed_seq_params"] = carry(local, given.get("packed_seq_params"))
+        if gpt.post_process:
+            # The host's labels are of the full sequence; the plan has those of its own rows.
+            given |= {"labels": local.targets_P[None], "loss_mask": None}
+        return (), given
+
+    def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+            return None
+        carrier.rotary = self._rotary(carrier.local)
+        if self.gated.first == 0 and self.gpt.pre_process and not self.gated.ends_early:
+            hidden = self._gathered(kwargs["hidden_states"], carrier.local)
+            return args, {**kwargs, "hidden_states": hidden}
+        return None
+
+    def _rotary(self, local: LocalPlan) -> Tensor | None:
+        if self.gpt.position_embedding_type != "rope":
+            return None
+        # The whole table, not this context rank's slice of it: kept slots are cut anew.
+        table = self.gpt.rotary_pos_emb.get_emb(local.plan.num_tokens)
+        return table[:, 0, 0][local.rotary_position].unsqueeze(2)
+
+    def _gathered(self, hidden: Tensor, local: LocalPlan) -> Tensor:
+        return move_rows(hidden, local.gather, local.kept_shape, self.gated.split)
+
+    def _gather_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+            return None
+        hidden, *rest = output
+        return (self._gathered(hidden, carrier.local), *rest)
+
+    def _enter_gated(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+            return None
+        local, changed = carrier.local, dict(kwargs)
+        if "padding_mask" in kwargs:
+            changed["padding_mask"] = local.padding_BK
+        if self.gated.ends_early:
+            carrier.stream = kwargs["hidden_states"]
+            changed["hidden_states"] = self._gathered(carrier.stream, local)
+        return args, changed
+
+    def _restore(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Put results back; elided rows ride the residual stream."""
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+            return None
+        (hidden, *rest), stream, route = output, carrier.stream, carrier.local.gather
+        carrier.stream = None
+        rows = hidden.reshape(-1, hidden.shape[2]).index_select(0, route.placed_N)
+        # A tensor of its own, not a view: the schedule frees the data of what a stage sends.
+        restored = stream.clone()
+        restored.view(-1, stream.shape[2]).index_copy_(0, route.sent_N, rows)
+        return (restored, *rest)
+
+    def _before_ungated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier):
+            return None
+        return args, {**kwargs, "packed_seq_params": carrier.host}
+
+    def _before_gated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+            return self._before_ungated(attention, args, kwargs)
+        return args, {
+            **kwargs,
+            "rotary_pos_emb": carrier.rotary,
+            # Causal order is enough: padding comes after all real slots.
+            "attention_mask": None,
+            "packed_seq_params": _bounds(carrier.local),
+        }
+
+    def _after_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier):
+            return None
+        local = carrier.local
+        num_rows = local.head_shape[0]
+        if self.gated.sequence is not None:
+            num_rows //= torch.distributed.get_world_size(self.gated.sequence)
+        return move_rows(output, local.head, (num_rows, 1), self.gated.sequence)
+
+
+def _bounds(local: LocalPlan) -> PackedSeqParams | None:
+    packing = local.packing
+    if packing is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=packing.cumulative,
+        cu_seqlens_kv=packing.cumulative,
+        max_seqlen_q=packing.longest,
+        max_seqlen_kv=packing.longest,
+    )

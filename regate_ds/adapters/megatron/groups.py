@@ -1,0 +1,117 @@
+"""Which of Megatron's groups a run has, and the one that a plan is sent over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import ProcessGroup
+
+from regate_ds.adapters.megatron.local_plan import Place
+from regate_ds.parallel.layout import replicas
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """One rank's groups; ``None`` where an axis is not in use."""
+
+    place: Place
+    split: ProcessGroup | None
+    """Ranks that hold parts of one sequence."""
+
+    sequence: ProcessGroup | None
+    """Tensor ranks, under sequence parallelism only."""
+
+    context: ProcessGroup | None
+    data: ProcessGroup | None
+    """Ranks that see other samples, at the same place of their replica."""
+
+    replica: ProcessGroup | None
+    """All ranks of one copy of the model, on a backend of the host's memory."""
+
+    planner: int
+    """The rank of the world that plans for this replica: last stage, first tensor and context."""
+
+    is_planner: bool
+    pipeline_size: int
+    virtual_size: int
+
+
+def find_axes(config: Any, *, ragged: bool, ends_early: bool) -> Axes:
+    """Read Megatron's groups and make ours. Collective over all ranks of the world."""
+    sequence_parallel = config.sequence_parallel and config.tensor_model_parallel_size > 1
+    context_size = mpu.get_context_parallel_world_size()
+    place = Place(
+        context_size=context_size,
+        context_rank=mpu.get_context_parallel_rank(),
+        sequence_size=config.tensor_model_parallel_size if sequence_parallel else 1,
+        sequence_rank=mpu.get_tensor_model_parallel_rank() if sequence_parallel else 0,
+        ragged=ragged,
+        ends_early=ends_early,
+    )
+    replica, planner = _replica()
+    return Axes(
+        place=place,
+        split=_split_group(place),
+        sequence=mpu.get_tensor_model_parallel_group() if sequence_parallel else None,
+        context=mpu.get_context_parallel_group() if context_size > 1 else None,
+        data=mpu.get_data_parallel_group() if mpu.get_data_parallel_world_size() > 1 else None,
+        replica=replica,
+        planner=planner,
+        is_planner=dist.get_rank() == planner,
+        pipeline_size=mpu.get_pipeline_model_parallel_world_size(),
+        virtual_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
+
+
+def _split_group(place: Place) -> ProcessGroup | None:
+    if place.cut.size == 1:
+        return None
+    if place.sequence_size == 1:
+        return mpu.get_context_parallel_group()
+    group = mpu.get_tensor_and_context_parallel_group()
+    if dist.get_rank(group) != place.rank:
+        raise ValueError(
+            f"rank {dist.get_rank(group)} of the tensor and context group, but {place.rank} was "
+            "expected: the order of parallel dimensions is not supported; leave it at tp-cp-..."
+        )
+    return group
+
+
+def _replica() -> tuple[ProcessGroup | None, int]:
+    """The group of this rank's replica, and the rank of the world that plans for it."""
+    is_planner = (
+        mpu.is_pipeline_last_stage(ignore_virtual=True)
+        and mpu.get_tensor_model_parallel_rank() == 0
+        and mpu.get_context_parallel_rank() == 0
+    )
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    mine = torch.tensor([mpu.get_data_parallel_rank(), int(is_planner)], device=device)
+    table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(table, mine)
+    data_ranks, planners = zip(*(row.tolist() for row in table))
+    own_group, own_planner = None, -1
+    for ranks in replicas(list(data_ranks)):
+        # Every rank of the world makes every group, in the same order.
+        group = dist.new_group(ranks, backend="gloo") if len(ranks) > 1 else None
+        if dist.get_rank() in ranks:
+            own_group, own_planner = group, next(r for r in ranks if planners[r])
+    return own_group, own_planner
+
+
+def schedule_groups() -> ProcessGroupCollection:
+    """What Megatron's schedules would look up themselves if no communicator were given."""
+    groups = ProcessGroupCollection()
+    groups.tp = mpu.get_tensor_model_parallel_group()
+    groups.cp = mpu.get_context_parallel_group()
+    groups.pp = mpu.get_pipeline_model_parallel_group()
+    groups.embd = mpu.get_embedding_group(check_initialized=False)
+    groups.pos_embd = mpu.get_position_embedding_group(check_initialized=False)
+    groups.dp_cp = mpu.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=False
+    )
+    return groups

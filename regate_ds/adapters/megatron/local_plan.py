@@ -1,0 +1,217 @@
+"""A micro-batch's plan as one rank of the replica sees it: which rows it holds, sends and scores.
+
+Everything here is computed from the plan and the rank's place, without a collective.
+
+Shapes: B rows, T positions, K slots, R real slots, L targets; Megatron's tensors are [S, B, H], so
+that index i of row b is the flattened row i * B + b.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.parallel.routes import Cut, Route, Rows, plan_route
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a rank must know of its place to read a plan."""
+
+    context_size: int = 1
+    context_rank: int = 0
+    sequence_size: int = 1
+    """Tensor-parallel size under sequence parallelism, else 1."""
+
+    sequence_rank: int = 0
+    ragged: bool = False
+    """Kept rows of a micro-batch lie behind one another (thd), not in rows of one length (sbhd)."""
+
+    ends_early: bool = False
+    """The gated range ends before the last layer, so that every gated layer restores."""
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.context_size, self.sequence_size)
+
+    @property
+    def rank(self) -> int:
+        return self.context_rank * self.sequence_size + self.sequence_rank
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Bounds of the samples in a ragged micro-batch; padding at the end is one of its own."""
+
+    cumulative: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """One rank's share of a micro-batch."""
+
+    plan: ElisionPlan
+    full_shape: tuple[int, int]
+    """[S, B] that this rank holds of what ungated layers see."""
+
+    kept_shape: tuple[int, int]
+    """[S, B] of what gated layers see."""
+
+    gather: Route | None
+    """From the full rows to the kept ones; None if nothing is elided."""
+
+    rotary_position: Tensor
+    """int64 [S, B]: original positions of this context rank's kept slots."""
+
+    packing: Packing | None
+    padding_BK: Tensor | None
+    """bool [B, S]: True at padding slots here; None if there are none."""
+
+    head: Route
+    """From the decoder's output to the rows that have a target."""
+
+    targets_P: Tensor
+    """Targets of this context rank, then padding up to a multiple of the sequence cut."""
+
+    context_L: Tensor
+    """Context rank that has each of the plan's targets, on the host."""
+
+    num_targets: int
+    """Targets of this context rank."""
+
+    @property
+    def is_dense(self) -> bool:
+        return self.plan.is_dense
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        return (len(self.targets_P), 1)
+
+    def to(self, device: torch.device | str) -> LocalPlan:
+        values = {k: v for k, v in vars(self).items() if k != "context_L"}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Route)}
+        if self.packing is not None:
+            moved["packing"] = replace(self.packing, cumulative=self.packing.cumulative.to(device))
+        return replace(self, **moved)
+
+
+def require_cut(micro: Sequence[ElisionPlan], place: Place) -> None:
+    """Refuse rows that cannot be cut over the ranks, or whose samples would be mixed."""
+    for plan in micro:
+        place.cut.owners(plan.num_tokens)
+        if plan.is_packed and not place.ragged:
+            raise ValueError(
+                "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
+                "layout='thd', or give one sample a row"
+            )
+
+
+def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
+    """The share of the rank at ``place``."""
+    full_RN = _full_rows(plan.position_R, plan, place)
+    kept_RN, kept_shape = _kept_rows(plan, place)
+    elides = not plan.is_dense
+    gather = plan_route(full_RN, kept_RN, place.rank, place.cut.size) if elides else None
+    packed_end = elides and not place.ends_early
+    real_L = torch.searchsorted(plan.slot_R, plan.label_slot_L)
+    targets_RN = kept_RN[real_L] if packed_end else _full_rows(plan.label_position_L, plan, place)
+    context_L = targets_RN.rank_N // place.sequence_size
+    own_L = (context_L == place.context_rank).nonzero().squeeze(1)
+    targets_P, head = _head(plan.targets_L[own_L], targets_RN[own_L], place)
+    num_rows, num_tokens = len(plan.kept_BK), plan.num_tokens
+    return LocalPlan(
+        plan=plan,
+        full_shape=(num_tokens // place.cut.size, num_rows),
+        kept_shape=kept_shape if elides else (num_tokens // place.cut.size, num_rows),
+        gather=gather,
+        rotary_position=_rotary_position(plan, place),
+        packing=_packing(plan, place) if elides and place.ragged else None,
+        padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
+        head=head,
+        targets_P=targets_P,
+        context_L=context_L,
+        num_targets=len(own_L),
+    )
+
+
+def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
+    """Where flat positions in [B * T] lie before the gate."""
+    rank_T, index_T = place.cut.owners(plan.num_tokens)
+    row_N, t_N = position_N // plan.num_tokens, position_N % plan.num_tokens
+    return Rows(rank_T[t_N], index_T[t_N] * len(plan.kept_BK) + row_N)
+
+
+def _kept_rows(plan: ElisionPlan, place: Place) -> tuple[Rows, tuple[int, int]]:
+    """Where the real slots lie after the gate, and the shape of what this rank then holds."""
+    if place.ragged:
+        length = _ragged_length(plan, place)
+        rank_P, index_P = place.cut.owners(length)
+        rows = Rows(rank_P[: plan.num_kept], index_P[: plan.num_kept])
+        return rows, (length // place.cut.size, 1)
+    num_rows, num_slots = plan.kept_BK.shape
+    rank_K, index_K = place.cut.owners(num_slots)
+    row_R, k_R = plan.slot_R // num_slots, plan.slot_R % num_slots
+    return Rows(rank_K[k_R], index_K[k_R] * num_rows + row_R), (
+        num_slots // place.cut.size,
+        num_rows,
+    )
+
+
+def _ragged_length(plan: ElisionPlan, place: Place) -> int:
+    multiple = place.cut.multiple
+    return max(1, math.ceil(plan.num_kept / multiple)) * multiple
+
+
+def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
+    """Rows that have a target, cut anew over the tensor ranks: at least one for each of them."""
+    size = place.sequence_size
+    length = max(1, math.ceil(len(targets_L) / size)) * size
+    rank_P, index_P = Cut(1, size).owners(length)
+    before = Rows(rows.rank_N % size, rows.row_N)
+    after = Rows(rank_P[: len(targets_L)], index_P[: len(targets_L)])
+    targets_P = torch.nn.functional.pad(targets_L, (0, length - len(targets_L)))
+    return targets_P, plan_route(before, after, place.sequence_rank, size)
+
+
+def _rotary_position(plan: ElisionPlan, place: Place) -> Tensor:
+    """Positions in the sample, which starts anew wherever a row holds several."""
+    if not place.ragged:
+        held_K = Cut(place.context_size).held(plan.num_slots)[place.context_rank]
+        return plan.kept_BK[:, held_K].T.contiguous()
+    starts_R = torch.cat([plan.position_R[:1] * 0, torch.tensor(_sample_lengths(plan)).cumsum(0)])
+    lengths = torch.tensor(_sample_lengths(plan))
+    # A sample's first position is always kept, and is the first of its slots.
+    first_R = plan.position_R[starts_R[:-1]].repeat_interleave(lengths)
+    missing = _ragged_length(plan, place) - plan.num_kept
+    return torch.nn.functional.pad(plan.position_R - first_R, (0, missing))[:, None]
+
+
+def _sample_lengths(plan: ElisionPlan) -> list[int]:
+    """Kept positions of each sample, in reading order."""
+    num_slots = plan.num_slots
+    sample_R = (plan.slot_R // num_slots) * (num_slots + 1)
+    sample_R = sample_R + plan.segment_BK.reshape(-1)[plan.slot_R]
+    return sample_R.unique_consecutive(return_counts=True)[1].tolist()
+
+
+def _packing(plan: ElisionPlan, place: Place) -> Packing:
+    lengths = _sample_lengths(plan)
+    missing = _ragged_length(plan, place) - plan.num_kept
+    lengths += [missing] if missing else []
+    cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Packing(cumulative, max(lengths))
+
+
+def _padding(
+    plan: ElisionPlan, place: Place, kept: Rows, kept_shape: tuple[int, int]
+) -> Tensor | None:
+    is_padding = torch.ones(kept_shape[0] * kept_shape[1], dtype=torch.bool)
+    is_padding[kept.row_N[kept.rank_N == place.rank]] = False
+    return is_padding.view(kept_shape).T.contiguous() if bool(is_padding.any()) else None

@@ -1,0 +1,65 @@
+"""The rank of a replica that plans, and what every other rank of it hears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regate_ds.adapters.megatron import wire
+from regate_ds.adapters.megatron.groups import Axes
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.parallel.sync import broadcast_integers
+from regate_ds.session import Regate, StepPlan
+
+
+class Planner:
+    """Holds the session. A step may be planned again before it is ended: a replay of the same."""
+
+    def __init__(self, session: Regate, difficulty: DifficultyStore | None) -> None:
+        self.session, self.difficulty = session, difficulty
+        self.plan: StepPlan | None = None
+        self._keys: list[object] = []
+        self._is_open = False
+
+    def plan_step(self, window: Sequence[TokenBatch]) -> StepPlan:
+        """The plan of this window; the same again if the host runs the same step once more."""
+        keys = [batch.flat_keys for batch in window]
+        if self._is_open and keys == self._keys:
+            assert self.plan is not None
+            return self.plan
+        self.plan = self.session.plan_step(window)
+        if self.plan.num_targets_global == 0:
+            raise ValueError(
+                f"step {self.plan.step} has no answer token on any rank; leave out samples without "
+                "answers"
+            )
+        self._keys, self._is_open = keys, True
+        return self.plan
+
+    def finish_step(self, losses: Sequence[Tensor], *, applied: bool) -> None:
+        """Losses of each micro-batch's targets, in reading order. Collective over data ranks."""
+        assert self.plan is not None
+        for plan, losses_L in zip(self.plan.micro, losses, strict=True):
+            self.session.record(plan, losses_L)
+        self.session.finish_step(applied=applied)
+        self._is_open = False
+
+
+def share(step_plan: StepPlan | None, axes: Axes) -> wire.Sent:
+    """Send the plan to all ranks of the replica: one header and one array. Collective over it."""
+    header, array = None, None
+    if step_plan is not None:
+        header, array = wire.encode(step_plan.step, step_plan.is_dense, step_plan.micro)
+    header = broadcast_integers(header, wire.HEADER, axes.planner, axes.replica)
+    length = wire.array_length(header)
+    array = broadcast_integers(array, length, axes.planner, axes.replica)
+    return wire.decode(header, array)
+
+
+def share_failure(axes: Axes) -> None:
+    """Let all other ranks of the replica fail too, where they would wait for a plan."""
+    if axes.replica is not None:
+        broadcast_integers(torch.clone(wire.FAILURE), wire.HEADER, axes.planner, axes.replica)

@@ -1,0 +1,118 @@
+"""One optimizer step through Megatron's schedule: plans to micro-batches, shapes, and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regate_ds.adapters.megatron.communicator import (
+    Boundary,
+    PlannedCommunicator,
+    micro_order,
+    shapes,
+)
+from regate_ds.adapters.megatron.gates import ChunkGate
+from regate_ds.adapters.megatron.groups import Axes, schedule_groups
+from regate_ds.adapters.megatron.local_plan import LocalPlan
+
+
+class StepRun:
+    """What one rank does with the plans of a step."""
+
+    def __init__(self, micro: Sequence[LocalPlan], gates: Sequence[ChunkGate], axes: Axes) -> None:
+        self.micro = micro
+        self.losses: dict[int, Tensor] = {}
+        """Of each micro-batch: this context rank's targets, on the ranks of the last stage."""
+
+        self.communicator: PlannedCommunicator | None = None
+        self._gates, self._axes = gates, axes
+        self._num_started = [0] * len(gates)
+
+    def call(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run the host's schedule with our communicator and forward step."""
+        forward_step = arguments["forward_step_func"]
+
+        def planned_step(iterator: Any, model: nn.Module, *rest: Any) -> Any:
+            return self._forward_step(forward_step, iterator, model, *rest)
+
+        own = {"forward_step_func": planned_step}
+        if self._axes.pipeline_size > 1:
+            if arguments.get("p2p_communicator") is not None:
+                raise ValueError(
+                    "p2p_communicator is given already; leave it to regate, which knows the shapes"
+                )
+            groups = arguments.get("pg_collection") or schedule_groups()
+            self.communicator = self._communicator(groups)
+            own |= {"p2p_communicator": self.communicator, "pg_collection": groups}
+        return schedule(**{**arguments, **own})
+
+    def _communicator(self, groups: Any) -> PlannedCommunicator:
+        config = self._gates[0].gpt.config
+        stage, axes = torch.distributed.get_rank(groups.pp), self._axes
+        arriving, returning = micro_order(
+            len(self.micro),
+            stage,
+            axes.pipeline_size,
+            axes.virtual_size,
+            getattr(config, "microbatch_group_size_per_vp_stage", None) or axes.pipeline_size,
+        )
+        edge = self.boundary()
+        hidden = config.hidden_size
+        return PlannedCommunicator(
+            groups.pp,
+            config,
+            shapes(self.micro, arriving, edge.packed_before, hidden),
+            shapes(self.micro, returning, edge.packed_after, hidden),
+        )
+
+    def boundary(self) -> Boundary:
+        """Whether this stage's neighbours see kept rows only."""
+        gated = self._gates[0].gated
+        if self.micro[0].is_dense or gated.ends_early:
+            return Boundary(packed_before=False, packed_after=False)
+        if self._axes.virtual_size > 1:
+            # The gather is in the model's first chunk, so that all edges come after it.
+            return Boundary(packed_before=True, packed_after=True)
+        layers = self._gates[0].layers
+        return Boundary(
+            packed_before=layers[0] >= gated.first, packed_after=layers[-1] + 1 >= gated.first
+        )
+
+    def _forward_step(
+        self, forward_step: Callable[..., Any], iterator: Any, model: nn.Module, *rest: Any
+    ) -> tuple[Any, Callable[[Tensor], Any]]:
+        # A schedule gives each chunk its micro-batches in order.
+        chunk = self._chunk_of(model)
+        gate, number = self._gates[chunk], self._num_started[chunk]
+        self._num_started[chunk] += 1
+        gate.pending = self.micro[number]
+        output, host_loss = forward_step(iterator, model, *rest)
+        if gate.pending is not None:
+            raise RuntimeError(
+                "the forward step did not call the model; with regate it must call it once"
+            )
+        if not gate.gpt.post_process:
+            return output, host_loss
+        return output, lambda losses: self._loss(number, losses)
+
+    def _chunk_of(self, model: nn.Module) -> int:
+        if len(self._gates) == 1:
+            return 0
+        found = set(map(id, model.modules()))
+        return next(i for i, gate in enumerate(self._gates) if id(gate.gpt) in found)
+
+    def _loss(self, number: int, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum over the micro-batch's targets here, their number, and both for the host's log.
+
+        Megatron adds up the numbers over micro-batches, data and context ranks, and divides.
+        """
+        count = self.micro[number].num_targets
+        losses_L = losses.float().reshape(-1)[:count]
+        self.losses[number] = losses_L.detach()
+        total = losses_L.sum()
+        num_tokens = torch.tensor(count, dtype=torch.int, device=losses.device)
+        report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
+        return total, num_tokens, {"lm loss": report}

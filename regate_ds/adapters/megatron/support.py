@@ -1,0 +1,195 @@
+"""What a Megatron-core model must be for elision to compute it rightly; all else is refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from regate_ds.config import RegateConfig
+
+TESTED = ("0.16.1",)
+
+_MOE_DISPATCHERS = ("alltoall", "allgather")
+
+
+def find_chunks(models: Sequence[nn.Module]) -> list[nn.Module]:
+    """The GPTModel of each chunk, through whatever wraps it."""
+    chunks = []
+    for model in models:
+        found = [m for m in model.modules() if isinstance(m, GPTModel)]
+        if len(found) != 1:
+            raise ValueError(
+                f"{type(model).__name__} holds {len(found)} GPTModels, but one is needed; attach "
+                "to the list of model chunks as the schedule gets it"
+            )
+        chunks.append(found[0])
+    return chunks
+
+
+def require_free(chunks: Sequence[nn.Module], is_ours: Callable[[Any], bool]) -> None:
+    for gpt in chunks:
+        if any(is_ours(hook) for hook in gpt._forward_pre_hooks.values()):
+            raise RuntimeError(
+                "regate is already attached to this model; remove() the other attachment first"
+            )
+
+
+def require_supported(
+    chunks: Sequence[nn.Module], config: RegateConfig, *, ragged: bool, ends_early: bool
+) -> None:
+    """Refuse by name what elision would compute wrongly. The first problem is told."""
+    host: Any = chunks[0].config
+    for is_problem, what in [
+        *_model_problems(chunks, host),
+        *_layout_problems(host, ragged=ragged, ends_early=ends_early),
+        *_range_problems(chunks, config, host),
+    ]:
+        if is_problem:
+            raise ValueError(what)
+
+
+def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, str]]:
+    kinds = {gpt.position_embedding_type for gpt in chunks}
+    return [
+        (
+            not host.calculate_per_token_loss,
+            "calculate_per_token_loss=False divides by micro-batch, which uneven counts make "
+            "wrong; set calculate_per_token_loss=True",
+        ),
+        (
+            getattr(host, "mtp_num_layers", None) is not None,
+            f"mtp_num_layers={getattr(host, 'mtp_num_layers', None)}: multi-token prediction needs "
+            "the neighbours of each position; leave it None",
+        ),
+        (
+            host.multi_latent_attention,
+            "multi_latent_attention=True is not supported: it rotates by positions of its own",
+        ),
+        (
+            not kinds <= {"rope", "none"},
+            f"position_embedding_type={sorted(kinds)}: only 'rope' and 'none' are supported",
+        ),
+        (
+            host.apply_rope_fusion,
+            "apply_rope_fusion=True cannot rotate by arbitrary positions; set it False",
+        ),
+        (
+            getattr(host, "window_size", None) is not None,
+            f"window_size={getattr(host, 'window_size', None)}: after elision a window would count "
+            "kept tokens, not positions; leave it None",
+        ),
+        (
+            getattr(host, "linear_attention_freq", None) is not None
+            or getattr(host, "is_hybrid_model", False),
+            "linear or hybrid attention layers are not supported, only full causal attention",
+        ),
+        (
+            getattr(host, "heterogeneous_block_specs", False),
+            "heterogeneous_block_specs=True is not supported: layers may lack attention",
+        ),
+        (
+            host.fp8 is not None or getattr(host, "fp4", None) is not None,
+            "fp8 and fp4 are not supported yet; train in bf16",
+        ),
+    ]
+
+
+def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple[bool, str]]:
+    split = host.sequence_parallel or host.context_parallel_size > 1
+    virtual = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
+    graphs = getattr(host, "cuda_graph_impl", "none") or "none"
+    return [
+        (
+            getattr(host, "overlap_moe_expert_parallel_comm", False),
+            "overlap_moe_expert_parallel_comm=True goes around a layer's hooks; set it False",
+        ),
+        (
+            getattr(host, "hybrid_context_parallel", False),
+            "hybrid_context_parallel=True is not supported: it cuts each sample differently",
+        ),
+        (
+            getattr(host, "fine_grained_activation_offloading", False) or host.cpu_offloading,
+            "activation offloading is not supported; set cpu_offloading=False",
+        ),
+        (
+            graphs != "none" or getattr(host, "enable_cuda_graph", False),
+            "CUDA graphs are not supported: the number of kept tokens changes from step to step",
+        ),
+        (
+            host.tp_comm_overlap,
+            "tp_comm_overlap=True needs one sequence length for the whole run; set it False",
+        ),
+        (
+            host.variable_seq_lengths,
+            "variable_seq_lengths=True is not needed: every rank reads shapes off the plan; set it "
+            "False",
+        ),
+        (
+            getattr(host, "distribute_saved_activations", False),
+            "distribute_saved_activations=True is not supported; set it False",
+        ),
+        (
+            host.num_moe_experts is not None and host.moe_expert_capacity_factor is not None,
+            "moe_expert_capacity_factor counts padding as tokens; leave it None",
+        ),
+        (
+            host.num_moe_experts is not None
+            and host.moe_token_dispatcher_type not in _MOE_DISPATCHERS,
+            f"moe_token_dispatcher_type={host.moe_token_dispatcher_type!r} is not tested; use "
+            "'alltoall'",
+        ),
+        (
+            ragged and host.context_parallel_size > 1,
+            "layout='thd' with context parallelism is not supported: use layout='sbhd'",
+        ),
+        (
+            ends_early and (split or virtual or ragged),
+            "last_layer before the depth is supported in layout='sbhd' without sequence, context "
+            "or virtual pipeline parallelism; set last_layer to null",
+        ),
+    ]
+
+
+def _range_problems(
+    chunks: Sequence[nn.Module], config: RegateConfig, host: Any
+) -> list[tuple[bool, str]]:
+    depth, first = host.num_layers, config.first_layer
+    last = depth if config.last_layer is None else config.last_layer
+    virtual = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
+    # The same answer on every rank, so that all refuse.
+    per_chunk = depth // (
+        mpu.get_pipeline_model_parallel_world_size()
+        * (mpu.get_virtual_pipeline_model_parallel_world_size() or 1)
+    )
+    return [
+        (
+            not 0 <= first < last <= depth,
+            f"gated layers [{first}, {last}) do not fit a decoder of {depth} layers; set "
+            "first_layer and last_layer within it",
+        ),
+        (
+            any(len(gpt.decoder.layers) == 0 for gpt in chunks),
+            "a pipeline stage without layers is not supported; give each stage at least one",
+        ),
+        (
+            virtual and first > per_chunk,
+            f"first_layer={first} lies behind the first virtual chunk ({per_chunk} layers): with "
+            "interleaving the gather must be in it; lower first_layer",
+        ),
+    ]
+
+
+def require_schedule(schedule: Callable[..., Any]) -> None:
+    """Refuse a schedule that does not take what we must give it."""
+    parameters = inspect.signature(schedule).parameters
+    missing = [name for name in ("p2p_communicator", "pg_collection") if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"{getattr(schedule, '__name__', schedule)} takes no {', '.join(missing)}; give what "
+            f"get_forward_backward_func of megatron-core {TESTED[0]} or newer returns"
+        )

@@ -1,0 +1,180 @@
+"""Lets megatron-core run on CPUs over gloo. Tests only: nothing in regate_ds imports it.
+
+megatron-core 0.16 and 0.19 ask for CUDA in a few places by name: as the device of small tensors,
+for random states, and to synchronise. ``install`` answers these with the CPU. Beside it are two
+modules that stand in for Transformer Engine's: a norm for sequence parallelism, and an attention
+that takes packed sequences and context parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
+
+
+def install() -> None:
+    """Once per process, before a megatron-core module is used."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]
+    for name in ("synchronize", "set_device", "manual_seed", "empty_cache"):
+        setattr(torch.cuda, name, lambda *_, **__: None)
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+    torch.cuda._lazy_call = lambda callback, **_: callback()
+    torch.cuda.current_stream = lambda *_: _Stream()  # type: ignore[assignment]
+    torch.cuda.default_stream = lambda *_: _Stream()  # type: ignore[assignment]
+    torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
+    dist.all_to_all_single = _with_list_splits(dist.all_to_all_single)
+    Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+
+    from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer.moe import moe_utils
+
+    # 0.16.1 looks this name up where Transformer Engine is missing, too.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+
+    parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
+def _on_cpu(factory: Any) -> Any:
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return made
+
+
+def _with_list_splits(exchange: Any) -> Any:
+    """Megatron's dispatcher gives split sizes as tensors where they are on the CPU already."""
+
+    def exchanged(output: Tensor, given: Tensor, *splits: Any, **kwargs: Any) -> Any:
+        def plain(value: Any) -> Any:
+            return value.tolist() if isinstance(value, Tensor) else value
+
+        named = {name: plain(value) for name, value in kwargs.items()}
+        return exchange(output, given, *map(plain, splits), **named)
+
+    return exchanged
+
+
+class Norm(nn.Module):
+    """RMSNorm whose weight says that its gradient is of a part of the sequence."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal attention, plainly: packed sequences, and keys gathered over context ranks."""
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.config = config
+        from megatron.core import parallel_state
+
+        self.context = parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        packed_seq_params: Any = None,
+        **__: Any,
+    ) -> Tensor:
+        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
+            bounds = packed_seq_params.cu_seqlens_q.tolist()
+            parts = [
+                _attend(query[a:b, None], key[a:b, None], value[a:b, None], None)[:, 0]
+                for a, b in zip(bounds, bounds[1:])
+                if b > a
+            ]
+            return torch.cat(parts)
+        place = None
+        if self.context.size() > 1:
+            place = _zigzag(query.shape[0], self.context)
+            key, value = (_AllGather.apply(x, self.context) for x in (key, value))
+        return _attend(query, key, value, place)
+
+
+def _zigzag(length: int, group: dist.ProcessGroup) -> Tensor:
+    """Positions in the whole sequence of what each rank holds, [ranks, length]."""
+    half, size = length // 2, group.size()
+    chunks = torch.arange(2 * size * half).view(2 * size, half)
+    return torch.stack([torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
+    """[S, B, N, D] -> [S, B, N * D]; place: positions of all ranks' rows, or plain order."""
+    length, rows, heads, size = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
+    at_query = at_key = torch.arange(length)
+    if place is not None:
+        at_query, at_key = place[dist.get_rank(_context())], place.reshape(-1)
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) / math.sqrt(size)
+    scores = scores.masked_fill(at_key[None] > at_query[:, None], -math.inf)
+    out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), value)
+    return out.reshape(length, rows, heads * size)
+
+
+def _context() -> dist.ProcessGroup:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks; every rank uses them in its own way, so that gradients add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def layer_spec(spec: Any, *, own_attention: bool) -> Any:
+    """A local layer spec with the norm, and the attention, of this file."""
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    if own_attention:
+        parts.self_attention.submodules.core_attention = Attention
+    return spec

@@ -1,0 +1,54 @@
+"""Elided steps under Megatron-core's layouts equal a plain model in one process, per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+
+from tests.megatron.cases import Case
+from tests.megatron.checks import check
+from tests.megatron.pool import Pool
+
+CASES = [
+    Case(first_layer=0, rows=3),
+    Case(dense=True),
+    Case(last_layer=3, recompute="full"),
+    Case(layout="thd", packed=True, recompute="selective"),
+    Case(layout="thd", packed=True, first_layer=0, token_multiple=3),
+    Case(model="tied", token_multiple=4),
+    Case(model="moe"),
+    Case(tp=2, first_layer=2),
+    Case(tp=2, sp=True, recompute="full"),
+    Case(tp=2, sp=True, one_slice=True, rows=1),
+    Case(tp=2, sp=True, layout="thd", first_layer=0),
+    Case(pp=2, first_layer=0, recompute="selective"),
+    Case(pp=2, first_layer=3, last_layer=4),
+    Case(pp=2, last_layer=3, recompute="full"),
+    Case(pp=2, layout="thd", packed=True, recompute="full"),
+    Case(pp=2, model="tied", dense=True),
+    Case(pp=2, vpp=2, recompute="full", num_micro=6),
+    Case(pp=2, vpp=2, layout="thd", first_layer=0),
+    Case(cp=2, one_slice=True),
+    Case(dp=2, model="moe", ep=2, recompute="full"),
+    Case(tp=2, pp=2, sp=True, layout="thd"),
+    Case(tp=2, cp=2, sp=True, recompute="selective"),
+    Case(pp=4, first_layer=2),
+    Case(dp=2, pp=2, num_micro=3),
+]
+"""Each pair of axes that can stand together does so somewhere."""
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool()
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda c: c.world), ids=str)
+def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
+    pool.run(case.world, check, case)
