@@ -12,6 +12,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,36 @@ from regate_ds.training.student import Student
 COMPLETE = "complete"
 
 
+@dataclass(frozen=True)
+class Done:
+    """How far a run has come, and on which data."""
+
+    step: int
+    """Steps done."""
+
+    fingerprint: str
+    """Of the training set's index."""
+
+    def require(self, fingerprint: str) -> None:
+        """Refuse, by ValueError, to go on with other data: its order would be another."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint is of data with fingerprint {self.fingerprint}, this job's has "
+                f"{fingerprint}: resume with the same data and image files"
+            )
+
+
 def save_checkpoint(
-    folder: Path, step: int, engine: Any, regate: DeepSpeedRegate, process: Process
+    folder: Path, done: Done, engine: Any, regate: DeepSpeedRegate, process: Process
 ) -> None:
     """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
-    tag = f"step-{step:06d}"
+    tag, state = f"step-{done.step:06d}", asdict(done)
     if process.is_first and (folder / tag).exists():
         # Of a run that was resumed from an earlier step: its files would mix with ours.
         shutil.rmtree(folder / tag)
     dist.barrier()
     with _writing(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
         regate.save(folder / tag)
         torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
@@ -47,8 +67,8 @@ def save_checkpoint(
         write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> int:
-    """Take over the newest checkpoint and return the number of steps it has done. Collective.
+def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> Done:
+    """Take over the newest checkpoint and return what it has done. Collective.
 
     ValueError if there is none, or none for these ranks. A rank that the saved run did not have
     keeps the random state it is called with.
@@ -64,12 +84,13 @@ def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process:
         path, client_state = engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise FileNotFoundError("it lacks the engine's files")
+        done = Done(client_state["step"], client_state["fingerprint"])
         random_file = folder / tag / f"random-{process.rank}.pt"
         random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
     regate.load(folder / tag, engine)
     if random_state is not None:
         _set_random_state(random_state, process)
-    return client_state["step"]
+    return done
 
 
 @contextmanager

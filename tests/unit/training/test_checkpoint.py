@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from regate_ds.training.checkpoint import (
     COMPLETE,
+    Done,
     latest,
     load_checkpoint,
     prune_checkpoints,
@@ -102,26 +104,27 @@ def alone(monkeypatch):
     return SimpleNamespace(
         zero_optimization_stage=lambda: 0,
         save_checkpoint=lambda folder, tag, **_: (Path(folder) / tag).mkdir(parents=True),
-        load_checkpoint=lambda folder, tag: (folder, {"step": int(tag[5:])}),
+        load_checkpoint=lambda folder, tag: (folder, {"step": int(tag[5:]), "fingerprint": "ab"}),
     )
 
 
+DONE = Done(5, "ab")
 REGATE: Any = SimpleNamespace(save=lambda _: None, load=lambda *_: None)
 
 
 def test_nothing_is_left_of_a_step_that_was_saved_before(tmp_path, alone):
     write(tmp_path, 5)
     (tmp_path / "step-000005" / "random-7.pt").touch()
-    save_checkpoint(tmp_path, 5, alone, REGATE, ALONE)
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
     assert {p.name for p in (tmp_path / "step-000005").iterdir()} == {"complete", "random-0.pt"}
     assert latest(tmp_path) == "step-000005"
 
 
 def test_a_rank_that_the_saved_run_did_not_have_keeps_its_random_state(tmp_path, alone):
-    save_checkpoint(tmp_path, 5, alone, REGATE, ALONE)
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert load_checkpoint(tmp_path, alone, REGATE, Process(1, 2, torch.device("cpu"))) == 5
+    assert load_checkpoint(tmp_path, alone, REGATE, Process(1, 2, torch.device("cpu"))) == DONE
     assert torch.equal(torch.get_rng_state(), before)
     load_checkpoint(tmp_path, alone, REGATE, ALONE)
     assert not torch.equal(torch.get_rng_state(), before)
@@ -129,19 +132,25 @@ def test_a_rank_that_the_saved_run_did_not_have_keeps_its_random_state(tmp_path,
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"no pickle"])
 def test_a_damaged_random_file_is_named_with_its_checkpoint(tmp_path, alone, content):
-    save_checkpoint(tmp_path, 5, alone, REGATE, ALONE)
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
     (tmp_path / "step-000005" / "random-0.pt").write_bytes(content)
     with pytest.raises(ValueError, match="step-000005 cannot be read .* name an earlier"):
         load_checkpoint(tmp_path, alone, REGATE, ALONE)
 
 
 def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path, alone):
-    save_checkpoint(tmp_path, 5, alone, REGATE, ALONE)
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
 
     def fill(*_, **__):
         raise RuntimeError("[enforce fail] unexpected pos 8896 vs 8788")
 
     alone.save_checkpoint = fill
     with pytest.raises(RuntimeError, match=r"step-000006 cannot be written .* MB are free"):
-        save_checkpoint(tmp_path, 6, alone, REGATE, ALONE)
+        save_checkpoint(tmp_path, replace(DONE, step=6), alone, REGATE, ALONE)
     assert latest(tmp_path) == "step-000005"
+
+
+def test_a_run_goes_on_with_its_own_data_only():
+    DONE.require("ab")
+    with pytest.raises(ValueError, match="is of data with fingerprint ab, this job's has cd"):
+        DONE.require("cd")
