@@ -55,7 +55,7 @@ def save_checkpoint(
     tag, state = f"step-{done.step:06d}", asdict(done)
     if process.is_first and (folder / tag).exists():
         # Of a run that was resumed from an earlier step: its files would mix with ours.
-        shutil.rmtree(folder / tag)
+        _delete(folder / tag)
     dist.barrier()
     with _writing(folder / tag):
         engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
@@ -147,7 +147,13 @@ def prune_checkpoints(folder: Path, keep: int | None) -> None:
     ours = [p for p in _by_step(folder) if _step(p) <= _step(folder / tag)]
     complete = [p for p in ours if (p / COMPLETE).is_file() and p.name != tag]
     for old in complete[: max(0, len(complete) - keep + 1)]:
-        shutil.rmtree(old)
+        _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    """One that is killed half way must not count as complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -63,6 +63,14 @@ def test_one_that_is_cut_short_does_not_count(tmp_path):
     assert steps(tmp_path) == [4, 6, 8]
 
 
+def test_one_whose_deletion_was_cut_short_does_not_count(tmp_path, monkeypatch):
+    write(tmp_path, 2, 4)
+    point_to(tmp_path, 4)
+    monkeypatch.setattr("shutil.rmtree", lambda _: None)
+    prune_checkpoints(tmp_path, 1)
+    assert [path.parent.name for path in tmp_path.glob(f"*/{COMPLETE}")] == ["step-000004"]
+
+
 def test_those_beyond_the_newest_do_not_displace_it(tmp_path):
     write(tmp_path, 2, 4, 6, 8, 9)
     point_to(tmp_path, 6)
