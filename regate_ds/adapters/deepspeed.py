@@ -14,7 +14,6 @@ A window is the micro-batches of one optimizer step: they are planned together.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from os import environ
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface import ElidedOutput, attach_model, has_tower
+from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.window import Window
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
-from regate_ds.data.atomic_file import write_atomically
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.host_batch import HostCollate, Unkeyed
 from regate_ds.data.reference_store import ReferenceStore
@@ -38,9 +37,6 @@ from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate, StepPlan
 
 _log = logging.getLogger(__name__)
-
-STATE_FOLDER = "regate"
-"""Where ``save`` puts the method's state inside a checkpoint."""
 
 
 def attach(
@@ -156,37 +152,14 @@ class DeepSpeedRegate:
         if not self.config.enabled:
             return
         session = self._open_session()
-        folder = Path(checkpoint_dir) / STATE_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        state = session.state_dict()
-        if self._difficulty is not None:
-            self._difficulty.save(folder)
-            state |= {"num_files": self._difficulty.num_ranks}
-            state |= {"num_writes": self._difficulty.num_writes}
-        if _rank() == 0:
-            write_atomically(folder / "state.json", json.dumps(state).encode())
+        save_state(checkpoint_dir, session, self._difficulty, is_first=_rank() == 0)
 
     def load(self, checkpoint_dir: str | Path, engine: Any) -> None:
         """Take over what ``save`` wrote, with any number of data ranks."""
         if not self.config.enabled:
             return
         self._bind(engine)
-        folder = Path(checkpoint_dir) / STATE_FOLDER
-        if not (folder / "state.json").is_file():
-            raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
-        state = json.loads((folder / "state.json").read_text())
-        self._open_session().load_state_dict(state)
-        if self._difficulty is None:
-            return
-        if "num_files" not in state:
-            raise ValueError(f"{folder} is of a dense run without difficulty; set keep_share=1.0")
-        self._difficulty.load(folder, num_ranks=state["num_files"])
-        if self._difficulty.num_writes != state["num_writes"]:
-            raise ValueError(
-                f"{folder}: the difficulty was written {self._difficulty.num_writes} times, its "
-                f"state.json says {state['num_writes']}: a save over an older one was cut short; "
-                "resume from another checkpoint, and save each into a folder of its own"
-            )
+        load_state(checkpoint_dir, self._open_session(), self._difficulty)
 
     def metrics(self) -> dict[str, int | bool]:
         """Counts of the step planned last, over all data ranks, for any logger."""

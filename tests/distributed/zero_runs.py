@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_ds.adapters.deepspeed import STATE_FOLDER, attach
+from regate_ds.adapters.deepspeed import attach
 from regate_ds.adapters.huggingface import attach_model
+from regate_ds.adapters.saved_state import STATE_FOLDER
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch

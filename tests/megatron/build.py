@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from tests.megatron.cases import EXPERTS, FFN, GROUPS, HEADS, HIDDEN, VOCABULARY, Case
+from tests.megatron.llava import llava
 from tests.megatron.shim import Norm, layer_spec
 
 
@@ -100,7 +101,7 @@ def build(case: Case, **more: Any) -> list[nn.Module]:
     for number in range(case.vpp):
         config = host_config(case, **more)
         stage = number if case.vpp > 1 else None
-        chunk = gpt(case, config, stage)
+        chunk = llava(case, config) if case.model == "llava" else gpt(case, config, stage)
         chunk.model_type = None
         fill(chunk)
         chunks.append(wrapped(config, chunk))
@@ -142,13 +143,16 @@ def named(chunk: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def global_name(chunk: nn.Module, name: str) -> str:
+    if name.startswith("vision"):
+        return name
+    name = name.removeprefix("language_model.")
+    chunk = getattr(chunk, "language_model", chunk)
     parts = name.split(".")
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if "layers" in parts and "decoder" in parts:
         at = parts.index("layers") + 1
-        decoder = next(m for n, m in chunk.named_modules() if n.endswith("decoder"))
-        parts[at] = str(decoder.layers[int(parts[at])].layer_number - 1)
+        parts[at] = str(chunk.decoder.layers[int(parts[at])].layer_number - 1)
     if "local_experts" in parts:
         at = parts.index("local_experts") + 1
         rank = mpu.get_expert_model_parallel_rank()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.config import RegateConfig
 from tests.batches import random_batch
 
@@ -91,19 +91,31 @@ def items(case: Case, data_rank: int) -> list[Item]:
         seed = 1000 * case.seed + 100 * data_rank + number
         generator = torch.Generator().manual_seed(seed)
         lengths = _lengths(case, generator)
+        if case.model == "llava":
+            from tests.megatron.llava import image_item
+
+            made.append(_named(image_item(case, lengths, seed), f"rank{data_rank}-{number}"))
+            continue
         ids, tokens = random_batch(lengths, seed=seed, length=case.length)
-        keys = tuple(
-            tuple((f"rank{data_rank}-{number}", i) for _, i in row_keys) for row_keys in tokens.keys
-        )
-        labels = tokens.labels_BT
         if case.one_slice:
-            labels = labels.clone()
-            labels[:, : case.length * 3 // 4] = -100
-        made.append(Item(ids, TokenBatch(keys, tokens.segment_BT, labels)))
+            labels = tokens.labels_BT.clone()
+            labels[:, : case.length * 3 // 4] = IGNORE
+            tokens = replace(tokens, labels_BT=labels)
+        made.append(_named(Item(ids, tokens), f"rank{data_rank}-{number}"))
     return made
 
 
+def _named(item: Item, name: str) -> Item:
+    """Keys that no other micro-batch has."""
+    keys = tuple(tuple((name, i) for _, i in row) for row in item.tokens.keys)
+    return replace(item, tokens=replace(item.tokens, keys=keys))
+
+
 def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
+    if case.model == "llava":
+        # Room for the image in every row.
+        sizes = torch.randint(12, case.length + 1, (case.rows,), generator=generator)
+        return [[n] for n in sizes.tolist()]
     if case.one_slice:
         return [[case.length]] * case.rows
     if case.packed:

@@ -15,8 +15,9 @@ from torch import Tensor
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.session import Regate, StepPlan
-from tests.megatron.build import build, join, named, shard
+from tests.megatron.build import build, fill, host_config, join, named, shard
 from tests.megatron.cases import Case, Item, items
+from tests.megatron.llava import ImageItem, PlainVision
 from tests.megatron.plain_gpt import PlainModel, batch_losses
 from tests.stores import RandomReference, index_of
 
@@ -52,6 +53,9 @@ def forward_step(case: Case) -> Any:
             longest = int(lengths.max())
             packed = PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
+        if isinstance(item, ImageItem):
+            output, _ = model(item.images, ids, positions, None)
+            return output, None
         output = model(ids, positions, None, labels=ids, packed_seq_params=packed)
         return output, None
 
@@ -71,19 +75,28 @@ def run_step(case: Case) -> tuple[MegatronRegate, list[Any]]:
     join(case)
     chunks = build(case)
     regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    schedule = regate.wrap(get_forward_backward_func())
+    run_chunks(case, chunks, schedule, forward_step(case))
+    return regate, chunks
+
+
+def run_chunks(
+    case: Case, chunks: list[Any], schedule: Any, step: Any, *, forward_only: bool = False
+) -> Any:
+    """One forward and backward pass over the rank's micro-batches; what the schedule returns."""
     data = items(case, mpu.get_data_parallel_rank())
     iterators: Any = [iter(data) for _ in chunks]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    regate.wrap(get_forward_backward_func())(
-        forward_step_func=forward_step(case),
+    return schedule(
+        forward_step_func=step,
         data_iterator=iterators if case.vpp > 1 else iterators[0],
         model=chunks if case.vpp > 1 else chunks[0],
         num_microbatches=case.num_micro,
         seq_length=case.length,
         micro_batch_size=1 if case.packed else case.rows,
+        forward_only=forward_only,
     )
-    return regate, chunks
 
 
 def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
@@ -102,11 +115,10 @@ def check(case: Case) -> Report:
     """Raises AssertionError with what differs."""
     regate, chunks = run_step(case)
     session, plan, difficulty = plans_of(case)
-    model = PlainModel(case, {})
+    model = plain_model(case)
     flat = [item for rank in all_items(case) for item in rank]
     losses = [
-        batch_losses(model, item.ids_BT, item.tokens, micro)
-        for item, micro in zip(flat, plan.micro, strict=True)
+        batch_losses(model, item, micro) for item, micro in zip(flat, plan.micro, strict=True)
     ]
     (torch.cat(losses).sum() / plan.num_targets_global).backward()
     report = Report()
@@ -125,6 +137,15 @@ def dismantle(chunks: list[Any]) -> None:
     """Let go of groups: hooks of DDP on autograd's nodes keep models with experts for ever."""
     for module in [m for chunk in chunks for m in chunk.modules()]:
         vars(module).clear()
+
+
+def plain_model(case: Case) -> PlainModel:
+    if case.model != "llava":
+        return PlainModel(case, {})
+    vision = PlainVision(host_config(case))
+    fill(vision)
+    weights = dict(vision.double().named_parameters())
+    return PlainModel(case, weights, vision)
 
 
 def check_gradients(chunks: list[Any], expected: dict[str, Tensor]) -> float:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.batch import IGNORE
 from regate_ds.algorithm.select import ElisionPlan
 from tests.megatron.build import full_weight
-from tests.megatron.cases import EXPERTS, FFN, GROUPS, HEADS, HIDDEN, VOCABULARY, Case
+from tests.megatron.cases import EXPERTS, FFN, GROUPS, HEADS, HIDDEN, VOCABULARY, Case, Item
+from tests.megatron.llava import IMAGE_AT, ImageItem, PlainVision
 
 SIZE = HIDDEN // HEADS
 
@@ -27,6 +28,7 @@ class PlainModel:
 
     case: Case
     weights: dict[str, Tensor]
+    vision: PlainVision | None = None
 
     def weight(self, name: str, *shape: int) -> Tensor:
         if name not in self.weights:
@@ -57,11 +59,23 @@ def sample_losses(
     return losses
 
 
-def batch_losses(model: PlainModel, ids_BT: Tensor, batch: TokenBatch, plan: ElisionPlan) -> Tensor:
-    """Losses of the kept targets [L], in reading order. Of the plan only the kept set is used."""
+def embedded(model: PlainModel, item: Item) -> Tensor:
+    """[B, T, H]"""
     table = model.weight("embedding.word_embeddings.weight", VOCABULARY, HIDDEN)
+    if not isinstance(item, ImageItem):
+        return table[item.ids_BT]
+    assert model.vision is not None
+    images_BPH = model.vision(item.images.double())
+    ids_BT = item.ids_BT.clamp(min=0)
+    before, after = ids_BT[:, :IMAGE_AT], ids_BT[:, IMAGE_AT + 1 :]
+    return torch.cat([table[before], images_BPH, table[after]], dim=1)
+
+
+def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
+    """Losses of the kept targets [L], in reading order. Of the plan only the kept set is used."""
+    embedded_BTH, batch = embedded(model, item), item.tokens
     real = set(plan.position_R.tolist())
-    num_tokens = ids_BT.shape[1]
+    num_tokens = embedded_BTH.shape[1]
     found: list[Tensor] = []
     for r, row in enumerate(batch.segment_BT.tolist()):
         for s in range(max(row) + 1):
@@ -69,7 +83,7 @@ def batch_losses(model: PlainModel, ids_BT: Tensor, batch: TokenBatch, plan: Eli
             kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
             labels = batch.labels_BT[r, positions].tolist()
             targets = {i: labels[i] for i in kept if labels[i] != IGNORE}
-            losses = sample_losses(model, table[ids_BT[r, positions]], kept, targets)
+            losses = sample_losses(model, embedded_BTH[r, positions], kept, targets)
             found += [losses[i] for i in sorted(losses)]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.double)
 

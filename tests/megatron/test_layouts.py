@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
@@ -14,17 +12,17 @@ from tests.megatron.pool import Pool
 
 CASES = [
     Case(first_layer=0, rows=3),
-    Case(dense=True),
     Case(last_layer=3, recompute="full"),
     Case(layout="thd", packed=True, recompute="selective"),
     Case(layout="thd", packed=True, first_layer=0, token_multiple=3),
     Case(model="tied", token_multiple=4),
     Case(model="moe"),
+    Case(model="llava", first_layer=0),
+    Case(model="llava", pp=2, recompute="full"),
     Case(tp=2, first_layer=2),
     Case(tp=2, sp=True, recompute="full"),
     Case(tp=2, sp=True, one_slice=True, rows=1),
     Case(tp=2, sp=True, layout="thd", first_layer=0),
-    Case(pp=2, first_layer=0, recompute="selective"),
     Case(pp=2, first_layer=3, last_layer=4),
     Case(pp=2, last_layer=3, recompute="full"),
     Case(pp=2, layout="thd", packed=True, recompute="full"),
@@ -39,13 +37,6 @@ CASES = [
     Case(dp=2, pp=2, num_micro=3),
 ]
 """Each pair of axes that can stand together does so somewhere."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    made = Pool()
-    yield made
-    made.close()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, localise, require_cut
-from regate_ds.adapters.megatron.planner import Planner, share, share_failure
+from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.run import StepRun
 from regate_ds.adapters.megatron.support import (
     find_chunks,
@@ -36,11 +37,13 @@ from regate_ds.adapters.megatron.support import (
     require_schedule,
     require_supported,
 )
+from regate_ds.adapters.plan_wire import share, share_failure
+from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.layout import ParallelLayout, rank_in
 from regate_ds.parallel.sync import gather_values
 from regate_ds.session import Regate
 
@@ -158,6 +161,20 @@ class MegatronRegate:
         if self._attached.planner is not None:
             self._attached.planner.finish_step(losses, applied=applied)
 
+    def save(self, checkpoint_dir: str | Path) -> None:
+        """Write schedule and difficulty into a checkpoint folder. All ranks call."""
+        planner = self._attached.planner if self._attached is not None else None
+        if planner is not None:
+            assert self._attached is not None
+            first = rank_in(self._attached.axes.data) == 0
+            save_state(checkpoint_dir, planner.session, planner.difficulty, is_first=first)
+
+    def load(self, checkpoint_dir: str | Path) -> None:
+        """Take over what ``save`` wrote, under any layout. All ranks call."""
+        planner = self._attached.planner if self._attached is not None else None
+        if planner is not None:
+            load_state(checkpoint_dir, planner.session, planner.difficulty)
+
     def metrics(self) -> dict[str, int | bool] | None:
         """Counts of the step planned last, over all data ranks; None on ranks that do not plan."""
         planner = self._attached.planner if self._attached is not None else None
@@ -218,5 +235,5 @@ def _failing_together(axes: Axes) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        share_failure(axes)
+        share_failure(axes.planner, axes.replica)
         raise

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron.communicator import (
@@ -80,6 +82,20 @@ class StepRun:
         return Boundary(
             packed_before=layers[0] >= gated.first, packed_after=layers[-1] + 1 >= gated.first
         )
+
+    def expected_bytes(self) -> tuple[int, int]:
+        """What this stage sends in a step by the plan: activations onward, gradients back."""
+        config, edge = self._gates[0].gpt.config, self.boundary()
+        size = config.hidden_size * torch.finfo(config.pipeline_dtype).bits // 8
+
+        def rows(packed: bool) -> int:
+            return sum(math.prod(m.kept_shape if packed else m.full_shape) for m in self.micro)
+
+        stage, chunks = mpu.get_pipeline_model_parallel_rank(), self._axes.virtual_size
+        # The model's last chunk sends no activation, its first no gradient.
+        onward = chunks - (stage == self._axes.pipeline_size - 1)
+        back = chunks - (stage == 0)
+        return onward * rows(edge.packed_after) * size, back * rows(edge.packed_before) * size
 
     def _forward_step(
         self, forward_step: Callable[..., Any], iterator: Any, model: nn.Module, *rest: Any

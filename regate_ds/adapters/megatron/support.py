@@ -12,7 +12,7 @@ from torch import nn
 
 from regate_ds.config import RegateConfig
 
-TESTED = ("0.16.1",)
+TESTED = ("0.16.1", "0.19.2")
 
 _MOE_DISPATCHERS = ("alltoall", "allgather")
 
@@ -114,11 +114,13 @@ def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple
         ),
         (
             getattr(host, "fine_grained_activation_offloading", False) or host.cpu_offloading,
-            "activation offloading is not supported; set cpu_offloading=False",
+            "activation offloading is not supported; set cpu_offloading and "
+            "fine_grained_activation_offloading to False",
         ),
         (
             graphs != "none" or getattr(host, "enable_cuda_graph", False),
-            "CUDA graphs are not supported: the number of kept tokens changes from step to step",
+            f"cuda_graph_impl={graphs!r}: the number of kept tokens changes from step to step; set "
+            "it to 'none'",
         ),
         (
             host.tp_comm_overlap,

@@ -1,0 +1,53 @@
+"""The method's state inside a checkpoint folder: schedule in one file, difficulty in one a rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.session import Regate
+
+STATE_FOLDER = "regate"
+"""Where it lies inside a checkpoint."""
+
+
+def save_state(
+    checkpoint_dir: str | Path,
+    session: Regate,
+    difficulty: DifficultyStore | None,
+    *,
+    is_first: bool,
+) -> None:
+    """Every data rank calls it, each with its part; the first writes what all share."""
+    folder = Path(checkpoint_dir) / STATE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    state = session.state_dict()
+    if difficulty is not None:
+        difficulty.save(folder)
+        state |= {"num_files": difficulty.num_ranks, "num_writes": difficulty.num_writes}
+    if is_first:
+        write_atomically(folder / "state.json", json.dumps(state).encode())
+
+
+def load_state(
+    checkpoint_dir: str | Path, session: Regate, difficulty: DifficultyStore | None
+) -> None:
+    """Take over what ``save_state`` wrote, with any number of data ranks."""
+    folder = Path(checkpoint_dir) / STATE_FOLDER
+    if not (folder / "state.json").is_file():
+        raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
+    state = json.loads((folder / "state.json").read_text())
+    session.load_state_dict(state)
+    if difficulty is None:
+        return
+    if "num_files" not in state:
+        raise ValueError(f"{folder} is of a dense run without difficulty; set keep_share=1.0")
+    difficulty.load(folder, num_ranks=state["num_files"])
+    if difficulty.num_writes != state["num_writes"]:
+        raise ValueError(
+            f"{folder}: the difficulty was written {difficulty.num_writes} times, its "
+            f"state.json says {state['num_writes']}: a save over an older one was cut short; "
+            "resume from another checkpoint, and save each into a folder of its own"
+        )

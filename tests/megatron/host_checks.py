@@ -1,0 +1,185 @@
+"""What the host computes is the host's own wherever elision does nothing, bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from regate_ds.adapters.megatron import attach
+from regate_ds.config import RegateConfig
+from tests.megatron.build import build, join
+from tests.megatron.cases import Case, items
+from tests.megatron.checks import dismantle, forward_step, reference_of, run_chunks
+from tests.megatron.llava import ImageItem
+
+Gradients = dict[str, Tensor]
+
+
+def host_step(case: Case) -> Any:
+    """A forward step with a loss of the host's own: over all label positions."""
+
+    def step(iterator: Any, model: Any) -> Any:
+        item = next(iterator)
+        assert not isinstance(item, ImageItem)
+        labels_BT = item.tokens.labels_BT.clamp(min=0)
+        positions = torch.arange(item.ids_BT.shape[1]).expand_as(item.ids_BT)
+        output = model(item.ids_BT, positions, None, labels=labels_BT)
+
+        def loss(losses_BT: Tensor) -> Any:
+            is_label = item.tokens.is_label_BT
+            total = (losses_BT * is_label).sum()
+            return total, is_label.sum().int(), {"lm loss": total.detach()}
+
+        return output, loss
+
+    return step
+
+
+def gradients(chunks: list[Any]) -> Gradients:
+    return {
+        f"{i}.{name}": parameter.main_grad.clone()
+        for i, chunk in enumerate(chunks)
+        for name, parameter in chunk.module.named_parameters()
+    }
+
+
+def require_equal(found: Gradients, wanted: Gradients) -> None:
+    assert found.keys() == wanted.keys()
+    different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+    assert not different, f"not bit for bit: {different[:5]}"
+
+
+def check_disabled(case: Case) -> None:
+    """Never attached, switched off, and taken off again: losses and gradients are the same."""
+    join(case)
+    chunks = build(case)
+    schedule, results = get_forward_backward_func(), []
+    hooks = [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
+
+    def result(wrapped: Any) -> tuple[Any, Gradients]:
+        losses = run_chunks(case, chunks, wrapped, host_step(case))
+        return losses, gradients(chunks)
+
+    results.append(result(schedule))
+    off = attach(chunks, RegateConfig(total_steps=4, enabled=False))
+    results.append(result(off.wrap(schedule)))
+    on = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    on.remove()
+    results.append(result(on.wrap(schedule)))
+    assert hooks == [len(m._forward_pre_hooks) for c in chunks for m in c.modules()]
+    (losses, wanted), *others = results
+    for found_losses, found in others:
+        assert found_losses == losses
+        require_equal(found, wanted)
+    dismantle(chunks)
+
+
+def decoder_outputs(case: Case, chunks: list[Any], schedule: Any, step: Any) -> list[Tensor]:
+    """What the decoders of this rank put out, in order."""
+    seen: list[Tensor] = []
+    handles = []
+    for chunk in chunks:
+        decoder = chunk.module.decoder
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen.append(output.detach().clone())
+
+        handles.append(decoder.register_forward_hook(hook, prepend=True))
+    run_chunks(case, chunks, schedule, step)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def check_dense(case: Case) -> None:
+    """In a dense step the decoder's output is the host's, in evaluation all is."""
+    join(case)
+    chunks = build(case)
+    schedule = get_forward_backward_func()
+    wanted = decoder_outputs(case, chunks, schedule, host_step(case))
+    dense = replace(case, dense=True)
+    regate = attach(chunks, dense.config, reference=reference_of(case), layout=case.layout)
+    found = decoder_outputs(case, chunks, regate.wrap(schedule), forward_step(case))
+    assert len(found) == len(wanted) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    evaluated = run_chunks(case, chunks, regate.wrap(schedule), host_step(case), forward_only=True)
+    regate.remove()
+    plain = run_chunks(case, chunks, schedule, host_step(case), forward_only=True)
+    assert evaluated == plain
+    dismantle(chunks)
+
+
+def check_bytes(case: Case) -> tuple[int, int]:
+    """(bytes that this rank sent to its neighbours, what the plan says)"""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
+    assert regate.run is not None
+    assert regate.run.communicator is not None
+    sent = regate.run.communicator.num_bytes_sent
+    expected = sum(regate.run.expected_bytes())
+    dismantle(chunks)
+    return sent, expected
+
+
+def check_memory(case: Case) -> None:
+    """A skipped step changes no difficulty, a replayed one counts once; resume knows all of it."""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    wrapped = regate.wrap(get_forward_backward_func())
+
+    def difficulty() -> Tensor | None:
+        planner = regate._attached.planner
+        if planner is None:
+            return None
+        mine = items(case, mpu.get_data_parallel_rank())
+        return planner.difficulty.read([k for item in mine for k in item.tokens.flat_keys])
+
+    def step(*, applied: bool, times: int = 1) -> Tensor | None:
+        for _ in range(times):
+            run_chunks(case, chunks, wrapped, forward_step(case))
+        regate.step(applied=applied)
+        return difficulty()
+
+    before = difficulty()
+    skipped = step(applied=False)
+    once = step(applied=True, times=2)
+    folder = [tempfile.mkdtemp() if torch.distributed.get_rank() == 0 else ""]
+    torch.distributed.broadcast_object_list(folder)
+    regate.save(Path(folder[0]))
+    torch.distributed.barrier()
+    regate.remove()
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate.load(Path(folder[0]))
+    restored = difficulty()
+    if before is not None:
+        assert torch.equal(before, skipped)
+        assert not torch.equal(once, skipped)
+        assert torch.equal(once, restored)
+        # One update from 0: (1 - 0.9) of a loss, never more.
+        losses = torch.cat(list(regate_losses(case)))
+        assert float(once.max()) <= 0.1 * float(losses.max()) * 1.001
+        assert regate._attached.planner.session.step == 2
+    dismantle(chunks)
+
+
+def regate_losses(case: Case) -> list[Tensor]:
+    from tests.megatron.checks import plain_model, plans_of
+    from tests.megatron.plain_gpt import batch_losses
+
+    _, plan, _ = plans_of(case)
+    model = plain_model(case)
+    flat = [item for rank in range(case.dp) for item in items(case, rank)]
+    with torch.no_grad():
+        return [
+            batch_losses(model, item, micro) for item, micro in zip(flat, plan.micro, strict=True)
+        ]

@@ -1,0 +1,137 @@
+"""What is refused, and that a refusal leaves the model as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
+
+from regate_ds.adapters.megatron import attach
+from tests.megatron.build import build, join
+from tests.megatron.cases import Case, items
+from tests.megatron.checks import dismantle, forward_step, reference_of, run_chunks
+
+HOST = {
+    "calculate_per_token_loss": False,
+    "mtp_num_layers": 1,
+    "multi_latent_attention": True,
+    "apply_rope_fusion": True,
+    "window_size": (8, 0),
+    "heterogeneous_block_specs": True,
+    "fp8": "hybrid",
+    "overlap_moe_expert_parallel_comm": True,
+    "hybrid_context_parallel": True,
+    "cpu_offloading": True,
+    "fine_grained_activation_offloading": True,
+    "cuda_graph_impl": "local",
+    "tp_comm_overlap": True,
+    "variable_seq_lengths": True,
+    "distribute_saved_activations": True,
+}
+"""Values of the host's configuration of which any one is refused by name."""
+
+
+@contextmanager
+def refused(error: type[Exception], pattern: str) -> Iterator[None]:
+    try:
+        yield
+    except error as problem:
+        text = str(problem)
+        assert re.search(pattern, text), f"{pattern!r} is not in {text!r}"
+        assert "\n" not in text
+        return
+    raise AssertionError(f"nothing was refused about {pattern!r}")
+
+
+@contextmanager
+def changed(target: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    yield
+    setattr(target, name, before)
+
+
+def num_hooks(chunks: list[Any]) -> int:
+    modules: list[nn.Module] = [m for chunk in chunks for m in chunk.modules()]
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+
+
+def check_attach(case: Case) -> None:
+    join(case)
+    chunks = build(case)
+    gpt, before = chunks[0].module, num_hooks(chunks)
+
+    def tried(**changes: Any) -> Any:
+        layout = changes.pop("layout", case.layout)
+        config = replace(case.config, **changes)
+        return attach(chunks, config, reference=reference_of(case), layout=layout)
+
+    for name, value in HOST.items():
+        if hasattr(gpt.config, name):
+            with changed(gpt.config, name, value), refused(ValueError, name):
+                tried()
+    with changed(gpt, "position_embedding_type", "mrope"), refused(ValueError, "mrope"):
+        tried()
+    with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "layout='sbhd'"):
+        tried(layout="thd")
+    with changed(gpt.config, "sequence_parallel", True), refused(ValueError, "last_layer"):
+        tried(last_layer=3)
+    with refused(ValueError, "decoder of 4 layers"):
+        tried(first_layer=4)
+    with refused(ValueError, "holds 0 GPTModels"):
+        attach([nn.Linear(2, 2)], case.config, reference=reference_of(case))
+    assert num_hooks(chunks) == before
+    regate = tried()
+    with refused(RuntimeError, "already attached"):
+        tried()
+    with refused(ValueError, "p2p_communicator, pg_collection"):
+        regate.wrap(lambda forward_step_func: None)
+    schedule = regate.wrap(get_forward_backward_func())
+    with refused(RuntimeError, "did not call the model"):
+        run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
+    regate.remove()
+    assert num_hooks(chunks) == before
+    dismantle(chunks)
+
+
+def check_virtual_range(case: Case) -> None:
+    join(case)
+    chunks = build(case)
+    with refused(ValueError, "first virtual chunk"):
+        attach(chunks, replace(case.config, first_layer=3), reference=reference_of(case))
+    dismantle(chunks)
+
+
+def check_steps(case: Case) -> None:
+    """Errors where the plan is made are errors on all ranks, at once."""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case))
+    schedule = regate.wrap(get_forward_backward_func())
+    planner = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+    data = items(case, 0)
+
+    def run(micro: list[Any]) -> None:
+        schedule(
+            forward_step_func=forward_step(case),
+            data_iterator=iter(micro),
+            model=chunks[0],
+            num_microbatches=case.num_micro,
+            seq_length=case.length,
+            micro_batch_size=case.rows,
+        )
+
+    with refused(StopIteration if planner else RuntimeError, "" if planner else "could not plan"):
+        run(data[:1])
+    run_chunks(case, chunks, schedule, forward_step(case))
+    with refused(RuntimeError, "not ended" if planner else "could not plan"):
+        run(list(reversed(data)))
+    torch.distributed.barrier()
+    dismantle(chunks)

@@ -1,0 +1,45 @@
+"""Without elision the run is the host's; with it, bytes and memory are what the plan says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+
+from tests.megatron import host_checks
+from tests.megatron.cases import Case
+from tests.megatron.pool import Pool
+
+LAYOUTS = [Case(), Case(pp=2, recompute="full"), Case(tp=2, sp=True), Case(pp=2, vpp=2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*LAYOUTS, Case(dp=2, model="moe", ep=2)], ids=str)
+def test_switched_off_or_taken_off_the_run_is_the_hosts_bit_for_bit(pool: Pool, case: Case):
+    pool.run(case.world, host_checks.check_disabled, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_a_dense_step_leaves_the_decoders_output_bit_for_bit(pool: Pool, case: Case):
+    pool.run(case.world, host_checks.check_dense, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vpp", [1, 2])
+@pytest.mark.parametrize("layout", ["sbhd", "thd"])
+def test_stages_send_what_the_plan_says_and_less_than_without_it(pool: Pool, layout: str, vpp: int):
+    case = Case(pp=2, vpp=vpp, layout=layout)
+    dense = pool.run(2, host_checks.check_bytes, replace(case, dense=True))
+    kept = pool.run(2, host_checks.check_bytes, case)
+    for sent, expected in dense + kept:
+        assert sent == expected
+    assert sum(sent for sent, _ in kept) < sum(sent for sent, _ in dense)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(cp=2), Case(pp=2), Case(dp=2)], ids=str)
+def test_difficulty_is_remembered_once_a_step_that_was_applied(pool: Pool, case: Case):
+    pool.run(case.world, host_checks.check_memory, case)
