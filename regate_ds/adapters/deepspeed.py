@@ -54,7 +54,7 @@ def attach(
 
     ValueError names what is not supported. With enabled=False nothing is touched.
     """
-    if reference is not None and not hasattr(reference, "index"):
+    if reference is not None and not hasattr(reference, "read"):
         raise ValueError(
             f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore"
         )

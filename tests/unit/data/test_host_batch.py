@@ -58,7 +58,7 @@ def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     ("items", "message"),
     [
         ([item(0), {"input_ids": [1], "labels": [1]}], "an item has no 'regate_key'; wrap the"),
-        ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has no labels"),
+        ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has labels NoneType"),
         ([item(0, attention_mask=[0, 1, 1])], "padding before tokens; set padding_side='right'"),
     ],
 )
