@@ -183,3 +183,36 @@ def regate_losses(case: Case) -> list[Tensor]:
         return [
             batch_losses(model, item, micro) for item, micro in zip(flat, plan.micro, strict=True)
         ]
+
+
+def check_activations(case: Case) -> tuple[int, int]:
+    """(bytes that the decoder's layers save for the backward pass, rows that they see)"""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    saved: dict[tuple[int, int], int] = {}
+    weights = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
+    inside: list[bool] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if inside and storage.data_ptr() not in weights:
+            saved[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    # Held, so that no address is used twice.
+    kept: list[Tensor] = []
+    for chunk in chunks:
+        decoder = chunk.module.decoder
+        decoder.register_forward_pre_hook(lambda *_: inside.append(True), prepend=True)
+        decoder.register_forward_hook(lambda *_: inside.clear(), prepend=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
+    assert regate.run is not None
+    rows = 0
+    for local in regate.run.micro:
+        full, few = local.full_shape[0], local.kept_shape[0]
+        rows += case.first_layer * full + (case.num_layers - case.first_layer) * few
+    dismantle(chunks)
+    return sum(saved.values()), rows
