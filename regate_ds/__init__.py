@@ -11,6 +11,8 @@ _HOME = {
     "Regate": "regate_ds.session",
     "ReferenceStore": "regate_ds.data.reference_store",
     "Keyed": "regate_ds.data.host_batch",
+    "Teacher": "regate_ds.teacher.own_data",
+    "score_dataset": "regate_ds.teacher.own_data",
     "attach": "regate_ds.adapters.deepspeed",
     "attach_model": "regate_ds.adapters.huggingface",
 }

@@ -19,7 +19,7 @@ class _Sample:
 
     @property
     def input_ids_S(self) -> Tensor:
-        return self.labels_S
+        return self.labels_S.roll(1)
 
     @property
     def is_placeholder_S(self) -> Tensor:

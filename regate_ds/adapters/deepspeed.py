@@ -30,11 +30,12 @@ from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.window import Window
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
+from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.host_batch import HostCollate, Unkeyed
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.session import Regate, StepPlan
+from regate_ds.session import Regate, StepPlan, schedule_of
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def attach(
 
     ValueError names what is not supported. With enabled=False nothing is touched.
     """
+    if reference is not None and not hasattr(reference, "read"):
+        raise ValueError(
+            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore"
+        )
+    _warn_if_never_sparse(config)
     attachment, several_ranks = Attachment(), _world_size() > 1
     if config.enabled:
         attachment = attach_model(
@@ -127,6 +133,7 @@ class DeepSpeedRegate:
         """
         if plan is None:
             return output.loss
+        _require_elided(output)
         self._open_session().record(plan, output.losses)
         loss = output.loss_sum * self._scale()
         return loss if output.aux_loss is None else loss + output.aux_loss
@@ -138,6 +145,7 @@ class DeepSpeedRegate:
         """
         if not self._own_loss:
             raise RuntimeError("token_losses needs attach(..., own_loss=True)")
+        _require_elided(output)
         assert output.losses is not None
         self._open_session().record(plan, output.losses)
         return output.losses, torch.full_like(output.losses, self._scale())
@@ -162,7 +170,14 @@ class DeepSpeedRegate:
         load_state(checkpoint_dir, self._open_session(), self._difficulty)
 
     def metrics(self) -> dict[str, int | bool]:
-        """Counts of the step planned last, over all data ranks, for any logger."""
+        """Counts of the step planned last, over all data ranks, for any logger.
+
+        tokens_total and answer_total are all positions and all label positions of the step; of
+        them ran tokens_kept and answer_kept in gated layers; filled were kept only to reach
+        token_multiple, padded are slots without a token. Empty without elision.
+        """
+        if not self.config.enabled:
+            return {}
         if self.plan is None:
             raise RuntimeError("no step is planned yet")
         return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
@@ -202,6 +217,11 @@ class DeepSpeedRegate:
     def _window(self, micro: list[Any], engine: Any) -> Window:
         if not self.config.enabled:
             return Window(micro, [None] * len(micro), engine.device)
+        if not all(isinstance(batch, Batch) for batch in micro):
+            raise ValueError(
+                f"the loader yields {type(micro[0]).__name__}; give it "
+                "collate_fn=regate.collate(collate)"
+            )
         self.plan = self._open_session().plan_step([batch.tokens for batch in micro])
         return Window(micro, self.plan.micro, engine.device)
 
@@ -223,6 +243,25 @@ class DeepSpeedRegate:
         engine = self._engine
         undone = engine.dp_world_size * engine.gradient_accumulation_steps()
         return undone / self.plan.num_targets_global
+
+
+def _warn_if_never_sparse(config: RegateConfig) -> None:
+    schedule = schedule_of(config)
+    sparse = any(not schedule.is_dense(step) for step in range(config.total_steps))
+    if config.enabled and config.keep_share < 1.0 and not sparse:
+        _log.warning(
+            "all of the %d steps are dense: warmup, cycles and final_dense_share leave none "
+            "between them",
+            config.total_steps,
+        )
+
+
+def _require_elided(output: Any) -> None:
+    if not isinstance(output, ElidedOutput):
+        raise ValueError(
+            f"the model returned {type(output).__name__}, without a plan; call it as "
+            "engine(**batch, regate_plan=plan)"
+        )
 
 
 def _world_size() -> int:

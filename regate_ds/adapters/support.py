@@ -17,6 +17,8 @@ _CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 def require_language_model(model: nn.Module, host: Any) -> None:
     """Refuse what has no decoder and head, or changes inputs or logits on its own way."""
     name = type(host).__name__
+    if hasattr(host, "gradient_accumulation_steps"):
+        raise ValueError(f"{name} is an engine; attach to the model before deepspeed.initialize")
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(

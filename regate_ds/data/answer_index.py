@@ -75,6 +75,7 @@ class AnswerIndex:
         num_labels, num_positions, hashes = [], [], []
         digest = hashlib.sha256(b"regate answer index %d" % FORMAT)
         for sample in samples:
+            _require_shifted(sample)
             label_ids_N = sample.labels_S[sample.labels_S != IGNORE]
             keys.append(sample.key)
             num_labels.append(label_ids_N.numel())
@@ -163,6 +164,19 @@ class AnswerIndex:
             torch.from_numpy(saved["num_positions"]),
             torch.from_numpy(saved["label_hashes"]),
             str(saved["fingerprint"]),
+        )
+
+
+def _require_shifted(sample: IndexedSample) -> None:
+    """Refuse labels that are each position's own token, as Hugging Face models take them."""
+    ids_S, labels_S = sample.input_ids_S, sample.labels_S
+    is_label_S = labels_S != IGNORE
+    own = bool((labels_S == ids_S)[is_label_S].all())
+    following = bool((labels_S[:-1] == ids_S[1:])[is_label_S[:-1]].all())
+    if bool(is_label_S.any()) and own and not following:
+        raise ValueError(
+            f"sample {sample.key[0]!r} record {sample.key[1]}: its labels are each position's own "
+            "token, not the next one; shift them by one (regate_ds.algorithm.batch.shift_labels)"
         )
 
 

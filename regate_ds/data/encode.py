@@ -21,7 +21,6 @@ from regate_ds.data.samples import (
     MARKER,
     BadRecord,
     Record,
-    SampleError,
     Turn,
     bad_record,
 )
@@ -250,15 +249,6 @@ def _require_no_image(template: Template, image_token: str) -> None:
                 f"data.template.{name}={text!r} stands for an image; images are where a question "
                 "has its marker: take the token out"
             )
-
-
-def refusal(record: Record, encoder: Encoder) -> BadRecord | None:
-    """Why ``record``, which read well, cannot be encoded; None if it can."""
-    try:
-        encoder.encode(record)
-    except SampleError as error:
-        return error.bad
-    return None
 
 
 def describe(record: Record, cause: str) -> BadRecord:

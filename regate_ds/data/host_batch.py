@@ -5,7 +5,7 @@ Shapes: B rows of one sample each, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -34,7 +34,13 @@ class Keyed(Dataset[dict[str, Any]]):
         return len(self._dataset)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self._dataset[number], KEY: (self._name, number)}
+        item = self._dataset[number]
+        if not isinstance(item, Mapping):
+            raise ValueError(
+                f"item {number} is a {type(item).__name__}; elision needs items that are dicts, to "
+                "add a key to each"
+            )
+        return {**item, KEY: (self._name, number)}
 
 
 class HostCollate:
@@ -51,9 +57,12 @@ class HostCollate:
             raise ValueError(f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name)")
         keys = tuple((tuple(item[KEY]),) for item in items)
         inputs = self._collate_fn([_without_key(item) for item in items])
-        if "labels" not in inputs:
-            raise ValueError("the collated batch has no labels; elision follows them")
-        labels_BT = inputs["labels"]
+        labels_BT = inputs.get("labels")
+        if not isinstance(labels_BT, Tensor):
+            raise ValueError(
+                f"the collated batch has labels {type(labels_BT).__name__}, not a tensor [rows, "
+                "tokens]; elision follows them"
+            )
         mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool()
         if bool((mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()):
             raise ValueError("a row has padding before tokens; set padding_side='right'")

@@ -131,9 +131,11 @@ def precompute(
         ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
     sum_over([0], group, device)  # The store exists now, for all ranks.
     writer = ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
-    mine = range(rank_in(group), len(shards), size_of(group))
-    open_shards = {n: shards[n] for n in mine if not writer.has_shard(n)}
-    done = _score_shards(job, writer, open_shards, show=rank_in(group) == 0)
+    missing = [n for n in range(len(shards)) if not writer.has_shard(n)]
+    sum_over([0], group, device)  # All ranks have looked before one of them writes.
+    # Of what is missing, an equal part each: a rank that was far ahead would wait for hours.
+    mine = {n: shards[n] for n in missing[rank_in(group) :: size_of(group)]}
+    done = _score_shards(job, writer, mine, show=rank_in(group) == 0)
     sum_over([0], group, device)  # All shards exist now.
     if rank_in(group) == 0:
         writer.finish()

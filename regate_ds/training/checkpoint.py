@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed import DeepSpeedRegate
@@ -26,26 +29,46 @@ from regate_ds.training.student import Student
 COMPLETE = "complete"
 
 
+@dataclass(frozen=True)
+class Done:
+    """How far a run has come, and on which data."""
+
+    step: int
+    """Steps done."""
+
+    fingerprint: str
+    """Of the training set's index."""
+
+    def require(self, fingerprint: str) -> None:
+        """Refuse, by ValueError, to go on with other data: its order would be another."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint is of data with fingerprint {self.fingerprint}, this job's has "
+                f"{fingerprint}: resume with the same data and image files"
+            )
+
+
 def save_checkpoint(
-    folder: Path, step: int, engine: Any, regate: DeepSpeedRegate, process: Process
+    folder: Path, done: Done, engine: Any, regate: DeepSpeedRegate, process: Process
 ) -> None:
     """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
-    tag = f"step-{step:06d}"
+    tag, state = f"step-{done.step:06d}", asdict(done)
     if process.is_first and (folder / tag).exists():
         # Of a run that was resumed from an earlier step: its files would mix with ours.
-        shutil.rmtree(folder / tag)
+        _delete(folder / tag)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-    regate.save(folder / tag)
-    torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
+    with _writing(folder / tag):
+        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        regate.save(folder / tag)
+        torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
     if process.is_first:
         write_atomically(folder / tag / COMPLETE, b"")
         write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> int:
-    """Take over the newest checkpoint and return the number of steps it has done. Collective.
+def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> Done:
+    """Take over the newest checkpoint and return what it has done. Collective.
 
     ValueError if there is none, or none for these ranks. A rank that the saved run did not have
     keeps the random state it is called with.
@@ -57,23 +80,44 @@ def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process:
             "choose another run.out, and leave run.resume out"
         )
     _require_same_ranks(folder / tag, engine, process)
-    try:
+    with _reading(folder / tag):
         path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-    except (EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{folder / tag} cannot be read ({type(error).__name__}: {error}); name an earlier "
-            f"checkpoint in {folder / 'latest'}"
-        ) from error
-    if path is None:
-        raise ValueError(
-            f"{folder / tag} lacks the engine's files; name an earlier checkpoint in "
-            f"{folder / 'latest'}"
-        )
+        if path is None:
+            raise FileNotFoundError("it lacks the engine's files")
+        done = Done(client_state["step"], client_state["fingerprint"])
+        random_file = folder / tag / f"random-{process.rank}.pt"
+        random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
     regate.load(folder / tag, engine)
-    random_file = folder / tag / f"random-{process.rank}.pt"
-    if random_file.is_file():
-        _set_random_state(torch.load(random_file, weights_only=True), process)
-    return client_state["step"]
+    if random_state is not None:
+        _set_random_state(random_state, process)
+    return done
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    """Name the checkpoint that is damaged: the errors of torch and of the engine name no file."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        # torch goes on about settings that would not help.
+        fault = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(
+            f"{checkpoint} cannot be read ({fault}); name an earlier checkpoint in "
+            f"{checkpoint.parent / 'latest'}"
+        ) from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the folder that could not be written: on a full disk torch says neither."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder.parent).free
+        raise RuntimeError(
+            f"{folder} cannot be written ({type(error).__name__}: {error}; {free / 1e6:.1f} MB are "
+            "free there); see to it, then resume"
+        ) from error
 
 
 def latest(folder: Path) -> str | None:
@@ -103,7 +147,13 @@ def prune_checkpoints(folder: Path, keep: int | None) -> None:
     ours = [p for p in _by_step(folder) if _step(p) <= _step(folder / tag)]
     complete = [p for p in ours if (p / COMPLETE).is_file() and p.name != tag]
     for old in complete[: max(0, len(complete) - keep + 1)]:
-        shutil.rmtree(old)
+        _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    """One that is killed half way must not count as complete."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
 
 
 def _by_step(folder: Path) -> list[Path]:
@@ -131,9 +181,10 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
     if process.is_first:
         if hasattr(model, "peft_config"):
             weights = merge_lora(weights, model.peft_config["default"])
-        student.model.save_pretrained(folder, state_dict=weights)
-        student.tokenizer.save_pretrained(folder)
-        student.vision.processor.save_pretrained(folder)
+        with _writing(folder):
+            student.model.save_pretrained(folder, state_dict=weights)
+            student.tokenizer.save_pretrained(folder)
+            student.vision.processor.save_pretrained(folder)
     dist.barrier()
 
 

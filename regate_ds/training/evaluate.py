@@ -131,10 +131,11 @@ def tally_words(turns: Sequence[Turn], sample: EncodedSample, is_right_N: Sequen
 def counted_words(turn: Turn, number: int, sample: EncodedSample) -> list[tuple[Word, list[int]]]:
     """The words of turn ``number`` that a sample can tell, each with its label positions' numbers.
 
-    A word that is cut off at the sample's end is none of them, nor is one that has no tokens.
+    A word without a token after it is none of them: the sample's end may have cut it, even within
+    a character. Nor is one that has no tokens.
     """
     spans = [(n, a, b) for n, (turn_of, a, b) in enumerate(sample.char_spans) if turn_of == number]
-    last = max((end for _, _, end in spans), default=0)
+    last = max((start for _, start, _ in spans), default=0)
     words = [
         (word, [n for n, start, end in spans if start < word.end and word.start < end])
         for word in words_of(turn)

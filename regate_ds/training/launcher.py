@@ -44,12 +44,14 @@ def report(code: int, said: str) -> None:
 
 
 def _pass_on(errors: BinaryIO) -> str:
-    """Show what the ranks write, as they write it (bars have no line ends), and find the error."""
+    """Show what the ranks write, as they write it (bars have no line ends), and find the error:
+    the first, because ranks that lose a peer end in errors of their own.
+    """
     said, line = b"", b""
     while chunk := os.read(errors.fileno(), 65536):
         os.write(sys.stderr.fileno(), chunk)
         *whole, line = (line + chunk).replace(b"\r", b"\n").split(b"\n")
-        said = next((one for one in reversed(whole) if one.startswith(b"regate ")), said)
+        said = said or next((one for one in whole if one.startswith(b"regate ")), b"")
     return said.decode(errors="replace")
 
 

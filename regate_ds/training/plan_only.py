@@ -116,7 +116,7 @@ class _Planner:
         path = config.teacher.store
         self._store = ReferenceStore(path) if path is not None and path.exists() else None
         if self._store is not None:
-            self._store.require(task.index().fingerprint)
+            self._store.require(task.index.fingerprint)
 
     def plan(self, order: Order) -> _Tally:
         """Counts over the micro-batches of one rank's step."""

@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 
 from regate_ds.config import RegateConfig
+from regate_ds.parallel.sync import sum_over
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
 from regate_ds.training.metrics import RunFolder, leaves
+from regate_ds.training.process import Process
 from regate_ds.training.section_reader import plain_values
 
 MAY_CHANGE = {
@@ -54,6 +56,21 @@ def require_same_run(config: RunConfig, written: Path) -> None:
                 f"{key}={mine!r}, but the run in {written.parent} was started with {started!r}: "
                 "resume with the same value, or start a new run in another run.out"
             )
+
+
+def require_one_data_set(fingerprint: str, process: Process) -> None:
+    """RuntimeError if ranks have read different data, as where one of them lacks image files.
+
+    They would take their samples from different orders. Collective.
+    """
+    # As many bits as add up, over ten thousand ranks, to an int64.
+    mine = int(fingerprint[:12], 16)
+    (total,) = sum_over([mine], process.group, process.device)
+    if total != mine * process.world_size:
+        raise RuntimeError(
+            f"rank {process.rank} has read data with fingerprint {fingerprint[:12]}, others have "
+            "read other data: give all machines the same data.train and image files"
+        )
 
 
 def describe_run(config: RunConfig, knobs: RegateConfig, steps: int, teacher_id: str | None) -> str:

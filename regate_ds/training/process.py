@@ -8,9 +8,14 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_PATIENCE = "360"
+"""Minutes that ranks wait for each other unless DEEPSPEED_TIMEOUT says otherwise, as they do while
+the first one writes a large model; DeepSpeed's own 10 would end the run there."""
 
 
 @dataclass(frozen=True)
@@ -84,4 +89,5 @@ def _init_groups(backend: str) -> None:
     if backend == "gloo":
         # deepspeed 0.19.8 on CPUs builds a shared-memory op whose collectives ignore their group.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    init_distributed(dist_backend=backend, verbose=False)
+    patience = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _PATIENCE)))
+    init_distributed(dist_backend=backend, verbose=False, timeout=patience)

@@ -50,7 +50,7 @@ def run_teacher(config: RunConfig) -> None:
         teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
         pad_id = _teacher_pad_id(config, task)
         job = TeacherJob(
-            index=task.index(),
+            index=task.index,
             encode=task.train.encode,
             score=partial(score_samples, teacher, pad_id=pad_id),
             teacher_id=teacher_id(teacher, pad_id=pad_id),
@@ -96,11 +96,15 @@ def _task(config: RunConfig, *, weights: bool = True) -> Task:
 
 
 def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
-    if config.teacher.path is None:
-        return text_backbone(task.student.model)
-    _require_causal_lm(config.teacher.path)
-    with readable_weights(config.teacher.path):
-        teacher = AutoModelForCausalLM.from_pretrained(config.teacher.path, local_files_only=True)
+    path = config.teacher.path
+    return text_backbone(task.student.model) if path is None else load_teacher(path)
+
+
+def load_teacher(path: Path) -> PreTrainedModel:
+    """The causal language model in a folder; ValueError if there is none."""
+    _require_causal_lm(path)
+    with readable_weights(path):
+        teacher = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
     return teacher.eval()
 
 

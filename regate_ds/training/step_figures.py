@@ -70,8 +70,13 @@ class StepFigures:
             **counts,
             "step_seconds": seconds,
             "cpu_seconds": cpu_mean * self._process.world_size,
-            "grad_norm": float(self._engine.get_global_grad_norm() or 0.0),
+            "grad_norm": self._grad_norm(),
         }
+
+    def _grad_norm(self) -> float | None:
+        """Before clipping; None where the engine does not tell: deepspeed 0.19.8 without ZeRO."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
 
     def _counts(self) -> dict[str, Any]:
         """Counts of the step over all data ranks; the host's own run keeps all it has."""

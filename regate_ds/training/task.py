@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.encode import Encoder, refusal
+from regate_ds.data.encode import EncodedSample, Encoder
 from regate_ds.data.progress import progress
-from regate_ds.data.samples import BadRecord, Record, bad_record, read_records
+from regate_ds.data.samples import BadRecord, Record, SampleError, read_records
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.sections import DataConfig, LoraConfig, ModelConfig
 from regate_ds.training.student import (
@@ -53,6 +53,9 @@ class Task:
     bad: list[BadRecord]
     """Records that `data.skip_bad` left out, of both sets."""
 
+    index: AnswerIndex
+    """Of the training set."""
+
     encoder: Encoder
     collator: Collator
 
@@ -63,11 +66,6 @@ class Task:
     @property
     def test(self) -> SampleDataset:
         return SampleDataset(self.test_records, self.encoder)
-
-    def index(self) -> AnswerIndex:
-        """Walk the training set and count its answer tokens; no image is decoded."""
-        data = self.train
-        return AnswerIndex.build(data.encode(number) for number in range(len(data)))
 
 
 def build_task(config: RunConfig, *, weights: bool = True) -> Task:
@@ -86,15 +84,15 @@ def build_task(config: RunConfig, *, weights: bool = True) -> Task:
         max_length=data.max_length,
         template=data.template,
     )
-    train, bad_train = _read(data.train, data.name, config.data, encoder)
-    test, bad_test = _read(data.test, "test", config.data, encoder) if data.test else ([], [])
+    train, bad, index = _read(data.train, data.name, data, encoder)
+    test, bad_test, _ = _read(data.test, "test", data, encoder) if data.test else ([], [], None)
     pad_id = student.tokenizer.pad_token_id
     collator = Collator(
         pad_id=student.tokenizer.eos_token_id if pad_id is None else pad_id,
         vision=student.vision,
         pack_length=data.pack_length,
     )
-    return Task(student, train, test, bad_train + bad_test, encoder, collator)
+    return Task(student, train, test, bad + bad_test, index, encoder, collator)
 
 
 def make_student(config: ModelConfig, *, seed: int | None) -> Student:
@@ -157,25 +155,34 @@ def host_labels(labels_BT: Tensor) -> Tensor:
 
 def _read(
     path: Path, name: str, data: DataConfig, encoder: Encoder
-) -> tuple[list[Record], list[BadRecord]]:
-    """The usable records, each encoded once to see that it can be.
+) -> tuple[list[Record], list[BadRecord], AnswerIndex]:
+    """The usable records, each encoded once to see that it can be, and their index.
 
     Without `data.skip_bad` the first bad one is an error.
     """
     records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
-    usable, show = [], os.environ.get("RANK", "0") == "0"
-    with progress(len(records), desc=f"check {name}", unit="record", show=show) as bar:
-        for record in records:
-            if (why := refusal(record, encoder)) is None:
-                usable.append(record)
-            elif data.skip_bad:
-                bad.append(why)
-            else:
-                raise bad_record(why)
-            bar.update()
+    index = AnswerIndex.build(_encoded(records, name, encoder, bad if data.skip_bad else None))
+    keys = set(index.keys)
+    usable = [record for record in records if record.key in keys]
     if not usable:
         raise ValueError(f"{path} has no usable record; training and testing need at least one")
-    return usable, bad
+    return usable, bad, index
+
+
+def _encoded(
+    records: Sequence[Record], name: str, encoder: Encoder, bad: list[BadRecord] | None
+) -> Iterator[EncodedSample]:
+    """Encode one record after the other; those that cannot be go to ``bad``, if it is there."""
+    show = os.environ.get("RANK", "0") == "0"
+    with progress(len(records), desc=f"check {name}", unit="record", show=show) as bar:
+        for record in records:
+            try:
+                yield encoder.encode(record)
+            except SampleError as error:
+                if bad is None or error.bad is None:
+                    raise
+                bad.append(error.bad)
+            bar.update()
 
 
 def _with_lora(student: Student, config: LoraConfig) -> Any:

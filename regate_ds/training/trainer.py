@@ -15,6 +15,7 @@ from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.sync import sum_over
 from regate_ds.training.checkpoint import (
+    Done,
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -26,7 +27,7 @@ from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
-from regate_ds.training.preflight import describe_run, require_same_run
+from regate_ds.training.preflight import describe_run, require_one_data_set, require_same_run
 from regate_ds.training.process import Process
 from regate_ds.training.step_figures import StepFigures, peak_memory
 from regate_ds.training.task import HostLabels, Task, trainable
@@ -37,6 +38,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, task: Task, process: Process) -> None:
         self.config, self.task, self.process = config, task, process
+        require_one_data_set(task.index.fingerprint, process)
         self.order = make_order(config, len(task.train_records), process)
         config.elision.judge_length(self.order.total_steps)
         self.knobs = config.elision.knobs(self.order.total_steps)
@@ -81,8 +83,7 @@ class Trainer:
             return None
         assert self.config.teacher.store is not None
         store = ReferenceStore(self.config.teacher.store)
-        if self.process.is_first:
-            store.require(self.task.index().fingerprint)
+        store.require(self.task.index.fingerprint)
         return store
 
     def _make_engine(self) -> Any:
@@ -140,14 +141,17 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         checkpoints = self.folder.checkpoints
-        save_checkpoint(checkpoints, done, self.engine, self.regate, self.process)
+        state = Done(done, self.task.index.fingerprint)
+        save_checkpoint(checkpoints, state, self.engine, self.regate, self.process)
         if self.process.is_first:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
     def _resume(self) -> int:
         self.folder.require_run()
         require_same_run(self.config, self.folder.config)
-        done = load_checkpoint(self.folder.checkpoints, self.engine, self.regate, self.process)
+        found = load_checkpoint(self.folder.checkpoints, self.engine, self.regate, self.process)
+        found.require(self.task.index.fingerprint)
+        done = found.step
         lacks_eval = False
         if self.process.is_first:
             self.folder.forget_after(done)

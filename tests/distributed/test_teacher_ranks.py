@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from regate_ds.data.reference_store import shard_path
 from regate_ds.teacher.precompute import precompute
 from tests.distributed.ranks import run_ranks
 from tests.unit.teacher.reference_job import files_of, make_job
@@ -29,6 +30,18 @@ def check_job_breaks_off_on_every_rank(rank: int, store: Path) -> None:
 
     with pytest.raises(RuntimeError, match="power cut"):
         precompute(replace(job, score=fail_at_the_third), dist.group.WORLD)
+
+
+def check_a_part_for_each(rank: int, store: Path) -> None:
+    assert precompute(make_job(store), dist.group.WORLD).num_tokens > 0
+
+
+def test_what_one_of_two_ranks_left_is_shared_by_both(tmp_path):
+    job = make_job(tmp_path)
+    precompute(job)
+    for number in range(0, len(job.shards), 2):
+        shard_path(tmp_path, number).unlink()
+    run_ranks(check_a_part_for_each, 2, tmp_path)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -1,4 +1,4 @@
-"""Runs README's first example, word for word, on the small task in the folder it is started in.
+"""Runs README's two examples, word for word, on the small task in the folder it is started in.
 
 python -m tests.integration.readme_example README.md on|off
 """
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from regate_ds.training.configuration import load_config
 from regate_ds.training.process import start_process
+from regate_ds.training.student import text_backbone
 from regate_ds.training.task import build_task, host_labels
 
 DS = {
@@ -41,7 +42,7 @@ def main(readme: Path, switch: str) -> None:
         return {**batch.inputs, "labels": labels, "attention_mask": mask}
 
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    code = blocks[0]
+    score, code = (block.replace('"store"', '"own_store"') for block in blocks[:2])
     if switch == "off":
         assert "RegateConfig(total_steps=T)" in code
         code = code.replace("total_steps=T", "total_steps=T, enabled=False")
@@ -52,7 +53,10 @@ def main(readme: Path, switch: str) -> None:
         "ds": DS,
         "T": 4,
         "checkpoint_dir": Path("checkpoint"),
+        "image_token_id": task.student.model.config.image_token_id,
+        "text_model": text_backbone(task.student.model),
     }
+    exec(score.replace("None", "image_token_id"), names)  # noqa: S102
     exec(code, names)  # noqa: S102 (our own README)
     steps = names["engine"].global_steps
     print(f"steps {steps} {switch}")

@@ -66,7 +66,7 @@ def test_a_plan_can_be_walked_without_the_weights_of_a_model(task: Path):
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])
-def test_the_first_example_of_the_readme_runs_as_it_stands(task: Path, switch: str):
+def test_the_examples_of_the_readme_run_as_they_stand(task: Path, switch: str):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.integration.readme_example"]
     done = subprocess.run(

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
-from regate_ds.adapters.megatron import wire
+from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
 from regate_ds.adapters.megatron.local_plan import Place, localise, require_cut
 from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_sparse

@@ -29,7 +29,7 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, localise, require_cut
-from regate_ds.adapters.megatron.planner import Planner, share, share_failure
+from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.run import StepRun
 from regate_ds.adapters.megatron.support import (
     find_chunks,
@@ -37,6 +37,7 @@ from regate_ds.adapters.megatron.support import (
     require_schedule,
     require_supported,
 )
+from regate_ds.adapters.plan_wire import share, share_failure
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
@@ -234,5 +235,5 @@ def _failing_together(axes: Axes) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        share_failure(axes)
+        share_failure(axes.planner, axes.replica)
         raise

@@ -1,17 +1,13 @@
-"""The rank of a replica that plans, and what every other rank of it hears."""
+"""The rank of a replica that plans."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from regate_ds.adapters.megatron import wire
-from regate_ds.adapters.megatron.groups import Axes
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.parallel.sync import broadcast_integers
 from regate_ds.session import Regate, StepPlan
 
 
@@ -46,20 +42,3 @@ class Planner:
             self.session.record(plan, losses_L)
         self.session.finish_step(applied=applied)
         self._is_open = False
-
-
-def share(step_plan: StepPlan | None, axes: Axes) -> wire.Sent:
-    """Send the plan to all ranks of the replica: one header and one array. Collective over it."""
-    header, array = None, None
-    if step_plan is not None:
-        header, array = wire.encode(step_plan.step, step_plan.is_dense, step_plan.micro)
-    header = broadcast_integers(header, wire.HEADER, axes.planner, axes.replica)
-    length = wire.array_length(header)
-    array = broadcast_integers(array, length, axes.planner, axes.replica)
-    return wire.decode(header, array)
-
-
-def share_failure(axes: Axes) -> None:
-    """Let all other ranks of the replica fail too, where they would wait for a plan."""
-    if axes.replica is not None:
-        broadcast_integers(torch.clone(wire.FAILURE), wire.HEADER, axes.planner, axes.replica)

@@ -307,3 +307,37 @@ def test_a_dense_runs_state_does_not_serve_an_elided_one(tmp_path):
     saved(tmp_path, keep_share=1.0)
     with pytest.raises(ValueError, match="is of a dense run without difficulty"):
         made()[1].load(tmp_path, engine())
+
+
+def test_a_call_without_the_plan_is_named():
+    model, regate = made()
+    inputs, plan = first_window(regate, batches())[0]
+    with pytest.raises(ValueError, match="returned CausalLMOutputWithPast, without a plan"):
+        regate.loss(model(**inputs), plan)
+
+
+def test_a_loader_without_our_collate_is_named():
+    _, regate = made()
+    with pytest.raises(ValueError, match=r"yields dict; give it collate_fn=regate.collate"):
+        first_window(regate, [batch.inputs for batch in batches()])  # type: ignore[misc]
+
+
+def test_a_reference_that_is_no_store_is_named():
+    with pytest.raises(ValueError, match="reference='store' is a str; give a ReferenceStore"):
+        attach(causal_lm(), config(), reference="store")  # type: ignore[arg-type]
+
+
+def test_a_run_without_a_sparse_step_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        made(warmup=4)
+    assert "all of the 4 steps are dense" in caplog.text
+
+
+def test_an_engine_is_not_attached_to():
+    with pytest.raises(ValueError, match="attach to the model before deepspeed.initialize"):
+        attach(engine(), config())  # type: ignore[arg-type]
+
+
+def test_without_elision_there_are_no_counts():
+    regate = attach(causal_lm(), config(enabled=False))
+    assert regate.metrics() == {}

@@ -122,3 +122,18 @@ def test_a_file_that_is_not_an_index_is_named(tmp_path):
 def test_spans_are_the_ranges_one_after_the_other():
     starts, lengths = torch.tensor([7, 0, 3, 3]), torch.tensor([2, 0, 3, 1])
     assert spans(starts, lengths).tolist() == [7, 8, 3, 4, 5, 3]
+
+
+def test_labels_that_were_not_shifted_are_refused():
+    sample = make_samples(1)[0]
+    is_label_S = sample.labels_S != IGNORE
+    own = sample.input_ids_S.where(is_label_S, torch.tensor(IGNORE))
+    with pytest.raises(ValueError, match="'set' record 10: its labels are each position's own"):
+        AnswerIndex.build([replace(sample, labels_S=own)])
+
+
+def test_an_answer_that_repeats_one_token_is_not_mistaken_for_unshifted_labels():
+    sample = make_samples(2)[1]
+    same = torch.full_like(sample.input_ids_S, 7)
+    labels_S = same.where(sample.labels_S != IGNORE, torch.tensor(IGNORE))
+    assert AnswerIndex.build([replace(sample, input_ids_S=same, labels_S=labels_S)]).num_tokens

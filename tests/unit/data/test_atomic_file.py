@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -10,10 +11,10 @@ def test_a_file_that_cannot_be_completed_leaves_the_old_one_and_nothing_else(tmp
     write_atomically(path, b"old")
 
     def fail(_):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full: '.*/file'"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

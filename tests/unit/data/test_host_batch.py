@@ -58,10 +58,21 @@ def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     ("items", "message"),
     [
         ([item(0), {"input_ids": [1], "labels": [1]}], "an item has no 'regate_key'; wrap the"),
-        ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has no labels"),
+        ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has labels NoneType"),
         ([item(0, attention_mask=[0, 1, 1])], "padding before tokens; set padding_side='right'"),
     ],
 )
 def test_a_batch_that_cannot_be_read_is_refused(items: list[dict], message: str):
     with pytest.raises(ValueError, match=message):
         HostCollate(stack)(items)
+
+
+def test_items_that_are_not_dicts_are_refused():
+    with pytest.raises(ValueError, match="item 0 is a tuple"):
+        Keyed([(1, 2)], "mine")[0]
+
+
+@pytest.mark.parametrize("labels", [None, [[5, 6, 7]]])
+def test_labels_that_are_no_tensor_are_refused(labels):
+    with pytest.raises(ValueError, match=f"has labels {type(labels).__name__}, not a tensor"):
+        HostCollate(lambda items: {**stack(items), "labels": labels})([item(3)])

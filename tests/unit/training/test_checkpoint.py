@@ -1,9 +1,20 @@
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from regate_ds.training.checkpoint import COMPLETE, latest, load_checkpoint, prune_checkpoints
+from regate_ds.training.checkpoint import (
+    COMPLETE,
+    Done,
+    latest,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from regate_ds.training.process import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -52,6 +63,14 @@ def test_one_that_is_cut_short_does_not_count(tmp_path):
     assert steps(tmp_path) == [4, 6, 8]
 
 
+def test_one_whose_deletion_was_cut_short_does_not_count(tmp_path, monkeypatch):
+    write(tmp_path, 2, 4)
+    point_to(tmp_path, 4)
+    monkeypatch.setattr("shutil.rmtree", lambda _: None)
+    prune_checkpoints(tmp_path, 1)
+    assert [path.parent.name for path in tmp_path.glob(f"*/{COMPLETE}")] == ["step-000004"]
+
+
 def test_those_beyond_the_newest_do_not_displace_it(tmp_path):
     write(tmp_path, 2, 4, 6, 8, 9)
     point_to(tmp_path, 6)
@@ -77,10 +96,69 @@ def test_another_number_of_ranks_is_refused_where_the_optimizer_is_cut_by_rank(t
 def test_a_checkpoint_without_the_engines_files_is_named(tmp_path):
     write(tmp_path, 5)
     point_to(tmp_path, 5)
-    with pytest.raises(ValueError, match="step-000005 lacks the engine's files"):
+    with pytest.raises(ValueError, match="step-000005 cannot be read .* lacks the engine's files"):
         load_checkpoint(tmp_path, engine(0, (None, None)), None, ALONE)
 
 
 def test_without_a_checkpoint_the_way_out_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no complete checkpoint; to start anew, delete"):
         load_checkpoint(tmp_path, engine(0), None, ALONE)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A job of one process without a group."""
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    return SimpleNamespace(
+        zero_optimization_stage=lambda: 0,
+        save_checkpoint=lambda folder, tag, **_: (Path(folder) / tag).mkdir(parents=True),
+        load_checkpoint=lambda folder, tag: (folder, {"step": int(tag[5:]), "fingerprint": "ab"}),
+    )
+
+
+DONE = Done(5, "ab")
+REGATE: Any = SimpleNamespace(save=lambda _: None, load=lambda *_: None)
+
+
+def test_nothing_is_left_of_a_step_that_was_saved_before(tmp_path, alone):
+    write(tmp_path, 5)
+    (tmp_path / "step-000005" / "random-7.pt").touch()
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
+    assert {p.name for p in (tmp_path / "step-000005").iterdir()} == {"complete", "random-0.pt"}
+    assert latest(tmp_path) == "step-000005"
+
+
+def test_a_rank_that_the_saved_run_did_not_have_keeps_its_random_state(tmp_path, alone):
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert load_checkpoint(tmp_path, alone, REGATE, Process(1, 2, torch.device("cpu"))) == DONE
+    assert torch.equal(torch.get_rng_state(), before)
+    load_checkpoint(tmp_path, alone, REGATE, ALONE)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"no pickle"])
+def test_a_damaged_random_file_is_named_with_its_checkpoint(tmp_path, alone, content):
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
+    (tmp_path / "step-000005" / "random-0.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="step-000005 cannot be read .* name an earlier"):
+        load_checkpoint(tmp_path, alone, REGATE, ALONE)
+
+
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path, alone):
+    save_checkpoint(tmp_path, DONE, alone, REGATE, ALONE)
+
+    def fill(*_, **__):
+        raise RuntimeError("[enforce fail] unexpected pos 8896 vs 8788")
+
+    alone.save_checkpoint = fill
+    with pytest.raises(RuntimeError, match=r"step-000006 cannot be written .* MB are free"):
+        save_checkpoint(tmp_path, replace(DONE, step=6), alone, REGATE, ALONE)
+    assert latest(tmp_path) == "step-000005"
+
+
+def test_a_run_goes_on_with_its_own_data_only():
+    DONE.require("ab")
+    with pytest.raises(ValueError, match="is of data with fingerprint ab, this job's has cd"):
+        DONE.require("cd")

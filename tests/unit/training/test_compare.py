@@ -58,6 +58,11 @@ def test_a_value_of_zero_is_not_a_missing_one():
     assert row["image words"] == "0.000"
 
 
+def test_an_accuracy_that_was_not_measured_is_a_dash():
+    (row,) = cells(table({"run": {**SUMMARY, "accuracy_visual": None}}))
+    assert row["image words"] == "-"
+
+
 def test_columns_stand_under_each_other():
     lines = table({"a": SUMMARY, "a_much_longer_name": {}}).splitlines()
     assert len({len(line) for line in lines}) == 1

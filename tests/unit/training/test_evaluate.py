@@ -161,6 +161,13 @@ def test_a_word_that_was_cut_off_is_not_counted():
     assert tally_words([turn], sample, [True] * 3).num_plain == 2
 
 
+def test_a_word_that_may_have_been_cut_within_a_character_is_not_counted():
+    turn = Turn("?", "a \u732b", gold_spans=((2, 3),))
+    # Three bytes, of which the third is beyond the cut.
+    sample = SimpleNamespace(char_spans=((0, 0, 1), (0, 1, 3), (0, 2, 3)))
+    assert tally_words([turn], sample, [True] * 3).num_visual == 0
+
+
 def test_a_word_without_tokens_is_not_counted():
     turn = Turn("?", "a \u200b red")
     sample = SimpleNamespace(char_spans=((0, 0, 1), (0, 4, 7), (0, 7, 7)))

@@ -24,7 +24,8 @@ from regate_ds.training.generate import (
 def test_a_gold_word_counts_only_in_its_place():
     turn = Turn("?", "a red 3 and a blue 7", gold_spans=((2, 5), (6, 7), (14, 18), (19, 20)))
     spans = tuple((0, m.start(), m.end()) for m in re.finditer(r"\S+", turn.answer))
-    whole: Any = SimpleNamespace(char_spans=spans)
+    end = len(turn.answer)
+    whole: Any = SimpleNamespace(char_spans=(*spans, (0, end, end)))
     assert match_gold_words([turn], whole, "a red 3 and a blue 7") == (4, 4)
     assert match_gold_words([turn], whole, "a blue 7 and a red 3") == (2, 4)
     assert match_gold_words([turn], whole, "a red 3 and") == (2, 4)
@@ -33,7 +34,7 @@ def test_a_gold_word_counts_only_in_its_place():
 
 def test_of_a_sample_that_is_cut_the_last_turn_that_is_left_is_scored_up_to_the_cut():
     turn = Turn("?", "a red 3 and a blue 7", gold_spans=((2, 5), (6, 7), (14, 18), (19, 20)))
-    cut: Any = SimpleNamespace(char_spans=((0, 0, 1), (0, 2, 5), (0, 6, 7)))
+    cut: Any = SimpleNamespace(char_spans=((0, 0, 1), (0, 2, 5), (0, 6, 7), (0, 8, 11)))
     assert match_gold_words([turn, Turn("?", "no")], cut, "a red 7") == (1, 2)
 
 

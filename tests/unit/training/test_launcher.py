@@ -7,7 +7,8 @@ def test_the_error_of_a_rank_is_found_in_what_the_launcher_says(tmp_path, monkey
     fake = tmp_path / "deepspeed"
     fake.write_text(
         f"#!{sys.executable}\nimport sys\n"
-        "sys.stderr.write('bar 1%\\rregate train: no such key\\nTraceback\\n  more\\n')\n"
+        "sys.stderr.write('bar 1%\\rregate train: no such key\\nTraceback\\n'\n"
+        "                 'regate train: Connection closed by peer\\n  more\\n')\n"
         "sys.exit(3)\n"
     )
     fake.chmod(0o755)

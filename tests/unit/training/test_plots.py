@@ -47,6 +47,15 @@ def test_accuracy_is_drawn_over_tokens_and_over_time(tmp_path, drawn):
         assert pixels(tmp_path / f"accuracy_over_{name}.png").std() > 0
 
 
+def test_an_accuracy_that_was_not_measured_is_a_gap_in_the_line(tmp_path, drawn):
+    rows = [{**row, "accuracy_visual": None} for row in EVALS["dense"]]
+    plot_accuracy({"blind": rows, "regate": EVALS["regate"]}, tmp_path)
+    (axes,) = drawn["accuracy_over_tokens.png"].axes
+    blind, measured = axes.get_lines()
+    assert np.isnan(np.asarray(blind.get_ydata(), dtype=float)).all()
+    assert list(measured.get_ydata()) == [row["accuracy_visual"] for row in EVALS["regate"]]
+
+
 def marks(num_tokens):
     return [
         TokenMark(f"word{i}", score=i / 10, is_kept=i % 2 == 0, is_gold=i % 3 == 0)

@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import torch
 
+from regate_ds.training import preflight
 from regate_ds.training.configuration import dump_config, load_config
 from regate_ds.training.metrics import RunFolder
-from regate_ds.training.preflight import describe_run, judge_run
+from regate_ds.training.preflight import describe_run, judge_run, require_one_data_set
+from regate_ds.training.process import Process
 
 CONFIG = """
 model: {path: student}
@@ -79,3 +82,11 @@ def test_a_run_says_how_much_of_it_is_sparse(load):
     assert "0 of them sparse, kept share 1.000" in describe_run(
         dense, dense.elision.knobs(10), 10, None
     )
+
+
+def test_a_rank_that_has_read_other_data_is_named(monkeypatch):
+    first, second = "ff" * 32, "0e" * 32
+    monkeypatch.setattr(preflight, "sum_over", lambda mine, *_: [mine[0] + int(second[:12], 16)])
+    require_one_data_set(second, Process(1, 2, torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="rank 0 has read data with fingerprint ffffffffffff"):
+        require_one_data_set(first, Process(0, 2, torch.device("cpu")))

@@ -1,6 +1,9 @@
+from datetime import timedelta
+
+import deepspeed
 import pytest
 
-from regate_ds.training.process import require_launched
+from regate_ds.training.process import require_launched, start_process
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS")
 
@@ -34,3 +37,15 @@ def test_a_rank_without_the_rest_of_the_job_is_refused(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(ValueError, match="RANK=1, but WORLD_SIZE, MASTER_ADDR not set"):
         require_launched()
+
+
+@pytest.mark.parametrize(("asked", "minutes"), [(None, 360), ("7", 7)])
+def test_ranks_wait_longer_for_each_other_than_deepspeed_does(monkeypatch, asked, minutes):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", asked)
+    given = {}
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: given.update(options))
+    start_process()
+    assert given["timeout"] == timedelta(minutes=minutes)

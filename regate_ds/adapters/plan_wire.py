@@ -1,7 +1,7 @@
 """The plan of a global batch as integers: one header and one array for every rank of a replica.
 
-Megatron's ranks must agree on all shapes before the schedule starts, as a collective inside it
-would wait for a rank that waits for a neighbour. So the rank that plans tells all others at once.
+Pipeline stages must agree on all shapes before the schedule starts, as a collective inside it would
+wait for a rank that waits for a neighbour. So the rank that plans tells all others at once.
 
 Header: status, optimizer step, dense or not, number of micro-batches, length of the array.
 Array: for each micro-batch T, B, K and whether rows hold several samples; then kept positions (not
@@ -15,8 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from regate_ds.algorithm.select import ElisionPlan, Slots, assemble_plan
+from regate_ds.parallel.sync import broadcast_integers
+from regate_ds.session import StepPlan
 
 HEADER = 5
 _PLANNED, _FAILED = 0, 1
@@ -73,3 +76,22 @@ def decode(header: Tensor, array: Tensor) -> Sent:
         )
         micro.append(replace(plan, step=step, micro=number))
     return Sent(step, bool(dense), tuple(micro))
+
+
+def share(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | None) -> Sent:
+    """Give every rank of the replica the plan of the rank ``planner`` of the world.
+
+    Collective over the replica; a RuntimeError on all other ranks where that one could not plan.
+    """
+    header, array = None, None
+    if plan is not None:
+        header, array = encode(plan.step, plan.is_dense, plan.micro)
+    header = broadcast_integers(header, HEADER, planner, replica)
+    array = broadcast_integers(array, array_length(header), planner, replica)
+    return decode(header, array)
+
+
+def share_failure(planner: int, replica: ProcessGroup | None) -> None:
+    """Let all other ranks of the replica fail too, where they would wait for a plan."""
+    if replica is not None:
+        broadcast_integers(FAILURE.clone(), HEADER, planner, replica)

@@ -1,0 +1,291 @@
+"""ReGATE in DeepSpeed's own pipeline parallelism, ZeRO stages 0 and 1.
+
+    student = pipeline_student(model, RegateConfig(total_steps=T), num_stages=2)
+    engine, *_ = deepspeed.initialize(model=student, model_parameters=..., config=ds)
+    regate = attach_pipeline(engine, reference=ReferenceStore(path))
+    for step in range(T):
+        loss = regate.train_batch(iterator)
+
+The iterator yields what ``HostCollate`` or our collator makes (``Batch``: inputs and tokens). As
+DeepSpeed wants it, the first and the last stage of a replica read the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from regate_ds.adapters.huggingface import has_tower
+from regate_ds.adapters.pipeline_layers import (
+    Decoder,
+    Desk,
+    Micro,
+    names_and_tensors,
+    numbered,
+    take_apart,
+)
+from regate_ds.adapters.plan_wire import Sent, share, share_failure
+from regate_ds.adapters.saved_state import load_state, save_state
+from regate_ds.adapters.support import require_language_model, require_supported
+from regate_ds.algorithm.select import plan_dense
+from regate_ds.config import RegateConfig
+from regate_ds.data.collate import Batch
+from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.sync import sum_over
+from regate_ds.session import Regate, StepPlan
+
+
+class PipelineStudent(PipelineModule):
+    """A model in pipeline stages whose layers take plans; made by ``pipeline_student``."""
+
+    def __init__(self, config: RegateConfig, desk: Desk, host: Any, **options: Any) -> None:
+        # Not the ends: integers go into the first layer, and the last one is small.
+        options.setdefault("checkpointable_layers", [Decoder.__name__])
+        super().__init__(loss_fn=self._loss, dynamic_shape=True, **options)
+        self.regate_config, self.desk = config, desk
+        self.scale, self.losses = 1.0, dict[int, Tensor]()
+        self._host_loss, self._vocabulary = host.loss_function, host.config.get_text_config()
+
+    def _loss(self, output: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Averaged over micro-batches and data ranks, as the engine does, the mean over targets."""
+        value, losses_L, number = output
+        if self.desk.of(number).plan is None:
+            return self._host_loss(value, labels, self._vocabulary.vocab_size)
+        self.losses[len(number) - 1] = losses_L.detach()
+        return value * self.scale
+
+
+def pipeline_student(
+    model: nn.Module, config: RegateConfig, *, num_stages: int, **options: Any
+) -> PipelineStudent:
+    """Take a Hugging Face model apart into stages; it cannot be used on its own any more.
+
+    options: of ``deepspeed.pipe.PipelineModule``, such as ``partition_method`` and
+        ``activation_checkpoint_interval``.
+
+    ValueError names what is not supported.
+    """
+    require_language_model(model, model)
+    host: Any = model
+    decoder = host.get_decoder()
+    _require_pipeline(host, decoder, config)
+    desk = Desk()
+    several = dist.get_world_size() > num_stages
+    layers = take_apart(
+        host,
+        desk,
+        first_layer=config.first_layer if config.enabled else -1,
+        needs_tower=several and has_tower(host),
+    )
+    return PipelineStudent(config, desk, host, layers=layers, num_stages=num_stages, **options)
+
+
+def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
+    depth = len(decoder.layers)
+    last = depth if config.last_layer is None else config.last_layer
+    require_supported(host, decoder, config.first_layer, last)
+    if last < depth:
+        raise ValueError(
+            f"last_layer={last} ends before the depth of {depth}: stages of a pipeline carry kept "
+            "tokens to the end; set last_layer to null"
+        )
+    if host.get_output_embeddings().weight is host.get_input_embeddings().weight:
+        raise ValueError(
+            "the model ties its input and output embeddings, which lie on two stages; untie them "
+            "(tie_word_embeddings=False) or train without a pipeline"
+        )
+    if "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {}):
+        raise ValueError(
+            f"decoder {decoder.config.model_type!r} has rotary positions of several axes, which "
+            "the pipeline does not carry; train it without a pipeline"
+        )
+
+
+def attach_pipeline(engine: Any, *, reference: ReferenceStore | None = None) -> PipelineRegate:
+    """Take a pipeline engine over. Collective over all ranks of the world."""
+    student = engine.module
+    if not isinstance(student, PipelineStudent):
+        raise ValueError(
+            f"{type(student).__name__} is not a pipeline of regate's; make it by pipeline_student"
+        )
+    return PipelineRegate(engine, student, reference)
+
+
+class PipelineRegate:
+    """One rank's part in a pipelined run; made by ``attach_pipeline``."""
+
+    def __init__(
+        self, engine: Any, student: PipelineStudent, reference: ReferenceStore | None
+    ) -> None:
+        self.config = student.regate_config
+        self.plan: StepPlan | None = None
+        """The step planned last, on ranks of the last stage."""
+        self._engine, self._student = engine, student
+        self._session: Regate | None = None
+        self._difficulty: DifficultyStore | None = None
+        self._data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
+        self.planner, self.replica = _replica(engine)
+        if self.config.enabled and engine.is_last_stage():
+            self._open_session(reference)
+
+    def train_batch(self, iterator: Iterator[Batch]) -> Tensor:
+        """One optimizer step; the mean loss over all targets of the step. All ranks call it."""
+        window = self._read(iterator)
+        plans = self._plans(window) if self.config.enabled else None
+        loss = self._engine.train_batch(self._feed(window, plans))
+        if self._session is not None:
+            self._finish(applied=self._engine.was_step_applied())
+        return loss
+
+    def eval_batch(self, iterator: Iterator[Batch]) -> Tensor:
+        """Mean over targets of as many micro-batches as a step has, in the dense model."""
+        window = self._read(iterator)
+        plans = self._dense_plans(window) if self.config.enabled else None
+        return self._engine.eval_batch(self._feed(window, plans))
+
+    def save(self, checkpoint_dir: str | Path) -> None:
+        """Write schedule and difficulty beside the engine's checkpoint. All ranks may call it."""
+        if self._session is not None:
+            is_first = self._engine.grid.data_parallel_id == 0
+            save_state(Path(checkpoint_dir), self._session, self._difficulty, is_first=is_first)
+
+    def load(self, checkpoint_dir: str | Path) -> None:
+        """Take over what ``save`` wrote, with any number of data ranks."""
+        if self._session is not None:
+            load_state(Path(checkpoint_dir), self._session, self._difficulty)
+
+    def metrics(self) -> dict[str, int | bool] | None:
+        """Counts of the step planned last, over all data ranks; None but on the last stage."""
+        if self.plan is None:
+            return None
+        return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
+
+    def _open_session(self, reference: ReferenceStore | None) -> None:
+        group, device = self._data, self._engine.device
+        if self.config.keep_share < 1.0 and reference is not None:
+            self._difficulty = DifficultyStore(reference.index, group, device=device)
+        self._session = Regate(
+            self.config,
+            reference=reference,
+            difficulty=self._difficulty,
+            layout=ParallelLayout(data=group),
+            device=device,
+        )
+
+    def _read(self, iterator: Iterator[Any]) -> list[Any] | None:
+        """The step's micro-batches, on stages that read data."""
+        engine = self._engine
+        if not (engine.is_first_stage() or engine.is_last_stage()):
+            return None
+        return list(itertools.islice(iterator, engine.micro_batches))
+
+    def _plans(self, window: list[Batch] | None) -> Sent:
+        """The step's plan, made on the last stage and told to all others."""
+        if self._session is None:
+            return share(None, self.planner, self.replica)
+        assert window is not None
+        try:
+            self._require_step(window)
+            self.plan = self._session.plan_step([batch.tokens for batch in window])
+            self._require_plan(self.plan)
+        except BaseException:
+            share_failure(self.planner, self.replica)
+            raise
+        self._student.scale = self._scale(self.plan.num_targets_global)
+        sent = Sent(self.plan.step, self.plan.is_dense, self.plan.micro)
+        return share(sent, self.planner, self.replica)
+
+    def _dense_plans(self, window: list[Batch] | None) -> Sent:
+        if self._session is None:
+            return share(None, self.planner, self.replica)
+        assert window is not None
+        try:
+            self._require_step(window)
+        except BaseException:
+            share_failure(self.planner, self.replica)
+            raise
+        micro = tuple(plan_dense(batch.tokens) for batch in window)
+        (num_targets,) = sum_over(
+            [sum(plan.num_targets for plan in micro)], self._data, self._engine.device
+        )
+        self._student.scale = self._scale(max(1, num_targets))
+        return share(Sent(self._session.step, True, micro), self.planner, self.replica)
+
+    def _scale(self, num_targets: int) -> float:
+        return self._engine.dp_world_size * self._engine.micro_batches / num_targets
+
+    def _require_step(self, window: list[Batch]) -> None:
+        if len(window) < self._engine.micro_batches:
+            raise ValueError(
+                f"the data ended after {len(window)} of the step's {self._engine.micro_batches} "
+                "micro-batches; give whole steps, or repeat the data"
+            )
+
+    def _require_plan(self, plan: StepPlan) -> None:
+        if plan.num_targets_global == 0:
+            raise ValueError(
+                f"step {plan.step} has no answer token on any rank; leave out samples without "
+                "answers"
+            )
+        if any(micro.is_packed for micro in plan.micro):
+            raise ValueError(
+                "a row holds several samples, which the pipeline cannot keep apart; give one "
+                "sample a row (data.pack_length=null)"
+            )
+
+    def _feed(self, window: list[Any] | None, plans: Sent | None) -> Iterator[Any] | None:
+        """What the engine reads: per micro-batch the first stage's tensors, the last's labels."""
+        engine, student = self._engine, self._student
+        student.losses.clear()
+        given = [{}] * engine.micro_batches if window is None else window
+        names, feed = [], []
+        for number, batch in enumerate(given):
+            inputs, labels = _inputs_and_labels(batch)
+            own, tensors = names_and_tensors(inputs) if engine.is_first_stage() else ((), ())
+            names.append(own)
+            feed.append(((*tensors, numbered(number, engine.device)), labels))
+        micro = [None] * len(given) if plans is None else [p.to(engine.device) for p in plans.micro]
+        student.desk.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
+        return None if window is None else iter(feed)
+
+    def _finish(self, *, applied: bool) -> None:
+        assert self._session is not None
+        assert self.plan is not None
+        for number, plan in enumerate(self.plan.micro):
+            self._session.record(plan, self._student.losses[number])
+        self._session.finish_step(applied=applied)
+
+
+def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
+    if isinstance(batch, Batch):
+        return batch.inputs, batch.tokens.labels_BT
+    inputs = dict(batch)
+    return inputs, inputs.pop("labels", torch.zeros(0))
+
+
+def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
+    """The rank that plans for this rank's replica, and the replica's group in host memory."""
+    grid = engine.grid
+    if grid.model_parallel_size > 1:
+        raise ValueError(
+            f"a pipeline of {grid.model_parallel_size} tensor slices is not supported; set its "
+            "model axis to 1"
+        )
+    if grid.pipe_parallel_size == 1:
+        return dist.get_rank(), None
+    own = None
+    for ranks in grid.pipe_groups:
+        # Every rank of the world makes every group, in the same order.
+        group = dist.new_group(ranks, backend="gloo")
+        own = group if dist.get_rank() in ranks else own
+    return grid.stage_to_global(grid.pipe_parallel_size - 1), own
