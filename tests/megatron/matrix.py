@@ -71,6 +71,7 @@ def run(path: Path) -> int:
         rows.append(row)
         print(f"{name}: {case}: {row['gradient']} ({time.monotonic() - start:.1f} s)", flush=True)
     pool.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"version": version("megatron-core"), "rows": rows}, indent=1))
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0

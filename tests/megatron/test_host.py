@@ -56,3 +56,12 @@ def test_saved_activations_shrink_as_the_rows_of_the_layers_do(pool: Pool, recom
     ((kept_bytes, kept_rows),) = pool.run(1, host_checks.check_activations, case)
     assert kept_rows < 0.9 * dense_rows
     assert kept_bytes / dense_bytes == pytest.approx(kept_rows / dense_rows, rel=0.05)
+
+
+@pytest.mark.slow
+def test_kept_rows_are_cut_anew_once_a_micro_batch_and_pass(pool: Pool):
+    case = Case(cp=2)
+    reports = pool.run(2, host_checks.check_gathered, case)
+    assert all(num_exchanges == 2 * case.num_micro for num_exchanges, _, _ in reports)
+    there_and_back = sum(num_bytes for _, num_bytes, _ in reports)
+    assert there_and_back == 2 * sum(said for _, _, said in reports) > 0

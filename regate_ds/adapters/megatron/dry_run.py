@@ -22,10 +22,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from regate_ds.adapters.megatron import wire
 from regate_ds.adapters.megatron.groups import Axes, Table, find_axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise
-from regate_ds.adapters.megatron.planner import share
+from regate_ds.adapters.plan_wire import encode, share
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import ElisionPlan, plan_sparse, widen
 from regate_ds.parallel.layout import replicas
@@ -128,7 +127,7 @@ def rows_of(world: World) -> list[RankRow]:
     places, rows = ranks_of(world), []
     for data_rank in range(world.data):
         micro = plans_of(world, data_rank)
-        header, array = wire.encode(0, False, micro)
+        header, array = encode(0, False, micro)
         plan_bytes = 4 * (len(header) + len(array))
         shares = {
             (tensor, context): [localise(plan, _place(world, tensor, context)) for plan in micro]
@@ -217,7 +216,8 @@ def exchange(world: World, axes: Axes) -> tuple[int, ...]:
     """Send the plan as the rank that plans would, and move meta rows by it; their shape."""
     micro = plans_of(world, mpu.get_data_parallel_rank())
     counts: dict[str, int] = {}
-    sent = share(StepPlan(0, False, micro, micro[0].num_targets, counts), axes)
+    planned = StepPlan(0, False, micro, micro[0].num_targets, counts)
+    sent = share(planned, axes.planner, axes.replica)
     local = localise(sent.micro[0], axes.place).to("meta")
     assert local.gather is not None
     full = torch.empty(*local.full_shape, world.hidden, dtype=torch.bfloat16, device="meta")
