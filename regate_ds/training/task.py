@@ -105,6 +105,8 @@ def make_student(config: ModelConfig, *, seed: int | None) -> Student:
         return load_student(config.path, attention=attention, weights=seed is not None)
     if config.tokenizer is None:
         raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
+    if not Path(config.tokenizer).is_dir():
+        raise ValueError(f"model.tokenizer={config.tokenizer}: no such folder")
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
     build, parts = _BUILDERS[config.kind], {"text": config.text, "vision": config.vision}
     try:

@@ -10,6 +10,7 @@ from regate_ds.config import RegateConfig
 from regate_ds.training.configuration import RunConfig, dump_config, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
 from regate_ds.training.sections import ElisionConfig
+from regate_ds.training.task import make_student
 from tests.unit.training.config_table import HEAD, rows
 
 ROOT = Path(__file__).parents[3]
@@ -216,6 +217,19 @@ def test_a_run_that_selects_nothing_needs_no_reference(small, override):
 def test_the_documentation_lists_every_key_as_it_is():
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert text.partition(HEAD)[2].strip().splitlines() == list(rows())
+
+
+def test_the_documented_student_is_made_as_it_stands(small, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    code, config = (text.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "yaml"))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"texts": ["Where is the red three?", "It is in the top row."]})  # noqa: S102
+    fresh = yaml.safe_load(config)["model"]
+    small.write_text(yaml.safe_dump({**yaml.safe_load(small.read_text()), "model": fresh}))
+    student = make_student(load(small).model, seed=0)
+    assert student.vision.num_tokens((48, 48)) == 9
+    with pytest.raises(ValueError, match="model.tokenizer=elsewhere: no such folder"):
+        make_student(load(small, "model.tokenizer=elsewhere").model, seed=0)
 
 
 def with_json(small: Path, user: dict, *overrides: str, world_size: int = 2) -> dict:
