@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test check style quickstart bench clean
+.PHONY: setup test test-stress test-matrix check style quickstart bench clean
 
 setup: $(READY)
 
@@ -26,6 +26,25 @@ $(READY): pyproject.toml setup.py
 
 test: check
 	$(TEST_ENV) $(BIN)/python -m pytest -q
+
+# Random layouts of Megatron-core; SEED=... repeats a run, CASES=... says how many.
+test-stress: setup
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.megatron.stress --cases $(or $(CASES),200) $(if $(SEED),--seed $(SEED))
+
+# megatron-core 0.19.2 needs Python 3.12 and an environment of its own.
+PYTHON312 ?= $(shell command -v python3.12 || ls $(HOME)/.pyenv/versions/3.12*/bin/python 2>/dev/null | tail -1)
+VENV19 := .venv-megatron19
+
+$(VENV19)/ready:
+	@test -n "$(PYTHON312)" || { echo "no Python 3.12 found; set PYTHON312=..." >&2; exit 1; }
+	$(PYTHON312) -m venv $(VENV19)
+	$(VENV19)/bin/pip install --quiet torch==2.13.0 megatron-core==0.19.2 numpy pyyaml pillow pytest
+	@touch $@
+
+test-matrix: setup $(VENV19)/ready
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.megatron.matrix run build/matrix-py311.json
+	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.megatron.matrix run build/matrix-py312.json
+	$(BIN)/python -m tests.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
 
 check: setup
 	$(BIN)/ruff check

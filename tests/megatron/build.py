@@ -167,6 +167,9 @@ def full_weight(name: str, shape: tuple[int, ...]) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return 1.0 + 0.1 * values
+    if name.startswith("vision"):
+        # Large weights there would make its own gradients ill-conditioned in single precision.
+        return values * (0.5 / shape[1] ** 0.5)
     return values * (1.5 / shape[1] ** 0.5 if "embedding" not in name else 1.0)
 
 

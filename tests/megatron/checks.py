@@ -18,7 +18,7 @@ from regate_ds.session import Regate, StepPlan
 from tests.megatron.build import build, fill, host_config, join, named, shard
 from tests.megatron.cases import Case, Item, items
 from tests.megatron.llava import ImageItem, PlainVision
-from tests.megatron.plain_gpt import PlainModel, batch_losses
+from tests.megatron.plain_gpt import PlainModel, balance_loss, batch_losses
 from tests.stores import RandomReference, index_of
 
 TOLERANCE = 1e-5
@@ -117,10 +117,11 @@ def check(case: Case) -> Report:
     session, plan, difficulty = plans_of(case)
     model = plain_model(case)
     flat = [item for rank in all_items(case) for item in rank]
-    losses = [
-        batch_losses(model, item, micro) for item, micro in zip(flat, plan.micro, strict=True)
-    ]
-    (torch.cat(losses).sum() / plan.num_targets_global).backward()
+    losses, balance = [], torch.zeros((), dtype=torch.double)
+    for item, micro in zip(flat, plan.micro, strict=True):
+        losses.append(batch_losses(model, item, micro))
+        balance = balance + balance_loss(model)
+    ((torch.cat(losses).sum() + balance) / plan.num_targets_global).backward()
     report = Report()
     report.gradient = check_gradients(chunks, model.weights)
     report.loss = check_losses(case, regate, losses)

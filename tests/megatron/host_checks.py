@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import attach
 from regate_ds.config import RegateConfig
+from regate_ds.parallel import routes
 from tests.megatron.build import build, join
 from tests.megatron.cases import Case, items
 from tests.megatron.checks import dismantle, forward_step, reference_of, run_chunks
@@ -183,3 +184,61 @@ def regate_losses(case: Case) -> list[Tensor]:
         return [
             batch_losses(model, item, micro) for item, micro in zip(flat, plan.micro, strict=True)
         ]
+
+
+def check_activations(case: Case) -> tuple[int, int]:
+    """(bytes that the decoder's layers save for the backward pass, rows that they see)"""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    saved: dict[tuple[int, int], int] = {}
+    weights = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
+    inside: list[bool] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if inside and storage.data_ptr() not in weights:
+            saved[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    # Held, so that no address is used twice.
+    kept: list[Tensor] = []
+    for chunk in chunks:
+        decoder = chunk.module.decoder
+        decoder.register_forward_pre_hook(lambda *_: inside.append(True), prepend=True)
+        decoder.register_forward_hook(lambda *_: inside.clear(), prepend=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
+    assert regate.run is not None
+    rows = 0
+    for local in regate.run.micro:
+        full, few = local.full_shape[0], local.kept_shape[0]
+        rows += case.first_layer * full + (case.num_layers - case.first_layer) * few
+    dismantle(chunks)
+    return sum(saved.values()), rows
+
+
+def check_gathered(case: Case) -> tuple[int, int, int]:
+    """(exchanges of rows, bytes that left this rank in them, what the step says of one way)"""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    exchange, counted = routes.exchange_tensors, []
+
+    def counting(rows_NH: Tensor, num_sent: list[int], *rest: Any) -> Tensor:
+        if rest[-1] is None:
+            return exchange(rows_NH, num_sent, *rest)
+        leaving = sum(num_sent) - num_sent[mpu.get_context_parallel_rank()]
+        counted.append(leaving * rows_NH.shape[1] * rows_NH.element_size())
+        return exchange(rows_NH, num_sent, *rest)
+
+    routes.exchange_tensors = counting
+    try:
+        run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
+    finally:
+        routes.exchange_tensors = exchange
+    assert regate.run is not None
+    said = regate.run.gathered_bytes()
+    dismantle(chunks)
+    return len(counted), sum(counted), said

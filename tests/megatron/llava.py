@@ -69,7 +69,9 @@ def vision_spec() -> Any:
 
 
 def projector_spec() -> Any:
-    return get_gpt_layer_local_spec().submodules.mlp.submodules
+    mlp = get_gpt_layer_local_spec().submodules.mlp
+    # A ModuleSpec in 0.16.1, a partial of the module in 0.19.2.
+    return mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
 
 
 def llava(case: Case, config: TransformerConfig) -> LLaVAModel:

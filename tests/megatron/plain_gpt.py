@@ -8,7 +8,7 @@ Shapes: T tokens of a sample, K kept ones, H hidden, N heads, D size of a head.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class PlainModel:
     case: Case
     weights: dict[str, Tensor]
     vision: PlainVision | None = None
+    routed: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Router's logits of a micro-batch's tokens, by layer."""
 
     def weight(self, name: str, *shape: int) -> Tensor:
         if name not in self.weights:
@@ -88,6 +90,21 @@ def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.double)
 
 
+def balance_loss(model: PlainModel) -> Tensor:
+    """The auxiliary loss of the micro-batch that ran last, as Megatron scales it: per token."""
+    total = torch.zeros((), dtype=torch.double)
+    for parts in model.routed.values():
+        logits_NE = torch.cat(parts)
+        chosen_E = torch.zeros(EXPERTS, dtype=torch.double)
+        for which in logits_NE.topk(2, dim=-1).indices.reshape(-1).tolist():
+            chosen_E[which] += 1
+        share_E = logits_NE.softmax(-1).mean(0)
+        load_E = chosen_E / (2 * len(logits_NE))
+        total = total + model.case.aux * EXPERTS * (share_E * load_E).sum() * len(logits_NE)
+    model.routed.clear()
+    return total
+
+
 def _head(model: PlainModel) -> Tensor:
     tied = model.case.model == "tied"
     name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
@@ -121,6 +138,7 @@ def _mlp(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
 def _experts(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
     """Each token goes to its two best experts, weighted by the softmax over these two."""
     logits_KE = h_KH @ model.weight(f"{name}.router.weight", EXPERTS, HIDDEN).T
+    model.routed.setdefault(name, []).append(logits_KE)
     best, which = logits_KE.topk(2, dim=-1)
     share = best.softmax(-1)
     rows = []

@@ -43,3 +43,25 @@ def test_stages_send_what_the_plan_says_and_less_than_without_it(pool: Pool, lay
 @pytest.mark.parametrize("case", [Case(cp=2), Case(pp=2), Case(dp=2)], ids=str)
 def test_difficulty_is_remembered_once_a_step_that_was_applied(pool: Pool, case: Case):
     pool.run(case.world, host_checks.check_memory, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_saved_activations_shrink_as_the_rows_of_the_layers_do(pool: Pool, recompute: str):
+    # Attention is recomputed: its scores, which grow with the square, are not saved.
+    case = Case(rows=1, length=96, num_layers=8, recompute=recompute, num_micro=1)
+    ((dense_bytes, dense_rows),) = pool.run(
+        1, host_checks.check_activations, replace(case, dense=True)
+    )
+    ((kept_bytes, kept_rows),) = pool.run(1, host_checks.check_activations, case)
+    assert kept_rows < 0.9 * dense_rows
+    assert kept_bytes / dense_bytes == pytest.approx(kept_rows / dense_rows, rel=0.05)
+
+
+@pytest.mark.slow
+def test_kept_rows_are_cut_anew_once_a_micro_batch_and_pass(pool: Pool):
+    case = Case(cp=2)
+    reports = pool.run(2, host_checks.check_gathered, case)
+    assert all(num_exchanges == 2 * case.num_micro for num_exchanges, _, _ in reports)
+    there_and_back = sum(num_bytes for _, num_bytes, _ in reports)
+    assert there_and_back == 2 * sum(said for _, _, said in reports) > 0

@@ -208,7 +208,7 @@ class MegatronRegate:
                 planned = attached.planner.plan_step(window)
                 # What cannot be cut over the ranks fails here, before they are told of it.
                 require_cut(planned.micro, place)
-        sent = share(planned, attached.axes)
+        sent = share(planned, attached.axes.planner, attached.axes.replica)
         device = next(attached.gates[0].gpt.parameters()).device
         return [localise(micro, place).to(device) for micro in sent.micro]
 

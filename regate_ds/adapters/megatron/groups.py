@@ -41,8 +41,15 @@ class Axes:
     virtual_size: int
 
 
-def find_axes(config: Any, *, ragged: bool, ends_early: bool) -> Axes:
-    """Read Megatron's groups and make ours. Collective over all ranks of the world."""
+Table = list[tuple[int, bool]]
+"""For each rank of the world: its data rank, and whether it plans for its replica."""
+
+
+def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | None = None) -> Axes:
+    """Read Megatron's groups and make ours. Collective over all ranks of the world.
+
+    table: where it is known already, without asking the ranks.
+    """
     sequence_parallel = config.sequence_parallel and config.tensor_model_parallel_size > 1
     context_size = mpu.get_context_parallel_world_size()
     place = Place(
@@ -53,7 +60,7 @@ def find_axes(config: Any, *, ragged: bool, ends_early: bool) -> Axes:
         ragged=ragged,
         ends_early=ends_early,
     )
-    replica, planner = _replica()
+    replica, planner = _replica(table or rank_table())
     return Axes(
         place=place,
         split=_split_group(place),
@@ -82,8 +89,8 @@ def _split_group(place: Place) -> ProcessGroup | None:
     return group
 
 
-def _replica() -> tuple[ProcessGroup | None, int]:
-    """The group of this rank's replica, and the rank of the world that plans for it."""
+def rank_table() -> Table:
+    """What every rank of the world is. Collective over it."""
     is_planner = (
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
@@ -91,15 +98,21 @@ def _replica() -> tuple[ProcessGroup | None, int]:
     )
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     mine = torch.tensor([mpu.get_data_parallel_rank(), int(is_planner)], device=device)
-    table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(table, mine)
-    data_ranks, planners = zip(*(row.tolist() for row in table))
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return [(data_rank, bool(plans)) for data_rank, plans in (row.tolist() for row in rows)]
+
+
+def _replica(table: Table) -> tuple[ProcessGroup | None, int]:
+    """The group of this rank's replica, and the rank of the world that plans for it."""
+    # Torch's fake backend, for dry runs, has no groups of another backend.
+    backend = None if dist.get_backend() == "fake" else "gloo"
     own_group, own_planner = None, -1
-    for ranks in replicas(list(data_ranks)):
+    for ranks in replicas([data_rank for data_rank, _ in table]):
         # Every rank of the world makes every group, in the same order.
-        group = dist.new_group(ranks, backend="gloo") if len(ranks) > 1 else None
+        group = dist.new_group(ranks, backend=backend) if len(ranks) > 1 else None
         if dist.get_rank() in ranks:
-            own_group, own_planner = group, next(r for r in ranks if planners[r])
+            own_group, own_planner = group, next(r for r in ranks if table[r][1])
     return own_group, own_planner
 
 

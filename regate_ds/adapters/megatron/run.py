@@ -83,6 +83,13 @@ class StepRun:
             packed_before=layers[0] >= gated.first, packed_after=layers[-1] + 1 >= gated.first
         )
 
+    def gathered_bytes(self) -> int:
+        """What leaves this rank for others of its sequence in one move of the step's kept rows."""
+        config, at = self._gates[0].gpt.config, self._axes.place.rank
+        routes = [local.gather for local in self.micro if local.gather is not None]
+        size = config.hidden_size * torch.finfo(config.params_dtype).bits // 8
+        return sum(route.num_crossing(at) for route in routes) * size
+
     def expected_bytes(self) -> tuple[int, int]:
         """What this stage sends in a step by the plan: activations onward, gradients back."""
         config, edge = self._gates[0].gpt.config, self.boundary()
