@@ -19,7 +19,7 @@ from tests.integration.small_task import make_task
 
 def regate(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "regate_ds.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_examples_of_the_readme_run_as_they_stand(task: Path, switch: str):
         env={**os.environ, "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

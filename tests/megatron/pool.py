@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.megatron.worker import work
 
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 120
 MAX_THREADS = 30
 """Of one worker between cases. Gloo groups that are made and never destroyed show here first."""
 
