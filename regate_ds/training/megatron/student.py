@@ -1,0 +1,87 @@
+"""A Llama-shaped decoder as Megatron-core's GPTModel, under the axes that are set up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from torch.nn import functional as F
+
+try:
+    import transformer_engine  # noqa: F401
+except ImportError:
+    HAS_ENGINE = False
+else:
+    HAS_ENGINE = True
+
+SUPPORTED = ("llama", "qwen2")
+"""`model_type` of the decoders whose weights are known in Megatron's names."""
+
+
+def transformer_config(text: Any, **more: Any) -> TransformerConfig:
+    """Megatron's settings for a Hugging Face decoder config. ValueError names what differs."""
+    if text.model_type not in SUPPORTED:
+        raise ValueError(
+            f"decoder {text.model_type!r} has no counterpart in Megatron-core here; use one of "
+            f"{SUPPORTED}"
+        )
+    if text.rope_parameters.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"rope_type={text.rope_parameters['rope_type']!r} is not supported with Megatron-core; "
+            "use a student with plain rotary positions"
+        )
+    bias = text.model_type == "qwen2"
+    settings = {
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_query_groups": text.num_key_value_heads,
+        "kv_channels": getattr(text, "head_dim", None)
+        or text.hidden_size // text.num_attention_heads,
+        "ffn_hidden_size": text.intermediate_size,
+        "layernorm_epsilon": text.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": bias or bool(getattr(text, "attention_bias", False)),
+        "hidden_dropout": 0.0,
+        "attention_dropout": text.attention_dropout,
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "calculate_per_token_loss": True,
+        # The weights are the student's: what initialises them does not matter.
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": mpu.get_pipeline_model_parallel_world_size(),
+    }
+    return TransformerConfig(**{**settings, **more})
+
+
+def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
+    """This rank's part of the decoder with its output layer."""
+    build = get_gpt_layer_with_transformer_engine_spec if HAS_ENGINE else get_gpt_layer_local_spec
+    return GPTModel(
+        config,
+        build(normalization="RMSNorm") if not HAS_ENGINE else build(),
+        text.vocab_size,
+        text.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="rope",
+        rotary_base=text.rope_parameters["rope_theta"],
+        share_embeddings_and_output_weights=text.tie_word_embeddings,
+        scatter_embedding_sequence_parallel=False,
+        vp_stage=vp_stage,
+    )

@@ -1,0 +1,175 @@
+"""Weights of a Llama-shaped Hugging Face decoder in Megatron-core's names and cuts, and back.
+
+    whole names     Megatron's, with layers counted through the whole model
+    into a model    every rank takes its cut of each whole weight
+    out of a model  the tensor ranks' cuts are joined, the stages' weights put together
+
+Shapes: G groups of queries, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How the rows of a decoder's attention are shared out."""
+
+    num_heads: int
+    num_groups: int
+    size: int
+
+    @classmethod
+    def of(cls, config: Any) -> Heads:
+        size = getattr(config, "head_dim", None)
+        size = size or config.hidden_size // config.num_attention_heads
+        return cls(config.num_attention_heads, config.num_key_value_heads, size)
+
+    def join(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Megatron's order: each group's queries, then its key, then its value."""
+        rest = query.shape[1:]
+        parts = [x.view(self.num_groups, -1, self.size, *rest) for x in (query, key, value)]
+        return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inverse of ``join``."""
+        rest, per_group = joined.shape[1:], self.num_heads // self.num_groups
+        parts = joined.view(self.num_groups, per_group + 2, self.size, *rest)
+        query, key, value = parts.split([per_group, 1, 1], dim=1)
+        return tuple(x.reshape(-1, *rest) for x in (query, key, value))  # type: ignore[return-value]
+
+
+_PLAIN = {
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "input_layernorm.weight": "input_layernorm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+}
+"""Names inside a layer that hold one weight on both sides."""
+
+_ENDS = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's layers hold the norms before them."""
+
+
+def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:
+    """Whole weights of a causal LM under Megatron's names."""
+    heads, whole = Heads.of(config), {}
+    for ours, theirs in _ENDS.items():
+        if theirs in weights:
+            whole[ours] = weights[theirs]
+    for number in range(config.num_hidden_layers):
+        at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
+        for ours, theirs in _PLAIN.items():
+            whole[to + ours] = weights[at + theirs]
+        for kind in ("weight", "bias"):
+            names = [f"{at}self_attn.{x}_proj.{kind}" for x in "qkv"]
+            if names[0] in weights:
+                joined = heads.join(*(weights[name] for name in names))
+                whole[f"{to}self_attention.linear_qkv.{kind}"] = joined
+        gate, up = (weights[f"{at}mlp.{x}_proj.weight"] for x in ("gate", "up"))
+        whole[f"{to}mlp.linear_fc1.weight"] = torch.cat([gate, up])
+    return whole
+
+
+def from_megatron(whole: Mapping[str, Tensor], config: Any) -> Weights:
+    """The inverse of ``to_megatron``."""
+    heads, weights = Heads.of(config), {}
+    for ours, theirs in _ENDS.items():
+        if ours in whole:
+            weights[theirs] = whole[ours]
+    for number in range(config.num_hidden_layers):
+        at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
+        for ours, theirs in _PLAIN.items():
+            weights[at + theirs] = whole[to + ours]
+        for kind in ("weight", "bias"):
+            joined = whole.get(f"{to}self_attention.linear_qkv.{kind}")
+            if joined is not None:
+                names = (f"{at}self_attn.{x}_proj.{kind}" for x in "qkv")
+                weights |= dict(zip(names, heads.split(joined), strict=True))
+        gate, up = whole[f"{to}mlp.linear_fc1.weight"].chunk(2)
+        weights |= {f"{at}mlp.gate_proj.weight": gate, f"{at}mlp.up_proj.weight": up}
+    return weights
+
+
+def load_whole(chunks: Sequence[nn.Module], whole: Mapping[str, Tensor]) -> None:
+    """Fill this rank's GPTModel chunks with its cut of every weight."""
+    size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for name, parameter in named_parameters(chunks):
+            cut = _pieces(name, whole[name], parameter, size)[rank]
+            if cut.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} has {tuple(parameter.shape)} on this rank, the student's cut is "
+                    f"{tuple(cut.shape)}; choose parallel sizes that divide the student"
+                )
+            parameter.copy_(cut)
+
+
+def gather_whole(chunks: Sequence[nn.Module]) -> Weights:
+    """All weights of the model, on the CPU of every rank. Collective over the model's ranks."""
+    size, found = mpu.get_tensor_model_parallel_world_size(), {}
+    for name, parameter in named_parameters(chunks):
+        pieces = [torch.empty_like(parameter.data) for _ in range(size)]
+        dist.all_gather(
+            pieces, parameter.data.contiguous(), group=mpu.get_tensor_model_parallel_group()
+        )
+        found[name] = _joined(name, pieces, parameter).cpu()
+    stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, found, group=mpu.get_pipeline_model_parallel_group())
+    return {name: value for stage in stages for name, value in stage.items()}
+
+
+def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of GPTModel chunks by whole names."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield _whole_name(chunk, name), parameter
+
+
+def _whole_name(chunk: Any, name: str) -> str:
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    inside = ".".join(parts[3:])
+    return (
+        ".".join([*parts[:3], _FUSED_NORMS[inside]]) if inside in _FUSED_NORMS else ".".join(parts)
+    )
+
+
+def _pieces(name: str, whole: Tensor, parameter: Any, size: int) -> list[Tensor]:
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return [whole] * size
+    if "linear_fc1" in name:
+        # Gate and value, each cut over the ranks.
+        gates, values = (half.chunk(size) for half in whole.chunk(2))
+        return [torch.cat(pair) for pair in zip(gates, values, strict=True)]
+    return list(whole.chunk(size, dim=parameter.partition_dim))
+
+
+def _joined(name: str, pieces: list[Tensor], parameter: Any) -> Tensor:
+    if len(pieces) == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return pieces[0]
+    if "linear_fc1" in name:
+        return torch.cat([half for i in (0, 1) for half in (p.chunk(2)[i] for p in pieces)])
+    return torch.cat(pieces, dim=parameter.partition_dim)
