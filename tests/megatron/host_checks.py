@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -242,3 +243,32 @@ def check_gathered(case: Case) -> tuple[int, int, int]:
     said = regate.run.gathered_bytes()
     dismantle(chunks)
     return len(counted), sum(counted), said
+
+
+def check_training(case: Case) -> list[float]:
+    """Mean loss of each of four steps of Megatron's own optimizer: two dense, two sparse."""
+    join(case)
+    chunks = build(case)
+    config = replace(case.config, warmup=2)
+    regate = attach(chunks, config, reference=reference_of(case), layout=case.layout)
+    schedule = regate.wrap(get_forward_backward_func())
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=0.02,
+        clip_grad=1.0,
+        weight_decay=0.0,
+        use_distributed_optimizer=case.distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        reports = run_chunks(case, chunks, schedule, forward_step(case))
+        applied, _, _ = optimizer.step()
+        regate.step(applied=applied)
+        total = sum(report["lm loss"] for report in reports) if reports else torch.zeros(2)
+        losses.append(float(total[0] / total[1].clamp(min=1)))
+    metrics = regate.metrics()
+    assert metrics is None or (metrics["step"], metrics["dense"]) == (3, False)
+    dismantle(chunks)
+    return losses
