@@ -85,3 +85,11 @@ def test_the_distributed_optimizer_learns_as_the_plain_one(pool: Pool):
     sharded = pool.run(2, host_checks.check_training, Case(dp=2, distributed_optimizer=True))
     for mine, theirs in zip(sharded, plain, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_goes_through_float16module(pool: Pool):
+    case = Case(pp=2)
+    (losses,) = (part for part in pool.run(2, host_checks.check_half, case) if part)
+    wanted = pool.run(1, host_checks.plain_losses, replace(case, pp=1))[0]
+    assert losses == pytest.approx(wanted, rel=0.1, abs=0.1)
