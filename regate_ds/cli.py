@@ -56,7 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="regate", description="Train multimodal LLMs on the tokens that still teach them."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_data, _add_teacher, _add_train, _add_eval, _add_compare, _add_bench):
+    for add in (
+        _add_data,
+        _add_teacher,
+        _add_store,
+        _add_train,
+        _add_eval,
+        _add_compare,
+        _add_bench,
+    ):
         add(commands, debug)
     _add_doctor(commands, debug)
     return parser
@@ -80,6 +88,24 @@ def _add_teacher(commands: argparse._SubParsersAction, debug: argparse.ArgumentP
     teacher = commands.add_parser("teacher", parents=[debug], help=text, description=text)
     _add_config(teacher)
     teacher.set_defaults(run=_teacher)
+
+
+def _add_store(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
+    store = commands.add_parser("store", help="look into the reference losses")
+    asks = store.add_subparsers(dest="ask", required=True, metavar="ASK")
+    texts = {
+        "info": "counts, and a histogram of the losses",
+        "verify": "compare every byte with its checksum",
+    }
+    for ask, text in texts.items():
+        one = asks.add_parser(ask, parents=[debug], help=text, description=text)
+        one.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
+        one.set_defaults(run=_store)
+    text = "the words of the training answers that the teacher finds hardest and easiest"
+    show = asks.add_parser("show", parents=[debug], help=text, description=text)
+    show.add_argument("--words", type=int, default=15, metavar="N", help="how many of each")
+    _add_config(show)
+    show.set_defaults(run=_store_words)
 
 
 def _add_train(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
@@ -144,6 +170,25 @@ def _teacher(args: argparse.Namespace, _: list[str]) -> int:
     from regate_ds.training.runner import run_teacher
 
     run_teacher(config)
+    return 0
+
+
+def _store(args: argparse.Namespace, _: list[str]) -> int:
+    from regate_ds.training import store_report
+
+    report = store_report.info if args.ask == "info" else store_report.verify
+    print(report(args.store))
+    return 0
+
+
+def _store_words(args: argparse.Namespace, _: list[str]) -> int:
+    from regate_ds.training.configuration import load_config
+
+    config = load_config(args.config, args.overrides)
+
+    from regate_ds.training.store_report import show
+
+    print(show(config, num_words=args.words))
     return 0
 
 

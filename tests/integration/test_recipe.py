@@ -50,6 +50,19 @@ def test_train_eval_and_compare_work_from_the_command_line(task: Path):
     assert (task / "table" / "accuracy_over_tokens.png").stat().st_size > 1000
 
 
+def test_the_store_shows_its_hardest_and_easiest_words(task: Path):
+    done = regate("store", "show", str(task / "run.yaml"), "--words", "4")
+    assert done.returncode == 0, done.stderr
+    hardest, easiest = done.stdout.strip().split("\n\n")
+    means = [
+        [float(line.split()[1]) for line in part.splitlines()[1:]] for part in (hardest, easiest)
+    ]
+    assert [len(part) for part in means] == [4, 4]
+    assert means[0] == sorted(means[0], reverse=True)
+    assert means[1] == sorted(means[1])
+    assert means[0][-1] >= means[1][-1]
+
+
 def test_a_plan_can_be_walked_without_the_weights_of_a_model(task: Path):
     shutil.copytree(task / "student", task / "bare")
     (task / "bare" / "model.safetensors").unlink()

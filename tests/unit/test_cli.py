@@ -7,7 +7,7 @@ import pytest
 from regate_ds import cli
 from regate_ds.training import bench, compare, digits, doctor, runner
 
-COMMANDS = ["data", "teacher", "train", "eval", "compare", "bench", "doctor"]
+COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "doctor"]
 
 CONFIG = """
 model: {path: student}

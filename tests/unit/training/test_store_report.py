@@ -1,0 +1,57 @@
+"""What `regate store` says of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regate_ds import cli
+from regate_ds.data.reference_store import shard_path
+from regate_ds.data.samples import Turn
+from regate_ds.teacher.precompute import precompute
+from regate_ds.training.store_report import word_losses
+from tests.unit.teacher.reference_job import NUM_SAMPLES, make_job
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    precompute(make_job(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def test_info_counts_and_shows_every_loss_in_the_histogram(store: Path, capsys):
+    assert cli.main(["store", "info", str(store)]) == 0
+    text = capsys.readouterr().out
+    job = make_job(store)
+    assert f"samples       {NUM_SAMPLES} (0 without an answer)" in text
+    assert f"answer tokens {job.index.num_tokens}\n" in text
+    shares = [float(line[14:21].strip(" %")) for line in text.splitlines() if " to " in line]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_verify_finds_a_flipped_byte(store: Path, capsys):
+    assert cli.main(["store", "verify", str(store)]) == 0
+    assert "all as written" in capsys.readouterr().out
+    path = shard_path(store, 0)
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    assert cli.main(["store", "verify", str(store)]) == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_a_word_has_the_losses_of_all_tokens_that_overlap_it():
+    turns = (
+        Turn(question="What?", answer="A red three.", gold_spans=()),
+        Turn(question="Where?", answer="Here.", gold_spans=()),
+    )
+    # A token that straddles two words counts for both.
+    spans = ((0, 0, 1), (0, 1, 7), (0, 7, 11), (0, 11, 12), (1, 0, 4))
+    sample = SimpleNamespace(char_spans=spans)
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    record = SimpleNamespace(turns=turns)
+    found = list(word_losses(record, sample, losses))  # type: ignore[arg-type]
+    assert found == [("A", 1.0), ("red", 2.0), ("three.", 14.0), ("Here.", 16.0)]
