@@ -5,7 +5,14 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.parallel.layout import rank_in, size_of
-from regate_ds.parallel.sync import exchange, exchange_counts, sum_over
+from regate_ds.parallel.routes import Rows, move_rows, plan_route
+from regate_ds.parallel.sync import (
+    broadcast_integers,
+    exchange,
+    exchange_counts,
+    gather_values,
+    sum_over,
+)
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -29,6 +36,38 @@ def check_collectives(rank: int, world_size: int) -> None:
     assert exchange(flat, num_sent, num_received, group).tolist() == expected
 
 
+def check_shared_values(rank: int, world_size: int) -> None:
+    group = dist.group.WORLD
+    last = world_size - 1
+    values = torch.tensor([7, 8, 9], dtype=torch.int32) if rank == last else None
+    assert broadcast_integers(values, 3, last, group).tolist() == [7, 8, 9]
+    counts = list(range(world_size))
+    gathered = gather_values(torch.full((rank,), float(rank)), counts, group)
+    assert [part.tolist() for part in gathered] == [[float(r)] * r for r in range(world_size)]
+
+
+def check_moved_rows(rank: int, world_size: int) -> None:
+    """Against one process that holds all rows: forward, and the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    rows, moved = 6, 3 * world_size
+    x = torch.randn(world_size, rows, 2, 4, generator=generator, dtype=torch.double)
+    weight = torch.randn(world_size, moved, 1, 4, generator=generator, dtype=torch.double)
+    source = torch.randperm(world_size * rows * 2, generator=generator)[:moved]
+    target = torch.randperm(world_size * moved, generator=generator)[:moved]
+    before = Rows(source // (2 * rows), source % (2 * rows))
+    after = Rows(target // moved, target % moved)
+    mine = x[rank].clone().requires_grad_()
+    route = plan_route(before, after, rank, world_size)
+    out = move_rows(mine, route, (moved, 1), dist.group.WORLD)
+    (out * weight[rank]).sum().backward()
+    whole = x.clone().requires_grad_()
+    wanted = torch.zeros(world_size * moved, 4, dtype=torch.double)
+    wanted = wanted.index_copy(0, target, whole.view(-1, 4)[source]).view_as(weight)
+    (wanted * weight).sum().backward()
+    assert torch.equal(out, wanted[rank])
+    assert torch.equal(mine.grad, whole.grad[rank])
+
+
 def check_a_part_of_the_world_sums_alone(rank: int) -> None:
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     group = groups[0] if rank < 2 else groups[1]
@@ -43,3 +82,11 @@ def test_collectives_do_what_one_process_would(world_size):
 
 def test_a_part_of_the_world_sums_alone():
     run_ranks(check_a_part_of_the_world_sums_alone, 3)
+
+
+def test_shared_values_are_the_same_on_all_ranks():
+    run_ranks(check_shared_values, 3, 3)
+
+
+def test_rows_and_their_gradients_move_as_in_one_process():
+    run_ranks(check_moved_rows, 3, 3)

@@ -104,7 +104,7 @@ def build(case: Case, **more: Any) -> list[nn.Module]:
         chunk = llava(case, config) if case.model == "llava" else gpt(case, config, stage)
         chunk.model_type = None
         fill(chunk)
-        chunks.append(wrapped(config, chunk))
+        chunks.append(wrapped(case, config, chunk))
     return chunks
 
 
@@ -129,8 +129,12 @@ def gpt(case: Case, config: TransformerConfig, vp_stage: int | None) -> GPTModel
     )
 
 
-def wrapped(config: TransformerConfig, chunk: nn.Module) -> DistributedDataParallel:
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+def wrapped(case: Case, config: TransformerConfig, chunk: nn.Module) -> DistributedDataParallel:
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=case.distributed_optimizer,
+    )
     return DistributedDataParallel(config, ddp, chunk)
 
 

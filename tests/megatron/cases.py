@@ -48,6 +48,9 @@ class Case:
     """Kept label positions are all at the end: in one slice of the sequence."""
 
     aux: float = 0.0
+    """Weight of the experts' auxiliary loss."""
+
+    distributed_optimizer: bool = False
 
     @property
     def world(self) -> int:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import attach
 from regate_ds.config import RegateConfig
 from regate_ds.parallel import routes
-from tests.megatron.build import build, join
+from tests.megatron.build import build, fill, gpt, host_config, join, wrapped
 from tests.megatron.cases import Case, items
 from tests.megatron.checks import dismantle, forward_step, reference_of, run_chunks
 from tests.megatron.llava import ImageItem
@@ -173,6 +175,10 @@ def check_memory(case: Case) -> None:
     dismantle(chunks)
 
 
+def plain_losses(case: Case) -> list[float]:
+    return torch.cat(regate_losses(case)).tolist()
+
+
 def regate_losses(case: Case) -> list[Tensor]:
     from tests.megatron.checks import plain_model, plans_of
     from tests.megatron.plain_gpt import batch_losses
@@ -242,3 +248,52 @@ def check_gathered(case: Case) -> tuple[int, int, int]:
     said = regate.run.gathered_bytes()
     dismantle(chunks)
     return len(counted), sum(counted), said
+
+
+def check_training(case: Case) -> list[float]:
+    """Mean loss of each of four steps of Megatron's own optimizer: two dense, two sparse."""
+    join(case)
+    chunks = build(case)
+    config = replace(case.config, warmup=2)
+    regate = attach(chunks, config, reference=reference_of(case), layout=case.layout)
+    schedule = regate.wrap(get_forward_backward_func())
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=0.02,
+        clip_grad=1.0,
+        weight_decay=0.0,
+        use_distributed_optimizer=case.distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        reports = run_chunks(case, chunks, schedule, forward_step(case))
+        applied, _, _ = optimizer.step()
+        regate.step(applied=applied)
+        total = sum(report["lm loss"] for report in reports) if reports else torch.zeros(2)
+        losses.append(float(total[0] / total[1].clamp(min=1)))
+    metrics = regate.metrics()
+    assert metrics is None or (metrics["step"], metrics["dense"]) == (3, False)
+    dismantle(chunks)
+    return losses
+
+
+def check_half(case: Case) -> list[float]:
+    """Losses of the step's targets in bf16, through Float16Module."""
+    join(case)
+    config = host_config(
+        case, bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16
+    )
+    chunk = gpt(case, config, None)
+    chunk.model_type = None
+    fill(chunk)
+    chunks = [wrapped(case, config, Float16Module(config, chunk))]
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
+    regate.step(applied=True)
+    assert all(p.main_grad.isfinite().all() for p in chunk.parameters())
+    assert regate.run is not None
+    losses = torch.cat([*regate.run.losses.values(), torch.zeros(0)])
+    dismantle(chunks)
+    return losses.tolist()

@@ -96,6 +96,9 @@ def check_attach(case: Case) -> None:
     schedule = regate.wrap(get_forward_backward_func())
     with refused(RuntimeError, "did not call the model"):
         run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
+    unset = changed(gpt.config, "finalize_model_grads_func", None)
+    with unset, refused(ValueError, "finalize_model_grads_func"):
+        run_chunks(case, chunks, schedule, forward_step(case))
     regate.remove()
     assert num_hooks(chunks) == before
     dismantle(chunks)
@@ -104,6 +107,9 @@ def check_attach(case: Case) -> None:
 def check_virtual_range(case: Case) -> None:
     join(case)
     chunks = build(case)
+    config, uneven = chunks[0].config, "num_layers_in_first_pipeline_stage"
+    with changed(config, uneven, 2), refused(ValueError, uneven):
+        attach(chunks, case.config, reference=reference_of(case))
     with refused(ValueError, "first virtual chunk"):
         attach(chunks, replace(case.config, first_layer=3), reference=reference_of(case))
     dismantle(chunks)

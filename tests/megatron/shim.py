@@ -35,6 +35,7 @@ def install() -> None:
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     dist.all_to_all_single = _with_list_splits(dist.all_to_all_single)
+    Tensor.type = _type(Tensor.type)  # type: ignore[method-assign]
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as parallel_random
@@ -66,6 +67,17 @@ def _on_cpu(factory: Any) -> Any:
         return factory(*args, **kwargs)
 
     return made
+
+
+def _type(host_type: Any) -> Any:
+    """Megatron's optimizers compare a tensor's type with the names of CUDA's."""
+
+    def typed(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = host_type(self, *args, **kwargs)
+        named = isinstance(found, str) and not found.startswith("torch.cuda.")
+        return found.replace("torch.", "torch.cuda.", 1) if named else found
+
+    return typed
 
 
 def _with_list_splits(exchange: Any) -> Any:

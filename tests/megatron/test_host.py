@@ -65,3 +65,31 @@ def test_kept_rows_are_cut_anew_once_a_micro_batch_and_pass(pool: Pool):
     assert all(num_exchanges == 2 * case.num_micro for num_exchanges, _, _ in reports)
     there_and_back = sum(num_bytes for _, num_bytes, _ in reports)
     assert there_and_back == 2 * sum(said for _, _, said in reports) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case(tp=2, sp=True, token_multiple=2), Case(pp=2, layout="thd")], ids=str
+)
+def test_megatrons_optimizer_learns_alike_under_any_layout(pool: Pool, case: Case):
+    single = replace(case, tp=1, sp=False, pp=1)
+    (alone,) = pool.run(1, host_checks.check_training, single)
+    together = pool.run(2, host_checks.check_training, case)[-1]
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert alone[1] < 0.95 * alone[0]
+
+
+@pytest.mark.slow
+def test_the_distributed_optimizer_learns_as_the_plain_one(pool: Pool):
+    plain = pool.run(2, host_checks.check_training, Case(dp=2))
+    sharded = pool.run(2, host_checks.check_training, Case(dp=2, distributed_optimizer=True))
+    for mine, theirs in zip(sharded, plain, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_goes_through_float16module(pool: Pool):
+    case = Case(pp=2)
+    (losses,) = (part for part in pool.run(2, host_checks.check_half, case) if part)
+    wanted = pool.run(1, host_checks.plain_losses, replace(case, pp=1))[0]
+    assert losses == pytest.approx(wanted, rel=0.1, abs=0.1)

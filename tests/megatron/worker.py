@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import gc
+import logging
 import os
 import signal
 import traceback
@@ -24,6 +25,7 @@ def work(rank: int, pipe: Connection, log_path: str, parent: int) -> None:
         return
     with open(log_path, "w") as log:
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
         import torch
 
         torch.set_num_threads(1)

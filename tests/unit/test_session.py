@@ -178,3 +178,17 @@ def test_elision_without_both_stores_is_refused(given: str | None):
     chosen = {name: stores[name] if name == given else None for name in stores}
     with pytest.raises(ValueError, match="keep_share=0.5 needs the teacher's losses"):
         Regate(RegateConfig(total_steps=4), **chosen)
+
+
+def test_rows_of_a_steps_micro_batches_are_of_one_length_where_the_host_asks():
+    batches = (BATCH, other_batch(2), other_batch(3, rows=((30,), (8,))))
+    session, _ = made(batches)
+    session.equal_slots = True
+    equal = session.plan_step(batches)
+    other, _ = made(batches)
+    uneven = other.plan_step(batches)
+    longest = max(plan.num_slots for plan in uneven.micro)
+    assert [plan.num_slots for plan in equal.micro] == [longest] * 3
+    assert len({plan.num_slots for plan in uneven.micro}) > 1
+    assert equal.counts["tokens_kept"] == uneven.counts["tokens_kept"]
+    assert equal.counts["padded"] == sum(plan.num_padded for plan in equal.micro)

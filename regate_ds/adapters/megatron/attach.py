@@ -33,6 +33,7 @@ from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.run import StepRun
 from regate_ds.adapters.megatron.support import (
     find_chunks,
+    require_finalized,
     require_free,
     require_schedule,
     require_supported,
@@ -147,6 +148,7 @@ class MegatronRegate:
         def forward_backward(**arguments: Any) -> Any:
             if arguments.get("forward_only", False):
                 return schedule(**arguments)
+            require_finalized(attached.gates[0].gpt.config)
             micro = self._shared_plan(attached, self._window(attached, arguments))
             self.run = StepRun(micro, attached.gates, attached.axes)
             return self.run.call(schedule, arguments)

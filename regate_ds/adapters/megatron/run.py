@@ -32,6 +32,7 @@ class StepRun:
         self.communicator: PlannedCommunicator | None = None
         self._gates, self._axes = gates, axes
         self._num_started = [0] * len(gates)
+        self._chunk_numbers: dict[int, int] = {}
 
     def call(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run the host's schedule with our communicator and forward step."""
@@ -122,10 +123,11 @@ class StepRun:
         return output, lambda losses: self._loss(number, losses)
 
     def _chunk_of(self, model: nn.Module) -> int:
-        if len(self._gates) == 1:
-            return 0
-        found = set(map(id, model.modules()))
-        return next(i for i, gate in enumerate(self._gates) if id(gate.gpt) in found)
+        if id(model) not in self._chunk_numbers:
+            inside = set(map(id, model.modules()))
+            found = [i for i, gate in enumerate(self._gates) if id(gate.gpt) in inside]
+            self._chunk_numbers[id(model)] = found[0]
+        return self._chunk_numbers[id(model)]
 
     def _loss(self, number: int, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum over the micro-batch's targets here, their number, and both for the host's log.

@@ -14,6 +14,15 @@ from regate_ds.config import RegateConfig
 
 TESTED = ("0.16.1", "0.19.2")
 
+_UNEVEN = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+"""What gives stages different numbers of layers."""
+
 _MOE_DISPATCHERS = ("alltoall", "allgather")
 
 
@@ -179,11 +188,24 @@ def _range_problems(
             "a pipeline stage without layers is not supported; give each stage at least one",
         ),
         (
+            virtual and any(getattr(host, name, None) not in (None, False) for name in _UNEVEN),
+            f"interleaving with {', '.join(_UNEVEN)} is not supported: leave them unset",
+        ),
+        (
             virtual and first > per_chunk,
             f"first_layer={first} lies behind the first virtual chunk ({per_chunk} layers): with "
             "interleaving the gather must be in it; lower first_layer",
         ),
     ]
+
+
+def require_finalized(config: Any) -> None:
+    """Refuse a step whose gradients nobody would divide by the number of targets."""
+    if config.finalize_model_grads_func is None:
+        raise ValueError(
+            "config.finalize_model_grads_func is None, but it divides by the step's targets; set "
+            "it to megatron.core.distributed.finalize_model_grads before the first step"
+        )
 
 
 def require_schedule(schedule: Callable[..., Any]) -> None:

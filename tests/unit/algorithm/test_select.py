@@ -17,6 +17,7 @@ from regate_ds.algorithm.select import (
     num_hard_targets,
     plan_dense,
     plan_sparse,
+    widen,
 )
 from tests.models import random_batch
 
@@ -205,3 +206,23 @@ def test_moving_a_plan_moves_its_tensors_and_keeps_the_rest():
     moved = plan.to("meta")
     assert {x.device.type for x in vars(moved).values() if isinstance(x, torch.Tensor)} == {"meta"}
     assert moved.run_lengths == plan.run_lengths
+
+
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_a_widened_plan_has_longer_rows_of_the_same_tokens(more: int):
+    rng = random.Random(5)
+    for _ in range(20):
+        batch = wild_batch(rng)
+        plan = plan_sparse(batch, scores(batch, rng), keep_share=0.5, align="predictor")
+        wide = widen(plan, plan.num_slots + more)
+        assert wide.num_slots == plan.num_slots + more
+        assert wide.num_padded == plan.num_padded + more * len(batch.keys)
+        assert (rows_of(wide), wide.num_filled) == (rows_of(plan), plan.num_filled)
+        assert torch.equal(wide.targets_L, plan.targets_L)
+        assert torch.equal(wide.label_position_L, plan.label_position_L)
+        assert_consistent(wide, batch)
+
+
+def test_a_dense_plan_is_not_widened():
+    plan = plan_dense(one_row([1, 2, IGNORE]))
+    assert widen(plan, 5) is plan

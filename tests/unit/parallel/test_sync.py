@@ -4,7 +4,14 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.parallel.layout import ParallelLayout, rank_in, size_of
-from regate_ds.parallel.sync import exchange, exchange_counts, sum_over
+from regate_ds.parallel.sync import (
+    broadcast_integers,
+    exchange,
+    exchange_counts,
+    exchange_tensors,
+    gather_values,
+    sum_over,
+)
 
 
 def test_a_layout_uses_no_axis_unless_told():
@@ -21,3 +28,6 @@ def test_without_a_group_collectives_are_the_identity():
     assert sum_over([4, 5], None) == [4, 5]
     assert exchange_counts([2], None) == [2]
     assert torch.equal(exchange(values_N, [2], [2], None), values_N)
+    assert torch.equal(exchange_tensors(values_N[:, None], [2], [2], None), values_N[:, None])
+    assert torch.equal(broadcast_integers(values_N.int(), 2, 0, None), values_N.int())
+    assert torch.equal(gather_values(values_N, [2], None)[0], values_N)
