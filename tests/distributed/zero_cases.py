@@ -41,6 +41,9 @@ class ZeroCase:
     """How many targets every micro-batch of rank 1 keeps, where that is the point of the case."""
 
     recompute: bool = False
+    own_loss: bool = False
+    """The user weighs the per-token losses, instead of taking our sum."""
+
     knobs: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -131,6 +134,7 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "packed rows", ZeroCase(stage=stage, rows=(((14, 9), (17,)), ((6, 5, 3),)))
         yield "a range in the middle", ZeroCase(stage=stage, knobs=(("last_layer", 2),))
         yield "a dense step", ZeroCase(stage=stage, accumulation=3, knobs=(("warmup", 1),))
+        yield "own loss", ZeroCase(stage=stage, accumulation=3, own_loss=True)
         yield "recompute", ZeroCase(stage=stage, accumulation=3, recompute=True)
 
 

@@ -64,13 +64,13 @@ def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: floa
 def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
     """What the optimizer of the rank's engine is given, gathered from all ranks."""
     model = case.model()
-    regate = attach(model, case.config, reference=reference_of(case))
+    regate = attach(model, case.config, reference=reference_of(case), own_loss=case.own_loss)
     engine = start_engine(model, case.stage, case.accumulation)
     (window,) = regate.windows(case.batches(rank), engine)
     for number, (inputs, plan) in enumerate(window, start=1):
         if rank == RANKS[-1] and case.targets_of_last_rank is not None:
             assert plan.num_targets == case.targets_of_last_rank
-        engine.backward(regate.loss(engine(**inputs, regate_plan=plan), plan))
+        engine.backward(loss_of(regate, engine(**inputs, regate_plan=plan), plan, case))
         if number < case.accumulation:
             engine.step()
     found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -79,6 +79,13 @@ def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
     regate.step(applied=engine.was_step_applied())
     engine.destroy()
     return found
+
+
+def loss_of(regate: Any, output: Any, plan: Any, case: ZeroCase) -> torch.Tensor:
+    if not case.own_loss:
+        return regate.loss(output, plan)
+    losses_L, weights_L = regate.token_losses(output, plan)
+    return (losses_L * weights_L).sum()
 
 
 def check_gradients(rank: int, case: ZeroCase) -> None:
