@@ -92,7 +92,20 @@ def _task(config: RunConfig, *, weights: bool = True) -> Task:
     if task.bad and _is_first():
         print(f"data.skip_bad left out {len(task.bad)} bad records:")
         print("\n".join(f"  {bad}" for bad in task.bad), flush=True)
+    if _is_first():
+        tell_cut(task, config.data.max_length)
     return task
+
+
+def tell_cut(task: Task, max_length: int) -> None:
+    """Say how many training samples are as long as a sample may be: their ends may be missing."""
+    num_full = int((task.index.num_positions >= max_length).sum())
+    if num_full:
+        print(
+            f"{num_full} of {task.index.num_samples} training samples fill data.max_length="
+            f"{max_length}: what was longer is cut",
+            flush=True,
+        )
 
 
 def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:

@@ -1,15 +1,17 @@
 """Which folders are taken for a teacher."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_students import make_llava
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regate_ds.teacher.text_only import score_samples
-from regate_ds.training.runner import load_teacher
+from regate_ds.training.runner import load_teacher, tell_cut
 from regate_ds.training.student import save_student
 from tests.models import causal_lm
-from tests.samples import make_samples
+from tests.samples import make_index, make_samples
 
 
 def test_a_saved_causal_model_is_a_teacher(tmp_path):
@@ -46,3 +48,12 @@ def test_a_decoder_of_another_build_cannot_score(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use a teacher built like Llama"):
         score_samples(load_teacher(tmp_path), make_samples(1), pad_id=1)
+
+
+def test_samples_that_fill_the_length_are_told(capsys):
+    task = SimpleNamespace(index=make_index(9))
+    longest = int(task.index.num_positions.max())
+    tell_cut(task, longest + 1)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == ""
+    tell_cut(task, longest)  # type: ignore[arg-type]
+    assert f"2 of 9 training samples fill data.max_length={longest}" in capsys.readouterr().out
