@@ -122,7 +122,8 @@ class Regate:
     def plan_step(self, window: Sequence[TokenBatch]) -> StepPlan:
         """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
 
-        Raises ValueError if the run is over, RuntimeError if the step before is still open.
+        Raises ValueError if the run is over or the step has no target on any rank, RuntimeError if
+        the step before is still open.
         """
         if self._open is not None:
             raise RuntimeError(
@@ -148,6 +149,11 @@ class Regate:
             longest = max(plan.num_slots for plan in micro)
             micro = tuple(widen(plan, longest) for plan in micro)
         counts = self._count(window, micro)
+        if counts["answer_kept"] == 0:
+            raise ValueError(
+                f"step {self.step} has no answer token on any rank; leave out samples without "
+                "answers"
+            )
         plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
         self._open = _Open(plan, window, difficulty)
         return plan

@@ -235,11 +235,6 @@ class DeepSpeedRegate:
 
     def _scale(self) -> float:
         assert self.plan is not None
-        if self.plan.num_targets_global == 0:
-            raise ValueError(
-                f"step {self.plan.step} has no answer token on any rank; leave out samples without "
-                "answers"
-            )
         engine = self._engine
         undone = engine.dp_world_size * engine.gradient_accumulation_steps()
         return undone / self.plan.num_targets_global

@@ -32,15 +32,16 @@ from regate_ds.adapters.pipeline_layers import (
     numbered,
     take_apart,
 )
-from regate_ds.adapters.plan_wire import Sent, share, share_failure
+from regate_ds.adapters.plan_wire import Sent, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.support import require_language_model, require_supported
+from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.layout import ParallelLayout, host_group
 from regate_ds.parallel.sync import sum_over
 from regate_ds.session import Regate, StepPlan
 
@@ -54,13 +55,14 @@ class PipelineStudent(PipelineModule):
         super().__init__(loss_fn=self._loss, dynamic_shape=True, **options)
         self.regate_config, self.desk = config, desk
         self.scale, self.losses = 1.0, dict[int, Tensor]()
-        self._host_loss, self._vocabulary = host.loss_function, host.config.get_text_config()
+        self._host_loss = host.loss_function
+        self._vocab_size = host.config.get_text_config().vocab_size
 
     def _loss(self, output: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
         """Averaged over micro-batches and data ranks, as the engine does, the mean over targets."""
         value, losses_L, number = output
         if self.desk.of(number).plan is None:
-            return self._host_loss(value, labels, self._vocabulary.vocab_size)
+            return self._host_loss(value, labels, self._vocab_size)
         self.losses[len(number) - 1] = losses_L.detach()
         return value * self.scale
 
@@ -191,57 +193,42 @@ class PipelineRegate:
 
     def _plans(self, window: list[Batch] | None) -> Sent:
         """The step's plan, made on the last stage and told to all others."""
-        if self._session is None:
-            return share(None, self.planner, self.replica)
-        assert window is not None
-        try:
-            self._require_step(window)
-            self.plan = self._session.plan_step([batch.tokens for batch in window])
-            self._require_plan(self.plan)
-        except BaseException:
-            share_failure(self.planner, self.replica)
-            raise
-        self._student.scale = self._scale(self.plan.num_targets_global)
-        sent = Sent(self.plan.step, self.plan.is_dense, self.plan.micro)
-        return share(sent, self.planner, self.replica)
+        planned = None
+        if self._session is not None:
+            with failing_together(self.planner, self.replica):
+                tokens = self._whole_step(window)
+                planned = self.plan = self._session.plan_step(tokens)
+            self._student.scale = self._scale(planned.num_targets_global)
+        return share(planned, self.planner, self.replica)
 
     def _dense_plans(self, window: list[Batch] | None) -> Sent:
-        if self._session is None:
-            return share(None, self.planner, self.replica)
-        assert window is not None
-        try:
-            self._require_step(window)
-        except BaseException:
-            share_failure(self.planner, self.replica)
-            raise
-        micro = tuple(plan_dense(batch.tokens) for batch in window)
-        (num_targets,) = sum_over(
-            [sum(plan.num_targets for plan in micro)], self._data, self._engine.device
-        )
-        self._student.scale = self._scale(max(1, num_targets))
-        return share(Sent(self._session.step, True, micro), self.planner, self.replica)
+        planned = None
+        if self._session is not None:
+            with failing_together(self.planner, self.replica):
+                micro = tuple(plan_dense(tokens) for tokens in self._whole_step(window))
+            planned = Sent(self._session.step, True, micro)
+            here = sum(plan.num_targets for plan in micro)
+            (num_targets,) = sum_over([here], self._data, self._engine.device)
+            self._student.scale = self._scale(max(1, num_targets))
+        return share(planned, self.planner, self.replica)
 
     def _scale(self, num_targets: int) -> float:
         return self._engine.dp_world_size * self._engine.micro_batches / num_targets
 
-    def _require_step(self, window: list[Batch]) -> None:
+    def _whole_step(self, window: list[Batch] | None) -> list[TokenBatch]:
+        """The tokens of a step's micro-batches; ValueError if they cannot be a step here."""
+        assert window is not None
         if len(window) < self._engine.micro_batches:
             raise ValueError(
                 f"the data ended after {len(window)} of the step's {self._engine.micro_batches} "
                 "micro-batches; give whole steps, or repeat the data"
             )
-
-    def _require_plan(self, plan: StepPlan) -> None:
-        if plan.num_targets_global == 0:
-            raise ValueError(
-                f"step {plan.step} has no answer token on any rank; leave out samples without "
-                "answers"
-            )
-        if any(micro.is_packed for micro in plan.micro):
+        if any(len(row) > 1 for batch in window for row in batch.tokens.keys):
             raise ValueError(
                 "a row holds several samples, which the pipeline cannot keep apart; give one "
                 "sample a row (data.pack_length=null)"
             )
+        return [batch.tokens for batch in window]
 
     def _feed(self, window: list[Any] | None, plans: Sent | None) -> Iterator[Any] | None:
         """What the engine reads: per micro-batch the first stage's tensors, the last's labels."""
@@ -281,11 +268,4 @@ def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
             f"a pipeline of {grid.model_parallel_size} tensor slices is not supported; set its "
             "model axis to 1"
         )
-    if grid.pipe_parallel_size == 1:
-        return dist.get_rank(), None
-    own = None
-    for ranks in grid.pipe_groups:
-        # Every rank of the world makes every group, in the same order.
-        group = dist.new_group(ranks, backend="gloo")
-        own = group if dist.get_rank() in ranks else own
-    return grid.stage_to_global(grid.pipe_parallel_size - 1), own
+    return grid.stage_to_global(grid.pipe_parallel_size - 1), host_group(grid.pipe_groups)

@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         if self.layer.self_attn.config._attn_implementation != "eager":
             return None
         lowest, size = torch.finfo(hidden.dtype).min, hidden.shape[1]
-        return torch.full((1, 1, size, size), lowest, dtype=hidden.dtype).to(hidden.device).triu(1)
+        return hidden.new_full((1, 1, size, size), lowest).triu(1)
 
 
 def gathered(flow: Flow, plan: ElisionPlan | None) -> Flow:

@@ -10,7 +10,8 @@ in a dense step), segments and labels of all slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,7 +92,12 @@ def share(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | No
     return decode(header, array)
 
 
-def share_failure(planner: int, replica: ProcessGroup | None) -> None:
-    """Let all other ranks of the replica fail too, where they would wait for a plan."""
-    if replica is not None:
-        broadcast_integers(FAILURE.clone(), HEADER, planner, replica)
+@contextmanager
+def failing_together(planner: int, replica: ProcessGroup | None) -> Iterator[None]:
+    """An error where the plan is made is an error on all ranks that wait for it in ``share``."""
+    try:
+        yield
+    except BaseException:
+        if replica is not None:
+            broadcast_integers(FAILURE.clone(), HEADER, planner, replica)
+        raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -27,6 +29,18 @@ def rank_in(group: ProcessGroup | None) -> int:
 def size_of(group: ProcessGroup | None) -> int:
     """Number of ranks in the group; 1 where the axis is not in use."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def host_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
+    """Of these groups of ranks the one with this rank, on a backend of the host's memory; ``None``
+    if it is alone. Collective over the world: every rank makes every group, in the same order."""
+    # Torch's fake backend, for dry runs, has no groups of another backend.
+    backend = None if dist.get_backend() == "fake" else "gloo"
+    own: Any = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
+        own = made if dist.get_rank() in ranks else own
+    return own
 
 
 def replicas(data_rank_of: list[int]) -> list[list[int]]:

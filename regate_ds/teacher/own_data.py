@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from regate_ds.algorithm.batch import SampleKey
 from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.data.encode import EncodedSample
 from regate_ds.data.host_batch import HostCollate, Keyed
 from regate_ds.parallel.layout import ProcessGroup
 from regate_ds.teacher.identity import teacher_id
@@ -38,18 +38,6 @@ class Teacher:
     """Upper limit of padded tokens in a forward pass; a longer sample is one of its own."""
 
 
-@dataclass(frozen=True)
-class OwnSample:
-    """What the teacher reads of a sample."""
-
-    key: SampleKey
-    input_ids_S: Tensor
-    labels_S: Tensor
-    """The token at t+1 where it belongs to an answer, else IGNORE."""
-
-    is_placeholder_S: Tensor
-
-
 def score_dataset(
     data: Keyed,
     collate_fn: Callable[[list[Any]], Any],
@@ -66,7 +54,7 @@ def score_dataset(
     """
     collate = HostCollate(collate_fn)
 
-    def sample(number: int) -> OwnSample:
+    def sample(number: int) -> EncodedSample:
         return _sample(collate, data[number], teacher.image_token_id)
 
     model = teacher.model.eval()
@@ -81,7 +69,9 @@ def score_dataset(
     return precompute(job, group, next(model.parameters()).device)
 
 
-def _sample(collate: HostCollate, item: dict[str, Any], image_token_id: int | None) -> OwnSample:
+def _sample(
+    collate: HostCollate, item: dict[str, Any], image_token_id: int | None
+) -> EncodedSample:
     batch = collate([item])
     ((key,),) = batch.tokens.keys
     is_real_T = batch.tokens.segment_BT[0] >= 0
@@ -89,4 +79,5 @@ def _sample(collate: HostCollate, item: dict[str, Any], image_token_id: int | No
     is_placeholder_S = torch.zeros_like(ids_S, dtype=torch.bool)
     if image_token_id is not None:
         is_placeholder_S = ids_S == image_token_id
-    return OwnSample(key, ids_S, batch.tokens.labels_BT[0][is_real_T], is_placeholder_S)
+    labels_S = batch.tokens.labels_BT[0][is_real_T]
+    return EncodedSample(key, ids_S, labels_S, is_placeholder_S, char_spans=(), images=())

@@ -25,6 +25,7 @@ from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.data.encode import EncodedSample
 from regate_ds.session import Regate
 
 
@@ -41,16 +42,6 @@ class BenchCase:
     first_layers: tuple[int, ...] = (0, 1)
     num_pairs: int = 20
     num_threads: int = 1
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """What the answer index asks of a sample."""
-
-    key: tuple[str, int]
-    input_ids_S: Tensor
-    labels_S: Tensor
-    is_placeholder_S: Tensor
 
 
 class _Memory:
@@ -166,7 +157,10 @@ def _data(case: BenchCase) -> tuple[Tensor, TokenBatch, AnswerIndex]:
     keys = [("bench", number) for number in range(case.num_samples)]
     batch = TokenBatch(tuple((key,) for key in keys), torch.zeros_like(labels_BT), labels_BT)
     no_image = partial(torch.zeros, case.num_tokens, dtype=torch.bool)
-    samples = [_Sample(key, ids_BT[i], labels_BT[i], no_image()) for i, key in enumerate(keys)]
+    samples = [
+        EncodedSample(key, ids_BT[i], labels_BT[i], no_image(), char_spans=(), images=())
+        for i, key in enumerate(keys)
+    ]
     return ids_BT, batch, AnswerIndex.build(samples)
 
 

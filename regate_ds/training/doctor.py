@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 TESTED = {
     "torch": "2.13.0",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "deepspeed": "0.19.8",
     "peft": "0.21.2",
     "tokenizers": "0.23.3",

@@ -22,7 +22,7 @@ def launch(
 
     The launcher ends in a traceback of its own, below which the ranks' error is easily lost.
     """
-    port = os.environ.get("MASTER_PORT") or str(_free_port())
+    port = os.environ.get("MASTER_PORT") or str(free_port())
     options = ["--num_gpus", str(ranks), "--master_port", port, "--no_local_rank"]
     program = str(Path(sys.executable).with_name("deepspeed"))
     command = [program, *options, "--log_level", "warning"]
@@ -60,7 +60,8 @@ def _exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

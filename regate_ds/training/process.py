@@ -6,12 +6,13 @@ The one place that decides between CUDA with NCCL and CPU with gloo.
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from regate_ds.training.launcher import free_port
 
 _PATIENCE = "360"
 """Minutes that ranks wait for each other unless DEEPSPEED_TIMEOUT says otherwise, as they do while
@@ -75,11 +76,8 @@ def require_launched() -> None:
 def _announce_single_process() -> None:
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(alone, MASTER_PORT=str(port))
+    os.environ.update(alone, MASTER_PORT=str(free_port()))
 
 
 def _init_groups(backend: str) -> None:

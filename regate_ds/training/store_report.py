@@ -19,7 +19,7 @@ from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.data.samples import Record
 from regate_ds.training.configuration import RunConfig
-from regate_ds.training.evaluate import words_of
+from regate_ds.training.evaluate import counted_words
 from regate_ds.training.task import build_task
 
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, float("inf"))
@@ -90,13 +90,9 @@ def word_losses(
     record: Record, sample: EncodedSample, losses_N: Tensor
 ) -> Iterator[tuple[str, float]]:
     """Each word of the answers with the summed loss, in nats, of the tokens that overlap it."""
-    spans = list(zip(sample.char_spans, losses_N.tolist(), strict=True))
     for number, turn in enumerate(record.turns):
-        mine = [(start, end, loss) for (n, start, end), loss in spans if n == number]
-        for word in words_of(turn):
-            hits = [loss for start, end, loss in mine if start < word.end and word.start < end]
-            if hits:
-                yield turn.answer[word.start : word.end], sum(hits)
+        for word, tokens in counted_words(turn, number, sample):
+            yield turn.answer[word.start : word.end], float(losses_N[tokens].sum())
 
 
 def _table(

@@ -27,7 +27,7 @@ from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
-from regate_ds.training.preflight import describe_run, require_one_data_set, require_same_run
+from regate_ds.training.preflight import describe_run, require_one_data_set
 from regate_ds.training.process import Process
 from regate_ds.training.step_figures import StepFigures, peak_memory
 from regate_ds.training.task import HostLabels, Task, trainable
@@ -147,8 +147,6 @@ class Trainer:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
     def _resume(self) -> int:
-        self.folder.require_run()
-        require_same_run(self.config, self.folder.config)
         found = load_checkpoint(self.folder.checkpoints, self.engine, self.regate, self.process)
         found.require(self.task.index.fingerprint)
         done = found.step

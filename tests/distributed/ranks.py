@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 300
+
+Failures = dict[str, list[str]]
+"""Messages of the ranks by the name of a case; none where it passed."""
 
 
 def run_ranks(
@@ -35,6 +40,16 @@ def run_ranks(
                 raise TimeoutError(f"ranks {alive} did not finish {check.__name__} in {timeout} s")
     finally:
         _kill(context.processes)
+
+
+def failures_of(check: Callable[..., None], world_size: int, folder: Path) -> Failures:
+    """Run ``check(rank, folder)``, which writes what failed of many cases (``run_named``)."""
+    run_ranks(check, world_size, str(folder))
+    found: Failures = {}
+    for path in sorted(folder.glob("rank*.json")):
+        for name, message in json.loads(path.read_text()).items():
+            found.setdefault(name, []).append(f"{path.stem}: {message}")
+    return found
 
 
 def _run_rank(

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import Failures, failures_of
 from tests.distributed.zero_cases import CASES, RANKS
 from tests.distributed.zero_checks import check_all_gradients
 from tests.distributed.zero_runs import RUNS, check_all_runs
 
 pytestmark = pytest.mark.slow
 
-Failures = dict[str, list[str]]
-"""Messages by the name of a case; none where it passed."""
-
-
-def failures(check: Callable[..., None], folder: Path) -> Failures:
-    run_ranks(check, len(RANKS), str(folder))
-    found: Failures = {}
-    for path in sorted(folder.glob("rank*.json")):
-        for name, message in json.loads(path.read_text()).items():
-            found.setdefault(name, []).append(f"{path.stem}: {message}")
-    return found
-
 
 @pytest.fixture(scope="module")
 def gradient_failures(tmp_path_factory) -> Failures:
-    return failures(check_all_gradients, tmp_path_factory.mktemp("gradients"))
+    return failures_of(check_all_gradients, len(RANKS), tmp_path_factory.mktemp("gradients"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -40,7 +24,7 @@ def test_gradients_are_those_of_one_process_on_the_joint_batch(name, gradient_fa
 
 @pytest.fixture(scope="module")
 def run_failures(tmp_path_factory) -> Failures:
-    return failures(check_all_runs, tmp_path_factory.mktemp("runs"))
+    return failures_of(check_all_runs, len(RANKS), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.mark.parametrize("name", RUNS)

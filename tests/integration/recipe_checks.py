@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import load_config
+from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import start_process
 from regate_ds.training.task import build_task, host_labels
 from regate_ds.training.trainer import Trainer
@@ -42,6 +43,7 @@ def config_of(folder: Path, out: str, *overrides: str):
 
 def run(folder: Path, out: str, *overrides: str, trainer: type[Trainer] = Trainer) -> Trainer:
     config = config_of(folder, out, *overrides)
+    judge_run(config)
     process = start_process()
     made = trainer(config, build_task(config), process)
     made.run()

@@ -14,8 +14,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from operator import attrgetter
@@ -38,7 +37,7 @@ from regate_ds.adapters.megatron.support import (
     require_schedule,
     require_supported,
 )
-from regate_ds.adapters.plan_wire import share, share_failure
+from regate_ds.adapters.plan_wire import failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
@@ -196,7 +195,7 @@ class MegatronRegate:
         iterators = arguments["data_iterator"]
         several = isinstance(iterators, list)
         read = iterators[-1] if several else iterators
-        with _failing_together(attached.axes):
+        with failing_together(attached.axes.planner, attached.axes.replica):
             items = [next(read) for _ in range(arguments["num_microbatches"])]
             arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
             return [self._tokens(item) for item in items]
@@ -206,7 +205,7 @@ class MegatronRegate:
         place, planned = attached.axes.place, None
         if window is not None:
             assert attached.planner is not None
-            with _failing_together(attached.axes):
+            with failing_together(attached.axes.planner, attached.axes.replica):
                 planned = attached.planner.plan_step(window)
                 # What cannot be cut over the ranks fails here, before they are told of it.
                 require_cut(planned.micro, place)
@@ -229,13 +228,3 @@ class MegatronRegate:
                 losses_L[local.context_L == rank] = part.cpu()
             collected.append(losses_L)
         return collected
-
-
-@contextmanager
-def _failing_together(axes: Axes) -> Iterator[None]:
-    """An error where the plan is made is an error on all ranks that wait for it."""
-    try:
-        yield
-    except BaseException:
-        share_failure(axes.planner, axes.replica)
-        raise

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.local_plan import Place
-from regate_ds.parallel.layout import replicas
+from regate_ds.parallel.layout import host_group, replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +105,9 @@ def rank_table() -> Table:
 
 def _replica(table: Table) -> tuple[ProcessGroup | None, int]:
     """The group of this rank's replica, and the rank of the world that plans for it."""
-    # Torch's fake backend, for dry runs, has no groups of another backend.
-    backend = None if dist.get_backend() == "fake" else "gloo"
-    own_group, own_planner = None, -1
-    for ranks in replicas([data_rank for data_rank, _ in table]):
-        # Every rank of the world makes every group, in the same order.
-        group = dist.new_group(ranks, backend=backend) if len(ranks) > 1 else None
-        if dist.get_rank() in ranks:
-            own_group, own_planner = group, next(r for r in ranks if table[r][1])
-    return own_group, own_planner
+    groups = replicas([data_rank for data_rank, _ in table])
+    own = next(ranks for ranks in groups if dist.get_rank() in ranks)
+    return host_group(groups), next(rank for rank in own if table[rank][1])
 
 
 def schedule_groups() -> ProcessGroupCollection:

@@ -27,11 +27,6 @@ class Planner:
             assert self.plan is not None
             return self.plan
         self.plan = self.session.plan_step(window)
-        if self.plan.num_targets_global == 0:
-            raise ValueError(
-                f"step {self.plan.step} has no answer token on any rank; leave out samples without "
-                "answers"
-            )
         self._keys, self._is_open = keys, True
         return self.plan
 

@@ -14,6 +14,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional as F
 
+from regate_ds.training.megatron.weights import head_size
+
 try:
     import transformer_engine  # noqa: F401
 except ImportError:
@@ -43,8 +45,7 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         "hidden_size": text.hidden_size,
         "num_attention_heads": text.num_attention_heads,
         "num_query_groups": text.num_key_value_heads,
-        "kv_channels": getattr(text, "head_dim", None)
-        or text.hidden_size // text.num_attention_heads,
+        "kv_channels": head_size(text),
         "ffn_hidden_size": text.intermediate_size,
         "layernorm_epsilon": text.rms_norm_eps,
         "normalization": "RMSNorm",
@@ -71,10 +72,10 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
 
 def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
     """This rank's part of the decoder with its output layer."""
-    build = get_gpt_layer_with_transformer_engine_spec if HAS_ENGINE else get_gpt_layer_local_spec
+    local = get_gpt_layer_local_spec(normalization="RMSNorm")
     return GPTModel(
         config,
-        build(normalization="RMSNorm") if not HAS_ENGINE else build(),
+        get_gpt_layer_with_transformer_engine_spec() if HAS_ENGINE else local,
         text.vocab_size,
         text.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -1,16 +1,15 @@
 """Weights of a Llama-shaped Hugging Face decoder in Megatron-core's names and cuts, and back.
 
-    whole names     Megatron's, with layers counted through the whole model
-    into a model    every rank takes its cut of each whole weight
-    out of a model  the tensor ranks' cuts are joined, the stages' weights put together
-
-Shapes: G groups of queries, D size of a head.
+whole names     Megatron's, with layers counted through the whole model
+into a model    every rank takes its cut of each whole weight
+out of a model  the tensor ranks' cuts are joined, the stages' weights put together
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,34 +18,6 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How the rows of a decoder's attention are shared out."""
-
-    num_heads: int
-    num_groups: int
-    size: int
-
-    @classmethod
-    def of(cls, config: Any) -> Heads:
-        size = getattr(config, "head_dim", None)
-        size = size or config.hidden_size // config.num_attention_heads
-        return cls(config.num_attention_heads, config.num_key_value_heads, size)
-
-    def join(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Megatron's order: each group's queries, then its key, then its value."""
-        rest = query.shape[1:]
-        parts = [x.view(self.num_groups, -1, self.size, *rest) for x in (query, key, value)]
-        return torch.cat(parts, dim=1).reshape(-1, *rest)
-
-    def split(self, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The inverse of ``join``."""
-        rest, per_group = joined.shape[1:], self.num_heads // self.num_groups
-        parts = joined.view(self.num_groups, per_group + 2, self.size, *rest)
-        query, key, value = parts.split([per_group, 1, 1], dim=1)
-        return tuple(x.reshape(-1, *rest) for x in (query, key, value))  # type: ignore[return-value]
 
 
 _PLAIN = {
@@ -70,44 +41,72 @@ _FUSED_NORMS = {
 """Transformer Engine's layers hold the norms before them."""
 
 
-def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:
-    """Whole weights of a causal LM under Megatron's names."""
-    heads, whole = Heads.of(config), {}
+@dataclass(frozen=True)
+class Part:
+    """A whole weight of Megatron's, and the host's that it is made of."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    join: Callable[..., Tensor] = lambda weight: weight
+    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda whole: (whole,)
+
+
+def parts_of(config: Any) -> Iterator[Part]:
+    """Every weight that a decoder with this Hugging Face config may have."""
     for ours, theirs in _ENDS.items():
-        if theirs in weights:
-            whole[ours] = weights[theirs]
+        yield Part(ours, (theirs,))
     for number in range(config.num_hidden_layers):
         at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
         for ours, theirs in _PLAIN.items():
-            whole[to + ours] = weights[at + theirs]
+            yield Part(to + ours, (at + theirs,))
         for kind in ("weight", "bias"):
-            names = [f"{at}self_attn.{x}_proj.{kind}" for x in "qkv"]
-            if names[0] in weights:
-                joined = heads.join(*(weights[name] for name in names))
-                whole[f"{to}self_attention.linear_qkv.{kind}"] = joined
-        gate, up = (weights[f"{at}mlp.{x}_proj.weight"] for x in ("gate", "up"))
-        whole[f"{to}mlp.linear_fc1.weight"] = torch.cat([gate, up])
-    return whole
+            names = tuple(f"{at}self_attn.{x}_proj.{kind}" for x in "qkv")
+            heads = partial(_join_heads, config), partial(_split_heads, config)
+            yield Part(f"{to}self_attention.linear_qkv.{kind}", names, *heads)
+        names = tuple(f"{at}mlp.{x}_proj.weight" for x in ("gate", "up"))
+        yield Part(f"{to}mlp.linear_fc1.weight", names, _join_halves, _split_halves)
+
+
+def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:
+    """Whole weights of a causal LM under Megatron's names."""
+    present = (part for part in parts_of(config) if part.theirs[0] in weights)
+    return {part.ours: part.join(*(weights[name] for name in part.theirs)) for part in present}
 
 
 def from_megatron(whole: Mapping[str, Tensor], config: Any) -> Weights:
     """The inverse of ``to_megatron``."""
-    heads, weights = Heads.of(config), {}
-    for ours, theirs in _ENDS.items():
-        if ours in whole:
-            weights[theirs] = whole[ours]
-    for number in range(config.num_hidden_layers):
-        at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
-        for ours, theirs in _PLAIN.items():
-            weights[at + theirs] = whole[to + ours]
-        for kind in ("weight", "bias"):
-            joined = whole.get(f"{to}self_attention.linear_qkv.{kind}")
-            if joined is not None:
-                names = (f"{at}self_attn.{x}_proj.{kind}" for x in "qkv")
-                weights |= dict(zip(names, heads.split(joined), strict=True))
-        gate, up = whole[f"{to}mlp.linear_fc1.weight"].chunk(2)
-        weights |= {f"{at}mlp.gate_proj.weight": gate, f"{at}mlp.up_proj.weight": up}
+    weights: Weights = {}
+    for part in parts_of(config):
+        if part.ours in whole:
+            weights |= dict(zip(part.theirs, part.split(whole[part.ours]), strict=True))
     return weights
+
+
+def head_size(config: Any) -> int:
+    size = getattr(config, "head_dim", None)
+    return size or config.hidden_size // config.num_attention_heads
+
+
+def _join_heads(config: Any, *query_key_value: Tensor) -> Tensor:
+    """Megatron's order: each group's queries, then its key, then its value."""
+    groups, rest = config.num_key_value_heads, query_key_value[0].shape[1:]
+    parts = [x.view(groups, -1, head_size(config), *rest) for x in query_key_value]
+    return torch.cat(parts, dim=1).reshape(-1, *rest)
+
+
+def _split_heads(config: Any, joined: Tensor) -> tuple[Tensor, ...]:
+    groups, rest = config.num_key_value_heads, joined.shape[1:]
+    parts = joined.view(groups, -1, head_size(config), *rest)
+    sizes = [config.num_attention_heads // groups, 1, 1]
+    return tuple(x.reshape(-1, *rest) for x in parts.split(sizes, dim=1))
+
+
+def _join_halves(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.cat([gate, up])
+
+
+def _split_halves(whole: Tensor) -> tuple[Tensor, ...]:
+    return whole.chunk(2)
 
 
 def load_whole(chunks: Sequence[nn.Module], whole: Mapping[str, Tensor]) -> None:

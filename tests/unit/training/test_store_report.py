@@ -48,10 +48,10 @@ def test_a_word_has_the_losses_of_all_tokens_that_overlap_it():
         Turn(question="What?", answer="A red three.", gold_spans=()),
         Turn(question="Where?", answer="Here.", gold_spans=()),
     )
-    # A token that straddles two words counts for both.
-    spans = ((0, 0, 1), (0, 1, 7), (0, 7, 11), (0, 11, 12), (1, 0, 4))
+    # A token that straddles two words counts for both; each answer ends with its eos.
+    spans = ((0, 0, 1), (0, 1, 7), (0, 7, 11), (0, 11, 12), (0, 12, 12), (1, 0, 5), (1, 5, 5))
     sample = SimpleNamespace(char_spans=spans)
-    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0, 32.0, 16.0, 64.0])
     record = SimpleNamespace(turns=turns)
     found = list(word_losses(record, sample, losses))  # type: ignore[arg-type]
     assert found == [("A", 1.0), ("red", 2.0), ("three.", 14.0), ("Here.", 16.0)]
