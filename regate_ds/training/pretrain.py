@@ -66,7 +66,7 @@ class PretrainConfig:
     words_scenes: int = 1536
     """Scenes that the projector's stage learns from."""
 
-    align_stage: StageConfig = StageConfig(steps=500, batch=32, lr=3e-3)
+    align_stage: StageConfig = StageConfig(steps=400, batch=32, lr=3e-3)
     align_text_share: float = 0.25
     """Share of the last stage's samples that are answers of the data set, without their image."""
 

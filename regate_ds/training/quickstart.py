@@ -68,7 +68,7 @@ def main() -> int:
     # Matrices this small gain nothing from more, and on a busy machine threads wait for each other.
     torch.set_num_threads(1)
     with _timed("data"):
-        build_digits(ROOT / "data", num_train=4000, num_test=300, seed=0)
+        build_digits(ROOT / "data", num_train=3000, num_test=300, seed=0)
     with _timed("student"):
         student = make_student(ROOT / "data" / "train.json", ROOT / "cache", STUDENT)
     overrides = _overrides(student)
