@@ -1,6 +1,6 @@
-"""Checkpoints of a run: the engine's own files, the method's state, random states, and the model.
+"""Checkpoints of a run: the host's own files, the method's state, random states, and the model.
 
-checkpoints/step-000120/          the engine's folder, with regate/ and random-<rank>.pt inside;
+checkpoints/step-000120/          the host's folder, with regate/ and random-<rank>.pt inside;
                                   the file `complete` in it is written last
 checkpoints/latest                names the newest complete one
 model/                            the final student, as a Hugging Face folder
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed import DeepSpeedRegate
 from regate_ds.data.atomic_file import write_atomically
+from regate_ds.training.host import Host
 from regate_ds.training.process import Process
 from regate_ds.training.student import Student
 
@@ -48,18 +48,15 @@ class Done:
             )
 
 
-def save_checkpoint(
-    folder: Path, done: Done, engine: Any, regate: DeepSpeedRegate, process: Process
-) -> None:
+def save_checkpoint(folder: Path, done: Done, host: Host, process: Process) -> None:
     """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
-    tag, state = f"step-{done.step:06d}", asdict(done)
+    tag = f"step-{done.step:06d}"
     if process.is_first and (folder / tag).exists():
         # Of a run that was resumed from an earlier step: its files would mix with ours.
         _delete(folder / tag)
     dist.barrier()
     with _writing(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-        regate.save(folder / tag)
+        host.save(folder / tag, asdict(done))
         torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
     if process.is_first:
@@ -67,7 +64,7 @@ def save_checkpoint(
         write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> Done:
+def load_checkpoint(folder: Path, host: Host, process: Process) -> Done:
     """Take over the newest checkpoint and return what it has done. Collective.
 
     ValueError if there is none, or none for these ranks. A rank that the saved run did not have
@@ -79,15 +76,13 @@ def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process:
             f"{folder} holds no complete checkpoint; to start anew, delete {folder.parent} or "
             "choose another run.out, and leave run.resume out"
         )
-    _require_same_ranks(folder / tag, engine, process)
+    host.require_ranks(folder / tag, len(list((folder / tag).glob("random-*.pt"))))
     with _reading(folder / tag):
-        path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise FileNotFoundError("it lacks the engine's files")
-        done = Done(client_state["step"], client_state["fingerprint"])
+        state = host.load(folder / tag)
+        done = Done(state["step"], state["fingerprint"])
         random_file = folder / tag / f"random-{process.rank}.pt"
         random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
-    regate.load(folder / tag, engine)
+    host.load_method(folder / tag)
     if random_state is not None:
         _set_random_state(random_state, process)
     return done
@@ -163,16 +158,6 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _require_same_ranks(checkpoint: Path, engine: Any, process: Process) -> None:
-    """ZeRO cuts the optimizer's state by rank."""
-    stage, saved = engine.zero_optimization_stage(), len(list(checkpoint.glob("random-*.pt")))
-    if stage >= 1 and saved != process.world_size:
-        raise ValueError(
-            f"{checkpoint} is of {saved} ranks under ZeRO stage {stage}, this job has "
-            f"{process.world_size}; resume with {saved} ranks"
-        )
 
 
 def save_model(folder: Path, student: Student, model: nn.Module, process: Process) -> None:

@@ -29,6 +29,8 @@ from regate_ds.training.trainer import make_order
 def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
     """Plan every step of one epoch as if it were sparse; figures over all of them."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.parallel is not None:
+        world_size //= config.parallel.tensor * config.parallel.pipeline
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
     order = make_order(config, len(task.train_records), process)
