@@ -23,6 +23,7 @@ from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import Process, start_process
+from regate_ds.training.ranks import announce
 from regate_ds.training.student import readable_weights, text_backbone
 from regate_ds.training.task import Task, build_task
 from regate_ds.training.trainer import Trainer, held_out
@@ -33,6 +34,7 @@ NUM_GENERATED = 100
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its summary (empty on ranks other than the first)."""
+    announce()
     judge_run(config)
     if config.run.plan_only:
         return _print_on_first(walk_plan(config, _task(config, weights=False)))
@@ -43,6 +45,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def run_teacher(config: RunConfig) -> None:
     """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
+    announce()
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
     with _job() as process:
@@ -64,6 +67,7 @@ def run_teacher(config: RunConfig) -> None:
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
+    announce()
     run = RunFolder(folder)
     run.require_run()
     if not run.model.is_dir():
