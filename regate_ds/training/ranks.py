@@ -159,7 +159,9 @@ def _task(environment: Mapping[str, str]) -> _Place | None:
 def _mpirun(environment: Mapping[str, str]) -> _Place | None:
     if "OMPI_COMM_WORLD_RANK" not in environment:
         return None
-    return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in ("RANK", "SIZE", "LOCAL_RANK")])
+    return _place(
+        environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in ("RANK", "SIZE", "LOCAL_RANK")]
+    )
 
 
 def _srun(environment: Mapping[str, str]) -> _Place | None:
