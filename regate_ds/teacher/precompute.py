@@ -52,6 +52,13 @@ class TeacherJob:
     tokens_per_batch: int
     """Upper limit of padded tokens in a batch; a longer sample is a batch of its own."""
 
+    ranks_per_replica: int = 1
+    """Consecutive ranks that hold one teacher together: they score the same batches, and the first
+    of them writes."""
+
+    in_step: bool = False
+    """True if all ranks must score equally often, as those that hold a ZeRO-3 teacher."""
+
     @property
     def shards(self) -> list[list[Batch]]:
         """The batches of each shard."""
@@ -133,9 +140,15 @@ def precompute(
     writer = ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
     missing = [n for n in range(len(shards)) if not writer.has_shard(n)]
     sum_over([0], group, device)  # All ranks have looked before one of them writes.
-    # Of what is missing, an equal part each: a rank that was far ahead would wait for hours.
-    mine = {n: shards[n] for n in missing[rank_in(group) :: size_of(group)]}
-    done = _score_shards(job, writer, mine, show=rank_in(group) == 0)
+    replica, place = divmod(rank_in(group), job.ranks_per_replica)
+    # Of what is missing, an equal part each: a replica that was far ahead would wait for hours.
+    num_replicas = size_of(group) // job.ranks_per_replica
+    parts = [{n: shards[n] for n in missing[r::num_replicas]} for r in range(num_replicas)]
+    done = _score_shards(
+        job, writer if place == 0 else None, parts[replica], show=rank_in(group) == 0
+    )
+    if job.in_step:
+        _keep_up(job, parts, replica)
     sum_over([0], group, device)  # All shards exist now.
     if rank_in(group) == 0:
         writer.finish()
@@ -144,7 +157,7 @@ def precompute(
 
 
 def _score_shards(
-    job: TeacherJob, writer: ReferenceWriter, shards: dict[int, list[Batch]], *, show: bool
+    job: TeacherJob, writer: ReferenceWriter | None, shards: dict[int, list[Batch]], *, show: bool
 ) -> Throughput:
     lengths = job.index.num_positions.tolist()
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
@@ -155,5 +168,14 @@ def _score_shards(
             for batch in batches:
                 losses.append(job.score([job.read(row) for row in batch]))
                 bar.update(sum(lengths[row] for row in batch))
-            writer.write_shard(number, torch.cat(losses))
+            if writer is not None:
+                writer.write_shard(number, torch.cat(losses))
     return Throughput(total, time.perf_counter() - begin)
+
+
+def _keep_up(job: TeacherJob, parts: list[dict[int, list[Batch]]], replica: int) -> None:
+    """Score, for no one, until this rank has scored as often as the one with most batches."""
+    num_batches = [sum(map(len, part.values())) for part in parts]
+    shortest = job.shards[-1][-1]
+    for _ in range(max(num_batches) - num_batches[replica]):
+        job.score([job.read(row) for row in shortest])
