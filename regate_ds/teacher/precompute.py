@@ -21,16 +21,14 @@ from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.data.reference_writer import ReferenceWriter, begun_store, has_all_files
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.parallel.sync import sum_over
+from regate_ds.teacher.batch_plan import (
+    Batch,
+    padded_tokens,
+    plan_batches,
+    plan_shards,
+    share_out,
+)
 from regate_ds.teacher.text_only import ScoredSample
-
-LARGEST_SHARD = 16
-"""Batches of a shard, at most: what a killed job loses on each rank."""
-
-FEWEST_SHARDS = 64
-"""Shards of a job that has as many batches, so that they spread evenly over the ranks."""
-
-Batch = list[int]
-"""Rows of the answer index that the teacher reads in one forward pass."""
 
 Score = Callable[[Sequence[ScoredSample]], Tensor]
 """Losses in nats of all label positions of the samples, in order: fp32 [N]."""
@@ -51,6 +49,13 @@ class TeacherJob:
 
     tokens_per_batch: int
     """Upper limit of padded tokens in a batch; a longer sample is a batch of its own."""
+
+    ranks_per_replica: int = 1
+    """Consecutive ranks that hold one teacher together: they score the same batches, and the first
+    of them writes."""
+
+    in_step: bool = False
+    """True if all ranks must score equally often, as those that hold a ZeRO-3 teacher."""
 
     @property
     def shards(self) -> list[list[Batch]]:
@@ -92,29 +97,6 @@ class Throughput:
         return f"{self.num_tokens} tokens in {self.seconds:.1f} s ({rate:.0f} tokens/s)"
 
 
-def plan_batches(num_positions: Tensor, tokens_per_batch: int) -> list[Batch]:
-    """Rows of similar length together, so that each batch has at most that many padded tokens.
-
-    A row that is longer than the budget is a batch of its own. The longest come first: a batch
-    that the device cannot hold should fail at once.
-    """
-    lengths = num_positions.tolist()
-    batches: list[Batch] = []
-    for row in num_positions.argsort(descending=True, stable=True).tolist():
-        # Rows come by length, so a batch is as wide as its first row.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def plan_shards(batches: list[Batch]) -> list[list[Batch]]:
-    """Cut the batches into shards: a function of the batches alone, whatever ranks there are."""
-    size = max(1, min(LARGEST_SHARD, len(batches) // FEWEST_SHARDS))
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
-
-
 def precompute(
     job: TeacherJob, group: ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Throughput:
@@ -133,9 +115,18 @@ def precompute(
     writer = ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
     missing = [n for n in range(len(shards)) if not writer.has_shard(n)]
     sum_over([0], group, device)  # All ranks have looked before one of them writes.
-    # Of what is missing, an equal part each: a rank that was far ahead would wait for hours.
-    mine = {n: shards[n] for n in missing[rank_in(group) :: size_of(group)]}
-    done = _score_shards(job, writer, mine, show=rank_in(group) == 0)
+    # Of what is missing, an equal part each: a replica that was far ahead would wait for hours.
+    replica, place = divmod(rank_in(group), job.ranks_per_replica)
+    costs = [padded_tokens(shards[n], job.index.num_positions) for n in missing]
+    parts = [
+        {missing[i]: shards[missing[i]] for i in part}
+        for part in share_out(costs, size_of(group) // job.ranks_per_replica)
+    ]
+    done = _score_shards(
+        job, writer if place == 0 else None, parts[replica], show=rank_in(group) == 0
+    )
+    if job.in_step:
+        _keep_up(job, parts, replica)
     sum_over([0], group, device)  # All shards exist now.
     if rank_in(group) == 0:
         writer.finish()
@@ -144,7 +135,7 @@ def precompute(
 
 
 def _score_shards(
-    job: TeacherJob, writer: ReferenceWriter, shards: dict[int, list[Batch]], *, show: bool
+    job: TeacherJob, writer: ReferenceWriter | None, shards: dict[int, list[Batch]], *, show: bool
 ) -> Throughput:
     lengths = job.index.num_positions.tolist()
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
@@ -155,5 +146,14 @@ def _score_shards(
             for batch in batches:
                 losses.append(job.score([job.read(row) for row in batch]))
                 bar.update(sum(lengths[row] for row in batch))
-            writer.write_shard(number, torch.cat(losses))
+            if writer is not None:
+                writer.write_shard(number, torch.cat(losses))
     return Throughput(total, time.perf_counter() - begin)
+
+
+def _keep_up(job: TeacherJob, parts: list[dict[int, list[Batch]]], replica: int) -> None:
+    """Score until as many batches are done as where there are most; the result is nobody's."""
+    num_batches = [sum(map(len, part.values())) for part in parts]
+    shortest = job.shards[-1][-1]
+    for _ in range(max(num_batches) - num_batches[replica]):
+        job.score([job.read(row) for row in shortest])
