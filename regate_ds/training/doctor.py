@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from regate_ds.training.ranks import discover
+
 TESTED = {
     "torch": "2.13.0",
     "transformers": "5.24.0",
@@ -146,14 +148,14 @@ def _tried_gloo(is_needed: bool) -> Finding:
 
 
 def _job() -> Finding:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
+    try:
+        ranks = discover()
+    except ValueError as error:
+        return Finding("launcher", "contradicts itself", True, False, str(error))
+    if ranks.launcher == "none":
         return Finding("launcher", "none; one process", False, True)
-    text = " ".join(f"{name}={value}" for name, value in found.items())
-    lacks = [name for name in names if name not in found]
-    advice = f"{', '.join(lacks)} not set: start by deepspeed, torchrun or launch/" if lacks else ""
-    return Finding("launcher", text, False, not lacks, advice)
+    place = f"rank {ranks.rank} of {ranks.world_size}, {ranks.address}:{ranks.port}"
+    return Finding("launcher", f"{ranks.launcher}: {place}", False, True)
 
 
 def _compiler() -> Finding:

@@ -22,10 +22,12 @@ from regate_ds.training.task import make_student
 
 MAY_CHANGE = {
     "run.resume",
+    "run.grace_seconds",
     "run.save_every",
     "run.eval_every",
     "run.log_every",
     "run.keep_checkpoints",
+    "teacher.verify",
     "data.num_workers",
 }
 """What a resumed run may set otherwise: none of it changes the training."""
@@ -41,12 +43,14 @@ def judge_run(config: RunConfig) -> None:
         _require_student(config)
     if config.run.plan_only:
         return
-    folder = RunFolder(config.run.out)
-    if not config.run.resume:
+    folder, resume = RunFolder(config.run.out), config.run.resume
+    if not resume:
         folder.require_new()
-        return
-    folder.require_run()
-    require_same_run(config, folder.config)
+    elif resume != "auto" or folder.config.is_file():
+        folder.require_run()
+        require_same_run(config, folder.config)
+    if resume == "auto" and not folder.resumes(resume):
+        folder.require_unfinished()
 
 
 def _require_student(config: RunConfig) -> None:

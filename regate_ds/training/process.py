@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.training.launcher import free_port
+from regate_ds.training.ranks import announce
 
 _PATIENCE = "360"
 """Minutes that ranks wait for each other unless DEEPSPEED_TIMEOUT says otherwise, as they do while
@@ -43,11 +44,10 @@ class Process:
 
 def start_process(local_rank: int | None = None) -> Process:
     """Join the job that a launcher announced in the environment, or be a job of one process."""
-    require_launched()
-    _announce_single_process()
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if local_rank is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = announce()
+    if ranks.launcher == "none":
+        _announce_single_process()
+    local_rank = ranks.local_rank if local_rank is None else local_rank
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
@@ -56,30 +56,10 @@ def start_process(local_rank: int | None = None) -> Process:
         # Before deepspeed is imported: it picks its accelerator once.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _init_groups(backend)
-    return Process(rank, world_size, device)
-
-
-def require_launched() -> None:
-    """ValueError if a launcher has announced half a job, or started ranks that know of none."""
-    names = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    lacks = [name for name in names if name not in os.environ]
-    if "RANK" in os.environ and lacks:
-        raise ValueError(
-            f"RANK={os.environ['RANK']}, but {', '.join(lacks)} not set: start by deepspeed, "
-            "torchrun or launch/, or unset RANK to run one process"
-        )
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "RANK" not in os.environ and tasks != "1":
-        raise ValueError(
-            f"SLURM_NTASKS={tasks}, but RANK is not set: each task would be a run of its own; set "
-            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each task, start by "
-            "deepspeed or torchrun, or set SLURM_NTASKS=1 to run one process"
-        )
+    return Process(ranks.rank, ranks.world_size, device)
 
 
 def _announce_single_process() -> None:
-    if "RANK" in os.environ:
-        return
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(alone, MASTER_PORT=str(free_port()))
 

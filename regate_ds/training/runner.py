@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
@@ -23,8 +23,10 @@ from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import Process, start_process
-from regate_ds.training.student import readable_weights, text_backbone
+from regate_ds.training.ranks import announce
+from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
+from regate_ds.training.teacher_model import load_teacher, load_teacher_tokenizer
 from regate_ds.training.trainer import Trainer, held_out
 
 NUM_GENERATED = 100
@@ -33,6 +35,7 @@ NUM_GENERATED = 100
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its summary (empty on ranks other than the first)."""
+    announce()
     judge_run(config)
     if config.run.plan_only:
         return _print_on_first(walk_plan(config, _task(config, weights=False)))
@@ -43,6 +46,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def run_teacher(config: RunConfig) -> None:
     """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
+    announce()
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
     with _job() as process:
@@ -64,6 +68,7 @@ def run_teacher(config: RunConfig) -> None:
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
+    announce()
     run = RunFolder(folder)
     run.require_run()
     if not run.model.is_dir():
@@ -113,34 +118,12 @@ def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
     return text_backbone(task.student.model) if path is None else load_teacher(path)
 
 
-def load_teacher(path: Path) -> PreTrainedModel:
-    """The causal language model in a folder; ValueError if there is none."""
-    _require_causal_lm(path)
-    with readable_weights(path):
-        teacher = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    return teacher.eval()
-
-
-def _require_causal_lm(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"teacher.path={path}: holds no config.json; give the folder of a causal language "
-            "model, or null for the student's own text backbone"
-        )
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(
-            f"teacher.path={path}: is a {config.model_type} model, not a causal language model; "
-            "give one, or null for the student's own text backbone"
-        )
-
-
 def _teacher_pad_id(config: RunConfig, task: Task) -> int:
     """The token that stands for images, after the check that the teacher reads ids alike."""
     own = task.student.tokenizer
     if config.teacher.path is None:
         return choose_pad_id(own)
-    theirs = AutoTokenizer.from_pretrained(config.teacher.path, local_files_only=True)
+    theirs = load_teacher_tokenizer(config.teacher.path)
     image_id = task.student.model.config.image_token_id
     require_same_tokens(own, theirs, placeholder_ids=[image_id])
     return choose_pad_id(theirs)

@@ -149,8 +149,8 @@ def test_half_an_announcement_of_a_job_names_what_lacks(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     launcher = examined("launcher")
-    assert launcher.found == "RANK=1 WORLD_SIZE=2"
-    assert launcher.advice.startswith("LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set")
+    assert not launcher.is_fine
+    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set" in launcher.advice
 
 
 def test_the_findings_fit_on_one_screen_and_read_back_from_json():

@@ -1,0 +1,233 @@
+"""Which rank of the job this process is, as its launcher announced it. Imports no framework.
+
+RANK ...                what torchrun and deepspeed set, and the rest of the package reads
+SLURM_PROCID ...        a task of srun
+OMPI_COMM_WORLD_RANK    a task of Open MPI's mpirun
+
+torchrun and deepspeed may run inside such a task, one for each node. Two announcements that cannot
+both hold are an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_OPENMPI = ("RANK", "SIZE", "LOCAL_RANK")
+
+_FIRST_PORT, _NUM_PORTS = 10_000, 20_000
+"""Below the ports that Linux gives out by itself."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the job."""
+
+    launcher: str
+    """Who said so: "deepspeed", "torchrun", "srun", "mpirun", "environment", or "none"."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    node: str = ""
+    """The same on all ranks of one node, and on no other."""
+
+    address: str = "127.0.0.1"
+    port: int | None = None
+    """Where the first rank listens; None for a process alone, which may take any."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One announcement: number ``index`` of ``size``, by the variables of these names."""
+
+    launcher: str
+    index: int
+    size: int
+    local_rank: int
+    index_name: str
+    size_name: str
+
+    def __str__(self) -> str:
+        return f"{self.index_name}={self.index}, {self.size_name}={self.size}"
+
+
+def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """Find this process's place; ValueError if announcements are incomplete or contradictory."""
+    outer = _task(environment)
+    if "RANK" in environment:
+        return _announced(environment, outer)
+    if outer is None or outer.size == 1:
+        _refuse_batch_script(environment, outer)
+        return Ranks("none", node=socket.gethostname())
+    return Ranks(
+        outer.launcher,
+        outer.index,
+        outer.size,
+        outer.local_rank,
+        _node(environment),
+        _address(environment, outer),
+        _port(environment, outer),
+    )
+
+
+def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
+    """Discover, and set RANK and its siblings for all that read them; a process alone sets none."""
+    ranks = discover(environment)
+    if ranks.launcher in ("srun", "mpirun"):
+        values = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.address, ranks.port)
+        environment.update(zip(RANK_NAMES, map(str, values)))
+    return ranks
+
+
+def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
+    """By RANK and its siblings, which torchrun, deepspeed or the user's own script has set."""
+    rank, world_size = _whole(environment, "RANK"), _whole(environment, "WORLD_SIZE", "1")
+    lacks = [name for name in RANK_NAMES if name not in environment and name != "RANK"]
+    if world_size == 1 or outer is not None:
+        lacks = [name for name in lacks if name != "LOCAL_RANK"]
+    if lacks:
+        raise ValueError(
+            f"RANK={rank}, but {', '.join(lacks)} not set: start by deepspeed, torchrun, srun or "
+            "launch/, or unset RANK to run one process"
+        )
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank}, but WORLD_SIZE={world_size}: ranks count from 0")
+    agent = _agent(environment)
+    _require_agreement(environment, agent, outer)
+    local_rank = _whole(environment, "LOCAL_RANK", str(outer.local_rank if outer else 0))
+    return Ranks(
+        agent.launcher if agent else "environment",
+        rank,
+        world_size,
+        local_rank,
+        str(agent.index) if agent else _node(environment),
+        environment["MASTER_ADDR"],
+        _whole(environment, "MASTER_PORT"),
+    )
+
+
+def _require_agreement(
+    environment: Mapping[str, str], agent: _Place | None, outer: _Place | None
+) -> None:
+    if outer is None:
+        return
+    if agent is not None:
+        # Agents number themselves in the order in which they meet: only their count is known.
+        if agent.size == outer.size or outer.size == 1:
+            return
+        raise ValueError(
+            f"{agent.launcher} says {agent}, {outer.launcher} says {outer}: start one "
+            f"{agent.launcher} on each node, and tell it of all nodes"
+        )
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if outer.size > 1 and (rank, world_size) != (outer.index, outer.size):
+        raise ValueError(
+            f"RANK={rank}, WORLD_SIZE={world_size}, but {outer.launcher} says {outer}: unset RANK, "
+            f"or start without {outer.launcher}"
+        )
+
+
+def _agent(environment: Mapping[str, str]) -> _Place | None:
+    """What started this rank on its node, and numbered the nodes."""
+    for launcher, index, size in (
+        ("torchrun", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        ("deepspeed", "CROSS_RANK", "CROSS_SIZE"),
+    ):
+        if index in environment and size in environment:
+            number, count = _whole(environment, index), _whole(environment, size)
+            return _Place(launcher, number, count, 0, index, size)
+    return None
+
+
+def _task(environment: Mapping[str, str]) -> _Place | None:
+    """The task of mpirun or srun that this process is, or runs in."""
+    srun, mpirun = _srun(environment), _mpirun(environment)
+    if srun is None or mpirun is None:
+        return mpirun or srun
+    # mpirun starts a helper by srun on each node, so there may be fewer tasks, not more.
+    if srun.size > mpirun.size:
+        raise ValueError(
+            f"srun says {srun}, mpirun says {mpirun}: start one mpirun, not one in each task"
+        )
+    return mpirun
+
+
+def _mpirun(environment: Mapping[str, str]) -> _Place | None:
+    if "OMPI_COMM_WORLD_RANK" not in environment:
+        return None
+    return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in _OPENMPI])
+
+
+def _srun(environment: Mapping[str, str]) -> _Place | None:
+    """None in a batch script, which has SLURM_PROCID as well but is no task of srun."""
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
+        return None
+    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    return _place(environment, "srun", ["SLURM_PROCID", size, "SLURM_LOCALID"])
+
+
+def _place(environment: Mapping[str, str], launcher: str, names: Sequence[str]) -> _Place:
+    index, size, local_rank = (_whole(environment, name) for name in names)
+    return _Place(launcher, index, size, local_rank, names[0], names[1])
+
+
+def _refuse_batch_script(environment: Mapping[str, str], outer: _Place | None) -> None:
+    tasks = environment.get("SLURM_NTASKS", "1")
+    if outer is None and tasks != "1":
+        raise ValueError(
+            f"SLURM_NTASKS={tasks}, but this process is no task of srun: start by srun, deepspeed, "
+            "torchrun or launch/, or set SLURM_NTASKS=1 to run one process"
+        )
+
+
+def _node(environment: Mapping[str, str]) -> str:
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _address(environment: Mapping[str, str], outer: _Place) -> str:
+    if "MASTER_ADDR" in environment:
+        return environment["MASTER_ADDR"]
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise ValueError(
+            f"{outer.launcher} says {outer}, but MASTER_ADDR is not set: give all ranks the first "
+            "rank's host, as by mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+        )
+    return first_host(nodes)
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list as SLURM writes it: "gpu[03-07,12],login1" is "gpu03"."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
+    if first is None:
+        raise ValueError(f"{nodes!r} is no list of nodes: set MASTER_ADDR to the first rank's host")
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
+
+
+def _port(environment: Mapping[str, str], outer: _Place) -> int:
+    if "MASTER_PORT" in environment:
+        return _whole(environment, "MASTER_PORT")
+    if "SLURM_JOB_ID" not in environment:
+        raise ValueError(
+            f"{outer.launcher} says {outer}, but MASTER_PORT is not set: give all ranks one port, "
+            "as by mpirun -x MASTER_PORT=29500"
+        )
+    return job_port(_whole(environment, "SLURM_JOB_ID"))
+
+
+def job_port(job: int) -> int:
+    """The port of a SLURM job, as launch/ has it too; steps that run at once set MASTER_PORT."""
+    return _FIRST_PORT + job % _NUM_PORTS
+
+
+def _whole(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = environment.get(name, default)
+    if text is None or not re.fullmatch(r"[0-9]+", text):
+        raise ValueError(f"{name}={text}: must be a whole number, as launchers set it")
+    return int(text)

@@ -1,0 +1,122 @@
+import socket
+
+import pytest
+
+from regate_ds.training.ranks import RANK_NAMES, Ranks, announce, discover, first_host, job_port
+
+GROUP = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+RANK = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **GROUP}
+TORCHRUN = {**RANK, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "4"}
+DEEPSPEED = {**RANK, "CROSS_RANK": "1", "CROSS_SIZE": "4"}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+
+
+def srun(task: int, tasks: int, **more: str) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": "20123",
+        "SLURM_PROCID": str(task),
+        "SLURM_LOCALID": str(task % 2),
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_JOB_NODELIST": "gpu[01-04]",
+        "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURMD_NODENAME": f"gpu0{3 + task // 2}",
+        **more,
+    }
+
+
+def test_a_process_that_nobody_announced_is_alone():
+    assert discover({}) == Ranks("none", node=socket.gethostname())
+    assert discover(srun(0, 1)).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        (TORCHRUN, "torchrun"),
+        (DEEPSPEED, "deepspeed"),
+        (srun(0, 4) | TORCHRUN, "torchrun"),
+        (srun(2, 4) | DEEPSPEED, "deepspeed"),
+        (srun(0, 1) | TORCHRUN, "torchrun"),
+    ],
+)
+def test_ranks_of_a_launcher_are_its_own_also_inside_tasks_of_srun(environment, launcher):
+    assert discover(environment) == Ranks(launcher, 3, 8, 1, "1", "n1", 29500)
+
+
+def test_ranks_set_by_hand_in_each_task_are_the_tasks():
+    by_hand = {name: value for name, value in RANK.items() if name != "LOCAL_RANK"}
+    found = discover(srun(3, 8) | by_hand)
+    assert (found.launcher, found.rank, found.local_rank) == ("environment", 3, 1)
+
+
+def test_tasks_of_srun_are_ranks_whose_address_and_port_come_from_the_job():
+    environment = srun(3, 4)
+    assert announce(environment) == Ranks("srun", 3, 4, 1, "gpu04", "gpu03", 10_123)
+    assert [environment[name] for name in RANK_NAMES] == ["3", "4", "1", "gpu03", "10123"]
+    assert discover(environment).rank == 3
+
+
+def test_address_and_port_of_a_job_can_be_overridden():
+    found = discover(srun(1, 2, MASTER_ADDR="10.0.0.1", MASTER_PORT="77"))
+    assert (found.address, found.port) == ("10.0.0.1", 77)
+
+
+def test_tasks_of_mpirun_are_ranks():
+    environment = MPIRUN | GROUP
+    found = announce(environment)
+    assert (found.launcher, found.rank, found.world_size, found.local_rank) == ("mpirun", 3, 8, 1)
+    assert (environment["RANK"], environment["MASTER_PORT"]) == ("3", "29500")
+
+
+def test_mpirun_inside_a_slurm_job_has_its_own_ranks_and_the_jobs_address():
+    found = discover(srun(1, 2) | MPIRUN)
+    assert (found.rank, found.world_size, found.address) == (3, 8, "gpu03")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (srun(3, 8) | TORCHRUN, "torchrun says GROUP_RANK=1, GROUP_WORLD_SIZE=4, srun says SLURM"),
+        (srun(3, 8) | DEEPSPEED, "deepspeed says CROSS_RANK=1, CROSS_SIZE=4, srun says SLURM_PROC"),
+        (srun(2, 8) | RANK, "RANK=3, WORLD_SIZE=8, but srun says SLURM_PROCID=2, SLURM_STEP_NUM_"),
+        (srun(3, 4) | RANK, "RANK=3, WORLD_SIZE=8, but srun says SLURM_PROCID=3, SLURM_STEP_NUM_"),
+        (MPIRUN | RANK | {"RANK": "2"}, "RANK=2, WORLD_SIZE=8, but mpirun says OMPI_COMM_WORLD_RA"),
+        (srun(3, 16) | MPIRUN, "srun says SLURM_PROCID=3, .* mpirun says OMPI_COMM_WORLD_RANK=3"),
+        (MPIRUN, "mpirun says .*, but MASTER_ADDR is not set: .*mpirun -x"),
+        (MPIRUN | {"MASTER_ADDR": "n1"}, "mpirun says .*, but MASTER_PORT is not set"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "SLURM_NTASKS=4, but this process is no task"),
+        ({"RANK": "1", "MASTER_PORT": "1"}, "RANK=1, but WORLD_SIZE, MASTER_ADDR not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2", **GROUP}, "RANK=1, but LOCAL_RANK not set"),
+        (RANK | {"RANK": "8"}, "RANK=8, but WORLD_SIZE=8: ranks count from 0"),
+        (RANK | {"RANK": "one"}, "RANK=one: must be a whole number"),
+    ],
+)
+def test_what_cannot_hold_is_one_line_that_names_both(environment, message):
+    with pytest.raises(ValueError, match=message) as error:
+        discover(environment)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03-07,12],login1", "gpu03"),
+        ("gpu[7,3]", "gpu7"),
+        ("rack[2-3]node[01-16]", "rack2node01"),
+        ("login1,gpu[1-2]", "login1"),
+        ("a-b.c[10-12]-ib", "a-b.c10-ib"),
+    ],
+)
+def test_the_first_host_of_a_list_of_nodes(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_ports_of_jobs_stay_below_those_that_linux_gives_out():
+    assert {job_port(job) // 10_000 for job in (0, 19_999, 20_000, 123_456_789)} <= {1, 2}
