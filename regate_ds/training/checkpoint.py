@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,15 +175,20 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
 
 def full_weights(model: nn.Module, process: Process) -> dict[str, Tensor]:
     """Every weight on the first rank's CPU, gathered one by one under ZeRO-3. Collective."""
-    import deepspeed
-
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        partitioned = hasattr(parameter, "ds_id")
-        with deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext():
+        with _gathered(parameter):
             if process.is_first:
                 weights[name] = parameter.detach().to("cpu", copy=True)
     return weights
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def merge_lora(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from regate_ds.parallel.sync import sum_over
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
-from regate_ds.training.megatron.fits import require_ranks, require_student
+from regate_ds.training.megatron.fits import require_packages, require_ranks, require_student
 from regate_ds.training.metrics import RunFolder, leaves
 from regate_ds.training.process import Process
 from regate_ds.training.section_reader import plain_values
@@ -39,6 +39,7 @@ def judge_run(config: RunConfig) -> None:
     if config.parallel is None:
         deepspeed_config(config, world_size)
     else:
+        require_packages(config.parallel)
         require_ranks(config.parallel, world_size)
         _require_student(config)
     if config.run.plan_only:

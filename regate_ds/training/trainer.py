@@ -63,7 +63,7 @@ class Trainer:
             teacher = None if self.reference is None else self.reference.teacher_id
             total = self.order.total_steps
             print(describe_run(self.config, self.knobs, total, teacher), flush=True)
-        torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
+        torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
         start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name

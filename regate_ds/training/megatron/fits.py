@@ -6,6 +6,7 @@ Nothing here needs Megatron-core: it is judged before anything is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 SUPPORTED = ("llama", "qwen2")
@@ -18,6 +19,28 @@ Problem = tuple[bool, str]
 def require_settings(config: Any) -> None:
     """ValueError for what of a RunConfig cannot be done with `parallel`."""
     _refuse(_settings_problems(config))
+
+
+def require_packages(parallel: Any) -> None:
+    """ValueError if what such a run stands on is not installed."""
+    _refuse(
+        [
+            (
+                not is_installed("megatron"),
+                "parallel.*: megatron-core is not installed; pip install 'regate-ds[megatron]', or "
+                "set parallel=null",
+            ),
+            (
+                parallel.layout == "ragged" and not is_installed("transformer_engine"),
+                "parallel.layout=ragged: its attention is Transformer Engine's, which is not "
+                "installed; install it, or set parallel.layout=constant",
+            ),
+        ]
+    )
+
+
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def require_ranks(parallel: Any, world_size: int) -> None:
@@ -59,7 +82,6 @@ def _refuse(problems: Iterator[Problem] | list[Problem]) -> None:
 
 def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
-    cut = parallel.sequence or parallel.virtual > 1 or parallel.layout == "ragged"
     without = "cannot be done with parallel.*; set it to"
     yield model.lora is not None, f"model.lora {without} null"
     yield (
@@ -76,9 +98,9 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
         f"model.kind={model.kind} {without} llava",
     )
     yield (
-        config.elision.last_layer is not None and cut,
-        f"elision.last_layer={config.elision.last_layer} cannot be done with parallel.sequence, "
-        "parallel.virtual or parallel.layout=ragged; set it to null",
+        config.elision.last_layer is not None and parallel.virtual > 1,
+        f"elision.last_layer={config.elision.last_layer} cannot be done with parallel.virtual="
+        f"{parallel.virtual}; set it to null, or parallel.virtual to 1",
     )
     yield (
         parallel.virtual > 1 and run.accumulation % parallel.pipeline != 0,

@@ -20,7 +20,7 @@ def join(config: RunConfig, process: Process) -> Process:
     """Make the groups; this process among the data ranks. Collective over the job."""
     parallel = config.parallel
     assert parallel is not None
-    _require_device()
+    require_device()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -32,8 +32,8 @@ def join(config: RunConfig, process: Process) -> Process:
     return Process(rank, size, process.device, mpu.get_data_parallel_group())
 
 
-def _require_device() -> None:
-    """Megatron-core makes its small tensors on the current CUDA device."""
+def require_device() -> None:
+    """ValueError where there is no CUDA device: Megatron-core makes its small tensors on it."""
     try:
         torch.cuda.current_device()
     except (AssertionError, RuntimeError) as error:

@@ -74,6 +74,9 @@ class MegatronHost:
         optimizer = get_megatron_optimizer(
             optimizer_settings(config), chunks, use_gloo_process_groups=False
         )
+        for group in optimizer.param_groups:
+            # Megatron leaves it to its own scheduler to apply this.
+            group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
         return cls(setup, chunks, regate, optimizer)
 
     @property
