@@ -35,12 +35,7 @@ def host_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
     """Of these groups of ranks the one with this rank, on a backend of the host's memory; ``None``
     if it is alone. Collective over the world: every rank makes every group, in the same order."""
     # Torch's fake backend, for dry runs, has no groups of another backend.
-    backend = None if dist.get_backend() == "fake" else "gloo"
-    own: Any = None
-    for ranks in groups:
-        made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
-        own = made if dist.get_rank() in ranks else own
-    return own
+    return _own_group(groups, None if dist.get_backend() == "fake" else "gloo")
 
 
 def replicas(data_rank_of: list[int]) -> list[list[int]]:
@@ -49,3 +44,26 @@ def replicas(data_rank_of: list[int]) -> list[list[int]]:
     for rank, data_rank in enumerate(data_rank_of):
         found.setdefault(data_rank, []).append(rank)
     return [found[data_rank] for data_rank in sorted(found)]
+
+
+def layout_of_replicas(ranks_per_replica: int) -> ParallelLayout:
+    """Cut the world into replicas of that many consecutive ranks; ranks of the same place in their
+    replicas form a data group. Collective over the world, on its own backend."""
+    world = dist.get_world_size()
+    if world % ranks_per_replica:
+        raise ValueError(
+            f"{world} ranks cannot be cut into replicas of {ranks_per_replica}; start a multiple "
+            f"of {ranks_per_replica} ranks"
+        )
+    ranks = range(world)
+    replica = _own_group([ranks[r : r + ranks_per_replica] for r in ranks[::ranks_per_replica]], None)
+    data = _own_group([ranks[place::ranks_per_replica] for place in range(ranks_per_replica)], None)
+    return ParallelLayout(data=data, replica=replica)
+
+
+def _own_group(groups: Sequence[Sequence[int]], backend: str | None) -> ProcessGroup | None:
+    own: Any = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
+        own = made if dist.get_rank() in ranks else own
+    return own
