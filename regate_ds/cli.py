@@ -10,18 +10,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from regate_ds.training.preemption import EXIT_CODE, Preempted, heed
+
 USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 """What a wrong input, a missing file or package, or a broken promise of the host ends in."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; 0 on success, 1 on an error of one line, 2 on wrong usage."""
+    """Run one sub-command; 0 on success, 1 on an error of one line, 2 on wrong usage.
+
+    75 is a training run that was asked to end and has saved.
+    """
+    heed()
     args, rest = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args, rest)
     except KeyboardInterrupt:
         print(f"regate {args.command}: interrupted", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        if str(stop):
+            print(f"regate {args.command}: {stop}", file=sys.stderr)
+        return EXIT_CODE
     except USER_ERRORS as error:
         if args.debug:
             raise

@@ -21,16 +21,14 @@ from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.data.reference_writer import ReferenceWriter, begun_store, has_all_files
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.parallel.sync import sum_over
+from regate_ds.teacher.batch_plan import (
+    Batch,
+    padded_tokens,
+    plan_batches,
+    plan_shards,
+    share_out,
+)
 from regate_ds.teacher.text_only import ScoredSample
-
-LARGEST_SHARD = 16
-"""Batches of a shard, at most: what a killed job loses on each rank."""
-
-FEWEST_SHARDS = 64
-"""Shards of a job that has as many batches, so that they spread evenly over the ranks."""
-
-Batch = list[int]
-"""Rows of the answer index that the teacher reads in one forward pass."""
 
 Score = Callable[[Sequence[ScoredSample]], Tensor]
 """Losses in nats of all label positions of the samples, in order: fp32 [N]."""
@@ -99,29 +97,6 @@ class Throughput:
         return f"{self.num_tokens} tokens in {self.seconds:.1f} s ({rate:.0f} tokens/s)"
 
 
-def plan_batches(num_positions: Tensor, tokens_per_batch: int) -> list[Batch]:
-    """Rows of similar length together, so that each batch has at most that many padded tokens.
-
-    A row that is longer than the budget is a batch of its own. The longest come first: a batch
-    that the device cannot hold should fail at once.
-    """
-    lengths = num_positions.tolist()
-    batches: list[Batch] = []
-    for row in num_positions.argsort(descending=True, stable=True).tolist():
-        # Rows come by length, so a batch is as wide as its first row.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
-def plan_shards(batches: list[Batch]) -> list[list[Batch]]:
-    """Cut the batches into shards: a function of the batches alone, whatever ranks there are."""
-    size = max(1, min(LARGEST_SHARD, len(batches) // FEWEST_SHARDS))
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
-
-
 def precompute(
     job: TeacherJob, group: ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Throughput:
@@ -140,10 +115,13 @@ def precompute(
     writer = ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
     missing = [n for n in range(len(shards)) if not writer.has_shard(n)]
     sum_over([0], group, device)  # All ranks have looked before one of them writes.
-    replica, place = divmod(rank_in(group), job.ranks_per_replica)
     # Of what is missing, an equal part each: a replica that was far ahead would wait for hours.
-    num_replicas = size_of(group) // job.ranks_per_replica
-    parts = [{n: shards[n] for n in missing[r::num_replicas]} for r in range(num_replicas)]
+    replica, place = divmod(rank_in(group), job.ranks_per_replica)
+    costs = [padded_tokens(shards[n], job.index.num_positions) for n in missing]
+    parts = [
+        {missing[i]: shards[missing[i]] for i in part}
+        for part in share_out(costs, size_of(group) // job.ranks_per_replica)
+    ]
     done = _score_shards(
         job, writer if place == 0 else None, parts[replica], show=rank_in(group) == 0
     )
@@ -174,7 +152,7 @@ def _score_shards(
 
 
 def _keep_up(job: TeacherJob, parts: list[dict[int, list[Batch]]], replica: int) -> None:
-    """Score, for no one, until this rank has scored as often as the one with most batches."""
+    """Score until as many batches are done as where there are most; the result is nobody's."""
     num_batches = [sum(map(len, part.values())) for part in parts]
     shortest = job.shards[-1][-1]
     for _ in range(max(num_batches) - num_batches[replica]):

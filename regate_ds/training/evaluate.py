@@ -23,6 +23,7 @@ from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs
 from regate_ds.data.samples import Record, Turn
 from regate_ds.parallel.sync import sum_over
+from regate_ds.training.preemption import leave_to_parent
 from regate_ds.training.process import Process
 
 WORD = re.compile(r"\S+")
@@ -196,6 +197,7 @@ def _batches(
         num_workers=held_out.num_workers,
         # Without one of its own, the loader would draw a seed from the training run's.
         generator=torch.Generator(),
+        worker_init_fn=leave_to_parent,
     )
     for (numbers, is_counted), (encoded, batch) in zip(batches, loader):
         yield list(zip(numbers, encoded)), batch, is_counted

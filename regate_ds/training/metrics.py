@@ -37,13 +37,21 @@ class RunFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
-    def begin(self, config: str) -> None:
-        """Start a new run; ValueError if the folder holds one already."""
-        self.require_new()
+    def begin(self, config: str, *, may_hold_unsaved: bool = False) -> None:
+        """Start a new run; ValueError if the folder holds one already.
+
+        may_hold_unsaved: what a run has left that ended before its first checkpoint is forgotten.
+        """
+        if not may_hold_unsaved:
+            self.require_new()
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.encode())
         for path in (self._metrics, self._evals):
             write_atomically(path, b"")
+
+    def resumes(self, resume: bool | str) -> bool:
+        """What `run.resume` comes to: "auto" goes on where there is a checkpoint."""
+        return (self.checkpoints / "latest").is_file() if resume == "auto" else bool(resume)
 
     def require_new(self) -> None:
         """Refuse, by ValueError, a folder in which something would be overwritten."""
@@ -57,6 +65,15 @@ class RunFolder:
         if found:
             raise ValueError(
                 f"run.out={self.path} holds a run already ({', '.join(found)}); choose another "
+                "folder, or delete this one"
+            )
+
+    def require_unfinished(self) -> None:
+        """Refuse, by ValueError, results without the checkpoint that would go with them."""
+        found = [path.name for path in (self._summary, self.model) if path.exists()]
+        if found:
+            raise ValueError(
+                f"run.out={self.path} has no checkpoint, but {', '.join(found)}: choose another "
                 "folder, or delete this one"
             )
 

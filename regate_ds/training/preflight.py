@@ -19,6 +19,7 @@ from regate_ds.training.section_reader import plain_values
 
 MAY_CHANGE = {
     "run.resume",
+    "run.grace_seconds",
     "run.save_every",
     "run.eval_every",
     "run.log_every",
@@ -33,12 +34,14 @@ def judge_run(config: RunConfig) -> None:
     deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     if config.run.plan_only:
         return
-    folder = RunFolder(config.run.out)
-    if not config.run.resume:
+    folder, resume = RunFolder(config.run.out), config.run.resume
+    if not resume:
         folder.require_new()
-        return
-    folder.require_run()
-    require_same_run(config, folder.config)
+    elif resume != "auto" or folder.config.is_file():
+        folder.require_run()
+        require_same_run(config, folder.config)
+    if resume == "auto" and not folder.resumes(resume):
+        folder.require_unfinished()
 
 
 def require_same_run(config: RunConfig, written: Path) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+_OPENMPI = ("RANK", "SIZE", "LOCAL_RANK")
+
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 """Below the ports that Linux gives out by itself."""
 
@@ -159,7 +161,7 @@ def _task(environment: Mapping[str, str]) -> _Place | None:
 def _mpirun(environment: Mapping[str, str]) -> _Place | None:
     if "OMPI_COMM_WORLD_RANK" not in environment:
         return None
-    return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in ("RANK", "SIZE", "LOCAL_RANK")])
+    return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in _OPENMPI])
 
 
 def _srun(environment: Mapping[str, str]) -> _Place | None:

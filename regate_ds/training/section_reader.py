@@ -74,9 +74,10 @@ def _read_union(kinds: tuple[Any, ...], value: object, where: str) -> Any:
 
 
 def _read_choice(allowed: tuple[Any, ...], value: object, where: str) -> Any:
-    if value in allowed:
+    if any(value == choice and type(value) is type(choice) for choice in allowed):
         return value
-    raise ValueError(f"{where}={value!r}: must be one of {', '.join(map(str, allowed))}")
+    names = (str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in allowed)
+    raise ValueError(f"{where}={value!r}: must be one of {', '.join(names)}")
 
 
 def _read_tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:

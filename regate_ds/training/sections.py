@@ -263,8 +263,13 @@ class RunSection:
     deepspeed: Path | dict[str, Any] | None = None
     """The user's own DeepSpeed configuration, a JSON file or its content; null is ZeRO stage 0."""
 
-    resume: bool = False
-    """True goes on from the newest checkpoint in `out`."""
+    resume: Literal[False, True, "auto"] = False
+    """True goes on from the newest checkpoint in `out`; auto does so if there is one, and starts
+    the run otherwise, as a job needs that may be put back into the queue."""
+
+    grace_seconds: int | None = None
+    """After SIGTERM or SIGUSR1 a run ends its step, saves and exits with code 75; if that takes
+    more than so many seconds it exits at once with 143; null lets it take its time."""
 
     log_every: int = 10
     """Refresh the figures beside the progress bar after every so many steps."""
@@ -277,6 +282,6 @@ class RunSection:
             require(self, key, getattr(self, key) >= 1, "must be at least 1")
         for key in ("seed", "eval_every", "save_every"):
             require(self, key, getattr(self, key) >= 0, "must be 0 or more")
-        for key in ("steps", "keep_checkpoints"):
+        for key in ("steps", "keep_checkpoints", "grace_seconds"):
             value = getattr(self, key)
             require(self, key, value is None or value >= 1, "must be at least 1, or null")

@@ -25,6 +25,8 @@ class StepFigures:
     def __init__(self, engine: Any, regate: DeepSpeedRegate, process: Process) -> None:
         self._engine, self._regate, self._process = engine, regate, process
         self._seen: list[TokenBatch] = []
+        self.must_stop = False
+        """Whether any rank had been asked to end the run when the last loss was averaged."""
         self.lap()
 
     def watch(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -39,11 +41,13 @@ class StepFigures:
         last, self._last = getattr(self, "_last", now), now
         return now[0] - last[0], now[1] - last[1]
 
-    def mean_loss(self, step: int, losses: list[Tensor]) -> float:
+    def mean_loss(self, step: int, losses: list[Tensor], *, is_asked_to_stop: bool) -> float:
         """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
         # Waits for the device, so that the next lap holds the step's own work.
         here = float(torch.stack(losses).sum() / len(losses))
-        (loss,) = self._mean(torch.tensor([here], dtype=torch.float64)).tolist()
+        pair = torch.tensor([here, float(is_asked_to_stop)], dtype=torch.float64)
+        loss, share_asked = self._mean(pair).tolist()
+        self.must_stop = share_asked > 0
         if math.isfinite(loss):
             return loss
         bad = zip(losses, self._seen)

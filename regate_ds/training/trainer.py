@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader
@@ -27,6 +27,7 @@ from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
+from regate_ds.training.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.training.preflight import describe_run, require_one_data_set
 from regate_ds.training.process import Process
 from regate_ds.training.step_figures import StepFigures, peak_memory
@@ -56,23 +57,27 @@ class Trainer:
             total = self.order.total_steps
             print(describe_run(self.config, self.knobs, total, teacher), flush=True)
         torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
-        start = self._resume() if self.config.run.resume else self._begin()
+        start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name
-        with progress(total, desc=name, unit="step", start=start, show=show) as bar:
+        bar = progress(total, desc=name, unit="step", start=start, show=show)
+        with bar, listening(self.config.run.grace_seconds) as stop:
             windows = self.regate.windows(self._loader(start), self.engine)
             self._figures.lap()
             for step, window in enumerate(windows, start):
-                row = self._step(step, window)
+                row = self._step(step, window, stop)
                 bar.update()
                 if step % self.config.run.log_every == 0:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", dense=row["dense"])
+                if self._figures.must_stop and step + 1 < total:
+                    self._stop(step + 1)
                 self._after(step + 1)
         return self._finish(start)
 
     def _begin(self) -> int:
         if self.process.is_first:
-            self.folder.begin(dump_config(self.config))
+            is_again = self.config.run.resume == "auto"
+            self.folder.begin(dump_config(self.config), may_hold_unsaved=is_again)
         if self.config.run.eval_every:
             self._evaluate(0)
         return 0
@@ -108,10 +113,11 @@ class Trainer:
             num_workers=self.config.data.num_workers,
             # Without one of its own, the loader would draw a seed from the run's random state.
             generator=torch.Generator(),
+            worker_init_fn=leave_to_parent,
         )
         return self._figures.watch(loader)
 
-    def _step(self, step: int, window: Window) -> dict[str, Any]:
+    def _step(self, step: int, window: Window, stop: StopRequest) -> dict[str, Any]:
         losses, lr = [], self.engine.get_lr()[0]
         for inputs, plan in window:
             output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
@@ -119,12 +125,21 @@ class Trainer:
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
-        loss_mean = self._figures.mean_loss(step, losses)
+        loss_mean = self._figures.mean_loss(step, losses, is_asked_to_stop=stop.is_asked)
         self.regate.step(applied=self.engine.was_step_applied())
         row = {**self._figures.row(step, loss_mean), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
         return row
+
+    def _stop(self, done: int) -> NoReturn:
+        """All ranks together, after the step in which one of them was asked."""
+        self._save(done)
+        text = (
+            f"asked to end: saved {self.folder.checkpoints} after {done} of "
+            f"{self.order.total_steps} steps; go on with run.resume=true"
+        )
+        raise Preempted(text if self.process.is_first else "")
 
     def _after(self, done: int) -> None:
         run, last = self.config.run, self.order.total_steps

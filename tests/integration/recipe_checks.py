@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import load_config
+from regate_ds.training.preemption import Preempted
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import start_process
 from regate_ds.training.task import build_task, host_labels
@@ -85,6 +88,7 @@ def check_recipe(rank: int, folder: str) -> None:
     run(root, "again")
     assert_same_run(root, "whole", "again")
     check_resume_equals_never_stopped(root)
+    check_a_run_that_is_asked_to_end_resumes(root)
     check_disabled_is_the_plain_loop(root)
     check_other_length_is_refused(root)
     check_a_failed_evaluation_loses_nothing(root)
@@ -166,6 +170,24 @@ def check_resume_equals_never_stopped(root: Path) -> None:
         run(root, "resumed", trainer=KilledTrainer)
     run(root, "resumed", "run.resume=true")
     assert_same_run(root, "whole", "resumed")
+
+
+class Asked(Trainer):
+    """Whose last rank alone is told, after step 4, that its machine is wanted back."""
+
+    def _after(self, done: int) -> None:
+        super()._after(done)
+        if done == 4 and self.process.rank == self.process.world_size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def check_a_run_that_is_asked_to_end_resumes(root: Path) -> None:
+    """All ranks stop after the same step, and resuming equals never having stopped."""
+    with pytest.raises(Preempted) as end:
+        run(root, "asked", "run.resume=auto", trainer=Asked)
+    assert ("after 5 of 12 steps" in str(end.value)) == (dist.get_rank() == 0)
+    run(root, "asked", "run.resume=auto")
+    assert_same_run(root, "whole", "asked")
 
 
 def check_other_length_is_refused(root: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from regate_ds import cli
 from regate_ds.training import bench, compare, digits, doctor, runner
+from regate_ds.training.preemption import EXIT_CODE, Preempted
 
 COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "doctor"]
 
@@ -111,6 +112,18 @@ def test_an_error_of_several_lines_is_put_on_one(config, monkeypatch, capsys):
     monkeypatch.setattr(runner, "train", fail)
     assert cli.main(["train", str(config)]) == 1
     assert capsys.readouterr().err == "regate train: first second\n"
+
+
+@pytest.mark.parametrize(("text", "line"), [("saved", "regate train: saved\n"), ("", "")])
+def test_a_run_that_was_asked_to_end_has_an_exit_code_of_its_own(
+    text, line, config, monkeypatch, capsys
+):
+    def stop(_):
+        raise Preempted(text)
+
+    monkeypatch.setattr(runner, "train", stop)
+    assert cli.main(["train", str(config)]) == EXIT_CODE == 75
+    assert capsys.readouterr().err == line
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):

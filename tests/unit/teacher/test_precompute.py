@@ -12,7 +12,8 @@ import torch
 
 from regate_ds.data.atomic_file import TEMPORARY_SUFFIX
 from regate_ds.data.reference_store import ReferenceStore, shard_path
-from regate_ds.teacher.precompute import plan_batches, plan_shards, precompute
+from regate_ds.teacher.batch_plan import plan_batches
+from regate_ds.teacher.precompute import precompute
 from regate_ds.teacher.text_only import score_samples
 from tests.models import causal_lm
 from tests.samples import make_samples
@@ -162,27 +163,3 @@ def test_the_bar_shows_the_rate_and_the_end(tmp_path, capsys):
     assert "token/s, ends " in last
     num_tokens = sum(sample.input_ids_S.numel() for sample in make_samples(NUM_SAMPLES))
     assert done.num_tokens == num_tokens
-
-
-def test_batches_hold_every_row_once_within_the_budget():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        lengths = torch.randint(1, 60, (37,), generator=generator)
-        batches = plan_batches(lengths, tokens_per_batch=50)
-        assert sorted(row for batch in batches for row in batch) == list(range(37))
-        for batch in batches:
-            padded = len(batch) * int(lengths[batch].max())
-            assert padded <= 50 or len(batch) == 1
-
-
-def test_batches_go_from_long_to_short():
-    lengths = torch.tensor([3, 9, 3, 5, 9])
-    batches = plan_batches(lengths, tokens_per_batch=10)
-    assert batches == [[1], [4], [3, 0], [2]]
-
-
-def test_few_batches_are_one_shard_each_and_many_are_cut_large():
-    assert plan_shards([[i] for i in range(70)]) == [[[i]] for i in range(70)]
-    many = plan_shards([[i] for i in range(10_001)])
-    assert {len(shard) for shard in many[:-1]} == {16}
-    assert [row for shard in many for batch in shard for row in batch] == list(range(10_001))

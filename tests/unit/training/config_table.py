@@ -57,7 +57,7 @@ def _kind(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(kind) for kind in inner)
     if origin is Literal:
-        return " or ".join(f"`{value}`" for value in inner)
+        return " or ".join(f"`{str(v).lower() if isinstance(v, bool) else v}`" for v in inner)
     if origin is tuple:
         return f"list of {_kind(inner[0])}" if inner[-1] is Ellipsis else f"{len(inner)} numbers"
     if is_dataclass(hint) or origin is dict:

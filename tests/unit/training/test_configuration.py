@@ -42,6 +42,13 @@ def test_values_come_from_the_file_then_from_the_overrides(small):
     assert config.elision.first_layer == 2
 
 
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("auto", "auto")])
+def test_a_choice_may_be_a_switch_or_a_word(small, text, value):
+    assert load(small, f"run.resume={text}").run.resume == value
+    with pytest.raises(ValueError, match="run.resume=1: must be one of false, true, auto"):
+        load(small, "run.resume=1")
+
+
 def test_an_override_reaches_into_sections_that_are_null_or_absent(small):
     config = load(small, "model.lora.rank=8", "data.template.user='Q: '")
     assert config.model.lora is not None

@@ -12,6 +12,20 @@ def folder(tmp_path):
     return folder
 
 
+def test_what_a_run_left_before_its_first_checkpoint_is_forgotten_if_asked(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin("{}")
+    folder.append_metrics({"step": 0})
+    with pytest.raises(ValueError, match="holds a run already"):
+        folder.begin("{}")
+    assert not folder.resumes("auto")
+    folder.begin("{}", may_hold_unsaved=True)
+    assert folder.metrics() == []
+    folder.checkpoints.mkdir()
+    (folder.checkpoints / "latest").write_text("step-000001")
+    assert [folder.resumes(asked) for asked in (False, True, "auto")] == [False, True, True]
+
+
 def test_a_new_run_writes_its_configuration_and_starts_empty(folder):
     assert folder.config.read_text() == "seed: 1\n"
     assert (folder.metrics(), folder.evals()) == ([], [])

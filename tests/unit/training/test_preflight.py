@@ -67,6 +67,20 @@ def test_only_a_run_can_be_resumed(load):
         judge_run(load("run.resume=true"))
 
 
+def test_a_run_that_resumes_if_it_can_may_be_new_or_begun_but_must_be_the_same(load, begun):
+    judge_run(load("run.resume=auto"))
+    judge_run(begun("run.resume=auto"))
+    with pytest.raises(ValueError, match="run.steps=11, but .* was started with 10"):
+        judge_run(begun("run.resume=auto", "run.steps=11"))
+
+
+def test_a_run_that_resumes_if_it_can_does_not_lose_a_result(begun):
+    config = begun("run.resume=auto")
+    RunFolder(config.run.out).write_summary({})
+    with pytest.raises(ValueError, match=r"has no checkpoint, but summary.json"):
+        judge_run(config)
+
+
 def test_a_json_that_contradicts_is_refused_before_anything_is_loaded(load, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="train_batch_size=2 disagrees with 3"):
