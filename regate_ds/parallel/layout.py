@@ -56,7 +56,9 @@ def layout_of_replicas(ranks_per_replica: int) -> ParallelLayout:
             f"of {ranks_per_replica} ranks"
         )
     ranks = range(world)
-    replica = _own_group([ranks[r : r + ranks_per_replica] for r in ranks[::ranks_per_replica]], None)
+    replica = _own_group(
+        [ranks[r : r + ranks_per_replica] for r in ranks[::ranks_per_replica]], None
+    )
     data = _own_group([ranks[place::ranks_per_replica] for place in range(ranks_per_replica)], None)
     return ParallelLayout(data=data, replica=replica)
 

@@ -53,7 +53,7 @@ class ShardedTeacher(nn.Module):
             for name, _ in module.named_parameters(recurse=False):
                 yield f"{path}.{name}", module, name
         if not is_tied(self.config):
-            yield "lm_head.weight", self.lm_head, "weight"
+            yield "lm_head.weight", self.lm_head, "project.weight"
 
 
 def cut_teacher(
@@ -98,12 +98,15 @@ def partitioned_teacher(
     """
     settings = _zero3_settings(dtype)
     with _random_state_kept(), no_init_weights():
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype):
+        # Without dtype=: deepspeed 0.19.8 takes bf16 in its place where fp16 is not supported.
+        with deepspeed.zero.Init(config_dict_or_path=settings):
             whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if is_tied(config):
+            whole.lm_head.weight = whole.model.embed_tokens.weight
         _renew_rotary(whole.model, config, device)
         engine, *_ = deepspeed.initialize(model=whole.model, config=settings)
-    head = whole.model.embed_tokens if is_tied(config) else whole.lm_head
-    return ShardedTeacher(config, engine.module, _GatheredHead(head.weight, 0, None))
+    decoder: Any = engine.module
+    return ShardedTeacher(config, decoder, _GatheredHead(whole.lm_head))
 
 
 @torch.no_grad()
@@ -165,7 +168,7 @@ class _GatheredHead(HeadPart):
     """A head in ZeRO-3's pieces, whole while a batch is scored."""
 
     def losses(self, hidden_NH: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
-        with deepspeed.zero.GatheredParameters([self.weight]):
+        with deepspeed.zero.GatheredParameters(list(self.parameters())):
             return super().losses(hidden_NH, labels_N, chunk)
 
 
@@ -213,7 +216,9 @@ def _cut_head(config: Any, decoder: nn.Module, replica: ProcessGroup) -> HeadPar
     # A tied head is a view: it takes no memory, and is filled with the embedding.
     part_VH = embedding_VH[start:stop]
     weight_VH = part_VH if is_tied(config) else torch.empty_like(part_VH)
-    return HeadPart(nn.Parameter(weight_VH, requires_grad=False), start, replica)
+    head = nn.Linear(*reversed(weight_VH.shape), bias=False, device="meta")
+    head.weight = nn.Parameter(weight_VH, requires_grad=False)
+    return HeadPart(head, start, replica)
 
 
 def _part(total: int, replica: ProcessGroup) -> tuple[int, int]:
@@ -227,7 +232,7 @@ def _part(total: int, replica: ProcessGroup) -> tuple[int, int]:
 def _cut_of(module: nn.Module, name: str) -> Cut | None:
     """Which part of the whole tensor a module of DeepSpeed's, or a head, holds; None for all."""
     if isinstance(module, HeadPart):
-        return Cut(0, module.first_id, module.first_id + module.weight.shape[0])
+        return Cut(0, module.first_id, module.first_id + module.get_parameter(name).shape[0])
     if isinstance(module, LinearLayer):
         dim = 0
     elif isinstance(module, LinearAllreduce) and name == "weight":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.teacher.label_loss import HeadPart, label_losses
+from regate_ds.teacher.label_loss import HeadPart
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,8 @@ def score_samples(
     hidden_NH = hidden_BTH[is_label_BT.to(hidden_BTH.device)]
     labels_N = labels_BT[is_label_BT].to(hidden_BTH.device)
     head: Any = teacher.lm_head
-    if isinstance(head, HeadPart):
-        return head.losses(hidden_NH, labels_N, chunk).cpu()
-    return label_losses(head, hidden_NH, labels_N, chunk=chunk).cpu()
+    part = head if isinstance(head, HeadPart) else HeadPart(head)
+    return part.losses(hidden_NH, labels_N, chunk).cpu()
 
 
 def choose_pad_id(tokenizer: Any) -> int:

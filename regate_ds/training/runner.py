@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
 from regate_ds.training.configuration import RunConfig, load_config
@@ -21,11 +20,12 @@ from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
-from regate_ds.training.preflight import judge_run
+from regate_ds.training.preflight import judge_run, judge_teacher
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.ranks import announce
 from regate_ds.training.student import readable_weights, text_backbone
 from regate_ds.training.task import Task, build_task
+from regate_ds.training.teacher_placement import TeacherSource, place_teacher
 from regate_ds.training.trainer import Trainer, held_out
 
 NUM_GENERATED = 100
@@ -45,20 +45,22 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def run_teacher(config: RunConfig) -> None:
     """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
-    announce()
-    if config.teacher.store is None:
-        raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    judge_teacher(config, announce().world_size)
+    assert config.teacher.store is not None
     with _job() as process:
-        task = _task(config)
-        teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
+        # A teacher of its own needs of the student only its shape.
+        task = _task(config, weights=config.teacher.path is None)
         pad_id = _teacher_pad_id(config, task)
+        teacher = place_teacher(config.teacher, _teacher_source(config, task), pad_id, process)
         job = TeacherJob(
             index=task.index,
             encode=task.train.encode,
-            score=partial(score_samples, teacher, pad_id=pad_id),
-            teacher_id=teacher_id(teacher, pad_id=pad_id),
+            score=partial(score_samples, teacher.model, pad_id=pad_id),
+            teacher_id=teacher.id,
             store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
+            ranks_per_replica=teacher.ranks_per_replica,
+            in_step=teacher.in_step,
         )
         done = precompute(job, process.group, process.device)
         if process.is_first:
@@ -112,9 +114,14 @@ def tell_cut(task: Task, max_length: int) -> None:
         )
 
 
-def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
+def _teacher_source(config: RunConfig, task: Task) -> TeacherSource:
     path = config.teacher.path
-    return text_backbone(task.student.model) if path is None else load_teacher(path)
+    if path is None:
+        backbone = text_backbone(task.student.model)
+        return TeacherSource(backbone.config, lambda: backbone)
+    _require_causal_lm(path)
+    own_config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return TeacherSource(own_config, partial(load_teacher, path), folder=path)
 
 
 def load_teacher(path: Path) -> PreTrainedModel:
