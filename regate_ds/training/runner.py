@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
@@ -23,8 +22,13 @@ from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run, judge_teacher
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.ranks import announce
-from regate_ds.training.student import readable_weights, text_backbone
+from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
+from regate_ds.training.teacher_model import (
+    load_teacher,
+    load_teacher_config,
+    load_teacher_tokenizer,
+)
 from regate_ds.training.teacher_placement import TeacherSource, place_teacher
 from regate_ds.training.trainer import Trainer, held_out
 
@@ -119,31 +123,8 @@ def _teacher_source(config: RunConfig, task: Task) -> TeacherSource:
     if path is None:
         backbone = text_backbone(task.student.model)
         return TeacherSource(backbone.config, lambda: backbone)
-    _require_causal_lm(path)
-    own_config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return TeacherSource(own_config, partial(load_teacher, path), folder=path)
-
-
-def load_teacher(path: Path) -> PreTrainedModel:
-    """The causal language model in a folder; ValueError if there is none."""
-    _require_causal_lm(path)
-    with readable_weights(path):
-        teacher = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    return teacher.eval()
-
-
-def _require_causal_lm(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"teacher.path={path}: holds no config.json; give the folder of a causal language "
-            "model, or null for the student's own text backbone"
-        )
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(
-            f"teacher.path={path}: is a {config.model_type} model, not a causal language model; "
-            "give one, or null for the student's own text backbone"
-        )
+    folder = path if path.is_dir() else None
+    return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
 
 def _teacher_pad_id(config: RunConfig, task: Task) -> int:
@@ -151,7 +132,7 @@ def _teacher_pad_id(config: RunConfig, task: Task) -> int:
     own = task.student.tokenizer
     if config.teacher.path is None:
         return choose_pad_id(own)
-    theirs = AutoTokenizer.from_pretrained(config.teacher.path, local_files_only=True)
+    theirs = load_teacher_tokenizer(config.teacher.path)
     image_id = task.student.model.config.image_token_id
     require_same_tokens(own, theirs, placeholder_ids=[image_id])
     return choose_pad_id(theirs)

@@ -130,7 +130,7 @@ class TeacherConfig:
     """The frozen text-only reference, scored once before training."""
 
     path: Path | None = None
-    """Directory of a causal language model; null takes the student's own text backbone."""
+    """Directory or GGUF file of a causal language model; null is the student's text backbone."""
 
     store: Path | None = None
     """Folder of the reference losses: written by `regate teacher`, read by `regate train`."""
