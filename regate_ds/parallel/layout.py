@@ -35,7 +35,17 @@ def host_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
     """Of these groups of ranks the one with this rank, on a backend of the host's memory; ``None``
     if it is alone. Collective over the world: every rank makes every group, in the same order."""
     # Torch's fake backend, for dry runs, has no groups of another backend.
-    return _own_group(groups, None if dist.get_backend() == "fake" else "gloo")
+    return own_group(groups, None if dist.get_backend() == "fake" else "gloo")
+
+
+def own_group(groups: Sequence[Sequence[int]], backend: str | None = None) -> ProcessGroup | None:
+    """Of these groups of ranks the one with this rank; ``None`` if it is alone. Collective over the
+    world, as ``host_group``. backend: ``None`` is the world's own."""
+    own: Any = None
+    for ranks in groups:
+        made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
+        own = made if dist.get_rank() in ranks else own
+    return own
 
 
 def replicas(data_rank_of: list[int]) -> list[list[int]]:
@@ -56,16 +66,6 @@ def layout_of_replicas(ranks_per_replica: int) -> ParallelLayout:
             f"of {ranks_per_replica} ranks"
         )
     ranks = range(world)
-    replica = _own_group(
-        [ranks[r : r + ranks_per_replica] for r in ranks[::ranks_per_replica]], None
-    )
-    data = _own_group([ranks[place::ranks_per_replica] for place in range(ranks_per_replica)], None)
+    replica = own_group([ranks[r : r + ranks_per_replica] for r in ranks[::ranks_per_replica]])
+    data = own_group([ranks[place::ranks_per_replica] for place in range(ranks_per_replica)])
     return ParallelLayout(data=data, replica=replica)
-
-
-def _own_group(groups: Sequence[Sequence[int]], backend: str | None) -> ProcessGroup | None:
-    own: Any = None
-    for ranks in groups:
-        made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
-        own = made if dist.get_rank() in ranks else own
-    return own

@@ -144,6 +144,9 @@ class TeacherConfig:
     tensor: int = 1
     """Ranks that hold one teacher together where `sharding` is `tensor`."""
 
+    verify: Literal["quick", "full"] = "quick"
+    """Compare a store's values with their checksums as they are read, or every byte on opening."""
+
     def __post_init__(self) -> None:
         require(self, "tokens_per_batch", self.tokens_per_batch >= 1, "must be at least 1")
         if self.sharding == "tensor":
