@@ -3,8 +3,8 @@
 A token is as wide as the characters that it stands for; what a tokenizer leaves between two tokens
 (the space before a word, for many) belongs to the later one. A character that several tokens spell
 together is shared by them evenly, in their order. A teacher's token is then shared out over the
-student's tokens that it lies under, by length. So an answer's total stays what it was, and where both
-tokenizers cut alike each token gets its own loss and nothing else.
+student's tokens that it lies under, by length. So an answer's total stays what it was, and where
+both tokenizers cut alike each token gets its own loss and nothing else.
 
 Shapes: N label positions of the student's sample, M of the teacher's, E pairs that overlap.
 """

@@ -79,15 +79,15 @@ class OtherTokenizer:
         if not any(e.begins_with_answer(record) for e in (self._student, self._teacher)):
             return
         raise ValueError(
-            f"{record.source}, record {record.key[1]}: begins with its answer, whose first token is "
-            "predicted by nothing where a tokenizer has no bos; set data.template.user"
+            f"{record.source}, record {record.key[1]}: begins with its answer, whose first token "
+            "is predicted by nothing where a tokenizer has no bos; set data.template.user"
         )
 
 
 def score_twice_written(
     score: Callable[[Sequence[ScoredSample]], Tensor], samples: Sequence[TwiceWritten]
 ) -> Tensor:
-    """fp32 [N]: the student's labels of all samples, through what ``score`` says of the teacher's."""
+    """fp32 [N]: losses of the student's labels, through what ``score`` says of the teacher's."""
     losses = score([sample.teacher for sample in samples])
     parts = losses.split([sample.alignment.num_teacher for sample in samples])
     shared = [sample.alignment.share_out(part_M) for sample, part_M in zip(samples, parts)]

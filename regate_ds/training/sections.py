@@ -132,6 +132,9 @@ class TeacherConfig:
     path: Path | None = None
     """Directory or GGUF file of a causal language model; null is the student's text backbone."""
 
+    tokenizer: Literal["same", "own"] = "same"
+    """Of a teacher at `path`: the student's, or refused; `own` aligns losses by characters."""
+
     store: Path | None = None
     """Folder of the reference losses: written by `regate teacher`, read by `regate train`."""
 
@@ -140,6 +143,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         require(self, "tokens_per_batch", self.tokens_per_batch >= 1, "must be at least 1")
+        fits = self.tokenizer == "same" or self.path is not None
+        require(self, "tokenizer", fits, "needs a teacher of its own: name one in teacher.path")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ def fits(encoder: Encoder, record: Record) -> bool:
 
 
 def plain_losses(teacher, tokenizer, record: Record, template: Template) -> list[list[float]]:
-    """Each turn's losses of its tokens and its eos, one text after the other, all logits in fp64."""
+    """Each turn's losses of its tokens and its eos, text after text, all logits in fp64."""
     ids, marks = [tokenizer.bos_token_id], [None]
     for number, turn in enumerate(record.turns):
         start = template.separator if number else template.system
