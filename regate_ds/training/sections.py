@@ -141,6 +141,9 @@ class TeacherConfig:
     tokens_per_batch: int = 16384
     """Upper limit of padded tokens in one forward pass of the teacher."""
 
+    verify: Literal["quick", "full"] = "quick"
+    """Compare a store's values with their checksums as they are read, or every byte on opening."""
+
     def __post_init__(self) -> None:
         require(self, "tokens_per_batch", self.tokens_per_batch >= 1, "must be at least 1")
         fits = self.tokenizer == "same" or self.path is not None
