@@ -132,6 +132,9 @@ class TeacherConfig:
     path: Path | None = None
     """Directory or GGUF file of a causal language model; null is the student's text backbone."""
 
+    tokenizer: Literal["same", "own"] = "same"
+    """Of a teacher at `path`: the student's, or refused; `own` aligns losses by characters."""
+
     store: Path | None = None
     """Folder of the reference losses: written by `regate teacher`, read by `regate train`."""
 
@@ -153,6 +156,8 @@ class TeacherConfig:
             require(self, "tensor", self.tensor >= 2, "sharding=tensor needs at least 2")
         else:
             require(self, "tensor", self.tensor == 1, f"sharding={self.sharding} allows 1 only")
+        fits = self.tokenizer == "same" or self.path is not None
+        require(self, "tokenizer", fits, "needs a teacher of its own: name one in teacher.path")
 
 
 @dataclass(frozen=True, kw_only=True)
