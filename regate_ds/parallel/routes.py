@@ -93,6 +93,11 @@ class Route:
             self.num_received,
         )
 
+    @property
+    def reversed(self) -> Route:
+        """The way back."""
+        return Route(self.placed_N, self.num_received, self.sent_N, self.num_sent)
+
     def num_crossing(self, rank: int) -> int:
         """Rows that leave this rank for another."""
         return sum(self.num_sent) - self.num_sent[rank]

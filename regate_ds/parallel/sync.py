@@ -27,6 +27,14 @@ def sum_over(
     return totals.tolist()
 
 
+def gather_integers(value: int, device: torch.device | str = "cpu") -> list[int]:
+    """The integer of every rank of the world, by rank. All ranks must call it."""
+    mine = torch.tensor([value], dtype=torch.int64, device=device)
+    found = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(found, mine)
+    return found.tolist()
+
+
 def exchange_counts(
     num_sent: list[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> list[int]:

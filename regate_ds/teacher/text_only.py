@@ -216,5 +216,6 @@ def _merge(merges: list[Any], number: int) -> str:
 def _unfit(difference: str) -> ValueError:
     return ValueError(
         f"the teacher's tokenizer does not fit the student's: {difference}; use the student's own "
-        "text backbone or a teacher with the same tokenizer"
+        "text backbone, a teacher with the same tokenizer, or teacher.tokenizer=own, which aligns "
+        "the losses by characters"
     )

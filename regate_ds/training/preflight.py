@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "run.eval_every",
     "run.log_every",
     "run.keep_checkpoints",
+    "teacher.verify",
     "data.num_workers",
 }
 """What a resumed run may set otherwise: none of it changes the training."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
+from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
@@ -24,8 +24,10 @@ from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.ranks import announce
-from regate_ds.training.student import readable_weights, text_backbone
+from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
+from regate_ds.training.teacher_model import load_teacher
+from regate_ds.training.teacher_text import teacher_text
 from regate_ds.training.trainer import Trainer, held_out
 
 NUM_GENERATED = 100
@@ -51,12 +53,12 @@ def run_teacher(config: RunConfig) -> None:
     with _job() as process:
         task = _task(config)
         teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
-        pad_id = _teacher_pad_id(config, task)
+        text = teacher_text(config.teacher, task)
         job = TeacherJob(
             index=task.index,
-            encode=task.train.encode,
-            score=partial(score_samples, teacher, pad_id=pad_id),
-            teacher_id=teacher_id(teacher, pad_id=pad_id),
+            encode=text.encode,
+            score=text.scores(partial(score_samples, teacher, pad_id=text.pad_id)),
+            teacher_id=text.name(teacher_id(teacher, pad_id=text.pad_id)),
             store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
         )
@@ -115,39 +117,6 @@ def tell_cut(task: Task, max_length: int) -> None:
 def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
     path = config.teacher.path
     return text_backbone(task.student.model) if path is None else load_teacher(path)
-
-
-def load_teacher(path: Path) -> PreTrainedModel:
-    """The causal language model in a folder; ValueError if there is none."""
-    _require_causal_lm(path)
-    with readable_weights(path):
-        teacher = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    return teacher.eval()
-
-
-def _require_causal_lm(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"teacher.path={path}: holds no config.json; give the folder of a causal language "
-            "model, or null for the student's own text backbone"
-        )
-    config: Any = AutoConfig.from_pretrained(path, local_files_only=True)
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(
-            f"teacher.path={path}: is a {config.model_type} model, not a causal language model; "
-            "give one, or null for the student's own text backbone"
-        )
-
-
-def _teacher_pad_id(config: RunConfig, task: Task) -> int:
-    """The token that stands for images, after the check that the teacher reads ids alike."""
-    own = task.student.tokenizer
-    if config.teacher.path is None:
-        return choose_pad_id(own)
-    theirs = AutoTokenizer.from_pretrained(config.teacher.path, local_files_only=True)
-    image_id = task.student.model.config.image_token_id
-    require_same_tokens(own, theirs, placeholder_ids=[image_id])
-    return choose_pad_id(theirs)
 
 
 @contextmanager

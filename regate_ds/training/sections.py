@@ -130,7 +130,10 @@ class TeacherConfig:
     """The frozen text-only reference, scored once before training."""
 
     path: Path | None = None
-    """Directory of a causal language model; null takes the student's own text backbone."""
+    """Directory or GGUF file of a causal language model; null is the student's text backbone."""
+
+    tokenizer: Literal["same", "own"] = "same"
+    """Of a teacher at `path`: the student's, or refused; `own` aligns losses by characters."""
 
     store: Path | None = None
     """Folder of the reference losses: written by `regate teacher`, read by `regate train`."""
@@ -138,8 +141,13 @@ class TeacherConfig:
     tokens_per_batch: int = 16384
     """Upper limit of padded tokens in one forward pass of the teacher."""
 
+    verify: Literal["quick", "full"] = "quick"
+    """Compare a store's values with their checksums as they are read, or every byte on opening."""
+
     def __post_init__(self) -> None:
         require(self, "tokens_per_batch", self.tokens_per_batch >= 1, "must be at least 1")
+        fits = self.tokenizer == "same" or self.path is not None
+        require(self, "tokenizer", fits, "needs a teacher of its own: name one in teacher.path")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,11 +126,28 @@ def check_bytes(case: Case) -> tuple[int, int]:
     regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     assert regate.run is not None
-    assert regate.run.communicator is not None
-    sent = regate.run.communicator.num_bytes_sent
+    sent = regate.run.sent_bytes()
     expected = sum(regate.run.expected_bytes())
     dismantle(chunks)
     return sent, expected
+
+
+def check_frozen(case: Case) -> None:
+    """Frozen embeddings change no other gradient, and leave no message behind."""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    schedule, found = regate.wrap(get_forward_backward_func()), []
+    for frozen in (False, True):
+        for chunk in chunks:
+            if hasattr(chunk.module, "embedding"):
+                chunk.module.embedding.requires_grad_(not frozen)
+        # Not ended, so that the same step is planned again.
+        run_chunks(case, chunks, schedule, forward_step(case))
+        every = gradients(chunks)
+        found.append({name: value for name, value in every.items() if "embedding" not in name})
+    require_equal(*found)
+    dismantle(chunks)
 
 
 def check_memory(case: Case) -> None:
@@ -220,7 +237,8 @@ def check_activations(case: Case) -> tuple[int, int]:
     rows = 0
     for local in regate.run.micro:
         full, few = local.full_shape[0], local.kept_shape[0]
-        rows += case.first_layer * full + (case.num_layers - case.first_layer) * few
+        num_gated = (case.last_layer or case.num_layers) - case.first_layer
+        rows += (case.num_layers - num_gated) * full + num_gated * few
     dismantle(chunks)
     return sum(saved.values()), rows
 

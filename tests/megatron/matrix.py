@@ -32,6 +32,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "MoE EP2 DP2": {"dp": 2, "ep": 2, "model": "moe"},
     "LLaVAModel": {"model": "llava"},
     "LLaVAModel PP2": {"model": "llava", "pp": 2},
+    "one process, last_layer 3": {"last_layer": 3},
+    "TP2 SP, last_layer 3": {"tp": 2, "sp": True, "last_layer": 3},
+    "CP2, last_layer 3 (own attention)": {"cp": 2, "last_layer": 3},
+    "PP2, last_layer 2": {"pp": 2, "last_layer": 2},
+    "PP2, last_layer 3": {"pp": 2, "last_layer": 3},
+    "PP4, last_layer 2": {"pp": 4, "last_layer": 2},
+    "PP4, last_layer 3": {"pp": 4, "last_layer": 3},
+    "TP2 PP2, last_layer 3": {"tp": 2, "pp": 2, "sp": True, "last_layer": 3},
+    "LLaVAModel PP2, last_layer 3": {"model": "llava", "pp": 2, "last_layer": 3},
     "TP2 PP2 DP2": {"tp": 2, "pp": 2, "dp": 2, "sp": True},
 }
 
@@ -89,6 +98,10 @@ loss the same; the table shows the largest `||g - g*|| / (||g*|| + 0.01 ||all g*
 parameter of any rank. Single precision, CPU, gloo.
 "Own attention": the stock attention of Megatron-core on CPUs knows no context parallelism and no
 packed sequences (thd), so that the tests bring one; on GPUs Transformer Engine's is used.
+"last_layer n": the gated range ends before layer n of the four, and the full sequence goes on. Of f
+full and k kept rows of a micro-batch, each of e pipeline edges inside the range carries k, and one
+message past the stages between carries f - k: e k + (f - k) rows each way in place of e f. That is
+nothing saved over one edge, and more the more there are (tests/megatron/test_host.py counts them).
 """
 
 

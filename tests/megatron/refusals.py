@@ -81,8 +81,6 @@ def check_attach(case: Case) -> None:
         tried()
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "layout='sbhd'"):
         tried(layout="thd")
-    with changed(gpt.config, "sequence_parallel", True), refused(ValueError, "last_layer"):
-        tried(last_layer=3)
     with refused(ValueError, "decoder of 4 layers"):
         tried(first_layer=4)
     with refused(ValueError, "holds 0 GPTModels"):
@@ -110,6 +108,8 @@ def check_virtual_range(case: Case) -> None:
     config, uneven = chunks[0].config, "num_layers_in_first_pipeline_stage"
     with changed(config, uneven, 2), refused(ValueError, uneven):
         attach(chunks, case.config, reference=reference_of(case))
+    with refused(ValueError, "last_layer before the depth"):
+        attach(chunks, replace(case.config, last_layer=3), reference=reference_of(case))
     with refused(ValueError, "first virtual chunk"):
         attach(chunks, replace(case.config, first_layer=3), reference=reference_of(case))
     dismantle(chunks)

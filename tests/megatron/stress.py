@@ -26,15 +26,15 @@ def random_case(rng: random.Random) -> Case:
     sp = sizes["tp"] > 1 and rng.random() < 0.7
     layout = "sbhd" if sizes["cp"] > 1 else rng.choice(["sbhd", "thd"])
     first = rng.randrange(0, num_layers // stages + 1 if vpp > 1 else num_layers)
-    split = sp or sizes["cp"] > 1 or vpp > 1 or layout == "thd"
-    last = None if split or rng.random() < 0.6 else rng.randrange(first + 1, num_layers + 1)
+    first = min(first, num_layers - 1)
+    last = None if vpp > 1 or rng.random() < 0.5 else rng.randrange(first + 1, num_layers + 1)
     return Case(
         **sizes,
         vpp=vpp,
         sp=sp,
         model=model,
         layout=layout,
-        first_layer=min(first, num_layers - 1),
+        first_layer=first,
         last_layer=last,
         recompute=rng.choice(["none", "full", "selective"]),
         num_layers=num_layers,

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from tests.megatron import host_checks
-from tests.megatron.cases import Case
+from tests.megatron.cases import HIDDEN, Case
+from tests.megatron.checks import plans_of
 from tests.megatron.pool import Pool
 
 LAYOUTS = [Case(), Case(pp=2, recompute="full"), Case(tp=2, sp=True), Case(pp=2, vpp=2)]
@@ -40,16 +41,37 @@ def test_stages_send_what_the_plan_says_and_less_than_without_it(pool: Pool, lay
 
 
 @pytest.mark.slow
+def test_past_stages_of_an_early_range_elided_rows_take_one_message(pool: Pool):
+    case = Case(pp=4, last_layer=3, layout="thd")
+    reports = pool.run(4, host_checks.check_bytes, case)
+    assert all(sent == expected for sent, expected in reports)
+    micro = plans_of(case)[1].micro
+    full = sum(plan.segment_BK.shape[0] * plan.num_tokens for plan in micro)
+    kept = sum(plan.num_kept for plan in micro)
+    # Three edges carry what is kept, one message the rest: 3 k + (f - k) rows, there and back.
+    assert sum(sent for sent, _ in reports) == 2 * (full + 2 * kept) * HIDDEN * 4
+
+
+@pytest.mark.slow
+def test_frozen_embeddings_before_an_early_range_leave_no_rank_waiting(pool: Pool):
+    pool.run(2, host_checks.check_frozen, Case(pp=2, first_layer=0, last_layer=3))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(cp=2), Case(pp=2), Case(dp=2)], ids=str)
 def test_difficulty_is_remembered_once_a_step_that_was_applied(pool: Pool, case: Case):
     pool.run(case.world, host_checks.check_memory, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_saved_activations_shrink_as_the_rows_of_the_layers_do(pool: Pool, recompute: str):
+@pytest.mark.parametrize(
+    ("recompute", "last"), [("selective", None), ("full", None), ("selective", 6)]
+)
+def test_saved_activations_shrink_as_the_rows_of_the_layers_do(
+    pool: Pool, recompute: str, last: int | None
+):
     # Attention is recomputed: its scores, which grow with the square, are not saved.
-    case = Case(rows=1, length=96, num_layers=8, recompute=recompute, num_micro=1)
+    case = Case(rows=1, length=96, num_layers=8, recompute=recompute, num_micro=1, last_layer=last)
     ((dense_bytes, dense_rows),) = pool.run(
         1, host_checks.check_activations, replace(case, dense=True)
     )

@@ -24,7 +24,9 @@ CASES = [
     Case(tp=2, sp=True, one_slice=True, rows=1),
     Case(tp=2, sp=True, layout="thd", first_layer=0),
     Case(pp=2, first_layer=3, last_layer=4),
-    Case(pp=2, last_layer=3, recompute="full"),
+    Case(pp=2, last_layer=2, recompute="full"),
+    Case(tp=2, sp=True, last_layer=3, recompute="full", one_slice=True),
+    Case(cp=2, last_layer=2, first_layer=0),
     Case(pp=2, layout="thd", packed=True, recompute="full"),
     Case(pp=2, model="tied", dense=True),
     Case(pp=2, vpp=2, recompute="full", num_micro=6),
@@ -34,6 +36,8 @@ CASES = [
     Case(tp=2, pp=2, sp=True, layout="thd"),
     Case(tp=2, cp=2, sp=True, recompute="selective"),
     Case(pp=4, first_layer=2),
+    Case(pp=4, last_layer=3, layout="thd", recompute="full", num_micro=6),
+    Case(pp=2, cp=2, last_layer=3, first_layer=0),
     Case(dp=2, pp=2, num_micro=3),
 ]
 """Each pair of axes that can stand together does so somewhere."""

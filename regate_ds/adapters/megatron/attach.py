@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.megatron.bypass import Channel, open_channel
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, localise, require_cut
@@ -82,11 +85,26 @@ def attach(
         ends_early=ends_early,
         split=axes.split,
         sequence=axes.sequence,
+        channel=_channel(chunks, config.first_layer, last) if ends_early else None,
     )
     attachment = Attachment()
     planner = _planner(config, reference, axes) if axes.is_planner else None
     gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
     return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
+
+
+def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
+    """What elided rows take from stage to stage. Collective over the pipeline's ranks."""
+    pipeline = mpu.get_pipeline_model_parallel_group()
+    mine = chunks[0].decoder.layers[0].layer_number - 1
+    starts: list[Any] = [None] * dist.get_world_size(pipeline)
+    dist.all_gather_object(starts, mine, group=pipeline)
+    # No interleaving here: each stage has the layers up to where the next one starts.
+    gathers, restores = (
+        max(stage for stage, start in enumerate(starts) if start <= max(0, layer))
+        for layer in (first - 1, last)
+    )
+    return None if gathers == restores else open_channel(pipeline, gathers, restores)
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:

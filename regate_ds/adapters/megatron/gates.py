@@ -6,6 +6,7 @@ is taken off before attention, which sees the host's own parameters.
 
     output of layer first_layer - 1   the kept rows (before the decoder if first_layer is 0)
     attention of gated layers         positions, bounds and mask of kept rows
+    output of layer last_layer - 1    the full rows (before the decoder if last_layer is its first)
     output of the decoder             the rows that have a target; labels are theirs
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.megatron.bypass import Bypass, Channel
 from regate_ds.adapters.megatron.local_plan import LocalPlan
 from regate_ds.parallel.routes import move_rows
 
@@ -36,8 +38,8 @@ class Carrier(PackedSeqParams):
     rotary: Tensor | None = None
     """Rotary angles at the kept positions."""
 
-    stream: Tensor | None = None
-    """The full sequence around a gated layer that restores at once."""
+    bypass: Bypass | None = None
+    """The elided rows, where the gated range ends before the decoder does."""
 
 
 def carry(local: LocalPlan, host: PackedSeqParams | None) -> Carrier:
@@ -61,6 +63,9 @@ class Range:
 
     sequence: ProcessGroup | None
     """Tensor ranks under sequence parallelism."""
+
+    channel: Channel | None = None
+    """What elided rows take where the gather and the restore are on two stages."""
 
 
 class ChunkGate:
@@ -89,10 +94,10 @@ class ChunkGate:
             before(layer.self_attention, self._before_gated if gated else self._before_ungated)
             if gated:
                 before(layer, self._enter_gated)
-            if gated and self.gated.ends_early:
-                after(layer, self._restore)
-            elif number == self.gated.first - 1 and not self.gated.ends_early:
+            if number == self.gated.first - 1:
                 after(layer, self._gather_output)
+            if number == self.gated.last - 1 and self.gated.last in self.layers:
+                after(layer, self._restore_output)
 
     def _enter(self, gpt: nn.Module, args: Any, kwargs: Any) -> Any:
         local, self.pending = self.pending, None
@@ -100,7 +105,10 @@ class ChunkGate:
             return None
         given = self._signature.bind(gpt, *args, **kwargs).arguments
         given = {name: value for name, value in given.items() if name != "self"}
-        given["packed_seq_params"] = carry(local, given.get("packed_seq_params"))
+        carrier = carry(local, given.get("packed_seq_params"))
+        if self.gated.ends_early and not local.is_dense:
+            carrier.bypass = Bypass(local, self.gated.channel)
+        given["packed_seq_params"] = carrier
         if gpt.post_process:
             # The host's labels are of the full sequence; the plan has those of its own rows.
             given |= {"labels": local.targets_P[None], "loss_mask": None}
@@ -111,9 +119,11 @@ class ChunkGate:
         if not isinstance(carrier, Carrier) or carrier.local.is_dense:
             return None
         carrier.rotary = self._rotary(carrier.local)
-        if self.gated.first == 0 and self.gpt.pre_process and not self.gated.ends_early:
-            hidden = self._gathered(kwargs["hidden_states"], carrier.local)
+        if self.gated.first == 0 and self.gpt.pre_process:
+            hidden = self._gathered(kwargs["hidden_states"], carrier)
             return args, {**kwargs, "hidden_states": hidden}
+        if self.gated.last == self.layers[0]:
+            decoder.set_input_tensor(self._restored(decoder.input_tensor, carrier))
         return None
 
     def _rotary(self, local: LocalPlan) -> Tensor | None:
@@ -123,40 +133,38 @@ class ChunkGate:
         table = self.gpt.rotary_pos_emb.get_emb(local.plan.num_tokens)
         return table[:, 0, 0][local.rotary_position].unsqueeze(2)
 
-    def _gathered(self, hidden: Tensor, local: LocalPlan) -> Tensor:
+    def _gathered(self, hidden: Tensor, carrier: Carrier) -> Tensor:
+        local = carrier.local
+        if carrier.bypass is not None:
+            hidden = carrier.bypass.leave(hidden)
         return move_rows(hidden, local.gather, local.kept_shape, self.gated.split)
+
+    def _restored(self, hidden: Tensor, carrier: Carrier) -> Tensor:
+        local = carrier.local
+        full = move_rows(hidden, local.gather.reversed, local.full_shape, self.gated.split)
+        return carrier.bypass.join(full)
 
     def _gather_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         carrier = kwargs.get("packed_seq_params")
         if not isinstance(carrier, Carrier) or carrier.local.is_dense:
             return None
         hidden, *rest = output
-        return (self._gathered(hidden, carrier.local), *rest)
+        return (self._gathered(hidden, carrier), *rest)
+
+    def _restore_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+            return None
+        hidden, *rest = output
+        return (self._restored(hidden, carrier), *rest)
 
     def _enter_gated(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         carrier = kwargs.get("packed_seq_params")
         if not isinstance(carrier, Carrier) or carrier.local.is_dense:
             return None
-        local, changed = carrier.local, dict(kwargs)
-        if "padding_mask" in kwargs:
-            changed["padding_mask"] = local.padding_BK
-        if self.gated.ends_early:
-            carrier.stream = kwargs["hidden_states"]
-            changed["hidden_states"] = self._gathered(carrier.stream, local)
-        return args, changed
-
-    def _restore(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Put results back; elided rows ride the residual stream."""
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+        if "padding_mask" not in kwargs:
             return None
-        (hidden, *rest), stream, route = output, carrier.stream, carrier.local.gather
-        carrier.stream = None
-        rows = hidden.reshape(-1, hidden.shape[2]).index_select(0, route.placed_N)
-        # A tensor of its own, not a view: the schedule frees the data of what a stage sends.
-        restored = stream.clone()
-        restored.view(-1, stream.shape[2]).index_copy_(0, route.sent_N, rows)
-        return (restored, *rest)
+        return args, {**kwargs, "padding_mask": carrier.local.padding_BK}
 
     def _before_ungated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
         carrier = kwargs.get("packed_seq_params")

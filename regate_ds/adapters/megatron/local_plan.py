@@ -34,7 +34,7 @@ class Place:
     """Kept rows of a micro-batch lie behind one another (thd), not in rows of one length (sbhd)."""
 
     ends_early: bool = False
-    """The gated range ends before the last layer, so that every gated layer restores."""
+    """The gated range ends before the last layer: full sequences leave the decoder."""
 
     @property
     def cut(self) -> Cut:
@@ -66,6 +66,10 @@ class LocalPlan:
 
     gather: Route | None
     """From the full rows to the kept ones; None if nothing is elided."""
+
+    elided_N: Tensor | None
+    """Rows here that go around the gated layers, padding of the full rows included; None where
+    nothing is elided or the full sequence is not restored."""
 
     rotary_position: Tensor
     """int64 [S, B]: original positions of this context rank's kept slots."""
@@ -131,6 +135,7 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         full_shape=(num_tokens // place.cut.size, num_rows),
         kept_shape=kept_shape if elides else (num_tokens // place.cut.size, num_rows),
         gather=gather,
+        elided_N=_elided(gather, num_rows * num_tokens // place.cut.size, place),
         rotary_position=_rotary_position(plan, place),
         packing=_packing(plan, place) if elides and place.ragged else None,
         padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
@@ -139,6 +144,14 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         context_L=context_L,
         num_targets=len(own_L),
     )
+
+
+def _elided(gather: Route | None, num_rows: int, place: Place) -> Tensor | None:
+    if gather is None or not place.ends_early:
+        return None
+    stays = torch.ones(num_rows, dtype=torch.bool)
+    stays[gather.sent_N] = False
+    return stays.nonzero().squeeze(1)
 
 
 def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:

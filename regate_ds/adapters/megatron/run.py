@@ -49,8 +49,13 @@ class StepRun:
                 )
             groups = arguments.get("pg_collection") or schedule_groups()
             self.communicator = self._communicator(groups)
+            if (channel := self._gates[0].gated.channel) is not None:
+                channel.num_bytes_sent = 0
             own |= {"p2p_communicator": self.communicator, "pg_collection": groups}
-        return schedule(**{**arguments, **own})
+        result = schedule(**{**arguments, **own})
+        if (channel := self._gates[0].gated.channel) is not None:
+            channel.finish()
+        return result
 
     def _communicator(self, groups: Any) -> PlannedCommunicator:
         config = self._gates[0].gpt.config
@@ -74,14 +79,16 @@ class StepRun:
     def boundary(self) -> Boundary:
         """Whether this stage's neighbours see kept rows only."""
         gated = self._gates[0].gated
-        if self.micro[0].is_dense or gated.ends_early:
+        if self.micro[0].is_dense:
             return Boundary(packed_before=False, packed_after=False)
         if self._axes.virtual_size > 1:
             # The gather is in the model's first chunk, so that all edges come after it.
             return Boundary(packed_before=True, packed_after=True)
         layers = self._gates[0].layers
+        # The restore is behind the edge before its layer, as the gather is before the edge.
         return Boundary(
-            packed_before=layers[0] >= gated.first, packed_after=layers[-1] + 1 >= gated.first
+            packed_before=gated.first <= layers[0] <= gated.last,
+            packed_after=gated.first <= layers[-1] + 1 <= gated.last,
         )
 
     def gathered_bytes(self) -> int:
@@ -90,6 +97,12 @@ class StepRun:
         routes = [local.gather for local in self.micro if local.gather is not None]
         size = config.hidden_size * torch.finfo(config.params_dtype).bits // 8
         return sum(route.num_crossing(at) for route in routes) * size
+
+    def sent_bytes(self) -> int:
+        """What this rank has sent to other stages in the step."""
+        channel = self._gates[0].gated.channel
+        past = 0 if channel is None else channel.num_bytes_sent
+        return past + (0 if self.communicator is None else self.communicator.num_bytes_sent)
 
     def expected_bytes(self) -> tuple[int, int]:
         """What this stage sends in a step by the plan: activations onward, gradients back."""
@@ -103,7 +116,14 @@ class StepRun:
         # The model's last chunk sends no activation, its first no gradient.
         onward = chunks - (stage == self._axes.pipeline_size - 1)
         back = chunks - (stage == 0)
-        return onward * rows(edge.packed_after) * size, back * rows(edge.packed_before) * size
+        gated, layers = self._gates[0].gated, self._gates[0].layers
+        around = [m.elided_N for m in self.micro if m.elided_N is not None]
+        elided = sum(map(len, around)) if gated.channel is not None else 0
+        restores = gated.last in layers
+        return (
+            (onward * rows(edge.packed_after) + elided * (not restores)) * size,
+            (back * rows(edge.packed_before) + elided * restores) * size,
+        )
 
     def _forward_step(
         self, forward_step: Callable[..., Any], iterator: Any, model: nn.Module, *rest: Any

@@ -109,7 +109,6 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
 
 
 def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple[bool, str]]:
-    split = host.sequence_parallel or host.context_parallel_size > 1
     virtual = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
     graphs = getattr(host, "cuda_graph_impl", "none") or "none"
     return [
@@ -159,9 +158,9 @@ def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple
             "layout='thd' with context parallelism is not supported: use layout='sbhd'",
         ),
         (
-            ends_early and (split or virtual or ragged),
-            "last_layer before the depth is supported in layout='sbhd' without sequence, context "
-            "or virtual pipeline parallelism; set last_layer to null",
+            ends_early and virtual,
+            "last_layer before the depth is not supported with virtual pipeline parallelism; set "
+            "last_layer to null, or train without interleaving",
         ),
     ]
 
