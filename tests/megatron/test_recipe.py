@@ -64,13 +64,12 @@ def require_equal_runs(found: Path, wanted: Path) -> None:
             assert mine[key] == theirs[key], (key, mine, theirs)
         for key in rounded:
             assert mine[key] == pytest.approx(theirs[key], rel=2e-6), (key, mine, theirs)
-    for name, weight in weights(wanted).items():
-        # Its gradient is zero in theory: the optimizer makes steps of what rounding leaves of it.
-        if not name.endswith("vision_tower.encoder.layers.0.self_attn.k_proj.bias") and (
-            not name.endswith("vision_tower.encoder.layers.1.self_attn.k_proj.bias")
-        ):
-            error = float((weights(found)[name] - weight).norm() / weight.norm())
-            assert error < 1e-5, (name, error)
+    mine, theirs = weights(found), weights(wanted)
+    for name, weight in theirs.items():
+        # The gradient of a key's bias is zero in theory: its steps are made of rounding.
+        if not name.endswith("k_proj.bias"):
+            error = float((mine[name] - weight).norm())
+            assert error <= 1e-5 * float(weight.norm()) + 1e-7, (name, error)
 
 
 CUTS = [
