@@ -105,12 +105,15 @@ def _add_store(commands: argparse._SubParsersAction, debug: argparse.ArgumentPar
     asks = store.add_subparsers(dest="ask", required=True, metavar="ASK")
     texts = {
         "info": "counts, and a histogram of the losses",
-        "verify": "compare every byte with its checksum",
+        "verify": "compare every byte of every file with its checksum",
     }
     for ask, text in texts.items():
         one = asks.add_parser(ask, parents=[debug], help=text, description=text)
         one.add_argument("store", type=Path, metavar="STORE", help="folder of the store")
         one.set_defaults(run=_store)
+        if ask == "info":
+            how = "full compares every byte of every file first, quick what is read"
+            one.add_argument("--verify", choices=("quick", "full"), default="quick", help=how)
     text = "the words of the training answers that the teacher finds hardest and easiest"
     show = asks.add_parser("show", parents=[debug], help=text, description=text)
     show.add_argument("--words", type=int, default=15, metavar="N", help="how many of each")
@@ -186,8 +189,10 @@ def _teacher(args: argparse.Namespace, _: list[str]) -> int:
 def _store(args: argparse.Namespace, _: list[str]) -> int:
     from regate_ds.training import store_report
 
-    report = store_report.info if args.ask == "info" else store_report.verify
-    print(report(args.store))
+    if args.ask == "info":
+        print(store_report.info(args.store, args.verify))
+    else:
+        print(store_report.verify(args.store))
     return 0
 
 

@@ -22,12 +22,15 @@ from torch import Tensor
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.data.atomic_file import write_atomically
 
-FORMAT = 2
+FORMAT = 3
 """Version of the saved form and of the fingerprint."""
 
 
 _PLACEHOLDER = -1
-"""Stands for every image position in the fingerprint."""
+"""Stands for every image position in the digests."""
+
+_DIGEST_WORDS = 2
+"""int64 words of a sample's digest."""
 
 
 class IndexedSample(Protocol):
@@ -64,16 +67,18 @@ class AnswerIndex:
     """int64 [S]: ``hash_labels`` of each sample, to know its labels again wherever they come from.
     """
 
+    digests: Tensor = field(compare=False)
+    """int64 [S, 2]: 128 bits over each sample's key, token ids and labels, both after truncation;
+    placeholders count as one constant id."""
+
     fingerprint: str
-    """Hash over every key with its token ids and labels, both after truncation; placeholders count
-    as one constant id."""
+    """Hash over the digests of all samples in order."""
 
     @classmethod
     def build(cls, samples: Iterable[IndexedSample]) -> AnswerIndex:
         """Walk the samples once. Two samples with one key are an error naming it."""
         keys: list[SampleKey] = []
-        num_labels, num_positions, hashes = [], [], []
-        digest = hashlib.sha256(b"regate answer index %d" % FORMAT)
+        num_labels, num_positions, hashes, digests = [], [], [], []
         for sample in samples:
             _require_shifted(sample)
             label_ids_N = sample.labels_S[sample.labels_S != IGNORE]
@@ -81,7 +86,7 @@ class AnswerIndex:
             num_labels.append(label_ids_N.numel())
             num_positions.append(sample.labels_S.numel())
             hashes.append(hash_labels(label_ids_N))
-            digest.update(_fingerprinted(sample))
+            digests.append(_digest(sample))
         _require_unique(keys)
         offsets = torch.tensor([0, *num_labels], dtype=torch.int64).cumsum(0)
         return cls(
@@ -89,7 +94,8 @@ class AnswerIndex:
             offsets,
             torch.tensor(num_positions, dtype=torch.int64),
             torch.tensor(hashes, dtype=torch.int64),
-            digest.hexdigest(),
+            _as_words(digests),
+            hashlib.sha256(b"regate answer index %d" % FORMAT + b"".join(digests)).hexdigest(),
         )
 
     @property
@@ -127,8 +133,24 @@ class AnswerIndex:
         rows = torch.tensor(self.rows(keys), dtype=torch.int64)
         return spans(self.offsets[rows], self.num_labels[rows])
 
+    def rows_in(self, other: AnswerIndex) -> Tensor:
+        """int64 [S]: where each of these samples stands in another index.
+
+        One that is not there, or is not the same there, is a ``ValueError`` naming it.
+        """
+        rows_S = torch.tensor(other.rows(self.keys), dtype=torch.int64)
+        is_other_S = (other.digests[rows_S] != self.digests).any(dim=1)
+        if bool(is_other_S.any()):
+            name, number = self.keys[int(is_other_S.nonzero()[0])]
+            raise ValueError(f"sample {name!r} record {number} has other tokens or labels there")
+        return rows_S
+
     def save(self, path: Path) -> None:
-        """Write one npz file, atomically; equal indexes give equal bytes."""
+        """Write one npz file, atomically."""
+        write_atomically(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What ``save`` writes; equal indexes give equal bytes."""
         names, name_numbers = np.unique([name for name, _ in self.keys], return_inverse=True)
         buffer = io.BytesIO()
         np.savez(
@@ -140,9 +162,10 @@ class AnswerIndex:
             offsets=self.offsets.numpy(),
             num_positions=self.num_positions.numpy(),
             label_hashes=self.label_hashes.numpy(),
+            digests=self.digests.numpy(),
             fingerprint=np.array(self.fingerprint),
         )
-        write_atomically(Path(path), buffer.getvalue())
+        return buffer.getvalue()
 
     @classmethod
     def load(cls, path: Path) -> AnswerIndex:
@@ -163,6 +186,7 @@ class AnswerIndex:
             torch.from_numpy(saved["offsets"]),
             torch.from_numpy(saved["num_positions"]),
             torch.from_numpy(saved["label_hashes"]),
+            torch.from_numpy(saved["digests"]),
             str(saved["fingerprint"]),
         )
 
@@ -193,14 +217,20 @@ def hash_labels(label_ids_N: Tensor) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _fingerprinted(sample: IndexedSample) -> bytes:
-    """What counts of a sample; each part's length is in it, so that no two samples read alike."""
+def _digest(sample: IndexedSample) -> bytes:
+    """Hash what counts of a sample; lengths are in it, so that no two samples read alike."""
     name, number = sample.key
     encoded = name.encode()
     # The text that the teacher reads: which id a student has for images does not change it.
     ids_S = sample.input_ids_S.masked_fill(sample.is_placeholder_S, _PLACEHOLDER)
     header = np.array([len(encoded), number, ids_S.numel()], dtype="<i8").tobytes()
-    return header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
+    content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
+    return hashlib.blake2b(content, digest_size=8 * _DIGEST_WORDS).digest()
+
+
+def _as_words(digests: Sequence[bytes]) -> Tensor:
+    words = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+    return torch.from_numpy(words).view(-1, _DIGEST_WORDS)
 
 
 def _bytes_of(ids: Tensor) -> bytes:

@@ -20,18 +20,32 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             # Of a full disk the system's own error names no file.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    _sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable: fsync of the file alone does not cover its folder's entry."""
-    handle = os.open(folder, os.O_RDONLY)
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        _sync(folder.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Make durable what other libraries have written into a folder, at any depth."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """fsync; of a folder it makes new names in it durable, which that of a file does not cover."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,25 +1,15 @@
 """The teacher's losses on disk: computed once, only read while training.
 
-A store is a folder:
-
-    manifest.json     what it holds: see ``Manifest``
-    index.npz         the AnswerIndex: whose values these are, and how many
-    shard-00000.fp16  the values of a fixed list of samples, one sample after the other, as
-                      little-endian fp16, and then the SHA-256 (32 bytes) of those values
-
-Values are negative log-likelihoods in nats. Rounding to fp16 costs a relative 2**-11 at most from
-2**-14 up, and an absolute 2**-25 at most below; beyond 65504 nothing is stored (see
-``reference_writer``). Shapes: N label positions of the samples asked for.
+Files and names are those of manifest.py. Shapes: S samples of the index, N label positions of the
+samples asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,102 +17,43 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
 from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.data.manifest import (
+    Manifest,
+    content_of,
+    damaged,
+    index_path,
+    rows_path,
+    shard_path,
+    starts_of,
+)
+from regate_ds.data.shard_file import VALUE, checked_values, describe_samples, open_shard
 
-FORMAT = 1
-"""Version of the manifest and of the shard files."""
-
-MANIFEST_NAME, INDEX_NAME = "manifest.json", "index.npz"
-
-DIGEST_BYTES = 32
-
-VALUE = np.dtype("<f2")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a store."""
-
-    rows: tuple[int, ...]
-    """Rows of the answer index, in the order of their values in the file."""
-
-    num_values: int
-
-    sha256: str | None = None
-    """Of the values, as hexadecimal digits; None until the store is finished, and again where a
-    shard is computed anew."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store holds."""
-
-    fingerprint: str
-    """Of the answer index: the data that the values belong to."""
-
-    teacher_id: str
-    shards: tuple[Shard, ...]
-
-    index_sha256: str | None = None
-    """Of the index file; None until the store is finished."""
-
-    format: int = FORMAT
-
-    @property
-    def is_finished(self) -> bool:
-        return self.index_sha256 is not None
-
-    @property
-    def plan(self) -> Manifest:
-        """The same store before any shard was computed."""
-        shards = tuple(replace(shard, sha256=None) for shard in self.shards)
-        return replace(self, shards=shards, index_sha256=None)
-
-    def to_bytes(self) -> bytes:
-        """JSON that ends with its own checksum, so that a flipped byte in it is found as well."""
-        return _sealed(asdict(self))
-
-    @classmethod
-    def load(cls, store: Path) -> Manifest:
-        """Read a store's manifest. One that is missing or damaged is a ``ValueError`` naming it."""
-        path = store / MANIFEST_NAME
-        if not path.is_file():
-            raise ValueError(
-                f"{store} is not a reference store (it has no {MANIFEST_NAME}); "
-                "compute one with `regate teacher`"
-            )
-        content = path.read_bytes()
-        try:
-            fields = json.loads(content)
-        except ValueError as error:
-            raise damaged(path, f"it is not JSON ({error})") from error
-        if not isinstance(fields, dict) or _sealed(fields) != content:
-            raise damaged(path, "its text does not match its checksum")
-        if fields["format"] != FORMAT:
-            raise ValueError(
-                f"{path} has store format {fields['format']}, this version reads {FORMAT}; "
-                "compute the store again"
-            )
-        shards = tuple(
-            Shard(tuple(shard["rows"]), shard["num_values"], shard["sha256"])
-            for shard in fields["shards"]
-        )
-        return cls(fields["fingerprint"], fields["teacher_id"], shards, fields["index_sha256"])
+Verify = Literal["quick", "full"]
 
 
 class ReferenceStore:
-    """Reference losses of a data set, memory-mapped. Every byte is checked on opening."""
+    """Reference losses of a data set, memory-mapped.
 
-    def __init__(self, path: Path | str) -> None:
+    Opening compares the manifest and the index with their checksums, and each shard's own checksum
+    with the manifest's. The values of a shard are compared with it when the first of them is read,
+    or all on opening with ``verify="full"``: no value is given out of a file with a wrong byte.
+    """
+
+    def __init__(self, path: Path | str, *, verify: Verify = "quick") -> None:
         """Open a finished store. What is missing or damaged is a ``ValueError`` naming it."""
         self.path = Path(path)
         self._manifest = Manifest.load(self.path)
         self._require_finished()
-        self.index = self._load_index()
-        self._shards = [
-            read_shard(shard_path(self.path, number), shard)
+        self.index = load_index(self.path, self._manifest)
+        rows_S = load_rows(self.path, self._manifest)
+        self._shard_S, self._start_S = self._find_places(rows_S)
+        self._opened = [
+            open_shard(shard_path(self.path, number), shard)
             for number, shard in enumerate(self._manifest.shards)
         ]
-        self._place = self._find_places()
+        self._checked: dict[int, np.ndarray] = {}
+        if verify == "full":
+            self._verify(rows_S)
 
     @property
     def fingerprint(self) -> str:
@@ -131,6 +62,10 @@ class ReferenceStore:
     @property
     def teacher_id(self) -> str:
         return self._manifest.teacher_id
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._manifest.shards)
 
     def require(self, fingerprint: str) -> None:
         """Refuse, by ``ValueError``, to serve data other than what the teacher has read."""
@@ -143,11 +78,29 @@ class ReferenceStore:
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
         """fp32 [N] in nats: all label positions of these samples, in the given order."""
-        places = [self._place[row] for row in self.index.rows(keys)]
-        parts = [self._shards[shard][start:end] for shard, start, end in places]
+        rows = self.index.rows(keys)
+        lengths = self.index.num_labels[rows].tolist()
+        places = zip(self._shard_S[rows].tolist(), self._start_S[rows].tolist(), lengths)
+        parts = [self._values(shard)[start : start + length] for shard, start, length in places]
         # The empty array gives a window without samples a type.
         values_N = np.concatenate([np.empty(0, VALUE), *parts]).astype(np.float32)
         return torch.from_numpy(values_N)
+
+    def _values(self, number: int) -> np.ndarray:
+        if number not in self._checked:
+            path, shard = shard_path(self.path, number), self._manifest.shards[number]
+            self._checked[number] = checked_values(self._opened[number], path, shard)
+        return self._checked[number]
+
+    def _verify(self, rows_S: np.ndarray) -> None:
+        """Every byte of every shard, and that they are of the index's samples."""
+        starts = starts_of([shard.num_rows for shard in self._manifest.shards])
+        for number, shard in enumerate(self._manifest.shards):
+            self._values(number)
+            digests = self.index.digests[rows_S[starts[number] : starts[number + 1]]]
+            samples = describe_samples(self.teacher_id, shard.tokens_per_batch, digests)
+            if samples != shard.samples:
+                raise damaged(shard_path(self.path, number), "it is of other samples")
 
     def _require_finished(self) -> None:
         if self._manifest.is_finished:
@@ -159,66 +112,31 @@ class ReferenceStore:
             "shards are still to compute); run `regate teacher` again, it goes on where it stopped"
         )
 
-    def _load_index(self) -> AnswerIndex:
-        path = self.path / INDEX_NAME
-        if not path.is_file():
-            raise missing_file(path)
-        if hash_file(path) != self._manifest.index_sha256:
-            raise damaged(path, "its bytes do not match the checksum in the manifest")
-        return AnswerIndex.load(path)
-
-    def _find_places(self) -> list[tuple[int, int, int]]:
-        """For each row: its shard, and where its values start and end in it."""
-        places = [(-1, 0, 0)] * self.index.num_samples
-        num_labels = self.index.num_labels.tolist()
-        for number, shard in enumerate(self._manifest.shards):
-            start = 0
-            for row in shard.rows:
-                places[row] = (number, start, start + num_labels[row])
-                start += num_labels[row]
-        return places
+    def _find_places(self, rows_S: np.ndarray) -> tuple[Tensor, Tensor]:
+        """For each row of the index its shard, and its values' start in it: int64 [S] each."""
+        shards = self._manifest.shards
+        shard_S, start_S = (
+            torch.empty(len(rows_S), dtype=torch.int64),
+            self.index.offsets[1:].clone(),
+        )
+        num_rows = torch.tensor([shard.num_rows for shard in shards], dtype=torch.int64)
+        num_values = torch.tensor([shard.num_values for shard in shards], dtype=torch.int64)
+        shard_of_S = torch.arange(len(shards)).repeat_interleave(num_rows)
+        order_S, starts = torch.from_numpy(rows_S), num_values.cumsum(0) - num_values
+        lengths_S = self.index.num_labels[order_S]
+        shard_S[order_S] = shard_of_S
+        start_S[order_S] = lengths_S.cumsum(0) - lengths_S - starts[shard_of_S]
+        return shard_S, start_S
 
 
-def shard_path(store: Path, number: int) -> Path:
-    return store / f"shard-{number:05d}.fp16"
+def load_index(store: Path, manifest: Manifest) -> AnswerIndex:
+    """The index that a manifest names. ValueError if it is missing or damaged."""
+    path = index_path(store, manifest)
+    content_of(path, manifest.index_sha256)
+    return AnswerIndex.load(path)
 
 
-def read_shard(path: Path, shard: Shard) -> np.ndarray:
-    """Map a shard's values after comparing every byte with the file's own checksum and, once the
-    store is finished, with the manifest's. A ``ValueError`` names the file and the fault."""
-    if not path.is_file():
-        raise missing_file(path)
-    num_bytes, expected = path.stat().st_size, shard.num_values * VALUE.itemsize + DIGEST_BYTES
-    if num_bytes != expected:
-        raise damaged(path, f"it has {num_bytes} bytes instead of {expected}")
-    content = np.memmap(path, dtype=np.uint8, mode="r")
-    stored, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:].tobytes()
-    found = hashlib.sha256(stored.data).digest()
-    if found != digest or shard.sha256 not in (None, found.hex()):
-        raise damaged(path, f"its values have SHA-256 {found.hex()}, not what was written")
-    return np.asarray(stored).view(VALUE)
-
-
-def hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def damaged(path: Path, fault: str) -> ValueError:
-    return ValueError(
-        f"{path} is damaged: {fault}; restore it from a copy, or delete it and run "
-        "`regate teacher` again"
-    )
-
-
-def missing_file(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} is missing, the reference store is incomplete; restore it from a copy, or run "
-        "`regate teacher` again"
-    )
-
-
-def _sealed(fields: dict[str, Any]) -> bytes:
-    """The fields as JSON, the last of them the checksum of the others."""
-    content = {name: value for name, value in fields.items() if name != "sha256"}
-    checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return json.dumps({**content, "sha256": checksum}).encode() + b"\n"
+def load_rows(store: Path, manifest: Manifest) -> np.ndarray:
+    """int64 [S]: rows of the index, shard by shard. ValueError if they are missing or damaged."""
+    content = content_of(rows_path(store, manifest), manifest.rows_sha256)
+    return np.load(io.BytesIO(content), allow_pickle=False)

@@ -21,27 +21,34 @@ Batch = list[int]
 """Rows of the answer index that the teacher reads in one forward pass."""
 
 
-def plan_batches(num_positions: Tensor, tokens_per_batch: int) -> list[Batch]:
-    """Rows of similar length together, so that each batch has at most that many padded tokens.
+def by_length(rows_R: Tensor, num_positions: Tensor) -> list[int]:
+    """Rows from long to short: a batch that the device cannot hold should fail at once."""
+    return rows_R[num_positions[rows_R].argsort(descending=True, stable=True)].tolist()
 
-    A row that is longer than the budget is a batch of its own. The longest come first: a batch
-    that the device cannot hold should fail at once.
-    """
-    lengths = num_positions.tolist()
+
+def cut_batches(rows: Sequence[int], num_positions: Tensor, tokens_per_batch: int) -> list[Batch]:
+    """Rows, which come from long to short, one after the other into batches of at most that many
+    padded tokens. A row that is longer than that is a batch of its own."""
+    lengths = num_positions[rows].tolist()
     batches: list[Batch] = []
-    for row in num_positions.argsort(descending=True, stable=True).tolist():
-        # Rows come by length, so a batch is as wide as its first row.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+    widest = 0
+    for row, length in zip(rows, lengths):
+        # A batch is as wide as its first row.
+        if batches and (len(batches[-1]) + 1) * widest <= tokens_per_batch:
             batches[-1].append(row)
         else:
             batches.append([row])
+            widest = length
     return batches
 
 
-def plan_shards(batches: list[Batch]) -> list[list[Batch]]:
-    """Cut the batches into shards: a function of the batches alone, whatever ranks there are."""
+def plan_shards(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) -> list[list[int]]:
+    """Cut rows, int64 [R], into shards of whole batches; to ``cut_batches`` a shard gives these
+    batches again."""
+    batches = cut_batches(by_length(rows_R, num_positions), num_positions, tokens_per_batch)
     size = max(1, min(LARGEST_SHARD, len(batches) // FEWEST_SHARDS))
-    return [batches[start : start + size] for start in range(0, len(batches), size)]
+    parts = [batches[start : start + size] for start in range(0, len(batches), size)]
+    return [[row for batch in part for row in batch] for part in parts]
 
 
 def padded_tokens(batches: list[Batch], num_positions: Tensor) -> int:

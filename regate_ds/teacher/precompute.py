@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +19,19 @@ from torch import Tensor
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.progress import progress
-from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.data.reference_writer import ReferenceWriter, begun_store, has_all_files
+from regate_ds.data.reference_writer import ReferenceWriter
+from regate_ds.data.store_plan import begin_store, is_complete
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.parallel.sync import sum_over
 from regate_ds.teacher.batch_plan import (
     Batch,
+    cut_batches,
     padded_tokens,
-    plan_batches,
     plan_shards,
     share_out,
 )
 from regate_ds.teacher.text_only import ScoredSample
+from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
 Score = Callable[[Sequence[ScoredSample]], Tensor]
 """Losses in nats of all label positions of the samples, in order: fp32 [N]."""
@@ -57,19 +60,24 @@ class TeacherJob:
     in_step: bool = False
     """True if all ranks must score equally often, as those that hold a ZeRO-3 teacher."""
 
-    @property
-    def shards(self) -> list[list[Batch]]:
-        """The batches of each shard."""
-        return plan_shards(plan_batches(self.index.num_positions, self.tokens_per_batch))
+    plain: Callable[[Sequence[ScoredSample]], Any] | None = None
+    """The model's own forward pass over these samples, to compare speed with, after which the
+    device is idle; None leaves the comparison out."""
 
     @property
     def is_complete(self) -> bool:
         """Whether the store holds it all. ValueError if it is another's, or damaged."""
-        begun = begun_store(self.store, self.index, self.teacher_id)
-        if begun is None or not begun.is_finished or not has_all_files(self.store, begun):
-            return False
-        ReferenceStore(self.store)
-        return True
+        return is_complete(self.store, self.index, self.teacher_id)
+
+    def begin(self) -> None:
+        """Make the store ready for writers."""
+        lengths, limit = self.index.num_positions, self.tokens_per_batch
+        plan = partial(plan_shards, num_positions=lengths, tokens_per_batch=limit)
+        begin_store(self.store, self.index, self.teacher_id, plan, limit)
+
+    def batches(self, rows: Sequence[int]) -> list[Batch]:
+        """What is read together of a shard's rows."""
+        return cut_batches(rows, self.index.num_positions, self.tokens_per_batch)
 
     def read(self, row: int) -> ScoredSample:
         """The sample of a row. ValueError if it is not what the index was built from."""
@@ -85,75 +93,111 @@ class TeacherJob:
         return sample
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """What this rank did in this start of the job."""
-
-    num_tokens: int
-    seconds: float
-
-    def __str__(self) -> str:
-        rate = self.num_tokens / max(self.seconds, 1e-9)
-        return f"{self.num_tokens} tokens in {self.seconds:.1f} s ({rate:.0f} tokens/s)"
-
-
 def precompute(
     job: TeacherJob, group: ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Throughput:
-    """Score every sample into the job's store; finished shards are skipped.
+    """Score every sample into the job's store; finished shards are not scored again.
 
     Every rank of ``group`` calls it; ``device`` is where the group's backend wants its tensors.
     ValueError if the folder holds a store of other data, another teacher or other batches.
     """
-    if job.is_complete:
-        return Throughput(0, 0.0)
-    shards = job.shards
-    rows = [[row for batch in shard for row in batch] for shard in shards]
-    if rank_in(group) == 0:
-        ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
-    sum_over([0], group, device)  # The store exists now, for all ranks.
-    writer = ReferenceWriter.create(job.store, job.index, job.teacher_id, rows)
-    missing = [n for n in range(len(shards)) if not writer.has_shard(n)]
+    (num_done,) = sum_over([int(job.is_complete)], group, device)
+    if num_done < size_of(group):
+        _on_first(job.begin, group, device)
+    writer = ReferenceWriter(job.store, job.index)
+    missing = writer.missing()
+    _check_part(writer, missing, group)
     sum_over([0], group, device)  # All ranks have looked before one of them writes.
+    if num_done == size_of(group):
+        return Throughput(0, 0.0)
+    begin = time.perf_counter()
+    busy, num_tokens = _score_missing(job, writer, missing, group)
+    sum_over([0], group, device)  # All shards exist now.
+    seconds = time.perf_counter() - begin
+    share = _measure(job, [row for number in missing for row in writer.rows(number)])
+    _on_first(writer.finish, group, device)
+    return Throughput(num_tokens, seconds, busy / max(seconds, 1e-9), share)
+
+
+def _on_first(
+    action: Callable[[], None], group: ProcessGroup | None, device: torch.device | str
+) -> None:
+    """What one rank does for all; if it fails there, it fails everywhere."""
+    error = None
+    if rank_in(group) == 0:
+        try:
+            action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    (failed,) = sum_over([int(error is not None)], group, device)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("the first rank could not go on; see its error")
+
+
+def _check_part(writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None) -> None:
+    """Compare what an earlier start wrote with its checksums, each rank a part of it."""
+    there = sorted(set(range(len(writer.shards))) - set(missing))
+    for number in there[rank_in(group) :: size_of(group)]:
+        writer.check(number)
+
+
+def _score_missing(
+    job: TeacherJob, writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None
+) -> tuple[float, int]:
+    """Seconds that this rank's teacher was at work, and the tokens that all ranks scored."""
+    shards = {number: job.batches(writer.rows(number)) for number in missing}
     # Of what is missing, an equal part each: a replica that was far ahead would wait for hours.
     replica, place = divmod(rank_in(group), job.ranks_per_replica)
-    costs = [padded_tokens(shards[n], job.index.num_positions) for n in missing]
+    costs = [padded_tokens(batches, job.index.num_positions) for batches in shards.values()]
     parts = [
         {missing[i]: shards[missing[i]] for i in part}
         for part in share_out(costs, size_of(group) // job.ranks_per_replica)
     ]
-    done = _score_shards(
+    busy = _score_shards(
         job, writer if place == 0 else None, parts[replica], show=rank_in(group) == 0
     )
     if job.in_step:
         _keep_up(job, parts, replica)
-    sum_over([0], group, device)  # All shards exist now.
-    if rank_in(group) == 0:
-        writer.finish()
-    sum_over([0], group, device)
-    return done
+    rows = [row for batches in shards.values() for batch in batches for row in batch]
+    return busy, int(job.index.num_positions[rows].sum())
 
 
 def _score_shards(
     job: TeacherJob, writer: ReferenceWriter | None, shards: dict[int, list[Batch]], *, show: bool
-) -> Throughput:
+) -> float:
     lengths = job.index.num_positions.tolist()
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
-    begin = time.perf_counter()
+    busy = 0.0
     with progress(total, desc="teacher", unit="token", show=show) as bar:
         for number, batches in shards.items():
             losses = []
             for batch in batches:
-                losses.append(job.score([job.read(row) for row in batch]))
+                samples = [job.read(row) for row in batch]
+                begin = time.perf_counter()
+                losses.append(job.score(samples))
+                busy += time.perf_counter() - begin
                 bar.update(sum(lengths[row] for row in batch))
             if writer is not None:
                 writer.write_shard(number, torch.cat(losses))
-    return Throughput(total, time.perf_counter() - begin)
+    return busy
 
 
 def _keep_up(job: TeacherJob, parts: list[dict[int, list[Batch]]], replica: int) -> None:
-    """Score until as many batches are done as where there are most; the result is nobody's."""
+    """Score, for no one, until this rank has scored as often as the one with most batches."""
     num_batches = [sum(map(len, part.values())) for part in parts]
-    shortest = job.shards[-1][-1]
+    shortest = [int(job.index.num_positions.argmin())]
     for _ in range(max(num_batches) - num_batches[replica]):
         job.score([job.read(row) for row in shortest])
+
+
+def _measure(job: TeacherJob, rows: list[int]) -> float | None:
+    """Compare with the plain forward pass on a few batches, the same on every rank."""
+    if job.plain is None:
+        return None
+    batches, lengths = job.batches(rows), job.index.num_positions.tolist()
+    places = [(2 * n + 1) * len(batches) // (2 * NUM_MEASURED) for n in range(NUM_MEASURED)]
+    chosen = [measurable(batches[place], lengths) for place in places if batches]
+    samples = [[job.read(row) for row in rows] for rows in chosen if rows]
+    return measure_share(samples, job.score, job.plain)

@@ -24,6 +24,7 @@ MAY_CHANGE = {
     "run.eval_every",
     "run.log_every",
     "run.keep_checkpoints",
+    "teacher.verify",
     "data.num_workers",
 }
 """What a resumed run may set otherwise: none of it changes the training."""
@@ -42,6 +43,17 @@ def judge_run(config: RunConfig) -> None:
         require_same_run(config, folder.config)
     if resume == "auto" and not folder.resumes(resume):
         folder.require_unfinished()
+
+
+def judge_teacher(config: RunConfig, world_size: int) -> None:
+    """ValueError for what `regate teacher` would find only after loading."""
+    if config.teacher.store is None:
+        raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    if world_size % config.teacher.tensor:
+        raise ValueError(
+            f"teacher.tensor={config.teacher.tensor}: {world_size} ranks are no multiple of it; "
+            "start a multiple of it, or set it to a divisor"
+        )
 
 
 def require_same_run(config: RunConfig, written: Path) -> None:

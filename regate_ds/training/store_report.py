@@ -1,7 +1,7 @@
 """`regate store`: what the teacher's losses look like.
 
 info STORE      counts, and a histogram of the losses
-verify STORE    compare every byte with its checksum
+verify STORE    compare every byte of every file with its checksum
 show CONFIG     the words that the teacher finds hardest and easiest
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regate_ds.data.encode import EncodedSample
 from regate_ds.data.progress import progress
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.data.reference_store import ReferenceStore, Verify
 from regate_ds.data.samples import Record
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.evaluate import counted_words
@@ -28,9 +28,9 @@ EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, float("inf"))
 _BAR = 40
 
 
-def info(path: Path) -> str:
+def info(path: Path, verify: Verify = "quick") -> str:
     """Counts and histogram of a finished store. ValueError if it is damaged or unfinished."""
-    store = ReferenceStore(path)
+    store = ReferenceStore(path, verify=verify)
     index, values_N = store.index, store.read(store.index.keys)
     num_answerless = int((index.num_labels == 0).sum())
     rows = [
@@ -40,6 +40,7 @@ def info(path: Path) -> str:
         ("answer tokens", f"{index.num_tokens}"),
         ("all tokens", f"{int(index.num_positions.sum())}"),
         ("on disk", f"{sum(f.stat().st_size for f in path.iterdir())} bytes"),
+        ("shards", f"{store.num_shards}"),
     ]
     lines = [f"{name:<14}{value}" for name, value in rows]
     if len(values_N):
@@ -58,7 +59,7 @@ def _histogram(values_N: Tensor) -> Iterator[str]:
 
 def verify(path: Path) -> str:
     """ValueError names the first file that is missing or has a wrong byte."""
-    store = ReferenceStore(path)
+    store = ReferenceStore(path, verify="full")
     num_files = len(list(path.iterdir()))
     return f"{path}: {num_files} files, {store.index.num_tokens} values, all as written"
 
@@ -70,7 +71,8 @@ def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
     """
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder of the store")
-    task, store = build_task(config, weights=False), ReferenceStore(config.teacher.store)
+    store = ReferenceStore(config.teacher.store, verify=config.teacher.verify)
+    task = build_task(config, weights=False)
     store.require(task.index.fingerprint)
     losses: dict[str, list[float]] = defaultdict(list)
     with progress(len(task.train_records), desc="words", unit="sample") as bar:

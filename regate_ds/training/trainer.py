@@ -87,7 +87,7 @@ class Trainer:
         if not self.config.selects:
             return None
         assert self.config.teacher.store is not None
-        store = ReferenceStore(self.config.teacher.store)
+        store = ReferenceStore(self.config.teacher.store, verify=self.config.teacher.verify)
         store.require(self.task.index.fingerprint)
         return store
 

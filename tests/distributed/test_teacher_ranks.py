@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from regate_ds.data.reference_store import shard_path
 from regate_ds.teacher.precompute import precompute
 from tests.distributed.ranks import run_ranks
 from tests.unit.teacher.reference_job import files_of, make_job
@@ -37,10 +36,9 @@ def check_a_part_for_each(rank: int, store: Path) -> None:
 
 
 def test_what_one_of_two_ranks_left_is_shared_by_both(tmp_path):
-    job = make_job(tmp_path)
-    precompute(job)
-    for number in range(0, len(job.shards), 2):
-        shard_path(tmp_path, number).unlink()
+    precompute(make_job(tmp_path))
+    for path in sorted(tmp_path.glob("shard-*"))[::2]:
+        path.unlink()
     run_ranks(check_a_part_for_each, 2, tmp_path)
 
 

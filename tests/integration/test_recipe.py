@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.data.reference_store import ReferenceStore
 from tests.distributed.ranks import run_ranks
 from tests.integration.recipe_checks import check_recipe
 from tests.integration.small_task import make_task
@@ -70,7 +70,7 @@ def test_a_plan_can_be_walked_without_the_weights_of_a_model(task: Path):
     done = regate("train", str(task / "run.yaml"), "run.plan_only=true", bare)
     assert done.returncode == 0, done.stderr
     figures = dict(line.split() for line in done.stdout.splitlines())
-    index = AnswerIndex.load(task / "store" / "index.npz")
+    index = ReferenceStore(task / "store").index
     # Ten steps of four samples each: an epoch.
     kept = sum(-(-n // 2) for n in index.num_labels.tolist())
     assert figures["kept_share_of_answer"] == f"{kept / index.num_tokens:.4f}"

@@ -2,7 +2,18 @@
 
 import torch
 
-from regate_ds.teacher.batch_plan import padded_tokens, plan_batches, plan_shards, share_out
+from regate_ds.teacher.batch_plan import (
+    by_length,
+    cut_batches,
+    padded_tokens,
+    plan_shards,
+    share_out,
+)
+
+
+def plan_batches(lengths: torch.Tensor, tokens_per_batch: int) -> list[list[int]]:
+    rows = by_length(torch.arange(len(lengths)), lengths)
+    return cut_batches(rows, lengths, tokens_per_batch)
 
 
 def test_batches_hold_every_row_once_within_the_budget():
@@ -18,15 +29,25 @@ def test_batches_hold_every_row_once_within_the_budget():
 
 def test_batches_go_from_long_to_short():
     lengths = torch.tensor([3, 9, 3, 5, 9])
-    batches = plan_batches(lengths, tokens_per_batch=10)
-    assert batches == [[1], [4], [3, 0], [2]]
+    assert plan_batches(lengths, tokens_per_batch=10) == [[1], [4], [3, 0], [2]]
 
 
 def test_few_batches_are_one_shard_each_and_many_are_cut_large():
-    assert plan_shards([[i] for i in range(70)]) == [[[i]] for i in range(70)]
-    many = plan_shards([[i] for i in range(10_001)])
+    rows, ones = torch.arange(70), torch.ones(10_001, dtype=torch.int64)
+    assert plan_shards(rows, ones, 1) == [[i] for i in range(70)]
+    many = plan_shards(torch.arange(10_001), ones, 1)
     assert {len(shard) for shard in many[:-1]} == {16}
-    assert [row for shard in many for batch in shard for row in batch] == list(range(10_001))
+    assert [row for shard in many for row in shard] == list(range(10_001))
+
+
+def test_a_shard_alone_gives_its_batches_again():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (2000,), generator=generator)
+    rows = torch.randperm(2000, generator=generator)[:1500].sort().values
+    whole = cut_batches(by_length(rows, lengths), lengths, 60)
+    shards = plan_shards(rows, lengths, 60)
+    assert max(map(len, shards)) > 16
+    assert [b for shard in shards for b in cut_batches(shard, lengths, 60)] == whole
 
 
 def test_the_cost_of_a_batch_is_that_of_its_padded_rows():

@@ -1,0 +1,155 @@
+"""What a reference store holds, and the names of its files.
+
+    manifest.json        see ``Manifest``
+    index-....npz        the AnswerIndex: whose values these are, and how many
+    rows-....npy         rows of that index in the order of their values, shard by shard
+    shard-00000.fp16     the values of one shard's samples: see shard_file.py
+    append.json          while samples are added: the manifest of the store to be
+
+The index and the rows are named by their SHA-256, so that those of a store and of the longer one
+that it grows into stand side by side, and one file, the manifest, says which of them count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+FORMAT = 2
+"""Version of the manifest and of the shard files."""
+
+MANIFEST_NAME, APPEND_NAME = "manifest.json", "append.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of values."""
+
+    num_rows: int
+    num_values: int
+
+    tokens_per_batch: int
+    """The job's limit: with the order of the rows it decides which samples were read together."""
+
+    samples: str
+    """Hash over the teacher, that limit and the content of the samples in order."""
+
+    sha256: str | None = None
+    """Of ``samples`` and the values; None until the store is finished, and again where a shard is
+    computed anew."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store holds."""
+
+    fingerprint: str
+    """Of the answer index: the data that the values belong to."""
+
+    teacher_id: str
+    index_sha256: str
+    rows_sha256: str
+    shards: tuple[Shard, ...]
+    format: int = FORMAT
+
+    @property
+    def is_finished(self) -> bool:
+        return all(shard.sha256 is not None for shard in self.shards)
+
+    @property
+    def plan(self) -> Manifest:
+        """The same store before any shard was computed."""
+        return replace(self, shards=tuple(replace(shard, sha256=None) for shard in self.shards))
+
+    def to_bytes(self) -> bytes:
+        """JSON that ends with its own checksum, so that a flipped byte in it is found as well."""
+        return _sealed(asdict(self))
+
+    @classmethod
+    def load(cls, store: Path, name: str = MANIFEST_NAME) -> Manifest:
+        """Read a store's manifest. One that is missing or damaged is a ``ValueError`` naming it."""
+        path = store / name
+        if not path.is_file():
+            raise ValueError(
+                f"{store} is not a reference store (it has no {name}); "
+                "compute one with `regate teacher`"
+            )
+        content = path.read_bytes()
+        try:
+            fields = json.loads(content)
+        except ValueError as error:
+            raise damaged(path, f"it is not JSON ({error})") from error
+        if not isinstance(fields, dict) or _sealed(fields) != content:
+            raise damaged(path, "its text does not match its checksum")
+        if fields["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has store format {fields['format']}, this version reads {FORMAT}; "
+                "compute the store again"
+            )
+        del fields["sha256"]
+        return cls(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
+
+
+def index_path(store: Path, manifest: Manifest) -> Path:
+    return store / f"index-{manifest.index_sha256[:16]}.npz"
+
+
+def rows_path(store: Path, manifest: Manifest) -> Path:
+    return store / f"rows-{manifest.rows_sha256[:16]}.npy"
+
+
+def shard_path(store: Path, number: int) -> Path:
+    return store / f"shard-{number:05d}.fp16"
+
+
+def files_of(store: Path, manifest: Manifest) -> list[Path]:
+    """The files whose names follow from a manifest."""
+    shards = [shard_path(store, number) for number in range(len(manifest.shards))]
+    return [index_path(store, manifest), rows_path(store, manifest), *shards]
+
+
+def content_of(path: Path, sha256: str) -> bytes:
+    """The bytes of a file; ``ValueError`` naming it if it is missing or they are not those."""
+    if not path.is_file():
+        raise missing_file(path)
+    content = path.read_bytes()
+    if hash_of(content) != sha256:
+        raise damaged(path, "its bytes do not match the checksum in the manifest")
+    return content
+
+
+def hash_of(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def damaged(path: Path, fault: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {fault}; restore it from a copy, or delete it and run "
+        "`regate teacher` again"
+    )
+
+
+def missing_file(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is missing, the reference store is incomplete; restore it from a copy, or run "
+        "`regate teacher` again"
+    )
+
+
+def starts_of(sizes: Sequence[int]) -> list[int]:
+    """Where each part starts in what holds the parts one after the other, and where they end."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _sealed(fields: dict[str, Any]) -> bytes:
+    """The fields as JSON, the last of them the checksum of the others."""
+    content = {name: value for name, value in fields.items() if name != "sha256"}
+    checksum = hash_of(json.dumps(content).encode())
+    return json.dumps({**content, "sha256": checksum}).encode() + b"\n"

@@ -1,0 +1,77 @@
+"""One file of a reference store: little-endian fp16 values, then a SHA-256 (32 bytes).
+
+The checksum covers the values and, before them, ``Shard.samples``: a file of other samples or of
+another teacher does not fit, even if it has the same size and values.
+
+Values are negative log-likelihoods in nats. Rounding to fp16 costs a relative 2**-11 at most from
+2**-14 up, and an absolute 2**-25 at most below; beyond 65504 nothing is stored. Shapes: N label
+positions of the shard's samples, R rows of the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.manifest import Shard, damaged, hash_of, missing_file
+
+LARGEST = 65504.0
+"""Largest finite fp16 number, in nats."""
+
+_CHECKSUM_BYTES = 32
+
+VALUE = np.dtype("<f2")
+
+
+def describe_samples(teacher_id: str, tokens_per_batch: int, digests_R2: Tensor) -> str:
+    """What a shard's values depend on, as ``Shard.samples``."""
+    header = f"{teacher_id}\n{tokens_per_batch}\n".encode()
+    return hash_of(header, digests_R2.numpy().astype("<i8").tobytes())
+
+
+def write_shard(path: Path, shard: Shard, values_N: Tensor) -> None:
+    """Round the values and store them, atomically."""
+    stored = values_N.detach().cpu().numpy().astype(VALUE).tobytes()
+    write_atomically(path, stored + _checksum(shard, stored))
+
+
+def open_shard(path: Path, shard: Shard) -> np.ndarray:
+    """uint8, memory-mapped: a file whose size and own checksum are the manifest's. Cheap: reads 32
+    bytes. ``ValueError`` names the file and the fault."""
+    if not path.is_file():
+        raise missing_file(path)
+    num_bytes, expected = path.stat().st_size, shard.num_values * VALUE.itemsize + _CHECKSUM_BYTES
+    if num_bytes != expected:
+        raise damaged(path, f"it has {num_bytes} bytes instead of {expected}")
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    if shard.sha256 not in (None, checksum_of(content)):
+        raise damaged(
+            path, f"its checksum is {checksum_of(content)}, the manifest's is {shard.sha256}"
+        )
+    return content
+
+
+def checked_values(content: np.ndarray, path: Path, shard: Shard) -> np.ndarray:
+    """fp16 [N] of an open shard, after comparing every byte with the checksum.
+
+    ``ValueError`` names the file.
+    """
+    stored = content[:-_CHECKSUM_BYTES]
+    if _checksum(shard, stored.data).hex() != checksum_of(content):
+        raise damaged(path, "its values are not what was written for these samples")
+    return np.asarray(stored).view(VALUE)
+
+
+def checksum_of(content: np.ndarray) -> str:
+    """What an open shard ends with, as hexadecimal digits."""
+    return content[-_CHECKSUM_BYTES:].tobytes().hex()
+
+
+def _checksum(shard: Shard, stored: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(bytes.fromhex(shard.samples))
+    digest.update(stored)
+    return digest.digest()

@@ -1,0 +1,94 @@
+"""How fast a teacher's job was: tokens a second, and as a share of the plain forward pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regate_ds.teacher.text_only import ScoredSample, teacher_inputs
+
+PLAIN_TOKENS = 2048
+"""Most tokens of a batch that the plain forward pass is measured on: its logits, all positions
+times the vocabulary, must not break a job that did its work without them."""
+
+NUM_MEASURED = 3
+"""Batches that are measured; each runs twice each way, the first time to warm up."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What all ranks did together in this start of the job; all zero if it was done before."""
+
+    num_tokens: int
+    """Of the samples that were scored, prompt and placeholders included."""
+
+    seconds: float
+
+    busy_share: float = 0.0
+    """Of these seconds, those in which this rank's teacher was at work; the others went into
+    reading samples, writing shards and waiting for other ranks."""
+
+    score_share: float | None = None
+    """Seconds of the plain forward pass over seconds of scoring, on the same batches; None where
+    no batch was short enough to measure."""
+
+    @property
+    def share_of_plain(self) -> float | None:
+        """Speed of the job, over that of a plain forward pass with full logits, run on end."""
+        return None if self.score_share is None else self.busy_share * self.score_share
+
+    def __str__(self) -> str:
+        if self.num_tokens == 0:
+            return "nothing was left to compute"
+        rate = f"{self.num_tokens / max(self.seconds, 1e-9):.0f} tokens/s"
+        share = self.share_of_plain
+        plain = "" if share is None else f", {share:.2f} of plain forward speed"
+        return f"{self.num_tokens} tokens in {self.seconds:.1f} s ({rate}{plain})"
+
+
+def measure_share(
+    batches: Sequence[Sequence[ScoredSample]],
+    score: Callable[[Sequence[ScoredSample]], Any],
+    plain: Callable[[Sequence[ScoredSample]], Any],
+) -> float | None:
+    """Seconds of ``plain`` over those of ``score``, one after the other on each of the batches."""
+    seconds = {score: 0.0, plain: 0.0}
+    for batch in batches:
+        for run in (score, plain):
+            run(batch)
+        for run in (score, plain):
+            begin = time.perf_counter()
+            # Both return values on the host, so that the device has ended its work.
+            run(batch)
+            seconds[run] += time.perf_counter() - begin
+    return seconds[plain] / seconds[score] if batches else None
+
+
+def measurable(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """As many rows of a batch, from the shortest on, as a plain forward pass may hold."""
+    chosen: list[int] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        if (len(chosen) + 1) * lengths[row] > PLAIN_TOKENS:
+            break
+        chosen.append(row)
+    return chosen
+
+
+@torch.inference_mode()
+def plain_forward(teacher: nn.Module, samples: Sequence[ScoredSample], *, pad_id: int) -> Tensor:
+    """The host's own forward pass over the samples, logits of all positions included."""
+    ids = [sample.input_ids_S for sample in samples]
+    inputs = teacher_inputs(ids, [sample.is_placeholder_S for sample in samples], pad_id)
+    device = next(teacher.parameters()).device
+    logits_BTV = teacher(
+        input_ids=inputs.input_ids_BT.to(device),
+        attention_mask=inputs.attention_mask_BT.to(device),
+        position_ids=inputs.position_ids_BT.to(device),
+        use_cache=False,
+    ).logits
+    return logits_BTV[:, -1, 0].cpu()
