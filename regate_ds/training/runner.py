@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
+from regate_ds.teacher.throughput import plain_forward
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
+from regate_ds.training.job import join_job
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run
-from regate_ds.training.process import Process, start_process
 from regate_ds.training.ranks import announce
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
@@ -39,7 +37,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     judge_run(config)
     if config.run.plan_only:
         return _print_on_first(walk_plan(config, _task(config, weights=False)))
-    with _job() as process:
+    with join_job("train") as process:
         summary = Trainer(config, _task(config), process).run()
         return _print_on_first(summary)
 
@@ -49,7 +47,7 @@ def run_teacher(config: RunConfig) -> None:
     announce()
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
-    with _job() as process:
+    with join_job("teacher") as process:
         task = _task(config)
         teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
         pad_id = _teacher_pad_id(config, task)
@@ -60,10 +58,12 @@ def run_teacher(config: RunConfig) -> None:
             teacher_id=teacher_id(teacher, pad_id=pad_id),
             store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
+            plain=partial(plain_forward, teacher, pad_id=pad_id),
         )
         done = precompute(job, process.group, process.device)
         if process.is_first:
-            print(f"teacher: {done} on this rank; the store is {config.teacher.store}")
+            size = f"{task.index.num_samples} samples, {task.index.num_tokens} answer tokens"
+            print(f"teacher: {done}; {config.teacher.store} is complete with {size}")
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             "samples there"
         )
     model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
-    with _job() as process:
+    with join_job("eval") as process:
         task = _task(replace(config, model=model))
         student = task.student.model.to(process.device)  # type: ignore[arg-type]
         questions = held_out(task, config)
@@ -127,15 +127,6 @@ def _teacher_pad_id(config: RunConfig, task: Task) -> int:
     image_id = task.student.model.config.image_token_id
     require_same_tokens(own, theirs, placeholder_ids=[image_id])
     return choose_pad_id(theirs)
-
-
-@contextmanager
-def _job() -> Iterator[Process]:
-    """Be part of the job, and leave it in order."""
-    process = start_process()
-    yield process
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _is_first() -> bool:
