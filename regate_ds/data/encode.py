@@ -6,6 +6,7 @@ Shapes: S positions of one sample.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,22 +124,17 @@ class Encoder:
         self,
         tokenizer: Any,
         *,
-        image_token: str,
+        image_token: str | int,
         num_image_tokens: Callable[[tuple[int, int]], int],
         max_length: int,
         template: Template,
     ) -> None:
+        """``image_token``: the model's own, or the id of any token that stands in for it."""
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos token; answers must end with one: set one")
-        if image_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"the tokenizer does not know the image token {image_token!r}; "
-                "add it as a special token or name the model's own"
-            )
-        _require_no_image(template, image_token)
         self._tokenizer = tokenizer
+        self._image_id = _image_id(tokenizer, image_token, template)
         self._special = _special_tokens(tokenizer, image_token)
-        self._image_id = tokenizer.convert_tokens_to_ids(image_token)
         self._num_image_tokens = num_image_tokens
         self._max_length = max_length
         self._template = template
@@ -164,6 +160,25 @@ class Encoder:
             char_spans=tuple(span for span in spans[1:] if span is not None),
             images=record.images,
         )
+
+    def uncut(self, tokenizer: Any = None, *, placeholder_id: int | None = None) -> Encoder:
+        """Writes the same text whole; or in another tokenizer's tokens, with one of these where the
+        images are."""
+        return Encoder(
+            self._tokenizer if tokenizer is None else tokenizer,
+            image_token=self._image_id if placeholder_id is None else placeholder_id,
+            num_image_tokens=self._num_image_tokens,
+            max_length=sys.maxsize,
+            template=self._template,
+        )
+
+    def is_cut(self, sample: EncodedSample) -> bool:
+        """Whether ``max_length`` may have taken something from the sample's end."""
+        return len(sample) >= self._max_length
+
+    def begins_with_answer(self, record: Record) -> bool:
+        """Whether the first token of all is an answer's, so that nothing predicts it."""
+        return self._tokenizer.bos_token_id is None and _prompt(record, 0, self._template) == [""]
 
     def _write(self, record: Record) -> _Tape:
         tape = _Tape()
@@ -235,10 +250,23 @@ def _prompt(record: Record, number: int, template: Template) -> list[str]:
     return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
 
 
-def _special_tokens(tokenizer: Any, image_token: str) -> re.Pattern[str]:
+def _image_id(tokenizer: Any, image_token: str | int, template: Template) -> int:
+    if isinstance(image_token, int):
+        return image_token
+    if image_token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"the tokenizer does not know the image token {image_token!r}; "
+            "add it as a special token or name the model's own"
+        )
+    _require_no_image(template, image_token)
+    return tokenizer.convert_tokens_to_ids(image_token)
+
+
+def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
     """Finds what the tokenizer reads as one special token, wherever it stands in a text."""
     added = tokenizer.added_tokens_decoder.values()
-    special = {*tokenizer.all_special_tokens, image_token, *(t.content for t in added if t.special)}
+    special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
+    special |= {image_token} if isinstance(image_token, str) else set()
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
 

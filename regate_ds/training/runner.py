@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
-from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens, score_samples
+from regate_ds.teacher.text_only import score_samples
 from regate_ds.teacher.throughput import plain_forward
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.evaluate import evaluate
@@ -20,11 +19,13 @@ from regate_ds.training.generate import evaluate_generated
 from regate_ds.training.job import join_job
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
-from regate_ds.training.preflight import judge_run
+from regate_ds.training.preflight import judge_run, judge_teacher, require_one_data_set
 from regate_ds.training.ranks import announce
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
-from regate_ds.training.teacher_model import load_teacher, load_teacher_tokenizer
+from regate_ds.training.teacher_model import load_teacher, load_teacher_config
+from regate_ds.training.teacher_placement import TeacherSource, place_teacher
+from regate_ds.training.teacher_text import TeacherText, own_samples, teacher_text
 from regate_ds.training.trainer import Trainer, held_out
 
 NUM_GENERATED = 100
@@ -44,21 +45,25 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def run_teacher(config: RunConfig) -> None:
     """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
-    announce()
-    if config.teacher.store is None:
-        raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    judge_teacher(config, announce().world_size)
+    assert config.teacher.store is not None
     with join_job("teacher") as process:
-        task = _task(config)
-        teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
-        pad_id = _teacher_pad_id(config, task)
+        # A teacher of its own needs of the student only its shape.
+        task = _task(config, weights=config.teacher.path is None)
+        require_one_data_set(task.index.fingerprint, process)
+        text = teacher_text(config.teacher, task)
+        source = _teacher_source(config, task)
+        teacher = place_teacher(config.teacher, source, text.pad_id, process)
         job = TeacherJob(
             index=task.index,
-            encode=task.train.encode,
-            score=partial(score_samples, teacher, pad_id=pad_id),
-            teacher_id=teacher_id(teacher, pad_id=pad_id),
+            encode=text.encode,
+            score=text.scores(partial(score_samples, teacher.model, pad_id=text.pad_id)),
+            teacher_id=text.name(teacher.id),
             store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
-            plain=partial(plain_forward, teacher, pad_id=pad_id),
+            ranks_per_replica=teacher.ranks_per_replica,
+            in_step=teacher.in_step,
+            plain=_plain(config, teacher.model, text),
         )
         done = precompute(job, process.group, process.device)
         if process.is_first:
@@ -113,20 +118,21 @@ def tell_cut(task: Task, max_length: int) -> None:
         )
 
 
-def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
+def _teacher_source(config: RunConfig, task: Task) -> TeacherSource:
     path = config.teacher.path
-    return text_backbone(task.student.model) if path is None else load_teacher(path)
+    if path is None:
+        backbone = text_backbone(task.student.model)
+        return TeacherSource(backbone.config, lambda: backbone)
+    folder = path if path.is_dir() else None
+    return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
 
-def _teacher_pad_id(config: RunConfig, task: Task) -> int:
-    """The token that stands for images, after the check that the teacher reads ids alike."""
-    own = task.student.tokenizer
-    if config.teacher.path is None:
-        return choose_pad_id(own)
-    theirs = load_teacher_tokenizer(config.teacher.path)
-    image_id = task.student.model.config.image_token_id
-    require_same_tokens(own, theirs, placeholder_ids=[image_id])
-    return choose_pad_id(theirs)
+def _plain(config: RunConfig, model: nn.Module, text: TeacherText) -> Any:
+    """What scoring is compared with; a teacher in parts has no plain forward pass."""
+    if config.teacher.sharding != "none":
+        return None
+    forward = partial(plain_forward, model, pad_id=text.pad_id)
+    return forward if text.tokenizer is None else lambda samples: forward(own_samples(samples))
 
 
 def _is_first() -> bool:

@@ -39,7 +39,7 @@ def test_another_rank_lets_the_first_speak_before_it(monkeypatch, capsys, slept)
 
 
 @pytest.mark.parametrize(
-    ("is_told", "expected"), [(True, ""), (False, "regate eval: rank 3: no\n")]
+    ("is_told", "expected"), [(True, ""), (False, "\nregate eval: rank 3: no\n")]
 )
 def test_the_error_of_a_job_is_told_once(monkeypatch, capsys, slept, is_told, expected):
     set_rank(monkeypatch, 3)

@@ -1,0 +1,71 @@
+"""A teacher of another tokenizer in the recipe."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.teacher.precompute import TeacherJob, precompute
+from regate_ds.teacher.text_only import score_samples
+from regate_ds.training.configuration import RunConfig, load_config
+from regate_ds.training.task import build_task
+from regate_ds.training.teacher_model import load_teacher
+from regate_ds.training.teacher_text import teacher_text
+from tests.integration.small_task import make_task
+from tests.models import causal_lm
+from tests.unit.teacher.two_tokenizers import by_pieces
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    make_task(folder, num_train=6, num_test=1)
+    tokenizer = by_pieces()
+    causal_lm(vocab_size=len(tokenizer)).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    return folder
+
+
+def config_of(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(folder / "run.yaml", [f"teacher.path={folder / 'teacher'}", *overrides])
+
+
+def test_another_tokenizer_is_refused_unless_it_is_asked_for(folder):
+    config = config_of(folder)
+    with pytest.raises(ValueError, match="does not fit the student's: .*teacher.tokenizer=own"):
+        teacher_text(config.teacher, build_task(config, weights=False))
+
+
+def test_a_teacher_with_its_own_tokenizer_fills_a_store_of_the_students_labels(folder):
+    config = config_of(folder, "teacher.tokenizer=own")
+    task = build_task(config, weights=False)
+    text, teacher = teacher_text(config.teacher, task), load_teacher(folder / "teacher")
+    score = text.scores(partial(score_samples, teacher, pad_id=text.pad_id))
+    job = TeacherJob(
+        index=task.index,
+        encode=text.encode,
+        score=score,
+        teacher_id=text.name("small"),
+        store=folder / "store",
+        tokens_per_batch=256,
+    )
+    precompute(job)
+    store = ReferenceStore(job.store)
+    assert store.teacher_id.startswith("small-")
+    for row, key in enumerate(task.index.keys):
+        # fp16 in the store, and sums over other lengths in the batch.
+        expected_N = score([text.encode(row)])
+        torch.testing.assert_close(store.read([key]), expected_N, rtol=2**-11, atol=1e-5)
+        total = score_samples(
+            teacher, [text.writer.write(task.train_records[row]).teacher], pad_id=2
+        )
+        assert float(expected_N.sum()) == pytest.approx(float(total.sum()), rel=1e-5)
+
+
+def test_the_students_own_backbone_has_no_tokenizer_of_its_own(folder):
+    with pytest.raises(ValueError, match=r"teacher\.tokenizer='own': needs a teacher of its own"):
+        load_config(folder / "run.yaml", ["teacher.tokenizer=own"])
