@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from regate_ds.training.errors import USER_ERRORS, tell
 from regate_ds.training.preemption import EXIT_CODE, Preempted, heed
-
-USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
-"""What a wrong input, a missing file or package, or a broken promise of the host ends in."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.debug:
             raise
-        print(f"regate {args.command}: {_one_line(error)}", file=sys.stderr)
+        tell(args.command, error)
         return 1
 
 
@@ -52,11 +50,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if rest and args.command != "bench":
         parser.error(f"unknown arguments to {args.command}: {' '.join(rest)}")
     return args, rest
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or f"{type(error).__name__} without a message; --debug shows where"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,6 +148,10 @@ def _add_bench(commands: argparse._SubParsersAction, debug: argparse.ArgumentPar
 def _add_doctor(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
     text = "show versions, devices and what is missing; fails only if something required is"
     doctor = commands.add_parser("doctor", parents=[debug], help=text, description=text)
+    doctor.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help="also judge memory, disk and groups"
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="as of train")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
@@ -240,10 +237,16 @@ def _bench(_: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training import doctor
+    from regate_ds.training.configuration import load_config
 
-    findings = doctor.examine()
-    print(doctor.as_json(findings) if args.json else doctor.as_text(findings))
+    config = None if args.config is None else load_config(args.config, args.overrides)
+
+    from regate_ds.training import doctor
+    from regate_ds.training.ranks import discover
+
+    findings = doctor.examine(config)
+    if discover().rank == 0:
+        print(doctor.as_json(findings) if args.json else doctor.as_text(findings))
     return 1 if doctor.lacks_required(findings) else 0
 
 
