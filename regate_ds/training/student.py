@@ -64,8 +64,9 @@ class Student:
     @property
     def pad_id(self) -> int:
         """Right padding is never seen, so any id will do where the tokenizer has no pad."""
-        pad_id: Any = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad_id is None else pad_id
+        tokenizer: Any = self.tokenizer
+        pad_id = tokenizer.pad_token_id
+        return tokenizer.eos_token_id if pad_id is None else pad_id
 
 
 def build_llava(

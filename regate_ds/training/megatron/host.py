@@ -63,16 +63,16 @@ class MegatronHost:
     def build(cls, setup: Setup) -> MegatronHost:
         config, student = setup.config, setup.task.student
         assert config.parallel is not None
-        hf_config: Any = student.model.config
-        require_student(hf_config.model_type, hf_config.get_text_config(), config.parallel)
+        model: Any = student.model
+        require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]
         chunks = build_chunks(student, config.model, config.parallel, dtype)
         # From here on it is only filled, to be evaluated or written.
-        student.model.to(dtype)
+        model.to(dtype)
         layout = "thd" if config.parallel.layout == "ragged" else "sbhd"
         regate = attach(chunks, setup.knobs, reference=setup.reference, layout=layout)
         optimizer = get_megatron_optimizer(
-            optimizer_settings(config), chunks, use_gloo_process_groups=False
+            optimizer_settings(config), [*chunks], use_gloo_process_groups=False
         )
         for group in optimizer.param_groups:
             # Megatron leaves it to its own scheduler to apply this.

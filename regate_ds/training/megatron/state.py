@@ -24,7 +24,7 @@ def save_rank(checkpoint: Path, chunks: Sequence[nn.Module], optimizer: Any, mor
             {"weights": list(_optimized(inner)), "state": inner.state_dict()}
             for inner in _inner(optimizer)
         ],
-        "random": get_cuda_rng_tracker().get_states(),
+        "random": _tracker().get_states(),
         "more": more,
     }
     torch.save(state, _file(checkpoint))
@@ -42,8 +42,13 @@ def load_rank(checkpoint: Path, chunks: Sequence[nn.Module], optimizer: Any) -> 
             for weight, value in zip(_optimized(inner), saved["weights"], strict=True):
                 weight.copy_(value)
             inner.load_state_dict(saved["state"])
-    get_cuda_rng_tracker().set_states({k: v.cpu() for k, v in state["random"].items()})
+    _tracker().set_states({k: v.cpu() for k, v in state["random"].items()})
     return state["more"]
+
+
+def _tracker() -> Any:
+    """Random states of what differs on, or is shared by, the tensor ranks."""
+    return get_cuda_rng_tracker()
 
 
 def _file(checkpoint: Path) -> Path:

@@ -77,9 +77,9 @@ def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None)
     )
 
 
-def _plain_layers(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _plain_layers(config: TransformerConfig) -> Any:
     """This rank's layers of torch's own operations."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RootMeanSquareNorm
     num_parts = config.pipeline_model_parallel_size * (
