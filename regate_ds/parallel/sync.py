@@ -104,3 +104,16 @@ def gather_values(
     gathered = [torch.empty_like(padded) for _ in num_values]
     dist.all_gather(gathered, padded, group=group)
     return [row[:n] for row, n in zip(gathered, num_values, strict=True)]
+
+
+def gather_vectors(
+    values_N: Tensor, group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Every rank's int64 values, of any number, by rank, on the CPU."""
+    if group is None:
+        return [values_N]
+    mine = torch.tensor([len(values_N)], dtype=torch.int64, device=device)
+    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, mine, group=group)
+    found = gather_values(values_N.to(device), counts.tolist(), group)
+    return [vector.cpu() for vector in found]
