@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface import ElidedOutput, attach_model, has_tower
 from regate_ds.adapters.saved_state import load_state, save_state
-from regate_ds.adapters.window import Window
+from regate_ds.adapters.window import Window, in_steps
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
@@ -117,7 +117,8 @@ class DeepSpeedRegate:
         online teacher reads the loader one window ahead.
         """
         self._bind(engine)
-        groups = self._groups(loader, engine.gradient_accumulation_steps())
+        size = engine.gradient_accumulation_steps()
+        groups = in_steps(loader, size, keep_rest=not self.config.enabled)
         coming = self._next(groups)
         while coming is not None:
             window = self._window(coming, engine)
@@ -140,23 +141,6 @@ class DeepSpeedRegate:
         else:
             self._online.prepare(micro)
         return micro
-
-    def _groups(self, loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
-        micro: list[Any] = []
-        for batch in loader:
-            micro.append(batch)
-            if len(micro) == size:
-                yield micro
-                micro = []
-        if micro and not self.config.enabled:
-            yield micro
-        elif micro:
-            _log.warning(
-                "left out %d micro-batches at the end of the epoch: a step takes %d; the same "
-                "samples each time, unless the loader changes its order",
-                len(micro),
-                size,
-            )
 
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
         """What ``engine.backward`` takes: averaged over micro-batches and data ranks, as the engine

@@ -38,7 +38,7 @@ class Teacher:
     """Upper limit of padded tokens in a forward pass; a longer sample is one of its own."""
 
     def online(self, index: AnswerIndex | None = None) -> OnlineReference:
-        """What ``attach`` takes as ``reference``, to score while training: no store, no pass before.
+        """A ``reference`` for ``attach`` that scores while training: no store, no pass before.
 
         index: of the data, where it is known and does not change; samples are compared with it.
         """
