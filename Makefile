@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-stress test-matrix check style quickstart realmodel bench clean
+.PHONY: setup test test-stress test-matrix test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -45,6 +45,11 @@ test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.megatron.matrix run build/matrix-py311.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.megatron.matrix run build/matrix-py312.json
 	$(BIN)/python -m tests.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
+
+# A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
+# the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.
+test-slurm test-ssh: setup
+	$(TEST_ENV) $(BIN)/python -m tests.cluster.$(@:test-%=%)
 
 check: setup
 	$(BIN)/ruff check

@@ -54,3 +54,18 @@ def replicas(data_rank_of: list[int]) -> list[list[int]]:
     for rank, data_rank in enumerate(data_rank_of):
         found.setdefault(data_rank, []).append(rank)
     return [found[data_rank] for data_rank in sorted(found)]
+
+
+def layout_of_replicas(ranks_per_replica: int) -> ParallelLayout:
+    """Cut the world into replicas of that many consecutive ranks; ranks of the same place in their
+    replicas form a data group. Collective over the world, on its own backend."""
+    world = dist.get_world_size()
+    if world % ranks_per_replica:
+        raise ValueError(
+            f"{world} ranks cannot be cut into replicas of {ranks_per_replica}; start a multiple "
+            f"of {ranks_per_replica} ranks"
+        )
+    ranks = range(world)
+    replica = own_group([ranks[r : r + ranks_per_replica] for r in ranks[::ranks_per_replica]])
+    data = own_group([ranks[place::ranks_per_replica] for place in range(ranks_per_replica)])
+    return ParallelLayout(data=data, replica=replica)

@@ -117,3 +117,29 @@ def gather_vectors(
     dist.all_gather_into_tensor(counts, mine, group=group)
     found = gather_values(values_N.to(device), counts.tolist(), group)
     return [vector.cpu() for vector in found]
+def max_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The largest of the ranks' values, element by element, in place; on the group's device."""
+    if group is not None:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return values
+
+
+def sum_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of the ranks' values, element by element, in place; on the group's device."""
+    if group is not None:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def broadcast_text(
+    text: str, group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> str:
+    """The group's first rank's text, of at most 256 bytes of UTF-8, for every rank of the group."""
+    if group is None:
+        return text
+    content = torch.zeros(256, dtype=torch.uint8)
+    encoded = text.encode()
+    content[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    content = content.to(device)
+    dist.broadcast(content, group_src=0, group=group)
+    return bytes(content.tolist()).rstrip(b"\0").decode()

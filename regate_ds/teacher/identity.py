@@ -1,13 +1,14 @@
-"""Which teacher a store's losses are of: by what decides them, not by where it lies."""
+"""Which teacher a store's losses are of: by what decides them, not by where it lies or is held."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _IRRELEVANT = frozenset(
     {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -18,13 +19,17 @@ _IRRELEVANT = frozenset(
 def teacher_id(teacher: nn.Module, *, pad_id: int) -> str:
     """Name a Hugging Face model by a hash over its configuration and weights, and over ``pad_id``,
     the token that it reads where the images are."""
-    config: Any = teacher.config
+    return id_of_weights(teacher.config, sorted(teacher.state_dict().items()), pad_id=pad_id)
+
+
+def id_of_weights(config: Any, weights: Iterable[tuple[str, Tensor]], *, pad_id: int) -> str:
+    """The same, of weights that come one at a time, in the order of their names."""
     relevant = json.dumps([_relevant(config.to_dict()), pad_id], sort_keys=True, default=str)
     digest = hashlib.sha256(relevant.encode())
-    for name, weight in sorted(teacher.state_dict().items()):
+    for name, weight in weights:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(content.numpy().tobytes())
+        digest.update(content.numpy().data)
     return f"{config.model_type}-{digest.hexdigest()[:16]}"
 
 

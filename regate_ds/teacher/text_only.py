@@ -1,7 +1,7 @@
 """What the teacher sees: the text of a sample, with a plain token where the images are.
 
 Shapes: B samples, T positions of the longest, S positions of one sample, H hidden, N label
-positions of all samples, sample by sample, C label positions of one chunk.
+positions of all samples, sample by sample.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
+from regate_ds.teacher.label_loss import HeadPart
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +75,12 @@ def score_samples(
 ) -> Tensor:
     """Negative log-likelihood, in nats, of every label under the teacher: fp32 [N] on the CPU.
 
-    ``teacher`` is a causal LM with a decoder ``model`` and an ``lm_head``. Only label positions go
-    through the head, ``chunk`` at a time, so that logits [B, T, V] never exist.
+    ``teacher`` is a causal LM with a decoder ``model`` and an ``lm_head``, whole or a part of one.
+    Only label positions go through the head, ``chunk`` at a time, so that logits [B, T, V] never
+    exist.
     """
     _require_plain_head(teacher)
-    num_embeddings = teacher.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    num_embeddings = teacher.get_input_embeddings().num_embeddings  # type: ignore[operator]
     for sample in samples:
         text_ids = sample.input_ids_S[~sample.is_placeholder_S]
         require_ids_fit(text_ids.tolist(), num_embeddings, ())
@@ -95,7 +96,9 @@ def score_samples(
     is_label_BT = labels_BT != IGNORE
     hidden_NH = hidden_BTH[is_label_BT.to(hidden_BTH.device)]
     labels_N = labels_BT[is_label_BT].to(hidden_BTH.device)
-    return _score_labels(teacher.lm_head, hidden_NH, labels_N, chunk).cpu()
+    head: Any = teacher.lm_head
+    part = head if isinstance(head, HeadPart) else HeadPart(head)
+    return part.losses(hidden_NH, labels_N, chunk).cpu()
 
 
 def choose_pad_id(tokenizer: Any) -> int:
@@ -159,13 +162,6 @@ def _run_decoder(teacher: nn.Module, inputs: TeacherInputs) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state
-
-
-def _score_labels(head: Any, hidden_NH: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
-    losses = [hidden_NH.new_empty(0, dtype=torch.float32)]
-    for hidden_CH, labels_C in zip(hidden_NH.split(chunk), labels_N.split(chunk)):
-        losses.append(F.cross_entropy(head(hidden_CH).float(), labels_C, reduction="none"))
-    return torch.cat(losses)
 
 
 def _require_plain_head(teacher: nn.Module) -> None:

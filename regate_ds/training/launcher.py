@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,14 +30,19 @@ def launch(
     command = [program, *options, "--log_level", "warning"]
     command += ["--module", "regate_ds.cli", *arguments]
     print(" ".join(command), file=sys.stderr, flush=True)
+    # Inherited: deepspeed's own processes ignore it; ranks take it as a request to save and end.
+    before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, signal.SIG_IGN)}
     job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     assert job.stderr is not None
-    before = signal.signal(signal.SIGTERM, lambda *_: job.terminate())
+    ask = partial(_ask_ranks, job.pid)
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGUSR1, ask)
     try:
         said = _pass_on(job.stderr)
         return _exit_code(job.wait()), said
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report(code: int, said: str) -> None:
@@ -55,8 +62,18 @@ def _pass_on(errors: BinaryIO) -> str:
     return said.decode(errors="replace")
 
 
+def _ask_ranks(launcher: int, *_: object) -> None:
+    """deepspeed's runner itself would end on SIGTERM, and leave its ranks behind."""
+    import psutil
+
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGUSR1)
+
+
 def _exit_code(code: int) -> int:
-    """As a shell has it: 128 and the signal's number."""
+    """As a shell has it: 128 and the signal's number. deepspeed passes on 256 less the number."""
+    code = code - 256 if code > 192 else code
     return code if code >= 0 else 128 - code
 
 

@@ -45,6 +45,17 @@ def judge_run(config: RunConfig) -> None:
         folder.require_unfinished()
 
 
+def judge_teacher(config: RunConfig, world_size: int) -> None:
+    """ValueError for what `regate teacher` would find only after loading."""
+    if config.teacher.store is None:
+        raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    if world_size % config.teacher.tensor:
+        raise ValueError(
+            f"teacher.tensor={config.teacher.tensor}: {world_size} ranks are no multiple of it; "
+            "start a multiple of it, or set it to a divisor"
+        )
+
+
 def require_same_run(config: RunConfig, written: Path) -> None:
     """Refuse to resume with other settings than the run was started with."""
     # The folder itself may be written otherwise, or may have been moved.

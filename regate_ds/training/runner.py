@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
-from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import RunConfig, load_config
@@ -21,12 +19,13 @@ from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
-from regate_ds.training.preflight import judge_run
+from regate_ds.training.preflight import judge_run, judge_teacher
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.ranks import announce
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
-from regate_ds.training.teacher_model import load_teacher
+from regate_ds.training.teacher_model import load_teacher, load_teacher_config
+from regate_ds.training.teacher_placement import TeacherSource, place_teacher
 from regate_ds.training.teacher_text import teacher_text
 from regate_ds.training.trainer import Trainer, held_out
 
@@ -47,20 +46,23 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def run_teacher(config: RunConfig) -> None:
     """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
-    announce()
-    if config.teacher.store is None:
-        raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    judge_teacher(config, announce().world_size)
+    assert config.teacher.store is not None
     with _job() as process:
-        task = _task(config)
-        teacher = _teacher(config, task).to(process.device)  # type: ignore[arg-type]
+        # A teacher of its own needs of the student only its shape.
+        task = _task(config, weights=config.teacher.path is None)
         text = teacher_text(config.teacher, task)
+        source = _teacher_source(config, task)
+        teacher = place_teacher(config.teacher, source, text.pad_id, process)
         job = TeacherJob(
             index=task.index,
             encode=text.encode,
-            score=text.scores(partial(score_samples, teacher, pad_id=text.pad_id)),
-            teacher_id=text.name(teacher_id(teacher, pad_id=text.pad_id)),
+            score=text.scores(partial(score_samples, teacher.model, pad_id=text.pad_id)),
+            teacher_id=text.name(teacher.id),
             store=config.teacher.store,
             tokens_per_batch=config.teacher.tokens_per_batch,
+            ranks_per_replica=teacher.ranks_per_replica,
+            in_step=teacher.in_step,
         )
         done = precompute(job, process.group, process.device)
         if process.is_first:
@@ -114,9 +116,13 @@ def tell_cut(task: Task, max_length: int) -> None:
         )
 
 
-def _teacher(config: RunConfig, task: Task) -> PreTrainedModel:
+def _teacher_source(config: RunConfig, task: Task) -> TeacherSource:
     path = config.teacher.path
-    return text_backbone(task.student.model) if path is None else load_teacher(path)
+    if path is None:
+        backbone = text_backbone(task.student.model)
+        return TeacherSource(backbone.config, lambda: backbone)
+    folder = path if path.is_dir() else None
+    return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
 
 @contextmanager

@@ -31,6 +31,17 @@ def load_teacher(path: Path) -> PreTrainedModel:
     return teacher.eval()
 
 
+def load_teacher_config(path: Path) -> Any:
+    """The configuration of the model at ``path``, without its weights; errors as of loading it."""
+    if path.suffix == GGUF:
+        _require_gguf(path)
+        config = _read_gguf(path, AutoConfig)
+        _require_causal_config(config, path)
+        return config
+    _require_causal_lm(path)
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
 def load_teacher_tokenizer(path: Path) -> Any:
     """The tokenizer that belongs to the model at ``path``."""
     if path.suffix == GGUF:
@@ -41,8 +52,7 @@ def load_teacher_tokenizer(path: Path) -> Any:
 
 def _load_gguf(path: Path) -> PreTrainedModel:
     """Weights unpacked, so that they may be sharded and run on any device."""
-    _require_gguf(path)
-    _require_causal_config(_read_gguf(path, AutoConfig), path)
+    load_teacher_config(path)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         # Since transformers 5.24 they otherwise stay packed where a kernel for it is installed.

@@ -1,4 +1,8 @@
+import os
+import signal
 import sys
+import threading
+import time
 
 from regate_ds.training import launcher
 
@@ -17,3 +21,32 @@ def test_the_error_of_a_rank_is_found_in_what_the_launcher_says(tmp_path, monkey
     lines = capfd.readouterr().err.splitlines()
     assert lines[-1] == "exit code 3: regate train: no such key"
     assert "Traceback" in lines
+
+
+def test_a_signal_reaches_the_ranks_as_a_request_and_passes_by_the_launchers(
+    tmp_path, monkeypatch, capfd
+):
+    rank = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    fake = tmp_path / "deepspeed"
+    fake.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n"
+        f"sys.exit(subprocess.run([sys.executable, '-c', {rank!r}]).returncode)\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    def send():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert launcher.main(["2", "train", "run.yaml"]) == 75
+    sender.join()
+    assert capfd.readouterr().err.endswith("exit code 75\n")

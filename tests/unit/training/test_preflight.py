@@ -6,7 +6,12 @@ import torch
 from regate_ds.training import preflight
 from regate_ds.training.configuration import dump_config, load_config
 from regate_ds.training.metrics import RunFolder
-from regate_ds.training.preflight import describe_run, judge_run, require_one_data_set
+from regate_ds.training.preflight import (
+    describe_run,
+    judge_run,
+    judge_teacher,
+    require_one_data_set,
+)
 from regate_ds.training.process import Process
 
 CONFIG = """
@@ -104,3 +109,10 @@ def test_a_rank_that_has_read_other_data_is_named(monkeypatch):
     require_one_data_set(second, Process(1, 2, torch.device("cpu")))
     with pytest.raises(RuntimeError, match="rank 0 has read data with fingerprint ffffffffffff"):
         require_one_data_set(first, Process(0, 2, torch.device("cpu")))
+
+
+def test_a_number_of_ranks_that_makes_no_whole_teachers_is_refused(load):
+    config = load("teacher.sharding=tensor", "teacher.tensor=2")
+    judge_teacher(config, 4)
+    with pytest.raises(ValueError, match=r"teacher\.tensor=2: 3 ranks are no multiple of it"):
+        judge_teacher(config, 3)

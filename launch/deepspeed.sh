@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Run a regate command by the deepspeed launcher on the nodes of a hostfile.
+#
+#   launch/deepspeed.sh hostfile train configs/digits.yaml run.out=runs/mine
+#   NODE_RANK=1 launch/deepspeed.sh hostfile teacher configs/digits.yaml
+#
+# The first form reaches every node over ssh, by pdsh. With NODE_RANK set it uses no ssh (--no_ssh):
+# start it once on each node, numbered as the hostfile's lines are. A hostfile has a line for each
+# node, such as "node0 slots=8"; all of them see the same folder and the same Python.
+#
+#   MASTER_ADDR, MASTER_PORT   where the first rank listens; default: the first host, 29500
+#   LOGS                       folder of the ranks' logs; default logs/<start time>
+#   FORWARD                    pattern of the variables that go to the other nodes
+#   DS_OPTIONS                 further options of deepspeed, such as "--ssh_port 2222"
+#   PYTHON, REGATE_ENV         as in torchrun.sh
+#
+# Works from any directory; arguments and the exit code are passed through. What ranks print is in
+# their logs; here come the lines that say why a rank failed.
+set -euo pipefail
+
+fail() { echo "$0: $1" >&2; exit 2; }
+
+REGATE_ENV=${REGATE_ENV:-env.sh}
+# shellcheck source=/dev/null
+[[ ! -f $REGATE_ENV ]] || source "$REGATE_ENV"
+
+[[ $# -ge 2 && $2 =~ ^(train|teacher|eval|doctor)$ ]] ||
+    fail "usage: [NODE_RANK=N] $0 HOSTFILE train|teacher|eval|doctor [ARGUMENT ...]"
+hostfile=$1
+shift
+[[ -f $hostfile ]] || fail "$hostfile: no such hostfile; write a line 'HOST slots=N' for each node"
+python=$(command -v "${PYTHON:-python}") || fail "PYTHON=${PYTHON:-python}: no such program"
+"$python" -c 'import regate_ds' 2>/dev/null ||
+    fail "PYTHON=$python cannot import regate_ds: activate its environment, or set PYTHON"
+first=$(grep -Ev '^[[:space:]]*(#|$)' "$hostfile" | head -n 1 | cut -d ' ' -f 1)
+[[ -n $first ]] || fail "$hostfile names no host"
+
+# All nodes read and write the same folder.
+logs=$(realpath -m "${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}")
+mkdir -p "$logs"
+if [[ -n ${NODE_RANK:-} ]]; then
+    place=(--no_ssh --node_rank "$NODE_RANK")
+else
+    command -v pdsh >/dev/null || fail "pdsh is not installed: install it, or set NODE_RANK"
+    # pdsh hands on no variables; deepspeed exports those in this file.
+    forward=${FORWARD:-^(NCCL|GLOO|OMP|MKL|HF|TOKENIZERS|TORCH|TRITON|PYTORCH|CUDA|DS|DEEPSPEED)_}
+    export DS_ENV_FILE=$logs/environment
+    env | grep -E "$forward" | grep -v '^DS_ENV_FILE=' >"$DS_ENV_FILE" || true
+    place=(--launcher pdsh)
+fi
+read -ra more <<<"${DS_OPTIONS:-}"
+command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" "${place[@]}"
+    --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}"
+    --no_local_rank --enable_each_rank_log "$logs" ${more[@]+"${more[@]}"}
+    --module regate_ds.cli "$@")
+printf '%s: on %s:' "$0" "$(hostname)" >&2
+printf ' %q' "${command[@]}" >&2
+echo >&2
+# deepspeed ignores it, the ranks take it as a request to save and end.
+trap '' USR1
+code=0
+"${command[@]}" || code=$?
+((code == 0)) || grep -hs '^regate ' "$logs"/*_rank*.log >&2 || true
+exit "$code"

@@ -1,0 +1,105 @@
+"""A teacher's weights, one tensor or a part of one at a time: nobody has to hold them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Cut(NamedTuple):
+    """Rows (dim 0) or columns (dim 1) of a tensor."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+class Weights(Protocol):
+    """Where weights are read from, by the names that the whole model gives them."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        """The tensor, or that part of it, on the CPU."""
+        ...
+
+
+class LoadedWeights:
+    """The state of a model that somebody has loaded whole."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state
+
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        tensor = self._state[name].detach().cpu()
+        return tensor if cut is None else tensor.narrow(cut.dim, cut.start, cut.stop - cut.start)
+
+
+class SavedWeights:
+    """The safetensors files of a Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """ValueError if the folder has no such files."""
+        self.folder = folder
+        self._files = _files(folder)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor by name."""
+        return self.read(min(self._files)).dtype
+
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        """The tensor, or that part of it. ValueError if it is not there, or cannot be read."""
+        if name not in self._files:
+            raise ValueError(
+                f"the weights in {self.folder} have no {name}; give the folder of a whole causal "
+                "language model"
+            )
+        try:
+            # Opened anew each time: the pages that were read leave the process with the mapping.
+            with safe_open(self._files[name], framework="pt") as file:
+                if cut is None:
+                    return file.get_tensor(name)
+                part = file.get_slice(name)
+                rows = slice(cut.start, cut.stop)
+                return part[rows].clone() if cut.dim == 0 else part[:, rows].clone()
+        except SafetensorError as error:
+            raise _unreadable(self.folder, error) from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    if (folder / INDEX).is_file():
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in places.items()}
+    if not (folder / SINGLE).is_file():
+        raise ValueError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}: a sharded teacher is read from "
+            "safetensors; save it as such, or set teacher.sharding=none"
+        )
+    try:
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / SINGLE)
+    except SafetensorError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"the weights in {folder} cannot be read ({error}); copy or download them again"
+    )

@@ -1,0 +1,134 @@
+"""Put the teacher where it scores: whole on this rank, or a part of it, by `teacher.sharding`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
+from regate_ds.parallel.sync import broadcast_text, max_tensor
+from regate_ds.teacher.identity import id_of_weights, teacher_id
+from regate_ds.teacher.shard import (
+    ShardedTeacher,
+    cut_teacher,
+    fill_cut,
+    fill_partitioned,
+    is_tied,
+    partitioned_teacher,
+)
+from regate_ds.teacher.weights import LoadedWeights, SavedWeights, Weights
+from regate_ds.training.process import Process
+from regate_ds.training.ranks import announce
+from regate_ds.training.sections import TeacherConfig
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a teacher comes from."""
+
+    config: PreTrainedConfig
+    load: Callable[[], PreTrainedModel]
+    """The whole model, on the CPU."""
+
+    folder: Path | None = None
+    """Its Hugging Face folder, from which parts can be read; None loads it whole to cut it."""
+
+
+@dataclass(frozen=True)
+class PlacedTeacher:
+    """A teacher that is ready to score on this rank."""
+
+    model: nn.Module
+    """For ``score_samples``."""
+
+    id: str
+    layout: ParallelLayout
+    """``replica``: the ranks that must score the same samples together."""
+
+    in_step: bool
+    """Whether all ranks of the job must score equally often."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        return size_of(self.layout.replica)
+
+
+def place_teacher(
+    section: TeacherConfig, source: TeacherSource, pad_id: int, process: Process
+) -> PlacedTeacher:
+    """Build the teacher and read its weights, before the student is built. Collective.
+
+    ValueError for a teacher, or a number of ranks, that `teacher.sharding` does not go with.
+    """
+    if section.sharding == "none":
+        model = source.load().to(process.device)  # type: ignore[arg-type]
+        layout = ParallelLayout(data=process.group)
+        return PlacedTeacher(model, teacher_id(model, pad_id=pad_id), layout, in_step=False)
+    dtype = _dtype(source)
+    if section.sharding == "zero3":
+        empty = partitioned_teacher(source.config, dtype=dtype, device=process.device)
+        name = _fill_together(empty, source, pad_id, process)
+        return PlacedTeacher(empty, name, ParallelLayout(data=process.group), in_step=True)
+    layout = layout_of_replicas(section.tensor)
+    assert layout.replica is not None
+    empty = cut_teacher(source.config, layout.replica, dtype=dtype, device=process.device)
+    name = _fill_apart(empty, source, pad_id, process)
+    return PlacedTeacher(empty, name, layout, in_step=False)
+
+
+def _dtype(source: TeacherSource) -> torch.dtype:
+    """As transformers loads it: what its configuration says, or what its weights are."""
+    if source.config.dtype is not None:
+        return source.config.dtype
+    return torch.float32 if source.folder is None else SavedWeights(source.folder).dtype
+
+
+def _fill_together(
+    empty: ShardedTeacher, source: TeacherSource, pad_id: int, process: Process
+) -> str:
+    weights, name = None, ""
+    if process.is_first:
+        weights = _weights(source)
+        name = _id(source, weights, pad_id)
+    fill_partitioned(empty, weights)
+    return broadcast_text(name, process.group, process.device)
+
+
+def _fill_apart(empty: ShardedTeacher, source: TeacherSource, pad_id: int, process: Process) -> str:
+    """Read each rank's part: all at once, or, what has to be loaded whole, one rank of a node after
+    the other."""
+    name, own_turn = "", 0 if source.folder is not None else announce().local_rank
+    last_turn = max_tensor(torch.tensor(own_turn, device=process.device), process.group)
+    for turn in range(int(last_turn) + 1):
+        if turn == own_turn:
+            weights = _weights(source)
+            fill_cut(empty, weights)
+            name = _id(source, weights, pad_id) if process.is_first else ""
+            del weights
+        name = broadcast_text(name, process.group, process.device)
+    return name
+
+
+def _weights(source: TeacherSource) -> Weights:
+    if source.folder is not None:
+        return SavedWeights(source.folder)
+    return LoadedWeights(source.load().state_dict())
+
+
+def _id(source: TeacherSource, weights: Weights, pad_id: int) -> str:
+    return id_of_weights(source.config, _in_order(source, weights), pad_id=pad_id)
+
+
+def _in_order(source: TeacherSource, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """What the whole model's state would hold, one at a time."""
+    dtype = _dtype(source)
+    with torch.device("meta"):
+        names = sorted(AutoModelForCausalLM.from_config(source.config).state_dict())
+    for name in names:
+        shared = name == "lm_head.weight" and is_tied(source.config)
+        yield name, weights.read("model.embed_tokens.weight" if shared else name).to(dtype)

@@ -1,0 +1,198 @@
+"""Sharded teachers against the whole one in one process; many cases in one process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
+
+from regate_ds.teacher.identity import teacher_id
+from regate_ds.teacher.label_loss import HeadPart
+from regate_ds.teacher.precompute import precompute
+from regate_ds.teacher.shard import ShardedTeacher, require_share
+from regate_ds.teacher.text_only import score_samples
+from regate_ds.training.process import Process, start_process
+from regate_ds.training.sections import TeacherConfig
+from regate_ds.training.teacher_model import load_teacher
+from regate_ds.training.teacher_placement import PlacedTeacher, TeacherSource, place_teacher
+from tests.distributed.zero_checks import run_named
+from tests.models import causal_lm
+from tests.samples import make_samples
+from tests.unit.teacher.reference_job import NUM_SAMPLES, make_job
+
+PAD = 1
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"kind": "qwen2"},
+    "mistral": {"kind": "mistral"},
+    "nine heads, three of them key-value": {"heads": (9, 3), "hidden_size": 72},
+    "tied": {"tie_word_embeddings": True},
+    "nine heads, tied": {"heads": (9, 3), "hidden_size": 72, "tie_word_embeddings": True},
+}
+
+TENSOR, ZERO3 = TeacherConfig(sharding="tensor", tensor=2), TeacherConfig(sharding="zero3")
+
+LARGE = "large"
+"""Its weights are many times what the process needs beside them."""
+
+
+def save_models(folder: Path) -> None:
+    """What the ranks read."""
+    for name, sizes in MODELS.items():
+        causal_lm(**sizes).save_pretrained(folder / name)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / LARGE, max_shard_size="40MB")
+
+
+def source(folder: Path, *, whole: bool = False) -> TeacherSource:
+    config = AutoConfig.from_pretrained(folder)
+    return TeacherSource(config, partial(load_teacher, folder), None if whole else folder)
+
+
+def check_losses(process: Process, section: TeacherConfig, source: TeacherSource) -> PlacedTeacher:
+    """Each replica scores samples of its own; all of it as the whole teacher does."""
+    whole, before = source.load(), torch.get_rng_state()
+    placed = place_teacher(section, source, PAD, process)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert placed.id == teacher_id(whole, pad_id=PAD)
+    replica = process.rank // placed.ranks_per_replica
+    for first in (replica, 2 + replica):
+        samples = make_samples(8)[first : first + 3 + replica]
+        wanted_N = score_samples(whole, samples, pad_id=PAD)
+        found_N = score_samples(placed.model, samples, pad_id=PAD, chunk=7)
+        # Sums over two ranks' parts, in fp32.
+        torch.testing.assert_close(found_N, wanted_N, rtol=1e-5, atol=1e-5)
+    return placed
+
+
+def check_pieces(placed: PlacedTeacher, world_size: int) -> None:
+    """At rest a rank holds its piece and nothing else."""
+    for _, module, name in placed.model.weights_by_name():
+        parameter = module.get_parameter(name)
+        assert parameter.numel() == 0
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // world_size)
+
+
+def check_store(process: Process, models: Path) -> None:
+    placed = place_teacher(TENSOR, source(models / "llama"), PAD, process)
+    job = make_job(
+        models / "tensor store",
+        score=partial(score_samples, placed.model, pad_id=PAD),
+        teacher_id=placed.id,
+        ranks_per_replica=placed.ranks_per_replica,
+    )
+    precompute(job, process.group)
+
+
+def check_zero3_store(process: Process, models: Path) -> None:
+    """An odd number of batches: one rank has to keep up with the other."""
+    placed = place_teacher(ZERO3, source(models / "llama"), PAD, process)
+    job = make_job(
+        models / "zero3 store",
+        tokens_per_batch=30,
+        score=partial(score_samples, placed.model, pad_id=PAD),
+        teacher_id=placed.id,
+        in_step=placed.in_step,
+    )
+    assert len(job.batches(list(range(NUM_SAMPLES)))) % 2 == 1
+    precompute(job, process.group)
+
+
+def check_whole_is_too_much(process: Process, models: Path) -> None:
+    """What DeepSpeed has not cut, without a word, is refused."""
+    whole = causal_lm()
+    sizes = {name: value.numel() for name, value in whole.model.named_parameters()}
+    uncut = ShardedTeacher(whole.config, whole.model, HeadPart(whole.lm_head))
+    with pytest.raises(RuntimeError, match=r"rank \d of 2 holds 27168 parameters .* not cut them"):
+        require_share(uncut, sizes, process.group)
+
+
+def check_memory(process: Process, models: Path, *, section: TeacherConfig) -> None:
+    """No rank ever holds the full model, neither at rest nor while it reads."""
+    folder = models / LARGE
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    embedding = 2048 * 512
+    rest = sum(value.numel() for value in model.parameters())  # The head is as large as this one.
+    before = _reset_peak()
+    place_teacher(section, source(folder), PAD, process)
+    grown, whole = _peak() - before, 4 * (embedding + rest)
+    # The embedding is whole, of the rest there is a half; one tensor, and DeepSpeed's own.
+    allowed = 4 * (embedding + rest / 2) + 4 * 512 * 2048 + 0.15 * whole
+    print(f"{section.sharding}: rank {process.rank} grew by {grown} of {whole}", flush=True)
+    assert grown < allowed < 0.8 * whole
+
+
+def _reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
+def _peak() -> int:
+    """Largest resident memory since the reset, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line for line in lines if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024
+
+
+def check_pieces_score(process: Process, source: TeacherSource) -> None:
+    check_pieces(check_losses(process, ZERO3, source), process.world_size)
+
+
+Check = Callable[[Process, Path], object]
+"""Of this process, with the folder of the models."""
+
+
+def _checks(kind: str, check: Callable[[Process, TeacherSource], object], whole: bool) -> dict:
+    return {
+        f"{kind}: {name}": lambda process, models, name=name: check(
+            process, source(models / name, whole=whole)
+        )
+        for name in MODELS
+    }
+
+
+def check_cut(process: Process, source: TeacherSource) -> None:
+    check_losses(process, TENSOR, source)
+
+
+FOUR: dict[str, Check] = {
+    **_checks("tensor", check_cut, whole=False),
+    "store": check_store,
+}
+
+TWO: dict[str, Check] = {
+    **_checks("tensor", check_cut, whole=True),
+    **_checks("zero3", check_pieces_score, whole=False),
+    "zero3 store": check_zero3_store,
+    "too much": check_whole_is_too_much,
+    "tensor memory": partial(check_memory, section=TENSOR),
+    "zero3 memory": partial(check_memory, section=ZERO3),
+}
+
+
+def check_four(rank: int, folder: str) -> None:
+    _run(rank, folder, FOUR)
+
+
+def check_two(rank: int, folder: str) -> None:
+    _run(rank, folder, TWO)
+
+
+def _run(rank: int, folder: str, checks: dict[str, Check]) -> None:
+    process, models = start_process(), Path(folder).parent
+    run_named(rank, folder, {n: partial(check, process, models) for n, check in checks.items()})
