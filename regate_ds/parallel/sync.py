@@ -117,6 +117,8 @@ def gather_vectors(
     dist.all_gather_into_tensor(counts, mine, group=group)
     found = gather_values(values_N.to(device), counts.tolist(), group)
     return [vector.cpu() for vector in found]
+
+
 def max_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """The largest of the ranks' values, element by element, in place; on the group's device."""
     if group is not None:
