@@ -60,5 +60,8 @@ echo >&2
 trap '' USR1
 code=0
 "${command[@]}" || code=$?
-((code == 0)) || grep -hs '^regate ' "$logs"/*_rank*.log >&2 || true
+if ((code != 0)); then
+    grep -hs '^regate ' "$logs"/*_rank*.log >&2 || true
+    echo "$0: exit code $code; what the ranks printed is in $logs" >&2
+fi
 exit "$code"

@@ -155,6 +155,10 @@ def _add_bench(commands: argparse._SubParsersAction, debug: argparse.ArgumentPar
 def _add_doctor(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
     text = "show versions, devices and what is missing; fails only if something required is"
     doctor = commands.add_parser("doctor", parents=[debug], help=text, description=text)
+    doctor.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help="also judge memory, disk and groups"
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="as of train")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
@@ -240,10 +244,16 @@ def _bench(_: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training import doctor
+    from regate_ds.training.configuration import load_config
 
-    findings = doctor.examine()
-    print(doctor.as_json(findings) if args.json else doctor.as_text(findings))
+    config = None if args.config is None else load_config(args.config, args.overrides)
+
+    from regate_ds.training import doctor
+    from regate_ds.training.ranks import discover
+
+    findings = doctor.examine(config)
+    if discover().rank == 0:
+        print(doctor.as_json(findings) if args.json else doctor.as_text(findings))
     return 1 if doctor.lacks_required(findings) else 0
 
 

@@ -6,7 +6,7 @@ A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,10 +16,17 @@ from torch import Tensor
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.algorithm.difficulty import update_difficulty
 from regate_ds.algorithm.schedule import Schedule
-from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_dense, plan_sparse, widen
+from regate_ds.algorithm.select import (
+    ElisionPlan,
+    fuse_scores,
+    plan_dense,
+    plan_ragged,
+    plan_sparse,
+    widen,
+)
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import all_or_none
 
 
 class Values(Protocol):
@@ -36,6 +43,10 @@ class MutableValues(Values, Protocol):
     def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
 
 
+COUNTS = ("tokens_total", "tokens_kept", "answer_total", "answer_kept", "filled", "padded")
+"""What is counted in a step."""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """The decision for all micro-batches of one optimizer step, on this data rank."""
@@ -47,7 +58,7 @@ class StepPlan:
     """Targets of the step over all data ranks: what the summed loss is divided by."""
 
     counts: dict[str, int]
-    """Over all data ranks: tokens_total, tokens_kept, answer_total, answer_kept, filled, padded."""
+    """Over all data ranks, by the names of COUNTS."""
 
 
 @dataclass
@@ -90,6 +101,8 @@ class Regate:
         self.equal_slots = False
         """Rows of all micro-batches of a step are brought to one length, for hosts whose shapes
         must not change within a step."""
+        self.one_row = False
+        """Kept tokens of a micro-batch lie behind one another: token_multiple is of them all."""
         self._layout, self._device = layout or ParallelLayout(), device
         self._open: _Open | None = None
         if self.elides and (reference is None or difficulty is None):
@@ -112,12 +125,36 @@ class Regate:
     def is_dense(self, step: int) -> bool:
         return not self.elides or self.schedule.is_dense(step)
 
-    def plan_step(self, window: Sequence[TokenBatch]) -> StepPlan:
+    def plan_step(
+        self, window: Sequence[TokenBatch] | Callable[[], Sequence[TokenBatch]]
+    ) -> StepPlan:
         """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
 
+        window: or what reads it, whose error is then an error on all data ranks.
+
         Raises ValueError if the run is over or the step has no target on any rank, RuntimeError if
-        the step before is still open.
+        the step before is still open, or if another data rank raises.
         """
+        with all_or_none(self._layout.data, self._device):
+            batches = self._read(window)
+        difficulty = self._read_difficulty(batches)
+        dense = self.is_dense(self.step)
+        with all_or_none(self._layout.data, self._device, num_values=len(COUNTS)) as totals:
+            micro = self._plan(batches, difficulty, dense=dense)
+            totals += _count(batches, micro)
+        counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
+        if counts["answer_kept"] == 0:
+            raise ValueError(
+                f"step {self.step} has no answer token on any rank; leave out samples without "
+                "answers"
+            )
+        plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
+        self._open = _Open(plan, batches, difficulty)
+        return plan
+
+    def _read(
+        self, window: Sequence[TokenBatch] | Callable[[], Sequence[TokenBatch]]
+    ) -> Sequence[TokenBatch]:
         if self._open is not None:
             raise RuntimeError(
                 f"step {self.step} is planned but not ended; end it before the next one is planned "
@@ -128,8 +165,15 @@ class Regate:
                 f"step {self.step} is beyond total_steps={self.config.total_steps}; "
                 "set total_steps to the optimizer steps of the whole run"
             )
-        difficulty = self._read_difficulty(window)
-        dense = self.is_dense(self.step)
+        batches = window() if callable(window) else window
+        if self.elides:
+            assert self._difficulty is not None
+            self._difficulty.admit(batches)
+        return batches
+
+    def _plan(
+        self, window: Sequence[TokenBatch], difficulty: list[Tensor], *, dense: bool
+    ) -> tuple[ElisionPlan, ...]:
         micro = tuple(
             replace(
                 plan_dense(batch) if dense else self._plan_sparse(batch, difficulty[i]),
@@ -138,18 +182,10 @@ class Regate:
             )
             for i, batch in enumerate(window)
         )
-        if self.equal_slots:
-            longest = max(plan.num_slots for plan in micro)
-            micro = tuple(widen(plan, longest) for plan in micro)
-        counts = self._count(window, micro)
-        if counts["answer_kept"] == 0:
-            raise ValueError(
-                f"step {self.step} has no answer token on any rank; leave out samples without "
-                "answers"
-            )
-        plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
-        self._open = _Open(plan, window, difficulty)
-        return plan
+        if not self.equal_slots:
+            return micro
+        longest = max(plan.num_slots for plan in micro)
+        return tuple(widen(plan, longest) for plan in micro)
 
     def record(self, plan: ElisionPlan, losses_L: Tensor) -> None:
         """Take the per-target losses of one micro-batch's forward pass; they may be on a device."""
@@ -166,16 +202,28 @@ class Regate:
     def finish_step(self, *, applied: bool) -> None:
         """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
 
-        RuntimeError names the sample whose loss is not finite; nothing is remembered then.
+        RuntimeError names the sample whose loss is not finite, on all data ranks; nothing is
+        remembered then.
         """
-        current = self._require_open("finish_step")
-        missing = set(range(len(current.plan.micro))) - set(current.losses)
-        if missing:
-            raise RuntimeError(f"step {self.step}: no losses of micro-batches {sorted(missing)}")
-        if self.elides and applied:
-            self._remember(current)
+        with all_or_none(self._layout.data, self._device):
+            current = self._require_open("finish_step")
+            missing = set(range(len(current.plan.micro))) - set(current.losses)
+            if missing:
+                raise RuntimeError(
+                    f"step {self.step}: no losses of micro-batches {sorted(missing)}"
+                )
+            updated = self._updated(current) if self.elides and applied else None
+        if updated is not None:
+            assert self._difficulty is not None
+            keys = [key for batch in current.window for key in batch.flat_keys]
+            self._difficulty.write(keys, updated)
         self._open = None
         self.step += 1
+
+    def abandon_step(self) -> None:
+        """Forget the plan of a step that the host will not end. It is planned anew, by the same
+        numbers."""
+        self._open = None
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's state; the difficulty store saves itself beside it."""
@@ -206,7 +254,6 @@ class Regate:
         if not self.elides:
             return []
         assert self._difficulty is not None
-        self._difficulty.admit(window)
         values_N = self._difficulty.read([key for batch in window for key in batch.flat_keys])
         return list(values_N.split([int(batch.is_label_BT.sum()) for batch in window]))
 
@@ -219,7 +266,8 @@ class Regate:
             reference_weight=config.reference_weight,
             fusion=config.fusion,
         )
-        return plan_sparse(
+        plan = plan_ragged if self.one_row else plan_sparse
+        return plan(
             batch,
             score_N,
             keep_share=config.keep_share,
@@ -227,28 +275,27 @@ class Regate:
             token_multiple=config.token_multiple,
         )
 
-    def _count(self, window: Sequence[TokenBatch], micro: Sequence[ElisionPlan]) -> dict[str, int]:
-        counts = {
-            "tokens_total": sum(int((batch.segment_BT >= 0).sum()) for batch in window),
-            "tokens_kept": sum(plan.num_kept for plan in micro),
-            "answer_total": sum(int(batch.is_label_BT.sum()) for batch in window),
-            "answer_kept": sum(plan.num_targets for plan in micro),
-            "filled": sum(plan.num_filled for plan in micro),
-            "padded": sum(plan.num_padded for plan in micro),
-        }
-        totals = sum_over(list(counts.values()), self._layout.data, self._device)
-        return dict(zip(counts, totals, strict=True))
-
-    def _remember(self, current: _Open) -> None:
-        assert self._difficulty is not None
+    def _updated(self, current: _Open) -> Tensor:
+        """Difficulty of all label positions of the window after the step."""
         updated = [
             _updated(batch, plan, old_N, current.losses[plan.micro], self.config.decay)
             for batch, plan, old_N in zip(
                 current.window, current.plan.micro, current.difficulty, strict=True
             )
         ]
-        keys = [key for batch in current.window for key in batch.flat_keys]
-        self._difficulty.write(keys, torch.cat(updated))
+        return torch.cat(updated)
+
+
+def _count(window: Sequence[TokenBatch], micro: Sequence[ElisionPlan]) -> list[int]:
+    """In the order of COUNTS."""
+    return [
+        sum(int((batch.segment_BT >= 0).sum()) for batch in window),
+        sum(plan.num_kept for plan in micro),
+        sum(int(batch.is_label_BT.sum()) for batch in window),
+        sum(plan.num_targets for plan in micro),
+        sum(plan.num_filled for plan in micro),
+        sum(plan.num_padded for plan in micro),
+    ]
 
 
 def _updated(

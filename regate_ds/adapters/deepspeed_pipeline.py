@@ -42,7 +42,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout, host_group
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import all_or_none
 from regate_ds.session import Regate, StepPlan
 
 
@@ -196,8 +196,7 @@ class PipelineRegate:
         planned = None
         if self._session is not None:
             with failing_together(self.planner, self.replica):
-                tokens = self._whole_step(window)
-                planned = self.plan = self._session.plan_step(tokens)
+                planned = self.plan = self._session.plan_step(lambda: self._whole_step(window))
             self._student.scale = self._scale(planned.num_targets_global)
         return share(planned, self.planner, self.replica)
 
@@ -205,11 +204,12 @@ class PipelineRegate:
         planned = None
         if self._session is not None:
             with failing_together(self.planner, self.replica):
-                micro = tuple(plan_dense(tokens) for tokens in self._whole_step(window))
+                together = all_or_none(self._data, self._engine.device, num_values=1)
+                with together as total:
+                    micro = tuple(plan_dense(tokens) for tokens in self._whole_step(window))
+                    total.append(sum(plan.num_targets for plan in micro))
             planned = Sent(self._session.step, True, micro)
-            here = sum(plan.num_targets for plan in micro)
-            (num_targets,) = sum_over([here], self._data, self._engine.device)
-            self._student.scale = self._scale(max(1, num_targets))
+            self._student.scale = self._scale(max(1, *total))
         return share(planned, self.planner, self.replica)
 
     def _scale(self, num_targets: int) -> float:

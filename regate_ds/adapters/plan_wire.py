@@ -35,6 +35,9 @@ class Sent:
     micro: tuple[ElisionPlan, ...]
 
 
+ENDED = torch.tensor([_PLANNED, 0, 0, 0, 0], dtype=torch.int32)
+"""Sent when the rank that plans has ended a step."""
+
 FAILURE = torch.tensor([_FAILED, 0, 0, 0, 0], dtype=torch.int32)
 """Sent in place of a header by a rank that could not plan, so that no rank waits for the array."""
 
@@ -55,7 +58,7 @@ def array_length(header: Tensor) -> int:
     """How much follows; RuntimeError if the rank that plans has failed."""
     status, *_, length = header.tolist()
     if status == _FAILED:
-        raise RuntimeError("the rank that plans could not plan this step; its own error says why")
+        raise RuntimeError("the rank that plans for this one has failed; its own error says why")
     return length
 
 
@@ -92,9 +95,19 @@ def share(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | No
     return decode(header, array)
 
 
+def confirm(is_planner: bool, planner: int, replica: ProcessGroup | None) -> None:
+    """End a step together: a RuntimeError where the rank that plans could not end it.
+
+    Collective over the replica; the ranks would wait for the next plan at this point anyway.
+    """
+    header = ENDED.clone() if is_planner else None
+    array_length(broadcast_integers(header, HEADER, planner, replica))
+
+
 @contextmanager
 def failing_together(planner: int, replica: ProcessGroup | None) -> Iterator[None]:
-    """An error where the plan is made is an error on all ranks that wait for it in ``share``."""
+    """An error where the plan is made is an error on all ranks of its replica, which wait in
+    ``share`` or ``confirm``."""
     try:
         yield
     except BaseException:

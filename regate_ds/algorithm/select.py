@@ -134,14 +134,38 @@ def plan_sparse(
 
     score_N: one finite score for each label position in reading order, as from ``fuse_scores``.
     """
-    if not bool(torch.isfinite(score_N).all()):
-        raise RuntimeError("a score is not finite: a reference or student loss is NaN or infinite")
-    elidable_BT = batch.kind_BT == ELIDABLE
-    score_BT = batch.at_labels(score_N.double())
-    keep_BT = (batch.kind_BT == ALWAYS) | _aligned(batch, score_BT, elidable_BT, keep_share, align)
-    fill_BT = _fill(keep_BT, score_BT, elidable_BT, token_multiple)
+    score_BT = _checked(batch, score_N)
+    keep_BT = _kept(batch, score_BT, keep_share, align)
+    row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
+    fill_BT = _fill(batch, keep_BT, score_BT, row_BT, token_multiple)
     kept_BK = _positions(keep_BT | fill_BT, token_multiple)
     return replace(_pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
+
+
+def plan_ragged(
+    batch: TokenBatch, score_N: Tensor, *, keep_share: float, align: str, token_multiple: int = 1
+) -> ElisionPlan:
+    """As ``plan_sparse``, where all kept tokens of a micro-batch lie behind one another: their
+    number is filled up to the multiple by the next-best label positions of any row."""
+    score_BT = _checked(batch, score_N)
+    keep_BT = _kept(batch, score_BT, keep_share, align)
+    fill_BT = _fill(batch, keep_BT, score_BT, torch.zeros_like(batch.labels_BT), token_multiple)
+    kept_BK = _positions(keep_BT | fill_BT, 1)
+    return replace(_pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
+
+
+def _checked(batch: TokenBatch, score_N: Tensor) -> Tensor:
+    """Scores at their positions [B, T]."""
+    if not bool(torch.isfinite(score_N).all()):
+        raise RuntimeError("a score is not finite: a reference or student loss is NaN or infinite")
+    return batch.at_labels(score_N.double())
+
+
+def _kept(batch: TokenBatch, score_BT: Tensor, keep_share: float, align: str) -> Tensor:
+    """What is kept before any filling."""
+    elidable_BT = batch.kind_BT == ELIDABLE
+    aligned_BT = _aligned(batch, score_BT, elidable_BT, keep_share, align)
+    return (batch.kind_BT == ALWAYS) | aligned_BT
 
 
 def _aligned(
@@ -188,11 +212,13 @@ def _top(ranks: list[Tensor], among_BT: Tensor, group_BT: Tensor, num_top: Tenso
     return top_BT
 
 
-def _fill(keep_BT: Tensor, score_BT: Tensor, elidable_BT: Tensor, token_multiple: int) -> Tensor:
-    """The next-best label positions of each row that bring it to a multiple of token_multiple."""
-    missing_B = -keep_BT.sum(dim=1) % token_multiple
-    row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
-    return _top([score_BT], elidable_BT & ~keep_BT, row_BT, missing_B)
+def _fill(
+    batch: TokenBatch, keep_BT: Tensor, score_BT: Tensor, group_BT: Tensor, token_multiple: int
+) -> Tensor:
+    """The next-best label positions that bring what each group keeps to a multiple."""
+    elidable_BT = batch.kind_BT == ELIDABLE
+    missing_G = -torch.bincount(group_BT[keep_BT]) % token_multiple
+    return _top([score_BT], elidable_BT & ~keep_BT, group_BT, missing_G)
 
 
 def _positions(keep_BT: Tensor, token_multiple: int) -> Tensor:

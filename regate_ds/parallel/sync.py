@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,31 @@ def sum_over(
     totals = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(totals, group=group)
     return totals.tolist()
+
+
+@contextmanager
+def all_or_none(
+    group: ProcessGroup | None, device: torch.device | str = "cpu", *, num_values: int = 0
+) -> Iterator[list[int]]:
+    """Run a block on every rank of a group: an error on one is an error on all, none waits.
+
+    One collective, when the block ends; inside it there must be none of this group. It also sums
+    the ``num_values`` integers that the block puts into the list.
+
+    RuntimeError on ranks whose own block did not fail.
+    """
+    values: list[int] = []
+    try:
+        yield values
+        assert len(values) == num_values
+    except BaseException:
+        sum_over([1, *[0] * num_values], group, device)
+        raise
+    num_failed, *values[:] = sum_over([0, *values], group, device)
+    if num_failed:
+        raise RuntimeError(
+            f"{num_failed} other data ranks failed in this step; their own errors say why"
+        )
 
 
 def gather_integers(value: int, device: torch.device | str = "cpu") -> list[int]:

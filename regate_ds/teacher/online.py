@@ -76,10 +76,7 @@ class OnlineReference:
 
     def prepare(self, window: Sequence[Batch]) -> None:
         """Score the samples of the window that is read next; it takes the place of the last one.
-
-        All ranks that hold the teacher together call it. ValueError names a sample whose loss is
-        not finite, or beyond what a store would hold.
-        """
+        All ranks that hold the teacher together call it."""
         begin = time.perf_counter()
         samples = {s.key: s for batch in window for s in self._read(batch)}
         losses_N = self._score(list(samples.values()))
@@ -87,7 +84,6 @@ class OnlineReference:
         # As a store would hand them out, so that a run is the same by either.
         parts = losses_N.half().float().split(counts)
         self._losses = dict(zip(samples, parts, strict=True))
-        self._require_storable()
         self.seconds = time.perf_counter() - begin
 
     def forget(self) -> None:
@@ -95,22 +91,27 @@ class OnlineReference:
         self._losses, self.seconds = {}, 0.0
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """fp32 [N] in nats, rounded to fp16: all label positions of these samples, in order."""
-        for name, number in keys:
-            if (name, number) not in self._losses:
-                raise RuntimeError(
-                    f"no losses of sample {name!r} record {number} are there: an online teacher "
-                    "scores what `regate.windows(loader, engine)` of a DeepSpeed loop hands out"
-                )
-        return torch.cat([torch.empty(0), *(self._losses[key] for key in keys)])
+        """fp32 [N] in nats, rounded to fp16: all label positions of these samples, in order.
 
-    def _require_storable(self) -> None:
-        for (name, number), losses_N in self._losses.items():
-            if not bool((losses_N.abs() <= LARGEST).all()):
-                raise ValueError(
-                    f"the teacher's loss of sample {name!r} record {number} is not finite, or "
-                    f"beyond {LARGEST} nats; check the teacher's weights, or run it in bf16 or fp32"
-                )
+        ValueError names a sample whose loss is not finite, or beyond what a store would hold.
+        """
+        return torch.cat([torch.empty(0), *(self._losses_of(key) for key in keys)])
+
+    def _losses_of(self, key: SampleKey) -> Tensor:
+        name, number = key
+        if key not in self._losses:
+            raise RuntimeError(
+                f"no losses of sample {name!r} record {number} are there: an online teacher "
+                "scores what `regate.windows(loader, engine)` of a DeepSpeed loop hands out"
+            )
+        losses_N = self._losses[key]
+        # What is beyond the largest number of fp16 has become infinite.
+        if not bool(losses_N.isfinite().all()):
+            raise ValueError(
+                f"the teacher's loss of sample {name!r} record {number} is not finite, or "
+                f"beyond {LARGEST} nats; check the teacher's weights, or run it in bf16 or fp32"
+            )
+        return losses_N
 
 
 @dataclass(frozen=True, kw_only=True)

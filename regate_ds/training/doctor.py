@@ -8,16 +8,28 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module, metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from regate_ds.training.ranks import discover
+from regate_ds.training.configuration import RunConfig
+from regate_ds.training.doctor_needs import (
+    GIB,
+    estimate,
+    existing,
+    free_disk,
+    free_memory,
+    ranks_on_node,
+)
+from regate_ds.training.doctor_ranks import examine_together
+from regate_ds.training.finding import Finding
+from regate_ds.training.ranks import Ranks, discover
 
 TESTED = {
     "torch": "2.13.0",
@@ -32,6 +44,11 @@ TESTED = {
 }
 """What the recipe needs, and the versions that the tests ran with."""
 
+MEGATRON_TESTED = ("0.16.1", "0.19.2")
+
+PATIENCE_MINUTES = "2"
+"""For ranks that do not come; DEEPSPEED_TIMEOUT says otherwise."""
+
 _MODULES = {"pillow": "PIL"}
 """Where a package is imported by another name."""
 
@@ -41,32 +58,43 @@ _BROKEN = (ImportError, OSError, AttributeError)
 """What importing a package ends in that was built for another torch, CUDA or Python."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at; ``advice`` is empty where nothing is to be done."""
+def examine(config: RunConfig | None = None) -> list[Finding]:
+    """Look at versions, devices, kernels and, for a run, at memory and disk.
 
-    name: str
-    found: str
-    is_required: bool
-    is_fine: bool
-    advice: str = ""
-
-
-def examine() -> list[Finding]:
-    """Look at versions, devices, groups and optional kernels; nothing is changed."""
-    return [
-        Finding("python", platform.python_version(), is_required=True, is_fine=True),
+    Under a launcher also at the other ranks, and then collective. Nothing is changed.
+    """
+    ranks = discover()
+    findings = [
+        Finding("python", platform.python_version(), True, True, is_version=True),
         *(_package(name, tested) for name, tested in TESTED.items()),
+        _megatron(),
         _device(),
         *(_backend(name) for name in ("gloo", "nccl")),
-        _job(),
+        _job(ranks),
         _compiler(),
         _apex(),
         _kernels("flash_attn", "attn_implementation=flash_attention_2: pip install flash-attn"),
         _kernels(
             "transformer_engine", "Megatron-core's FP8: pip install transformer-engine[pytorch]"
         ),
+        *([] if config is None else _needs(config, ranks)),
     ]
+    if ranks.world_size == 1:
+        return findings
+    return _together(config, ranks, findings)
+
+
+def _together(config: RunConfig | None, ranks: Ranks, own: list[Finding]) -> list[Finding]:
+    from regate_ds.training.process import start_process
+
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", PATIENCE_MINUTES)
+    process = start_process()
+    folder = existing(Path() if config is None else config.run.out)
+    axes = {} if config is None else _axes(config)
+    findings = examine_together(process, ranks.node, own, axes, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+    return findings
 
 
 def lacks_required(findings: Sequence[Finding]) -> bool:
@@ -74,8 +102,14 @@ def lacks_required(findings: Sequence[Finding]) -> bool:
 
 
 def as_text(findings: Sequence[Finding]) -> str:
-    """A line for each finding: a mark, its name, what was found, what to do."""
-    lines = [f"{_mark(f):<9}{f.name:<20}{f.found:<20}{f.advice}".rstrip() for f in findings]
+    """A line for each finding: a mark, its name, what was found, what to do. Versions as tested
+    share one.
+    """
+    usual = [f for f in findings if f.is_version and f.is_fine and not f.advice]
+    versions = ", ".join(f"{f.name} {f.found}" for f in usual)
+    shown = [f for f in findings if f not in usual]
+    lines = textwrap.wrap(versions, 90, initial_indent="ok       ", subsequent_indent=" " * 9)
+    lines += [f"{_mark(f):<9}{f.name:<20}{f.found:<20} {f.advice}".rstrip() for f in shown]
     end = "all required is here"
     if lacks_required(findings):
         end = "something required is missing or broken"
@@ -108,7 +142,7 @@ def _package(name: str, tested: str) -> Finding:
         return Finding(name, BROKEN, True, False, f"{found}: {first_line}")
     # A build's own part ("+cpu") is no other version.
     advice = "" if found.split("+")[0] == tested else f"tested with {tested}"
-    return Finding(name, found, True, True, advice)
+    return Finding(name, found, True, True, advice, is_version=True)
 
 
 def _device() -> Finding:
@@ -147,15 +181,44 @@ def _tried_gloo(is_needed: bool) -> Finding:
     return Finding("gloo", "works", is_needed, True)
 
 
-def _job() -> Finding:
-    try:
-        ranks = discover()
-    except ValueError as error:
-        return Finding("launcher", "contradicts itself", True, False, str(error))
+def _job(ranks: Ranks) -> Finding:
     if ranks.launcher == "none":
         return Finding("launcher", "none; one process", False, True)
-    place = f"rank {ranks.rank} of {ranks.world_size}, {ranks.address}:{ranks.port}"
-    return Finding("launcher", f"{ranks.launcher}: {place}", False, True)
+    text = f"{ranks.launcher}, first rank at {ranks.address}:{ranks.port}"
+    return Finding("launcher", text, False, True)
+
+
+def _axes(config: RunConfig) -> dict[str, int]:
+    sizes = {name: getattr(config.parallel, name, 1) for name in ("tensor", "context", "pipeline")}
+    return {name: size for name, size in sizes.items() if size > 1}
+
+
+def _needs(config: RunConfig, ranks: Ranks) -> list[Finding]:
+    needs = estimate(config, ranks.world_size)
+    less = "more ranks, a higher ZeRO stage in run.deepspeed, or model.lora need less"
+    memory = free_memory(ranks_on_node(ranks))
+    fewer = f"{config.run.out}: free some, or lower run.keep_checkpoints"
+    return [
+        _room("memory of a rank", needs.memory, memory, less),
+        _room("disk", needs.disk, free_disk(config.run.out), fewer),
+    ]
+
+
+def _room(name: str, needed: int, free: int, advice: str) -> Finding:
+    is_fine = needed <= free
+    text = f"needs {needed / GIB:.1f} GiB, {free / GIB:.1f} free"
+    return Finding(name, text, True, is_fine, "" if is_fine else advice)
+
+
+def _megatron() -> Finding:
+    """Not imported: that takes seconds, and may need a GPU."""
+    try:
+        found = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        use = "optional, for Megatron models: pip install -e '.[megatron]'"
+        return Finding("megatron-core", "absent", False, False, use)
+    advice = "" if found in MEGATRON_TESTED else f"tested with {', '.join(MEGATRON_TESTED)}"
+    return Finding("megatron-core", found, False, True, advice, is_version=True)
 
 
 def _compiler() -> Finding:

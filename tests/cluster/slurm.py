@@ -80,6 +80,15 @@ def check_teacher(cluster: Cluster) -> None:
     assert (cluster.folder / "store" / "manifest.json").is_file()
 
 
+def check_doctor(cluster: Cluster) -> None:
+    job, code = cluster.run("doctor", str(cluster.folder / "run.yaml"), launcher="srun")
+    said = (cluster.folder / "logs" / job / "rank0.log").read_text()
+    assert code == "0:0", said
+    assert "2 on 2 nodes" in said
+    lines = ("launcher", "ranks", "sum over", "shared", "memory", "disk")
+    print("".join(f"    {x}\n" for x in said.splitlines() if x[9:].startswith(lines)), end="")
+
+
 def check_training(cluster: Cluster, launcher: str) -> None:
     job, code = cluster.run(*training(cluster.folder, launcher), launcher=launcher)
     assert code == "0:0", cluster.log(job)
@@ -160,6 +169,7 @@ def check_whole(cluster: Cluster) -> None:
 def check_all(cluster: Cluster) -> None:
     checks: list[tuple[str, Callable[..., None], tuple[str, ...]]] = [
         ("teacher job on two nodes", check_teacher, ()),
+        ("doctor on two nodes", check_doctor, ()),
         *(("training by", check_training, (launcher,)) for launcher in LAUNCHERS),
         *(("exit code of a rank by", check_failure, (launcher,)) for launcher in LAUNCHERS),
         (f"training of {STEPS} steps", check_whole, ()),

@@ -87,7 +87,7 @@ def check_usage(nodes: Nodes) -> None:
     """The ranks' own line about a wrong key comes to the console, with their code."""
     code, errors = nodes.run(*training(nodes.folder, "wrong"), "run.stepps=3")
     assert code == 1, (code, errors)
-    assert "did you mean run.steps?" in errors.splitlines()[-1]
+    assert "did you mean run.steps?" in errors.splitlines()[-2]
 
 
 def check_no_ssh(nodes: Nodes) -> None:

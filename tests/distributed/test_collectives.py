@@ -7,6 +7,7 @@ import torch.distributed as dist
 from regate_ds.parallel.layout import rank_in, size_of
 from regate_ds.parallel.routes import Rows, move_rows, plan_route
 from regate_ds.parallel.sync import (
+    all_or_none,
     broadcast_integers,
     exchange,
     exchange_counts,
@@ -27,6 +28,14 @@ def check_collectives(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
     assert (rank_in(group), size_of(group)) == (rank, world_size)
     assert sum_over([rank, 1], group) == [sum(range(world_size)), world_size]
+    with all_or_none(group, num_values=2) as totals:
+        totals += [rank, 1]
+    assert totals == [sum(range(world_size)), world_size]
+    error = ValueError if rank == 1 else RuntimeError
+    failing = pytest.raises(error, match="mine" if rank == 1 else "1 other data rank")
+    with failing, all_or_none(group):
+        if rank == 1:
+            raise ValueError("mine")
     sent = _sent(rank, world_size)
     num_sent = [len(part) for part in sent]
     num_received = exchange_counts(num_sent, group)

@@ -25,7 +25,7 @@ HOST = {
     "apply_rope_fusion": True,
     "window_size": (8, 0),
     "heterogeneous_block_specs": True,
-    "fp8": "hybrid",
+    "fp8_multi_head_attention": True,
     "overlap_moe_expert_parallel_comm": True,
     "hybrid_context_parallel": True,
     "cpu_offloading": True,
@@ -75,7 +75,8 @@ def check_attach(case: Case) -> None:
 
     for name, value in HOST.items():
         if hasattr(gpt.config, name):
-            with changed(gpt.config, name, value), refused(ValueError, name):
+            fp8 = changed(gpt.config, "fp8", "hybrid" if "fp8" in name else None)
+            with fp8, changed(gpt.config, name, value), refused(ValueError, name):
                 tried()
     with changed(gpt, "position_embedding_type", "mrope"), refused(ValueError, "mrope"):
         tried()
@@ -86,6 +87,13 @@ def check_attach(case: Case) -> None:
     with refused(ValueError, "holds 0 GPTModels"):
         attach([nn.Linear(2, 2)], case.config, reference=reference_of(case))
     assert num_hooks(chunks) == before
+    with changed(gpt.config, "fp8", "hybrid"):
+        regate = tried()
+    # Its kernels cannot run here: what is planned for them fits.
+    window = [item.tokens for item in items(case, 0)]
+    plan = regate._attached.planner.plan_step(lambda: window)
+    assert all(micro.num_slots % 16 == 0 for micro in plan.micro)
+    regate.remove()
     regate = tried()
     with refused(RuntimeError, "already attached"):
         tried()
@@ -116,13 +124,14 @@ def check_virtual_range(case: Case) -> None:
 
 
 def check_steps(case: Case) -> None:
-    """Errors where the plan is made are errors on all ranks, at once."""
+    """An error where one replica's plan is made, or its step ends, is one on all ranks, at once."""
     join(case)
     chunks = build(case)
     regate = attach(chunks, case.config, reference=reference_of(case))
     schedule = regate.wrap(get_forward_backward_func())
+    data_rank = mpu.get_data_parallel_rank()
     planner = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
-    data = items(case, 0)
+    culprit, data = planner and data_rank == 1, items(case, data_rank)
 
     def run(micro: list[Any]) -> None:
         schedule(
@@ -134,10 +143,20 @@ def check_steps(case: Case) -> None:
             micro_batch_size=case.rows,
         )
 
-    with refused(StopIteration if planner else RuntimeError, "" if planner else "could not plan"):
-        run(data[:1])
+    def failing(error: type[Exception], own: str) -> Any:
+        if culprit:
+            return refused(error, own)
+        return refused(RuntimeError, "1 other data rank" if planner else "has failed")
+
+    with failing(StopIteration, ""):
+        run(data[:1] if data_rank == 1 else data)
     run_chunks(case, chunks, schedule, forward_step(case))
-    with refused(RuntimeError, "not ended" if planner else "could not plan"):
-        run(list(reversed(data)))
+    with failing(RuntimeError, "not ended"):
+        run(list(reversed(data)) if data_rank == 1 else data)
+    assert regate.run is not None
+    if culprit:
+        regate.run.losses[0].fill_(float("nan"))
+    with failing(RuntimeError, "diverged"):
+        regate.step(applied=True)
     torch.distributed.barrier()
     dismantle(chunks)

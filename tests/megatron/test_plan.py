@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,8 +12,9 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
+from regate_ds.adapters.megatron.groups import row_multiple
 from regate_ds.adapters.megatron.local_plan import Place, localise, require_cut
-from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_sparse
+from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_ragged, plan_sparse
 from tests.batches import random_batch
 
 
@@ -47,7 +51,7 @@ def test_what_arrives_is_what_was_sent(rows: list[list[int]], dense: bool):
 
 
 def test_a_failure_is_heard_by_all():
-    with pytest.raises(RuntimeError, match="could not plan"):
+    with pytest.raises(RuntimeError, match="has failed"):
         wire.array_length(wire.FAILURE)
 
 
@@ -68,10 +72,51 @@ def test_ranks_together_hold_each_kept_row_and_each_target_once(context: int, te
             assert len(local.targets_P) % tensor == 0
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 2)])
+def test_every_rank_holds_a_multiple_of_what_fp8_wants_filled_with_real_tokens(
+    context: int, tensor: int, ragged: bool
+):
+    _, batch = random_batch([[300], [310]], seed=0, length=320)
+    scores = torch.rand(int(batch.is_label_BT.sum()))
+    place = Place(context_size=context, sequence_size=tensor, ragged=ragged, row_multiple=16)
+    planned = plan_ragged if ragged else plan_sparse
+    bare = planned(batch, scores, keep_share=0.5, align="predictor")
+    plan = planned(batch, scores, keep_share=0.5, align="predictor", token_multiple=place.multiple)
+    assert place.multiple == 16 * context * tensor
+    shapes = {
+        localise(plan, replace(place, context_rank=c, sequence_rank=t)).kept_shape
+        for c in range(context)
+        for t in range(tensor)
+    }
+    ((length, _),) = shapes
+    assert length % 16 == 0
+    # Filled, not padded, beyond what rows of different lengths need anyway.
+    assert plan.num_filled == plan.num_kept - bare.num_kept > 0
+    rows = [plan.num_kept] if ragged else (plan.segment_BK >= 0).sum(1).tolist()
+    assert all(n % place.multiple == 0 for n in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "multiple"),
+    [
+        ({}, 1),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, 16),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, 32),
+        ({"fp4": "e2m1", "fp4_recipe": "nvfp4"}, 32),
+    ],
+)
+def test_the_multiple_is_read_off_the_hosts_precision(settings: dict[str, str], multiple: int):
+    found = row_multiple(SimpleNamespace(**settings))
+    assert found % multiple == 0
+    assert (found == 1) == (multiple == 1)
+
+
 def test_rows_of_several_samples_need_thd():
+    _, batch = random_batch([[9, 7, 12]], seed=0, length=32)
     with pytest.raises(ValueError, match="layout='thd'"):
-        require_cut(plans([[9, 7, 12]]), Place())
-    require_cut(plans([[9, 7, 12]]), Place(ragged=True))
+        require_cut([batch], Place())
+    require_cut([batch], Place(ragged=True))
 
 
 def test_without_interleaving_micro_batches_arrive_in_order():

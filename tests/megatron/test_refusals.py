@@ -22,6 +22,6 @@ def test_with_interleaving_the_gather_must_be_in_the_first_chunk(pool: Pool):
 
 
 @pytest.mark.slow
-def test_an_error_of_the_rank_that_plans_is_an_error_of_all(pool: Pool):
-    case = Case(pp=2)
+def test_an_error_of_one_rank_that_plans_is_an_error_of_all_replicas(pool: Pool):
+    case = Case(pp=2, dp=2)
     pool.run(case.world, refusals.check_steps, case)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Channel, open_channel
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes
-from regate_ds.adapters.megatron.local_plan import LocalPlan, localise, require_cut
+from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise, require_cut
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.run import StepRun
 from regate_ds.adapters.megatron.support import (
@@ -40,14 +40,14 @@ from regate_ds.adapters.megatron.support import (
     require_schedule,
     require_supported,
 )
-from regate_ds.adapters.plan_wire import failing_together, share
+from regate_ds.adapters.plan_wire import confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout, rank_in
-from regate_ds.parallel.sync import gather_values
+from regate_ds.parallel.sync import all_or_none, gather_values
 from regate_ds.session import Regate
 
 Layout = Literal["sbhd", "thd"]
@@ -108,8 +108,8 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
-    multiple = 1 if axes.place.ragged else axes.place.cut.multiple
-    config = replace(config, token_multiple=math.lcm(config.token_multiple, multiple))
+    multiple = math.lcm(config.token_multiple, axes.place.multiple)
+    config = replace(config, token_multiple=multiple)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     difficulty = None
     if config.keep_share < 1.0 and reference is not None:
@@ -121,8 +121,8 @@ def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes)
         layout=ParallelLayout(data=axes.data, replica=axes.replica),
         device=device,
     )
-    session.equal_slots = not axes.place.ragged
-    return Planner(session, difficulty)
+    session.equal_slots, session.one_row = not axes.place.ragged, axes.place.ragged
+    return Planner(session, difficulty, partial(all_or_none, axes.data, device))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class MegatronRegate:
             if arguments.get("forward_only", False):
                 return schedule(**arguments)
             require_finalized(attached.gates[0].gpt.config)
-            micro = self._shared_plan(attached, self._window(attached, arguments))
+            micro = self._shared_plan(attached, arguments)
             self.run = StepRun(micro, attached.gates, attached.axes)
             return self.run.call(schedule, arguments)
 
@@ -176,9 +176,18 @@ class MegatronRegate:
         """End an optimizer step; ``applied`` is what ``optimizer.step()`` said. All ranks call."""
         if self._attached is None or self.run is None:
             return
-        losses = self._collect(self._attached.axes, self.run)
-        if self._attached.planner is not None:
-            self._attached.planner.finish_step(losses, applied=applied)
+        axes, planner = self._attached.axes, self._attached.planner
+        losses = self._collect(axes, self.run)
+        if planner is not None:
+            with failing_together(axes.planner, axes.replica):
+                planner.finish_step(losses, applied=applied)
+        confirm(axes.is_planner, axes.planner, axes.replica)
+
+    def abandon(self) -> None:
+        """Forget a step that was planned and will not be ended: a later job does it again."""
+        planner = self._attached.planner if self._attached is not None else None
+        if planner is not None:
+            planner.abandon_step()
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into a checkpoint folder. All ranks call."""
@@ -206,27 +215,24 @@ class MegatronRegate:
             self._attached.attachment.remove()
             self._attached = None
 
-    def _window(self, attached: Attached, arguments: dict[str, Any]) -> list[TokenBatch] | None:
+    def _window(self, place: Place, arguments: dict[str, Any]) -> list[TokenBatch]:
         """The step's tokens where they are planned; the schedule then reads the same items."""
-        if attached.planner is None:
-            return None
         iterators = arguments["data_iterator"]
         several = isinstance(iterators, list)
         read = iterators[-1] if several else iterators
-        with failing_together(attached.axes.planner, attached.axes.replica):
-            items = [next(read) for _ in range(arguments["num_microbatches"])]
-            arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
-            return [self._tokens(item) for item in items]
+        items = [next(read) for _ in range(arguments["num_microbatches"])]
+        arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
+        window = [self._tokens(item) for item in items]
+        require_cut(window, place)
+        return window
 
-    def _shared_plan(self, attached: Attached, window: list[TokenBatch] | None) -> list[LocalPlan]:
-        """The plan as every rank of the replica reads it. Collective over the replica."""
+    def _shared_plan(self, attached: Attached, arguments: dict[str, Any]) -> list[LocalPlan]:
+        """The plan as every rank of the replica reads it. Collective over all replicas."""
         place, planned = attached.axes.place, None
-        if window is not None:
-            assert attached.planner is not None
+        if attached.planner is not None:
+            read = partial(self._window, place, arguments)
             with failing_together(attached.axes.planner, attached.axes.replica):
-                planned = attached.planner.plan_step(window)
-                # What cannot be cut over the ranks fails here, before they are told of it.
-                require_cut(planned.micro, place)
+                planned = attached.planner.plan_step(read)
         sent = share(planned, attached.axes.planner, attached.axes.replica)
         device = next(attached.gates[0].gpt.parameters()).device
         return [localise(micro, place).to(device) for micro in sent.micro]

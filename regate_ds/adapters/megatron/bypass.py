@@ -26,7 +26,9 @@ from regate_ds.parallel.sync import gather_integers
 class Channel:
     """Messages to and from the rank at the other end, each way in the order of micro-batches."""
 
-    def __init__(self, peer: int, sends: ProcessGroup, receives: ProcessGroup) -> None:
+    def __init__(
+        self, peer: int, sends: ProcessGroup | None, receives: ProcessGroup | None
+    ) -> None:
         """Each way has a group of its own: in one, a message would wait for one the other way."""
         self.num_bytes_sent = 0
         self._peer, self._sends, self._receives = peer, sends, receives
@@ -97,7 +99,7 @@ class Bypass:
         if self.has_left:
             return
         self.has_left = True
-        rows_EH = flat.index_select(0, self._elided)
+        rows_EH = flat.index_select(0, self.elided)
         if self.channel is None:
             self.rows = rows_EH
         else:
@@ -107,13 +109,13 @@ class Bypass:
         rows_EH, self.rows = self.rows, None
         if rows_EH is None:
             assert self.channel is not None
-            rows_EH = self.channel.receive(flat.new_empty(len(self._elided), flat.shape[1]))
+            rows_EH = self.channel.receive(flat.new_empty(len(self.elided), flat.shape[1]))
         if not is_last:
             self.rows = rows_EH
         return rows_EH
 
     def return_grad(self, flat: Tensor) -> None:
-        grad_EH = flat.index_select(0, self._elided)
+        grad_EH = flat.index_select(0, self.elided)
         if self.channel is None:
             self.grad = grad_EH
         else:
@@ -121,13 +123,13 @@ class Bypass:
 
     def take_grad(self, flat: Tensor) -> Tensor:
         if self.channel is not None:
-            return self.channel.receive(flat.new_empty(len(self._elided), flat.shape[1]))
+            return self.channel.receive(flat.new_empty(len(self.elided), flat.shape[1]))
         grad_EH, self.grad = self.grad, None
         assert grad_EH is not None
         return grad_EH
 
     @property
-    def _elided(self) -> Tensor:
+    def elided(self) -> Tensor:
         assert self.local.elided_N is not None
         return self.local.elided_N
 
@@ -144,7 +146,7 @@ class _Leave(torch.autograd.Function):
         # What flows back comes from the gather, whose gradient is zero at elided rows.
         flat = grads[0].reshape(-1, grads[0].shape[2])
         taken = ctx.bypass.take_grad(flat)
-        return flat.index_copy(0, ctx.bypass.local.elided_N, taken).view_as(grads[0]), None
+        return flat.index_copy(0, ctx.bypass.elided, taken).view_as(grads[0]), None
 
 
 class _Join(torch.autograd.Function):
@@ -153,7 +155,7 @@ class _Join(torch.autograd.Function):
         ctx.bypass = bypass
         ctx.mark_dirty(full)
         flat = full.view(-1, full.shape[2])
-        flat.index_copy_(0, bypass.local.elided_N, bypass.arrive(flat, is_last=is_last))
+        flat.index_copy_(0, bypass.elided, bypass.arrive(flat, is_last=is_last))
         return full
 
     @staticmethod

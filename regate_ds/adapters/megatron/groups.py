@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.fp4_utils import get_fp4_align_size
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
@@ -59,6 +61,7 @@ def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | Non
         sequence_rank=mpu.get_tensor_model_parallel_rank() if sequence_parallel else 0,
         ragged=ragged,
         ends_early=ends_early,
+        row_multiple=row_multiple(config),
     )
     replica, planner = _replica(table or rank_table())
     return Axes(
@@ -73,6 +76,14 @@ def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | Non
         pipeline_size=mpu.get_pipeline_model_parallel_world_size(),
         virtual_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
+
+
+def row_multiple(config: Any) -> int:
+    """What the kernels of the host's precision want a rank's rows to be a multiple of."""
+    fp8, fp4 = getattr(config, "fp8", None), getattr(config, "fp4", None)
+    if fp4:
+        return get_fp4_align_size(config.fp4_recipe)
+    return get_fp8_align_size(config.fp8_recipe) if fp8 else 1
 
 
 def _split_group(place: Place) -> ProcessGroup | None:

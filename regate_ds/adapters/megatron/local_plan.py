@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.parallel.routes import Cut, Route, Rows, plan_route
 
@@ -36,9 +37,17 @@ class Place:
     ends_early: bool = False
     """The gated range ends before the last layer: full sequences leave the decoder."""
 
+    row_multiple: int = 1
+    """What the kept rows of each rank must be a multiple of: 16 for most kinds of fp8."""
+
     @property
     def cut(self) -> Cut:
         return Cut(self.context_size, self.sequence_size)
+
+    @property
+    def multiple(self) -> int:
+        """What a length of kept rows must be a multiple of, before it is cut."""
+        return math.lcm(self.cut.multiple, self.row_multiple * self.cut.size)
 
     @property
     def rank(self) -> int:
@@ -106,11 +115,11 @@ class LocalPlan:
         return replace(self, **moved)
 
 
-def require_cut(micro: Sequence[ElisionPlan], place: Place) -> None:
+def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
     """Refuse rows that cannot be cut over the ranks, or whose samples would be mixed."""
-    for plan in micro:
-        place.cut.owners(plan.num_tokens)
-        if plan.is_packed and not place.ragged:
+    for batch in window:
+        place.cut.owners(batch.labels_BT.shape[1])
+        if any(len(row) > 1 for row in batch.keys) and not place.ragged:
             raise ValueError(
                 "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
                 "layout='thd', or give one sample a row"
@@ -178,8 +187,7 @@ def _kept_rows(plan: ElisionPlan, place: Place) -> tuple[Rows, tuple[int, int]]:
 
 
 def _ragged_length(plan: ElisionPlan, place: Place) -> int:
-    multiple = place.cut.multiple
-    return max(1, math.ceil(plan.num_kept / multiple)) * multiple
+    return max(1, math.ceil(plan.num_kept / place.multiple)) * place.multiple
 
 
 def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -14,21 +15,49 @@ from regate_ds.session import Regate, StepPlan
 class Planner:
     """Holds the session. A step may be planned again before it is ended: a replay of the same."""
 
-    def __init__(self, session: Regate, difficulty: DifficultyStore | None) -> None:
+    def __init__(
+        self,
+        session: Regate,
+        difficulty: DifficultyStore | None,
+        together: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """together: in which an error on one data rank is an error on all."""
         self.session, self.difficulty = session, difficulty
+        self._together = together
         self.plan: StepPlan | None = None
         self._keys: list[object] = []
         self._is_open = False
 
-    def plan_step(self, window: Sequence[TokenBatch]) -> StepPlan:
-        """The plan of this window; the same again if the host runs the same step once more."""
-        keys = [batch.flat_keys for batch in window]
-        if self._is_open and keys == self._keys:
-            assert self.plan is not None
-            return self.plan
-        self.plan = self.session.plan_step(window)
-        self._keys, self._is_open = keys, True
+    def plan_step(self, read: Callable[[], Sequence[TokenBatch]]) -> StepPlan:
+        """The plan of what is read; the same again if the host runs the same step once more.
+
+        Collective over data ranks; an error on one of them is an error on all.
+        """
+        if self._is_open:
+            return self._planned_again(read)
+        found: list[Sequence[TokenBatch]] = []
+
+        def reading() -> Sequence[TokenBatch]:
+            found.append(read())
+            return found[0]
+
+        self.plan = self.session.plan_step(reading)
+        self._keys, self._is_open = _keys(found[0]), True
         return self.plan
+
+    def _planned_again(self, read: Callable[[], Sequence[TokenBatch]]) -> StepPlan:
+        assert self.plan is not None
+        with self._together():
+            if _keys(read()) != self._keys:
+                raise RuntimeError(
+                    f"step {self.plan.step} is planned but not ended, and this is other data; call "
+                    "`step` of what attach returned after each optimizer step"
+                )
+        return self.plan
+
+    def abandon_step(self) -> None:
+        self.session.abandon_step()
+        self._is_open = False
 
     def finish_step(self, losses: Sequence[Tensor], *, applied: bool) -> None:
         """Losses of each micro-batch's targets, in reading order. Collective over data ranks."""
@@ -37,3 +66,7 @@ class Planner:
             self.session.record(plan, losses_L)
         self.session.finish_step(applied=applied)
         self._is_open = False
+
+
+def _keys(window: Sequence[TokenBatch]) -> list[object]:
+    return [batch.flat_keys for batch in window]

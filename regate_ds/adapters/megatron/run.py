@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron.communicator import (
@@ -43,9 +44,11 @@ class StepRun:
 
         own = {"forward_step_func": planned_step}
         if self._axes.pipeline_size > 1:
-            if arguments.get("p2p_communicator") is not None:
+            # Megatron's own may give way: it is between the same stages.
+            if type(arguments.get("p2p_communicator")) not in (type(None), P2PCommunicator):
                 raise ValueError(
-                    "p2p_communicator is given already; leave it to regate, which knows the shapes"
+                    "a p2p_communicator of your own is given; leave it to regate, which knows the "
+                    "shapes"
                 )
             groups = arguments.get("pg_collection") or schedule_groups()
             self.communicator = self._communicator(groups)

@@ -56,20 +56,44 @@ def samples_of(batch: TokenBatch) -> Iterator[PlainSample]:
 def plain_kept(
     batch: TokenBatch, score_N: torch.Tensor, *, keep_share: float, align: str, multiple: int = 1
 ) -> tuple[list[list[int]], int]:
-    """Kept positions of each row in reading order, and how many of them only fill."""
+    """Kept positions of each row in reading order, and how many of them only fill its length."""
+    kept = _kept(batch, score_N, keep_share, align)
+    num_filled = sum(_fill(batch, score_N, kept, multiple, {r}) for r in range(len(kept)))
+    return [sorted(row) for row in kept], num_filled
+
+
+def plain_ragged(
+    batch: TokenBatch, score_N: torch.Tensor, *, keep_share: float, align: str, multiple: int
+) -> tuple[list[list[int]], int]:
+    """The same, where the length of all rows together is filled."""
+    kept = _kept(batch, score_N, keep_share, align)
+    num_filled = _fill(batch, score_N, kept, multiple, set(range(len(kept))))
+    return [sorted(row) for row in kept], num_filled
+
+
+def _kept(
+    batch: TokenBatch, score_N: torch.Tensor, keep_share: float, align: str
+) -> list[set[int]]:
     score = _score_of(batch, score_N)
     kept: list[set[int]] = [set() for _ in batch.keys]
     for sample in samples_of(batch):
         stays = set(sample.positions) - set(sample.elidable)
         kept[sample.row] |= stays | _hard(sample, score, keep_share, align)
-    num_filled = 0
-    for r, row in enumerate(kept):
-        left = [t for s in samples_of(batch) if s.row == r for t in s.elidable if t not in row]
-        best = sorted(left, key=lambda t, r=r: (-score[r, t], t))
-        missing = math.ceil(len(row) / multiple) * multiple - len(row)
-        num_filled += len(best[:missing])
-        row |= set(best[:missing])
-    return [sorted(row) for row in kept], num_filled
+    return kept
+
+
+def _fill(
+    batch: TokenBatch, score_N: torch.Tensor, kept: list[set[int]], multiple: int, rows: set[int]
+) -> int:
+    """Add the best of what is left in these rows, up to the multiple; how many were added."""
+    score, length = _score_of(batch, score_N), sum(len(kept[r]) for r in rows)
+    samples = [s for s in samples_of(batch) if s.row in rows]
+    left = [(s.row, t) for s in samples for t in s.elidable if t not in kept[s.row]]
+    best = sorted(left, key=lambda at: (-score[at], at))
+    best = best[: math.ceil(length / multiple) * multiple - length]
+    for r, t in best:
+        kept[r].add(t)
+    return len(best)
 
 
 def _hard(sample: PlainSample, score: dict[tuple[int, int], float], share: float, align: str):

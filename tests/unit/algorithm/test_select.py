@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from plain_plan import plain_kept, rows_of, samples_of, wild_batch
+from plain_plan import plain_kept, plain_ragged, rows_of, samples_of, wild_batch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import (
@@ -16,6 +16,7 @@ from regate_ds.algorithm.select import (
     fuse_scores,
     num_hard_targets,
     plan_dense,
+    plan_ragged,
     plan_sparse,
     widen,
 )
@@ -48,6 +49,17 @@ def test_the_plan_keeps_what_a_plain_walk_over_each_sample_keeps(align, keep_sha
         kept, num_filled = plain_kept(
             batch, score_N, keep_share=keep_share, align=align, multiple=multiple
         )
+        assert (rows_of(plan), plan.num_filled) == (kept, num_filled)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_a_ragged_plan_fills_the_length_of_all_rows_together(multiple: int):
+    rng = random.Random(3)
+    for _ in range(60):
+        batch = wild_batch(rng)
+        score_N, how = scores(batch, rng), {"keep_share": 0.3, "align": "predictor"}
+        plan = plan_ragged(batch, score_N, **how, token_multiple=multiple)
+        kept, num_filled = plain_ragged(batch, score_N, **how, multiple=multiple)
         assert (rows_of(plan), plan.num_filled) == (kept, num_filled)
 
 

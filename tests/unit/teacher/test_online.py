@@ -105,8 +105,10 @@ def test_a_loss_that_no_store_would_hold_names_its_sample(value: float):
         return torch.cat([x + value if b else x for x, b in zip(losses, bad)])
 
     online = OnlineReference(score, partial(samples_of, image_token_id=IMAGE), teacher_id="small")
+    online.prepare([batch_of([4, 5])])
+    online.read([("set", 14)])
     with pytest.raises(ValueError, match="loss of sample 'set' record 15 is not finite, or beyond"):
-        online.prepare([batch_of([4, 5])])
+        online.read([("set", 15)])
 
 
 def test_a_teacher_that_would_learn_with_the_student_is_refused():

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.training import doctor
-from regate_ds.training.doctor import Finding
+from regate_ds.training.finding import Finding
+from regate_ds.training.ranks import Ranks
 
 FUSED_ADAM = "class FusedAdam: pass\n"
 
@@ -143,14 +144,24 @@ def test_a_missing_compiler_is_named(monkeypatch):
     assert "install gcc" in examined("C compiler").advice
 
 
-def test_half_an_announcement_of_a_job_names_what_lacks(monkeypatch):
-    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    launcher = examined("launcher")
-    assert not launcher.is_fine
-    assert "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set" in launcher.advice
+def test_the_launcher_and_its_first_rank_are_named():
+    ranks = Ranks("srun", 1, 2, address="n1", port=77)
+    assert doctor._job(ranks).found == "srun, first rank at n1:77"
+
+
+def test_versions_as_tested_share_a_line_and_others_have_their_own():
+    usual = [Finding(n, "1.0", True, True, is_version=True) for n in ("one", "two")]
+    other = Finding("three", "2.0", True, True, "tested with 1.0", is_version=True)
+    lines = doctor.as_text([*usual, other]).splitlines()
+    assert lines[0] == "ok       one 1.0, two 1.0"
+    assert lines[1].split() == ["ok", "three", "2.0", "tested", "with", "1.0"]
+
+
+@pytest.mark.parametrize(("free", "is_fine"), [(3 * 2**30, True), (2**30, False)])
+def test_what_a_run_needs_is_compared_with_what_is_free(free, is_fine):
+    found = doctor._room("disk", 2 * 2**30, free, "free some")
+    assert (found.is_fine, found.advice) == (is_fine, "" if is_fine else "free some")
+    assert found.found.startswith("needs 2.0 GiB")
 
 
 def test_the_findings_fit_on_one_screen_and_read_back_from_json():

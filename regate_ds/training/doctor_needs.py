@@ -1,0 +1,110 @@
+"""What a run needs of memory and disk, as far as its configuration tells, against what is free.
+
+    memory of a rank    weights + gradients + optimizer, without activations and buffers
+    weights             4 bytes for each parameter, 2 in bf16; cut over the ranks by ZeRO-3
+    gradients           as many for each trained parameter; cut by ZeRO-2 and 3
+    optimizer           8 bytes for each trained parameter, 12 in bf16; cut by ZeRO-1, 2 and 3
+    disk                each checkpoint that is kept, and the one that is being written: weights and
+                        optimizer; and the finished model: weights
+
+Tensor and pipeline ranks each hold their part of everything.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from regate_ds.training.configuration import RunConfig
+from regate_ds.training.deepspeed_json import deepspeed_config
+from regate_ds.training.ranks import Ranks
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes."""
+
+    memory: int
+    """Of each rank."""
+
+    disk: int
+    """Of the whole run."""
+
+
+def estimate(config: RunConfig, num_ranks: int) -> Needs:
+    """What ``num_ranks`` ranks need for a run; the student is made without weights."""
+    from regate_ds.training.task import make_student, trainable
+
+    student = make_student(config.model, seed=None)
+    model = trainable(student, config.model, seed=0)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    is_bf16 = config.run.precision == "bf16"
+    weights, gradients = (2 if is_bf16 else 4) * total, (2 if is_bf16 else 4) * trained
+    optimizer = (12 if is_bf16 else 8) * trained
+    parts = model_ranks(config)
+    cut = max(num_ranks // parts, 1)
+    stage = _zero_stage(config, num_ranks)
+    memory = (
+        weights // (cut if stage >= 3 else 1)
+        + gradients // (cut if stage >= 2 else 1)
+        + optimizer // (cut if stage >= 1 else 1)
+    )
+    checkpoints = _num_checkpoints(config) + 1
+    return Needs(memory // parts, checkpoints * (weights + optimizer) + weights)
+
+
+def model_ranks(config: RunConfig) -> int:
+    """Ranks that hold one copy of the model together."""
+    parallel = config.parallel
+    return getattr(parallel, "tensor", 1) * getattr(parallel, "pipeline", 1)
+
+
+def free_memory(ranks_on_node: int) -> int:
+    """Bytes for this rank: of its GPU, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available // ranks_on_node
+
+
+def free_disk(folder: Path) -> int:
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def ranks_on_node(ranks: Ranks) -> int:
+    """As the launcher announced them: torchrun, deepspeed or srun; 1 if it did not."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    return int(tasks) if ranks.launcher == "srun" and tasks.isdigit() else 1
+
+
+def _zero_stage(config: RunConfig, num_ranks: int) -> int:
+    if model_ranks(config) > 1:
+        return 1 if getattr(config.parallel, "distributed_optimizer", False) else 0
+    zero = deepspeed_config(config, num_ranks).get("zero_optimization", {})
+    return int(zero.get("stage", 0))
+
+
+def _num_checkpoints(config: RunConfig) -> int:
+    run = config.run
+    if run.keep_checkpoints is not None:
+        return run.keep_checkpoints
+    return 1 if not run.save_every or run.steps is None else -(-run.steps // run.save_every)
