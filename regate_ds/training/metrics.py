@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.atomic_file import make_folder, write_atomically
 from regate_ds.training.yaml_reader import read_yaml
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ class RunFolder:
         """
         if not may_hold_unsaved:
             self.require_new()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         write_atomically(self.config, config.encode())
         for path in (self._metrics, self._evals):
             write_atomically(path, b"")
