@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.atomic_file import sync_files, write_atomically
 from regate_ds.training.host import Host
 from regate_ds.training.process import Process
 from regate_ds.training.student import Student
@@ -58,6 +58,10 @@ def save_checkpoint(folder: Path, done: Done, host: Host, process: Process) -> N
     with _writing(folder / tag):
         host.save(folder / tag, asdict(done))
         torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
+    dist.barrier()
+    with _writing(folder / tag):
+        # On every rank, because a machine makes durable only what was written on it.
+        sync_files(folder / tag)
     dist.barrier()
     if process.is_first:
         write_atomically(folder / tag / COMPLETE, b"")
@@ -170,6 +174,7 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
             student.model.save_pretrained(folder, state_dict=weights)
             student.tokenizer.save_pretrained(folder)
             student.vision.processor.save_pretrained(folder)
+            sync_files(folder)
     dist.barrier()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.process import Process
 from regate_ds.training.task import Task
@@ -36,7 +37,7 @@ class Setup:
 
     knobs: RegateConfig
     total_steps: int
-    reference: ReferenceStore | None
+    reference: ReferenceStore | OnlineReference | None
 
 
 class Host(Protocol):

@@ -26,6 +26,7 @@ class StepFigures:
         """data: this process among those that read different samples."""
         self._host, self._process, self._data = host, process, data
         self._seen: list[TokenBatch] = []
+        self._num_micro = 0
         self.must_stop = False
         """Whether any rank had been asked to end the run when the last loss was averaged."""
         self.lap()
@@ -45,6 +46,7 @@ class StepFigures:
     def mean_loss(self, step: int, losses: list[Tensor], *, is_asked_to_stop: bool) -> float:
         """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
         # Waits for the device, so that the next lap holds the step's own work.
+        self._num_micro = len(losses)
         here = float(torch.stack(losses).sum() / len(losses))
         pair = torch.tensor([here, float(is_asked_to_stop)], dtype=torch.float64)
         loss, share_asked = self._mean(pair).tolist()
@@ -70,7 +72,8 @@ class StepFigures:
         seconds, cpu_seconds = self.lap()
         (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
         counts = self._counts()
-        self._seen.clear()
+        # An online teacher has read on into the next step.
+        del self._seen[: self._num_micro]
         return {
             "step": step,
             "loss": loss_mean,

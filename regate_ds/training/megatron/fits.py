@@ -83,6 +83,7 @@ def _refuse(problems: Iterator[Problem] | list[Problem]) -> None:
 def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
     without = "cannot be done with parallel.*; set it to"
+    yield config.scores_online, f"teacher.mode=online {without} store"
     yield model.lora is not None, f"model.lora {without} null"
     yield (
         config.data.pack_length is not None,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.data.collate import Batch
+from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.host import Setup
 from regate_ds.training.megatron.fits import require_student
@@ -63,6 +64,7 @@ class MegatronHost:
     def build(cls, setup: Setup) -> MegatronHost:
         config, student = setup.config, setup.task.student
         assert config.parallel is not None
+        assert not isinstance(setup.reference, OnlineReference)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]

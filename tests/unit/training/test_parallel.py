@@ -44,6 +44,7 @@ TEXT: dict[str, Any] = {
         ("layout: thd", (), "parallel.layout='thd': must be one of constant, ragged"),
         ("context: 2", (), "parallel.context=2: unknown key; known are tensor, pipeline"),
         ("tensor: 2", ("model.lora={}",), "model.lora cannot be done .* set it to null"),
+        ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be done .* to store"),
         ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be done"),
         ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed cannot be done .* set it to null"),
         (
