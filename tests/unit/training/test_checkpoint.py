@@ -178,15 +178,15 @@ def test_the_newest_checkpoint_is_whole_after_a_power_failure_at_any_step(
         (Path(folder) / tag).mkdir(parents=True)
         (Path(folder) / tag / "engine.pt").write_bytes(tag.encode() * 100)
 
-    alone.save_checkpoint = save
+    alone.engine.save_checkpoint = save
     (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run", DONE, alone, REGATE, ALONE)
+    save_checkpoint(tmp_path / "run", DONE, alone, ALONE)
     found, step = set(), 0
     while "step-000006" not in found or step < 8:
         root = copy_of(tmp_path / "run", tmp_path / f"{step}")
         with monkeypatch.context() as patch, suppress(PowerFailure):
             disk = Disk(root, patch, fail_at=step)
-            save_checkpoint(root, replace(DONE, step=6), alone, REGATE, ALONE)
+            save_checkpoint(root, replace(DONE, step=6), alone, ALONE)
         for keeps_names in (False, True):
             place = tmp_path / f"{step} {keeps_names}"
             left = disk.after_power_failure(place, keeps_names=keeps_names)
