@@ -24,6 +24,9 @@ from tests.megatron.recipe_runs import Run, train, train_plainly, train_ragged
 ROOT = Path(__file__).parents[2]
 TIMES = {"step_seconds", "cpu_seconds"}
 
+TIMEOUT_SECONDS = 400
+"""Of a whole run, its model's loading and its evaluation, on a loaded machine."""
+
 
 def start(*command: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
@@ -86,7 +89,7 @@ def test_every_cut_makes_the_run_of_one_deepspeed_rank(
     pool: Pool, task: Path, world: int, parallel: str, more: tuple[str, ...]
 ):
     out = parallel.replace(": ", "").replace(", ", "-")
-    pool.run(world, train, Run(task, out, (f"parallel={{{parallel}}}", *more)))
+    pool.run(world, train, Run(task, out, (f"parallel={{{parallel}}}", *more)), TIMEOUT_SECONDS)
     require_equal_runs(task / out, task / "deepspeed")
     summaries = [
         json.loads((task / name / "summary.json").read_text()) for name in (out, "deepspeed")
@@ -101,7 +104,12 @@ def test_every_cut_makes_the_run_of_one_deepspeed_rank(
 
 @pytest.mark.slow
 def test_ragged_rows_make_the_same_run(pool: Pool, task: Path):
-    pool.run(2, train_ragged, Run(task, "ragged", ("parallel={pipeline: 2, layout: ragged}",)))
+    pool.run(
+        2,
+        train_ragged,
+        Run(task, "ragged", ("parallel={pipeline: 2, layout: ragged}",)),
+        TIMEOUT_SECONDS,
+    )
     require_equal_runs(task / "ragged", task / "deepspeed")
 
 
@@ -109,10 +117,10 @@ def test_ragged_rows_make_the_same_run(pool: Pool, task: Path):
 def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, task: Path):
     parallel = "parallel={pipeline: 2, distributed_optimizer: true}"
     common = (parallel, "run.accumulation=2", "run.save_every=3")
-    pool.run(4, train, Run(task, "whole", common))
+    pool.run(4, train, Run(task, "whole", common), TIMEOUT_SECONDS)
     require_equal_runs(task / "whole", task / "deepspeed")
-    pool.run(4, train, Run(task, "resumed", common, stop_after=4))
-    pool.run(4, train, Run(task, "resumed", (*common, "run.resume=true")))
+    pool.run(4, train, Run(task, "resumed", common, stop_after=4), TIMEOUT_SECONDS)
+    pool.run(4, train, Run(task, "resumed", (*common, "run.resume=true")), TIMEOUT_SECONDS)
     whole, resumed = (
         [{k: v for k, v in row.items() if k not in TIMES} for row in rows(task / name)]
         for name in ("whole", "resumed")
@@ -135,8 +143,10 @@ def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, task: Path):
 @pytest.mark.slow
 def test_without_elision_the_run_is_megatrons_own_bit_for_bit(pool: Pool, task: Path):
     common = ("parallel.pipeline=2", "elision.enabled=false", "run.steps=2")
-    pool.run(2, train, Run(task, "off", (*common, "optimizer.warmup_steps=3")))
-    pool.run(2, train_plainly, Run(task, "plain", (*common, "optimizer.warmup_steps=3")))
+    pool.run(2, train, Run(task, "off", (*common, "optimizer.warmup_steps=3")), TIMEOUT_SECONDS)
+    pool.run(
+        2, train_plainly, Run(task, "plain", (*common, "optimizer.warmup_steps=3")), TIMEOUT_SECONDS
+    )
     for name, weight in weights(task / "plain").items():
         assert torch.equal(weights(task / "off")[name], weight), name
     assert [row["dense"] for row in rows(task / "off")] == [True, True]
