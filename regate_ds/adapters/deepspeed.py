@@ -113,10 +113,10 @@ class DeepSpeedRegate:
         for batch in loader:
             micro.append(batch)
             if len(micro) == size:
-                yield self._window(micro, engine)
+                yield self.window(micro, engine)
                 micro = []
         if micro and not self.config.enabled:
-            yield self._window(micro, engine)
+            yield self.window(micro, engine)
         elif micro:
             _log.warning(
                 "left out %d micro-batches at the end of the epoch: a step takes %d; the same "
@@ -124,6 +124,19 @@ class DeepSpeedRegate:
                 len(micro),
                 size,
             )
+
+    def window(self, micro: list[Any], engine: Any) -> Window:
+        """Plan the micro-batches of one optimizer step, as ``windows`` does. Collective."""
+        self._bind(engine)
+        if not self.config.enabled:
+            return Window(micro, [None] * len(micro), engine.device)
+        if not all(isinstance(batch, Batch) for batch in micro):
+            raise ValueError(
+                f"the loader yields {type(micro[0]).__name__}; give it "
+                "collate_fn=regate.collate(collate)"
+            )
+        self.plan = self._open_session().plan_step([batch.tokens for batch in micro])
+        return Window(micro, self.plan.micro, engine.device)
 
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
         """What ``engine.backward`` takes: averaged over micro-batches and data ranks, as the engine
@@ -213,17 +226,6 @@ class DeepSpeedRegate:
             layout=ParallelLayout(data=group),
             device=engine.device,
         )
-
-    def _window(self, micro: list[Any], engine: Any) -> Window:
-        if not self.config.enabled:
-            return Window(micro, [None] * len(micro), engine.device)
-        if not all(isinstance(batch, Batch) for batch in micro):
-            raise ValueError(
-                f"the loader yields {type(micro[0]).__name__}; give it "
-                "collate_fn=regate.collate(collate)"
-            )
-        self.plan = self._open_session().plan_step([batch.tokens for batch in micro])
-        return Window(micro, self.plan.micro, engine.device)
 
     def _open_session(self) -> Regate:
         if self._session is None:
