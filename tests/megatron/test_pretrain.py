@@ -33,7 +33,7 @@ ARGUMENTS = shlex.split("""
 --position-embedding-type rope --disable-bias-linear --hidden-dropout 0 --attention-dropout 0
 --eval-iters 1 --eval-interval 100 --log-interval 1 --calculate-per-token-loss --num-workers 0
 --use-cpu-initialization --no-create-attention-mask-in-dataloader --ckpt-format torch
---untie-embeddings-and-output-weights
+--untie-embeddings-and-output-weights --make-vocab-size-divisible-by 32
 """)
 STEP = re.compile(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+)")
 
