@@ -151,10 +151,12 @@ def test_bridges_callback_ends_steps(monkeypatch):
     heard = told(monkeypatch)
     state = SimpleNamespace(
         train_state=SimpleNamespace(step=5),
-        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt")),
+        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt", async_save=True)),
     )
     with bridge.installed(SETTINGS) as callback:
         assert train.get_forward_backward_func is not host
+        with pytest.raises(ValueError, match="async_save=True"):
+            callback.on_train_start(SimpleNamespace(state=state))
         callback.on_train_step_end(SimpleNamespace(skipped_iter=True))
         callback.on_checkpoint_save(SimpleNamespace(state=state))
     assert heard == [False, Path("ckpt/iter_0000005")]
