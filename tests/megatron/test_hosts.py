@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +29,9 @@ from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.host_batch import HostCollate, Keyed
+from tests.megatron import host_checks
+from tests.megatron.cases import Case
+from tests.megatron.pool import Pool
 from tests.megatron.pretrain_script import LENGTH, Samples
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +95,51 @@ def test_a_loop_of_another_kind_is_refused_by_name(training, monkeypatch):
         pass
 
 
+@pytest.fixture(scope="module")
+def wrapper() -> Any:
+    path = ROOT / "launch" / "pretrain_wrapper.py"
+    spec = importlib.util.spec_from_file_location("pretrain_wrapper", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--regate-config", "c", "s.py", "--lr", "1"], ["s.py", "--lr", "1", "--regate-config=c"]],
+)
+def test_the_flag_is_taken_out_of_the_scripts_arguments(wrapper, arguments: list[str]):
+    assert wrapper.taken_out(arguments) == ("c", ["s.py", "--lr", "1"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["s.py"], ["--regate-config"], ["--regate-config", "c"], ["--regate-config="]]
+)
+def test_a_wrapper_without_flag_or_script_says_how_it_is_called(wrapper, arguments: list[str]):
+    with pytest.raises(SystemExit, match="usage: "):
+        wrapper.taken_out(arguments)
+
+
+def test_the_wrapper_runs_a_script_as_its_own_main_would_be(
+    wrapper, training, monkeypatch, tmp_path: Path
+):
+    (tmp_path / "c.yaml").write_text("elision: {total_steps: 4, keep_share: 1.0}\n")
+    script = tmp_path / "pretrain_it.py"
+    script.write_text(
+        "import sys, beside\n"
+        "from megatron.training import training\n"
+        "beside.seen += [__name__, sys.argv, training.train_step.__wrapped__]\n"
+    )
+    (tmp_path / "beside.py").write_text("seen = []\n")
+    given = ["wrapper", "--regate-config", str(tmp_path / "c.yaml"), str(script), "--lr", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    host = training.train_step
+    wrapper.main()
+    assert sys.modules.pop("beside").seen == ["__main__", [str(script), "--lr", "1"], host]
+    assert training.train_step is host
+
+
 def test_bridges_callback_ends_steps(monkeypatch):
     train, callbacks = (ModuleType(f"megatron.bridge.training.{n}") for n in ("train", "callbacks"))
     train.get_forward_backward_func = host = lambda pp_size, vp_size: None  # type: ignore
@@ -101,10 +151,12 @@ def test_bridges_callback_ends_steps(monkeypatch):
     heard = told(monkeypatch)
     state = SimpleNamespace(
         train_state=SimpleNamespace(step=5),
-        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt")),
+        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt", async_save=True)),
     )
     with bridge.installed(SETTINGS) as callback:
         assert train.get_forward_backward_func is not host
+        with pytest.raises(ValueError, match="async_save=True"):
+            callback.on_train_start(SimpleNamespace(state=state))
         callback.on_train_step_end(SimpleNamespace(skipped_iter=True))
         callback.on_checkpoint_save(SimpleNamespace(state=state))
     assert heard == [False, Path("ckpt/iter_0000005")]
@@ -144,18 +196,26 @@ def test_what_a_batch_lacks_is_named():
         read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])}, "train")
 
 
-def test_images_take_the_places_that_llava_gives_them():
-    # Text 1 2, an image, text 3 4: the image's last position predicts 3.
+@pytest.mark.parametrize(
+    ("max_length", "pads", "expected"),
+    [(None, False, [2, -9, -9, -9, -9, 4, 9]), (5, False, [2, -9, -9, -9, -9])]
+    + [(9, False, [2, -9, -9, -9, -9, 4, 9]), (9, True, [2, -9, -9, -9, -9, 4, 9, -9, -9])],
+)
+def test_images_take_the_places_that_llava_gives_them(max_length, pads, expected):
+    # Text 1 2, an image of three, text 3 4: neither the image nor the 2 before it has a target.
     ids = torch.tensor([[1, 2, IMAGE.placeholder, 3, 4]])
     labels = torch.tensor([[2, IMAGE.placeholder, 3, 4, 9]])
-    batch = {
-        "tokens": ids,
-        "labels": labels,
-        "loss_mask": torch.ones(1, 5),
-        NUMBER: torch.tensor([0]),
-    }
-    found = read_tokens(batch, "train", image=IMAGE).labels_BT
-    assert found.tolist() == [[2, IGNORE, IGNORE, IGNORE, 3, 4, 9]]
+    batch = {"tokens": ids, "labels": labels, "loss_mask": torch.ones(1, 5)}
+    batch[NUMBER] = torch.tensor([0])
+    image = replace(IMAGE, max_length=max_length, pads=pads)
+    found = read_tokens(batch, "train", image=image).labels_BT
+    # Text at its own places: 1, 2, then three of the image, then 3 and 4.
+    assert found.tolist() == [[IGNORE if label == -9 else label for label in expected]]
+
+
+@pytest.mark.slow
+def test_labels_around_images_are_llavas_own(pool: Pool):
+    pool.run(1, host_checks.check_image_labels, Case(model="llava"))
 
 
 @pytest.mark.parametrize("image", [None, IMAGE])
