@@ -95,8 +95,6 @@ def check_recipe(rank: int, folder: str) -> None:
     check_a_run_that_is_asked_to_end_resumes(root)
     check_disabled_is_the_plain_loop(root)
     check_other_length_is_refused(root)
-    check_online_is_the_store_without_a_store(root)
-    check_a_sharded_teacher_inside_the_job(root)
     check_a_failed_evaluation_loses_nothing(root)
     check_a_loss_that_is_not_finite_ends_the_run(root)
 
@@ -246,8 +244,11 @@ def check_a_sharded_teacher_inside_the_job(root: Path) -> None:
             assert mine == {**whole, "loss": pytest.approx(whole["loss"], rel=1e-5)}
 
 
-def check_online_alone(rank: int, folder: str) -> None:
+def check_online(rank: int, folder: str) -> None:
+    """The teacher inside the job, on any number of ranks."""
     check_online_is_the_store_without_a_store(Path(folder))
+    if dist.get_world_size() > 1:
+        check_a_sharded_teacher_inside_the_job(Path(folder))
 
 
 def check_other_length_is_refused(root: Path) -> None:
