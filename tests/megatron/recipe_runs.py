@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.models import backends
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_ds.training.checkpoint import save_model
 from regate_ds.training.configuration import load_config
-from regate_ds.training.megatron import fits
+from regate_ds.training.megatron import fits, student
 from regate_ds.training.megatron.host import MegatronHost, forward_step
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import Process
 from regate_ds.training.task import build_task
 from regate_ds.training.trainer import Trainer
 from tests.megatron.checks import dismantle
-from tests.megatron.shim import Attention
+from tests.megatron.shim import layer_spec
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,15 @@ def train(run: Run) -> None:
     dismantle(trainer.host.chunks)
 
 
+def _packed_layers(**settings: Any) -> Any:
+    return layer_spec(get_gpt_layer_local_spec(**settings), own_attention=True)
+
+
 def train_ragged(run: Run) -> None:
     """With this folder's attention for packed rows in the place of Transformer Engine's."""
     with (
         mock.patch.object(fits, "is_installed", return_value=True),
-        mock.patch.object(backends, "DotProductAttention", Attention),
+        mock.patch.object(student, "get_gpt_layer_local_spec", _packed_layers),
     ):
         train(run)
 
