@@ -62,8 +62,7 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
 
 def model_ranks(config: RunConfig) -> int:
     """Ranks that hold one copy of the model together."""
-    parallel = config.parallel
-    return getattr(parallel, "tensor", 1) * getattr(parallel, "pipeline", 1)
+    return 1 if config.parallel is None else config.parallel.tensor * config.parallel.pipeline
 
 
 def free_memory(ranks_on_node: int) -> int:
@@ -97,8 +96,8 @@ def ranks_on_node(ranks: Ranks) -> int:
 
 
 def _zero_stage(config: RunConfig, num_ranks: int) -> int:
-    if model_ranks(config) > 1:
-        return 1 if getattr(config.parallel, "distributed_optimizer", False) else 0
+    if config.parallel is not None:
+        return int(config.parallel.distributed_optimizer)
     zero = deepspeed_config(config, num_ranks).get("zero_optimization", {})
     return int(zero.get("stage", 0))
 
