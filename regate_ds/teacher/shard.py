@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
-from regate_ds.teacher.label_loss import HeadPart
+from regate_ds.teacher.label_loss import IDS, HeadPart
 from regate_ds.teacher.weights import Cut, Weights
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -167,9 +167,9 @@ def require_share(
 class _GatheredHead(HeadPart):
     """A head in ZeRO-3's pieces, whole while a batch is scored."""
 
-    def losses(self, hidden_NH: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    def losses(self, hidden_NH: Tensor, labels_N: Tensor, num_ids: int = IDS) -> Tensor:
         with deepspeed.zero.GatheredParameters(list(self.parameters())):
-            return super().losses(hidden_NH, labels_N, chunk)
+            return super().losses(hidden_NH, labels_N, num_ids)
 
 
 class _Ranks:

@@ -73,7 +73,7 @@ def check_losses(process: Process, section: TeacherConfig, source: TeacherSource
     for first in (replica, 2 + replica):
         samples = make_samples(8)[first : first + 3 + replica]
         wanted_N = score_samples(whole, samples, pad_id=PAD)
-        found_N = score_samples(placed.model, samples, pad_id=PAD, chunk=7)
+        found_N = score_samples(placed.model, samples, pad_id=PAD, num_ids=7)
         # Sums over two ranks' parts, in fp32.
         torch.testing.assert_close(found_N, wanted_N, rtol=1e-5, atol=1e-5)
     return placed
