@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from regate_ds.training.errors import USER_ERRORS, tell
 from regate_ds.training.preemption import EXIT_CODE, Preempted, heed
-
-USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
-"""What a wrong input, a missing file or package, or a broken promise of the host ends in."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.debug:
             raise
-        print(f"regate {args.command}: {_one_line(error)}", file=sys.stderr)
+        tell(args.command, error)
         return 1
 
 
@@ -52,11 +50,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if rest and args.command != "bench":
         parser.error(f"unknown arguments to {args.command}: {' '.join(rest)}")
     return args, rest
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or f"{type(error).__name__} without a message; --debug shows where"
 
 
 def _parser() -> argparse.ArgumentParser:

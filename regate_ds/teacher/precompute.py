@@ -7,7 +7,9 @@ job that was killed and started again, end with the same files, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,9 @@ from regate_ds.teacher.batch_plan import (
 )
 from regate_ds.teacher.text_only import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
+
+_AHEAD = 2
+"""Batches whose samples are read while another one is scored."""
 
 Score = Callable[[Sequence[ScoredSample]], Tensor]
 """Losses in nats of all label positions of the samples, in order: fp32 [N]."""
@@ -171,10 +176,11 @@ def _score_shards(
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
     busy = 0.0
     with progress(total, desc="teacher", unit="token", show=show) as bar:
+        samples_of = _read_ahead(job, [batch for batches in shards.values() for batch in batches])
         for number, batches in shards.items():
             losses = []
             for batch in batches:
-                samples = [job.read(row) for row in batch]
+                samples = next(samples_of)
                 begin = time.perf_counter()
                 losses.append(job.score(samples))
                 busy += time.perf_counter() - begin
@@ -182,6 +188,21 @@ def _score_shards(
             if writer is not None:
                 writer.write_shard(number, torch.cat(losses))
     return busy
+
+
+def _read_ahead(job: TeacherJob, batches: list[Batch]) -> Iterator[list[ScoredSample]]:
+    """The samples of each batch; the next ones are read while one is scored."""
+
+    def read(batch: Batch) -> list[ScoredSample]:
+        return [job.read(row) for row in batch]
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = deque(reader.submit(read, batch) for batch in batches[:_AHEAD])
+        for following in [*batches[_AHEAD:], *[None] * min(_AHEAD, len(batches))]:
+            samples = coming.popleft().result()
+            if following is not None:
+                coming.append(reader.submit(read, following))
+            yield samples
 
 
 def _keep_up(job: TeacherJob, parts: list[dict[int, list[Batch]]], replica: int) -> None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch import nn
 
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.throughput import plain_forward
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.evaluate import evaluate
 from regate_ds.training.generate import evaluate_generated
+from regate_ds.training.job import join_job
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
-from regate_ds.training.preflight import judge_run, judge_teacher
-from regate_ds.training.process import Process, start_process
+from regate_ds.training.preflight import judge_run, judge_teacher, require_one_data_set
 from regate_ds.training.ranks import announce
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
 from regate_ds.training.teacher_model import load_teacher, load_teacher_config
 from regate_ds.training.teacher_placement import TeacherSource, place_teacher
-from regate_ds.training.teacher_text import teacher_text
+from regate_ds.training.teacher_text import TeacherText, own_samples, teacher_text
 from regate_ds.training.trainer import Trainer, held_out
 
 NUM_GENERATED = 100
@@ -39,7 +38,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     judge_run(config)
     if config.run.plan_only:
         return _print_on_first(walk_plan(config, _task(config, weights=False)))
-    with _job() as process:
+    with join_job("train") as process:
         summary = Trainer(config, _task(config), process).run()
         return _print_on_first(summary)
 
@@ -48,9 +47,10 @@ def run_teacher(config: RunConfig) -> None:
     """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
     judge_teacher(config, announce().world_size)
     assert config.teacher.store is not None
-    with _job() as process:
+    with join_job("teacher") as process:
         # A teacher of its own needs of the student only its shape.
         task = _task(config, weights=config.teacher.path is None)
+        require_one_data_set(task.index.fingerprint, process)
         text = teacher_text(config.teacher, task)
         source = _teacher_source(config, task)
         teacher = place_teacher(config.teacher, source, text.pad_id, process)
@@ -63,10 +63,12 @@ def run_teacher(config: RunConfig) -> None:
             tokens_per_batch=config.teacher.tokens_per_batch,
             ranks_per_replica=teacher.ranks_per_replica,
             in_step=teacher.in_step,
+            plain=_plain(config, teacher.model, text),
         )
         done = precompute(job, process.group, process.device)
         if process.is_first:
-            print(f"teacher: {done} on this rank; the store is {config.teacher.store}")
+            size = f"{task.index.num_samples} samples, {task.index.num_tokens} answer tokens"
+            print(f"teacher: {done}; {config.teacher.store} is complete with {size}")
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             "samples there"
         )
     model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
-    with _job() as process:
+    with join_job("eval") as process:
         task = _task(replace(config, model=model))
         student = task.student.model.to(process.device)  # type: ignore[arg-type]
         questions = held_out(task, config)
@@ -125,13 +127,12 @@ def _teacher_source(config: RunConfig, task: Task) -> TeacherSource:
     return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
 
-@contextmanager
-def _job() -> Iterator[Process]:
-    """Be part of the job, and leave it in order."""
-    process = start_process()
-    yield process
-    dist.barrier()
-    dist.destroy_process_group()
+def _plain(config: RunConfig, model: nn.Module, text: TeacherText) -> Any:
+    """What scoring is compared with; a teacher in parts has no plain forward pass."""
+    if config.teacher.sharding != "none":
+        return None
+    forward = partial(plain_forward, model, pad_id=text.pad_id)
+    return forward if text.tokenizer is None else lambda samples: forward(own_samples(samples))
 
 
 def _is_first() -> bool:

@@ -69,5 +69,10 @@ def teacher_text(config: TeacherConfig, task: Task) -> TeacherText:
     return TeacherText(task, pad_id)
 
 
+def own_samples(samples: Sequence[TwiceWritten]) -> list[EncodedSample]:
+    """What a teacher of another tokenizer reads."""
+    return [sample.teacher for sample in samples]
+
+
 def _score_written(score: Score, samples: Sequence[Any]) -> Tensor:
     return score_twice_written(score, samples)

@@ -1,0 +1,121 @@
+"""Ranks that hear of each other's failure; here each is a thread."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from regate_ds.parallel.watch import DIED, Failure, Watch
+
+
+class Sum:
+    """The exchange of several threads."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier, self._given = threading.Barrier(size), []
+        self._lock = threading.Lock()
+
+    def __call__(self, values) -> list[int]:
+        with self._lock:
+            self._given.append(list(values))
+        self._barrier.wait(10)
+        total = [sum(column) for column in zip(*self._given)]
+        if self._barrier.wait(10) == 0:
+            self._given.clear()
+        self._barrier.wait(10)
+        return total
+
+
+class Rank:
+    def __init__(self, rank: int, exchange: Callable) -> None:
+        self.heard: list[Failure] = []
+        self._told = threading.Event()
+        self.watch = Watch(rank, "127.0.0.1", exchange, self._hear)
+
+    def _hear(self, failure: Failure) -> None:
+        self.heard.append(failure)
+        self._told.set()
+
+    def wait(self) -> list[Failure]:
+        assert self._told.wait(5)
+        return self.heard
+
+    def die(self) -> None:
+        """As the system does it for a killed process."""
+        self.watch._peer.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def ranks() -> list[Rank]:
+    exchange = Sum(3)
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda rank: Rank(rank, exchange), range(3)))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_all_hear_what_has_failed_but_the_rank_that_failed(ranks, failing):
+    expected = Failure(failing, "no space left\non the disk")
+    assert ranks[failing].watch.fail(expected.text) == expected
+    for other in (rank for rank in ranks if rank is not ranks[failing]):
+        assert other.wait() == [expected]
+        assert other.watch.failure == expected
+    assert ranks[failing].heard == []
+
+
+@pytest.mark.parametrize("dead", [1, 2])
+def test_all_hear_of_a_rank_that_died(ranks, dead):
+    ranks[dead].die()
+    for other in (rank for rank in ranks if rank is not ranks[dead]):
+        assert other.wait() == [Failure(dead, DIED)]
+
+
+def test_what_failed_first_is_what_every_rank_names(ranks):
+    ranks[2].watch.fail("first")
+    assert ranks[1].watch.fail("connection closed by peer").text == "first"
+    assert ranks[0].watch.fail("another") == Failure(2, "first")
+
+
+def test_an_echo_waits_for_the_cause(ranks):
+    cause = threading.Timer(0.3, ranks[1].die)
+    cause.start()
+    assert ranks[2].watch.fail("connection closed", is_doubtful=True) == Failure(1, DIED)
+    cause.join()
+
+
+def test_ranks_that_leave_are_not_missed(ranks):
+    ranks[1].watch.close()
+    ranks[1].die()
+    ranks[2].die()
+    assert ranks[0].wait() == [Failure(2, DIED)]
+    assert ranks[1].heard == []
+
+
+def test_a_job_that_ends_well_is_quiet(ranks):
+    for rank in (1, 0, 2):
+        ranks[rank].watch.close()
+    assert ranks[2].watch._known.wait(0.2) is False
+    assert [rank.heard for rank in ranks] == [[], [], []]
+
+
+def test_a_stranger_on_the_port_is_nobody(monkeypatch):
+    ports = []
+
+    def listen(*args, **options):
+        server = create(*args, **options)
+        ports.append(server.getsockname()[1])
+        return server
+
+    create = socket.create_server
+    monkeypatch.setattr(socket, "create_server", listen)
+    exchange = Sum(2)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda rank: Rank(rank, exchange), range(2))
+    for said in (b'[1, "wrong"]\n', b"hello\n", b""):
+        with socket.create_connection(("127.0.0.1", ports[0])) as stranger:
+            stranger.sendall(said)
+    assert second.watch.fail("mine").text == "mine"
+    assert first.wait() == [Failure(1, "mine")]

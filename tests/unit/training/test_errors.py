@@ -1,0 +1,54 @@
+"""One line for the whole job."""
+
+from __future__ import annotations
+
+import pytest
+
+from regate_ds.training import errors
+from regate_ds.training.errors import JobFailed, tell
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    seconds: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", seconds.append)
+    return seconds
+
+
+def set_rank(monkeypatch, rank: int) -> None:
+    values = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+def test_a_process_alone_and_the_first_rank_speak_at_once(monkeypatch, capsys, slept):
+    monkeypatch.delenv("RANK", raising=False)
+    tell("train", ValueError("no such\n  key"))
+    set_rank(monkeypatch, 0)
+    tell("train", ValueError("no such\n  key"))
+    assert capsys.readouterr().err == 2 * "regate train: no such key\n"
+    assert slept == []
+
+
+def test_another_rank_lets_the_first_speak_before_it(monkeypatch, capsys, slept):
+    set_rank(monkeypatch, 3)
+    tell("train", ValueError("only here"))
+    assert capsys.readouterr().err == "regate train: rank 3: only here\n"
+    assert slept == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("is_told", "expected"), [(True, ""), (False, "\nregate eval: rank 3: no\n")]
+)
+def test_the_error_of_a_job_is_told_once(monkeypatch, capsys, slept, is_told, expected):
+    set_rank(monkeypatch, 3)
+    tell("eval", JobFailed("rank 3: no", is_told=is_told))
+    assert capsys.readouterr().err == expected
+    assert slept == []
+
+
+def test_an_error_without_words_is_named(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    tell("train", RuntimeError())
+    assert "RuntimeError without a message" in capsys.readouterr().err
