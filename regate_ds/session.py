@@ -25,33 +25,21 @@ from regate_ds.algorithm.select import (
     widen,
 )
 from regate_ds.config import RegateConfig
-from regate_ds.data.answer_index import hash_labels
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.parallel.sync import all_or_none
-
-
-class Index(Protocol):
-    """Where a store keeps the values of a sample."""
-
-    @property
-    def num_labels(self) -> Tensor: ...
-
-    @property
-    def label_hashes(self) -> Tensor: ...
-
-    def rows(self, keys: Sequence[SampleKey]) -> list[int]: ...
 
 
 class Values(Protocol):
     """What a store offers to read: one fp32 value for each label position of the samples."""
 
-    @property
-    def index(self) -> Index: ...
-
     def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
 
 
 class MutableValues(Values, Protocol):
+    def admit(self, window: Sequence[TokenBatch]) -> None:
+        """Hear which samples are read and written next; ValueError if they are not the store's."""
+        ...
+
     def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
 
 
@@ -120,7 +108,7 @@ class Regate:
         if self.elides and (reference is None or difficulty is None):
             raise ValueError(
                 f"keep_share={config.keep_share} needs the teacher's losses: give a "
-                "ReferenceStore, or set keep_share=1.0 for the dense run"
+                "ReferenceStore, or an online teacher, or set keep_share=1.0 for the dense run"
             )
         self._reference, self._difficulty = reference, difficulty
 
@@ -128,6 +116,11 @@ class Regate:
     def elides(self) -> bool:
         """False for the dense baseline, which needs neither reference nor difficulty."""
         return self.config.keep_share < 1.0
+
+    @property
+    def coming_step(self) -> int:
+        """The step that is planned next."""
+        return self.step + (self._open is not None)
 
     def is_dense(self, step: int) -> bool:
         return not self.elides or self.schedule.is_dense(step)
@@ -175,7 +168,7 @@ class Regate:
         batches = window() if callable(window) else window
         if self.elides:
             assert self._difficulty is not None
-            _require_same_labels(batches, self._difficulty.index)
+            self._difficulty.admit(batches)
         return batches
 
     def _plan(
@@ -328,24 +321,3 @@ def _require_finite(batch: TokenBatch, plan: ElisionPlan, losses_L: Tensor) -> N
         f"row {row} is {float(losses_L[bad_L[0]])}; the run has diverged: resume from an earlier "
         "checkpoint with a lower learning rate"
     )
-
-
-def _require_same_labels(window: Sequence[TokenBatch], index: Index) -> None:
-    """The cached values belong to the data as it was: refuse samples that read differently now."""
-    for batch in window:
-        rows, counts = index.rows(batch.flat_keys), batch.num_labels_per_sample
-        labels = batch.labels_BT[batch.is_label_BT].split(counts)
-        known = zip(index.num_labels[rows].tolist(), index.label_hashes[rows].tolist())
-        for (name, number), labels_N, (num_known, hash_known) in zip(
-            batch.flat_keys, labels, known, strict=True
-        ):
-            if len(labels_N) != num_known:
-                difference = f"{len(labels_N)} answer tokens here, but {num_known}"
-            elif hash_labels(labels_N) != hash_known:
-                difference = f"other answer tokens here than its {num_known}"
-            else:
-                continue
-            raise ValueError(
-                f"sample {name!r} record {number} has {difference} in the reference store; "
-                "compute the store again for this data"
-            )

@@ -27,15 +27,17 @@ from torch import Tensor, nn
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface import ElidedOutput, attach_model, has_tower
 from regate_ds.adapters.saved_state import load_state, save_state
-from regate_ds.adapters.window import Window
+from regate_ds.adapters.window import Window, in_steps
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.host_batch import HostCollate, Unkeyed
 from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.data.stream_difficulty import StreamDifficulty
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate, StepPlan, schedule_of
+from regate_ds.teacher.online import OnlineReference
 
 _log = logging.getLogger(__name__)
 
@@ -44,20 +46,24 @@ def attach(
     model: nn.Module,
     config: RegateConfig,
     *,
-    reference: ReferenceStore | None = None,
+    reference: ReferenceStore | OnlineReference | None = None,
     own_loss: bool = False,
 ) -> DeepSpeedRegate:
     """Make the model accept plans. Call it before ``deepspeed.initialize``.
 
-    reference: the teacher's losses of the training set; not needed with keep_share=1.0.
+    reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
+    them while training; not needed with keep_share=1.0.
     own_loss: allow ``token_losses``, for users who weigh the losses themselves.
 
     ValueError names what is not supported. With enabled=False nothing is touched.
     """
     if reference is not None and not hasattr(reference, "read"):
         raise ValueError(
-            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore"
+            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore, or "
+            "Teacher(...).online()"
         )
+    if isinstance(reference, OnlineReference):
+        reference.require_frozen(model)
     _warn_if_never_sparse(config)
     attachment, several_ranks = Attachment(), _world_size() > 1
     if config.enabled:
@@ -80,7 +86,7 @@ class DeepSpeedRegate:
     def __init__(
         self,
         config: RegateConfig,
-        reference: ReferenceStore | None,
+        reference: ReferenceStore | OnlineReference | None,
         attachment: Attachment,
         *,
         own_loss: bool,
@@ -92,8 +98,9 @@ class DeepSpeedRegate:
         self._reference, self._attachment, self._own_loss = reference, attachment, own_loss
         self._tower_unwatched = tower_unwatched
         self._session: Regate | None = None
-        self._difficulty: DifficultyStore | None = None
+        self._difficulty: DifficultyStore | StreamDifficulty | None = None
         self._engine: Any = None
+        self._teacher_seconds = 0.0
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> HostCollate | Unkeyed:
         """Wrap a collate function of yours; the items need a ``regate_key`` (see ``Keyed``)."""
@@ -106,24 +113,34 @@ class DeepSpeedRegate:
         epoch. A loader that keeps its order, as DeepSpeed's own does, leaves out the same samples
         each time, unless you call ``loader.data_sampler.set_epoch(epoch)``.
 
-        Without elision the plan is None, the batch is the host's own, and nothing is left out.
+        Without elision the plan is None, the batch is the host's own, and nothing is left out. An
+        online teacher reads the loader one window ahead.
         """
         self._bind(engine)
-        size, micro = engine.gradient_accumulation_steps(), []
-        for batch in loader:
-            micro.append(batch)
-            if len(micro) == size:
-                yield self._window(micro, engine)
-                micro = []
-        if micro and not self.config.enabled:
-            yield self._window(micro, engine)
-        elif micro:
-            _log.warning(
-                "left out %d micro-batches at the end of the epoch: a step takes %d; the same "
-                "samples each time, unless the loader changes its order",
-                len(micro),
-                size,
-            )
+        size = engine.gradient_accumulation_steps()
+        groups = in_steps(loader, size, keep_rest=not self.config.enabled)
+        coming = self._next(groups)
+        while coming is not None:
+            window = self._window(coming, engine)
+            if self._online is None:
+                yield window
+                coming = self._next(groups)
+            else:
+                coming = self._next(groups)
+                yield window
+
+    def _next(self, groups: Iterator[list[Any]]) -> list[Any] | None:
+        """The micro-batches of the coming window, scored where its step will need it."""
+        micro = next(groups, None)
+        if micro is None or self._online is None:
+            return micro
+        _require_collated(micro)
+        session = self._open_session()
+        if session.is_dense(session.coming_step):
+            self._online.forget()
+        else:
+            self._online.prepare(micro)
+        return micro
 
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
         """What ``engine.backward`` takes: averaged over micro-batches and data ranks, as the engine
@@ -169,18 +186,20 @@ class DeepSpeedRegate:
         self._bind(engine)
         load_state(checkpoint_dir, self._open_session(), self._difficulty)
 
-    def metrics(self) -> dict[str, int | bool]:
+    def metrics(self) -> dict[str, int | bool | float]:
         """Counts of the step planned last, over all data ranks, for any logger.
 
         tokens_total and answer_total are all positions and all label positions of the step; of
         them ran tokens_kept and answer_kept in gated layers; filled were kept only to reach
-        token_multiple, padded are slots without a token. Empty without elision.
+        token_multiple, padded are slots without a token. Empty without elision. With an online
+        teacher, teacher_seconds is what scoring this step's samples took on this rank.
         """
         if not self.config.enabled:
             return {}
         if self.plan is None:
             raise RuntimeError("no step is planned yet")
-        return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
+        cost = {} if self._online is None else {"teacher_seconds": self._teacher_seconds}
+        return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts, **cost}
 
     def remove(self) -> None:
         """Leave the model as it was before ``attach``."""
@@ -204,8 +223,7 @@ class DeepSpeedRegate:
         self._engine = engine
         group = engine.data_parallel_group if engine.dp_world_size > 1 else None
         if self.config.keep_share < 1.0 and self._reference is not None:
-            index = self._reference.index
-            self._difficulty = DifficultyStore(index, group, device=engine.device)
+            self._difficulty = self._make_difficulty(group, engine.device)
         self._session = Regate(
             self.config,
             reference=self._reference,
@@ -214,14 +232,24 @@ class DeepSpeedRegate:
             device=engine.device,
         )
 
+    @property
+    def _online(self) -> OnlineReference | None:
+        """The teacher, if it scores while training and there is something to select."""
+        found = self._reference if self.config.keep_share < 1.0 and self.config.enabled else None
+        return found if isinstance(found, OnlineReference) else None
+
+    def _make_difficulty(self, group: Any, device: Any) -> DifficultyStore | StreamDifficulty:
+        assert self._reference is not None
+        if self._online is not None and self._online.is_stream:
+            return StreamDifficulty(group, device=device)
+        return DifficultyStore(self._reference.index, group, device=device)
+
     def _window(self, micro: list[Any], engine: Any) -> Window:
         if not self.config.enabled:
             return Window(micro, [None] * len(micro), engine.device)
-        if not all(isinstance(batch, Batch) for batch in micro):
-            raise ValueError(
-                f"the loader yields {type(micro[0]).__name__}; give it "
-                "collate_fn=regate.collate(collate)"
-            )
+        _require_collated(micro)
+        if self._online is not None:
+            self._teacher_seconds = self._online.seconds
         self.plan = self._open_session().plan_step([batch.tokens for batch in micro])
         return Window(micro, self.plan.micro, engine.device)
 
@@ -248,6 +276,14 @@ def _warn_if_never_sparse(config: RegateConfig) -> None:
             "all of the %d steps are dense: warmup, cycles and final_dense_share leave none "
             "between them",
             config.total_steps,
+        )
+
+
+def _require_collated(micro: list[Any]) -> None:
+    if not all(isinstance(batch, Batch) for batch in micro):
+        raise ValueError(
+            f"the loader yields {type(micro[0]).__name__}; give it "
+            "collate_fn=regate.collate(collate)"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from regate_ds.data.atomic_file import write_atomically
 from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.data.stream_difficulty import StreamDifficulty
 from regate_ds.session import Regate
 
 STATE_FOLDER = "regate"
@@ -16,7 +17,7 @@ STATE_FOLDER = "regate"
 def save_state(
     checkpoint_dir: str | Path,
     session: Regate,
-    difficulty: DifficultyStore | None,
+    difficulty: DifficultyStore | StreamDifficulty | None,
     *,
     is_first: bool,
 ) -> None:
@@ -32,7 +33,9 @@ def save_state(
 
 
 def load_state(
-    checkpoint_dir: str | Path, session: Regate, difficulty: DifficultyStore | None
+    checkpoint_dir: str | Path,
+    session: Regate,
+    difficulty: DifficultyStore | StreamDifficulty | None,
 ) -> None:
     """Take over what ``save_state`` wrote, with any number of data ranks."""
     folder = Path(checkpoint_dir) / STATE_FOLDER

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.data.collate import Batch, moved
+
+_log = logging.getLogger(__name__)
 
 
 class Window(Sequence[tuple[Any, ElisionPlan | None]]):
@@ -28,3 +31,22 @@ class Window(Sequence[tuple[Any, ElisionPlan | None]]):
         if isinstance(inputs, Mapping):
             inputs = moved(dict(inputs), self._device)
         return inputs, None if plan is None else plan.to(self._device)
+
+
+def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[list[Any]]:
+    """Groups of ``size`` micro-batches; what is left at the end is told, if it is not kept."""
+    micro: list[Any] = []
+    for batch in loader:
+        micro.append(batch)
+        if len(micro) == size:
+            yield micro
+            micro = []
+    if micro and keep_rest:
+        yield micro
+    elif micro:
+        _log.warning(
+            "left out %d micro-batches at the end of the epoch: a step takes %d; the same "
+            "samples each time, unless the loader changes its order",
+            len(micro),
+            size,
+        )

@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import SampleKey
+from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.data.answer_index import AnswerIndex, spans
 from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.same_samples import require_as_indexed
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.parallel.sync import exchange, exchange_counts
 
 FORMAT = 1
 """Version of the sidecar files."""
 
-_SIDECAR = re.compile(r"difficulty-(\d+)-of-(\d+)\.npz")
+STEM = "difficulty"
+"""What their names begin with."""
 
 
 class DifficultyStore:
@@ -51,6 +53,10 @@ class DifficultyStore:
         self._start_of_owned = num_owned.cumsum(0) - num_owned
         self._values = torch.zeros(int(num_owned.sum()))
         self._num_writes = 0
+
+    def admit(self, window: Sequence[TokenBatch]) -> None:
+        """Refuse, by ``ValueError`` naming it, a sample that reads otherwise than in the index."""
+        require_as_indexed(window, self.index)
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
         """fp32 [N] on the CPU: all label positions of these samples, in the given order."""
@@ -90,7 +96,7 @@ class DifficultyStore:
         )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"difficulty-{self._rank}-of-{self._size}.npz"
+        name = f"{STEM}-{self._rank}-of-{self._size}.npz"
         write_atomically(folder / name, buffer.getvalue())
 
     @property
@@ -108,20 +114,15 @@ class DifficultyStore:
 
         ``num_ranks``: of the save that is meant, where the folder may hold several.
         """
-        paths = _find_sidecars(Path(folder), num_ranks)
+        paths = find_sidecars(Path(folder), num_ranks, stem=STEM)
         values, moments = torch.zeros_like(self._values), {}
         for rank, path in enumerate(paths):
-            saved = _read_sidecar(path)
+            saved = read_sidecar(path, FORMAT)
             self._require_own(saved, path)
             moments[path.name] = int(saved["num_writes"])
             rows_R = torch.arange(rank, self.index.num_samples, len(paths))
             self._take_owned(values, rows_R, torch.from_numpy(saved["values"]))
-        if len(set(moments.values())) > 1:
-            raise ValueError(
-                f"the difficulty files in {folder} are of different moments (number of writes: "
-                f"{moments}); the save was cut short, resume from an older checkpoint"
-            )
-        self._values, self._num_writes = values, next(iter(moments.values()))
+        self._values, self._num_writes = values, require_one_moment(moments, folder)
 
     def _locate(self, rows_R: Tensor) -> Tensor:
         """Where the values of rows owned by this rank lie in its own array. int64 [N]."""
@@ -189,27 +190,38 @@ class DifficultyStore:
         into[self._locate(rows_R[own_R])] = saved_N[spans(starts_R[own_R], lengths_R[own_R])]
 
 
-def _find_sidecars(folder: Path, num_ranks: int | None) -> list[Path]:
-    """The files of all ranks of one save, by rank."""
-    names = sorted(path.name for path in folder.glob("difficulty-*-of-*.npz"))
-    sizes = sorted({int(match[2]) for name in names if (match := _SIDECAR.fullmatch(name))})
+def find_sidecars(folder: Path, num_ranks: int | None, *, stem: str) -> list[Path]:
+    """The files of all ranks of one save, by rank; ``stem`` is what their names begin with."""
+    pattern = re.compile(rf"{stem}-(\d+)-of-(\d+)\.npz")
+    names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.npz"))
+    sizes = sorted({int(match[2]) for name in names if (match := pattern.fullmatch(name))})
     sizes = sizes if num_ranks is None else [num_ranks]
     if len(sizes) > 1:
         raise ValueError(
             f"{folder} holds difficulty files of several saves (by {sizes} ranks); "
             "delete the older ones"
         )
-    expected = [f"difficulty-{rank}-of-{size}.npz" for size in sizes for rank in range(size)]
+    expected = [f"{stem}-{rank}-of-{size}.npz" for size in sizes for rank in range(size)]
     missing = [name for name in expected if name not in names]
     if missing or not expected:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing) or 'difficulty-*-of-*.npz'}; a run is resumed "
+            f"{folder} lacks {', '.join(missing) or f'{stem}-*-of-*.npz'}; a run is resumed "
             "from a checkpoint that all of its data ranks saved"
         )
     return [folder / name for name in expected]
 
 
-def _read_sidecar(path: Path) -> dict[str, np.ndarray]:
+def require_one_moment(moments: dict[str, int], folder: Path) -> int:
+    """The number of writes that all files of a save agree on."""
+    if len(set(moments.values())) > 1:
+        raise ValueError(
+            f"the difficulty files in {folder} are of different moments (number of writes: "
+            f"{moments}); the save was cut short, resume from an older checkpoint"
+        )
+    return next(iter(moments.values()))
+
+
+def read_sidecar(path: Path, version: int) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = {name: file[name] for name in file.files}
@@ -217,6 +229,6 @@ def _read_sidecar(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"cannot read the difficulty file {path}: {error}; resume from an older checkpoint"
         ) from error
-    if (found := int(saved.get("format", 0))) != FORMAT:
-        raise ValueError(f"{path} has difficulty format {found}, this version reads {FORMAT}")
+    if (found := int(saved.get("format", 0))) != version:
+        raise ValueError(f"{path} has difficulty format {found}, this version reads {version}")
     return saved

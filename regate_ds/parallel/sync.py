@@ -132,6 +132,19 @@ def gather_values(
     return [row[:n] for row, n in zip(gathered, num_values, strict=True)]
 
 
+def gather_vectors(
+    values_N: Tensor, group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """Every rank's int64 values, of any number, by rank, on the CPU."""
+    if group is None:
+        return [values_N]
+    mine = torch.tensor([len(values_N)], dtype=torch.int64, device=device)
+    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, mine, group=group)
+    found = gather_values(values_N.to(device), counts.tolist(), group)
+    return [vector.cpu() for vector in found]
+
+
 def max_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """The largest of the ranks' values, element by element, in place; on the group's device."""
     if group is not None:

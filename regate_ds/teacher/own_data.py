@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from regate_ds.data.answer_index import AnswerIndex
@@ -19,6 +18,7 @@ from regate_ds.data.encode import EncodedSample
 from regate_ds.data.host_batch import HostCollate, Keyed
 from regate_ds.parallel.layout import ProcessGroup
 from regate_ds.teacher.identity import teacher_id
+from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
 from regate_ds.teacher.precompute import TeacherJob, Throughput, precompute
 from regate_ds.teacher.text_only import score_samples
 
@@ -36,6 +36,24 @@ class Teacher:
 
     tokens_per_batch: int = 8192
     """Upper limit of padded tokens in a forward pass; a longer sample is one of its own."""
+
+    def online(self, index: AnswerIndex | None = None) -> OnlineReference:
+        """A ``reference`` for ``attach`` that scores while training: no store, no pass before.
+
+        index: of the data, where it is known and does not change; samples are compared with it.
+        """
+        model = self.model.eval()
+        scorer = WindowScorer(
+            score=partial(score_samples, model, pad_id=self.pad_id),
+            tokens_per_batch=self.tokens_per_batch,
+        )
+        return OnlineReference(
+            scorer,
+            partial(samples_of, image_token_id=self.image_token_id),
+            teacher_id=teacher_id(model, pad_id=self.pad_id),
+            index=index,
+            model=model,
+        )
 
 
 def score_dataset(
@@ -55,7 +73,8 @@ def score_dataset(
     collate = HostCollate(collate_fn)
 
     def sample(number: int) -> EncodedSample:
-        return _sample(collate, data[number], teacher.image_token_id)
+        (only,) = samples_of(collate([data[number]]), teacher.image_token_id)
+        return only
 
     model = teacher.model.eval()
     job = TeacherJob(
@@ -67,17 +86,3 @@ def score_dataset(
         tokens_per_batch=teacher.tokens_per_batch,
     )
     return precompute(job, group, next(model.parameters()).device)
-
-
-def _sample(
-    collate: HostCollate, item: dict[str, Any], image_token_id: int | None
-) -> EncodedSample:
-    batch = collate([item])
-    ((key,),) = batch.tokens.keys
-    is_real_T = batch.tokens.segment_BT[0] >= 0
-    ids_S = batch.inputs["input_ids"][0][is_real_T]
-    is_placeholder_S = torch.zeros_like(ids_S, dtype=torch.bool)
-    if image_token_id is not None:
-        is_placeholder_S = ids_S == image_token_id
-    labels_S = batch.tokens.labels_BT[0][is_real_T]
-    return EncodedSample(key, ids_S, labels_S, is_placeholder_S, char_spans=(), images=())

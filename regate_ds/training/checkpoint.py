@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed import DeepSpeedRegate
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.atomic_file import sync_files, write_atomically
 from regate_ds.training.process import Process
 from regate_ds.training.student import Student
 
@@ -61,6 +61,10 @@ def save_checkpoint(
         engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
         regate.save(folder / tag)
         torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
+    dist.barrier()
+    with _writing(folder / tag):
+        # On every rank, because a machine makes durable only what was written on it.
+        sync_files(folder / tag)
     dist.barrier()
     if process.is_first:
         write_atomically(folder / tag / COMPLETE, b"")
@@ -185,6 +189,7 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
             student.model.save_pretrained(folder, state_dict=weights)
             student.tokenizer.save_pretrained(folder)
             student.vision.processor.save_pretrained(folder)
+            sync_files(folder)
     dist.barrier()
 
 

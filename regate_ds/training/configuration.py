@@ -49,16 +49,21 @@ class RunConfig:
                 "run.plan_only=True: with elision.enabled=false nothing is planned; set "
                 "elision.enabled=true"
             )
-        if self.selects and self.teacher.store is None:
+        if self.selects and self.teacher.mode == "store" and self.teacher.store is None:
             raise ValueError(
                 "teacher.store=None: elision ranks tokens by the teacher's losses; name the folder "
-                "that `regate teacher` writes, or set elision.keep_share=1.0"
+                "that `regate teacher` writes, set teacher.mode=online, or elision.keep_share=1.0"
             )
         if self.run.eval_every and self.data.test is None:
             raise ValueError(
                 f"run.eval_every={self.run.eval_every}: there is nothing to evaluate on; "
                 "set data.test, or run.eval_every=0"
             )
+
+    @property
+    def scores_online(self) -> bool:
+        """True if the teacher runs inside the training job."""
+        return self.selects and self.teacher.mode == "online"
 
     @property
     def selects(self) -> bool:

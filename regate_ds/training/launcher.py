@@ -47,6 +47,8 @@ def launch(
 
 def report(code: int, said: str) -> None:
     """The last line a user sees of a command that failed."""
+    if not said and code == 128 + signal.SIGKILL:
+        said = "a rank was killed: by hand, by the system for want of memory, or by a scheduler"
     print(f"exit code {code}{': ' if said else ''}{said}", file=sys.stderr)
 
 

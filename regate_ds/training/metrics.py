@@ -2,7 +2,8 @@
 
 config.yaml      as resolved
 metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
-                 filled, padded, step_seconds, cpu_seconds, lr, grad_norm
+                 filled, padded, step_seconds, cpu_seconds, lr, grad_norm; with an online
+                 teacher, teacher_seconds: scoring this step's samples, one step before
 evals.jsonl      step, accuracies, and the totals of all steps so far
 summary.json     the final figures
 checkpoints/     see checkpoint.py; model/ is the trained student
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.atomic_file import make_folder, write_atomically
 from regate_ds.training.yaml_reader import read_yaml
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ class RunFolder:
         """
         if not may_hold_unsaved:
             self.require_new()
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         write_atomically(self.config, config.encode())
         for path in (self._metrics, self._evals):
             write_atomically(path, b"")
@@ -141,6 +142,7 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
     """
     dense = [row["step_seconds"] for row in rows if row["dense"]]
     sparse = [row["step_seconds"] for row in rows if not row["dense"]]
+    scored = [row["teacher_seconds"] for row in rows if "teacher_seconds" in row]
     return {
         "tokens_processed": _processed(rows, "tokens", gated_share),
         "answer_tokens_processed": _processed(rows, "answer", gated_share),
@@ -148,6 +150,7 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
         "train_cpu_seconds": sum(row["cpu_seconds"] for row in rows),
         "step_seconds_dense": statistics.median(dense) if dense else None,
         "step_seconds_sparse": statistics.median(sparse) if sparse else None,
+        **({"teacher_seconds": sum(scored)} if scored else {}),
     }
 
 

@@ -113,7 +113,7 @@ class _Planner:
     def __init__(self, config: RunConfig, task: Task, knobs: RegateConfig) -> None:
         self.knobs, self._data = knobs, task.train
         self._collator = Collator(pad_id=0, vision=None, pack_length=config.data.pack_length)
-        path = config.teacher.store
+        path = None if config.scores_online else config.teacher.store
         self._store = ReferenceStore(path) if path is not None and path.exists() else None
         if self._store is not None:
             self._store.require(task.index.fingerprint)

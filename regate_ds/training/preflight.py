@@ -35,6 +35,8 @@ def judge_run(config: RunConfig) -> None:
     deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     if config.run.plan_only:
         return
+    if config.scores_online:
+        require_replicas(config, int(os.environ.get("WORLD_SIZE", "1")))
     folder, resume = RunFolder(config.run.out), config.run.resume
     if not resume:
         folder.require_new()
@@ -49,6 +51,11 @@ def judge_teacher(config: RunConfig, world_size: int) -> None:
     """ValueError for what `regate teacher` would find only after loading."""
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
+    require_replicas(config, world_size)
+
+
+def require_replicas(config: RunConfig, world_size: int) -> None:
+    """Refuse a number of ranks that cannot be cut into groups that hold a teacher each."""
     if world_size % config.teacher.tensor:
         raise ValueError(
             f"teacher.tensor={config.teacher.tensor}: {world_size} ranks are no multiple of it; "
@@ -96,4 +103,5 @@ def describe_run(config: RunConfig, knobs: RegateConfig, steps: int, teacher_id:
     return (
         f"{config.run.out.name}: {steps} steps, {num_sparse} of them sparse, kept share "
         f"{share:.3f} of the answer tokens, teacher {teacher_id or 'none'}"
+        f"{', online' if config.scores_online else ''}"
     )

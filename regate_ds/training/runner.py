@@ -21,10 +21,8 @@ from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run, judge_teacher, require_one_data_set
 from regate_ds.training.ranks import announce
-from regate_ds.training.student import text_backbone
 from regate_ds.training.task import Task, build_task
-from regate_ds.training.teacher_model import load_teacher, load_teacher_config
-from regate_ds.training.teacher_placement import TeacherSource, place_teacher
+from regate_ds.training.teacher_placement import place_teacher, teacher_source
 from regate_ds.training.teacher_text import TeacherText, own_samples, teacher_text
 from regate_ds.training.trainer import Trainer, held_out
 
@@ -52,7 +50,7 @@ def run_teacher(config: RunConfig) -> None:
         task = _task(config, weights=config.teacher.path is None)
         require_one_data_set(task.index.fingerprint, process)
         text = teacher_text(config.teacher, task)
-        source = _teacher_source(config, task)
+        source = teacher_source(config.teacher, task)
         teacher = place_teacher(config.teacher, source, text.pad_id, process)
         job = TeacherJob(
             index=task.index,
@@ -116,15 +114,6 @@ def tell_cut(task: Task, max_length: int) -> None:
             f"{max_length}: what was longer is cut",
             flush=True,
         )
-
-
-def _teacher_source(config: RunConfig, task: Task) -> TeacherSource:
-    path = config.teacher.path
-    if path is None:
-        backbone = text_backbone(task.student.model)
-        return TeacherSource(backbone.config, lambda: backbone)
-    folder = path if path.is_dir() else None
-    return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
 
 def _plain(config: RunConfig, model: nn.Module, text: TeacherText) -> Any:

@@ -127,13 +127,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The frozen text-only reference, scored once before training."""
+    """The frozen text-only reference, scored once before training, or along with it."""
 
     path: Path | None = None
     """Directory or GGUF file of a causal language model; null is the student's text backbone."""
 
     tokenizer: Literal["same", "own"] = "same"
     """Of a teacher at `path`: the student's, or refused; `own` aligns losses by characters."""
+
+    mode: Literal["store", "online"] = "store"
+    """Read the losses from `store`, or let the teacher run inside the training job."""
 
     store: Path | None = None
     """Folder of the reference losses: written by `regate teacher`, read by `regate train`."""

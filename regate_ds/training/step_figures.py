@@ -67,7 +67,8 @@ class StepFigures:
         seconds, cpu_seconds = self.lap()
         (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
         counts = self._counts()
-        self._seen.clear()
+        # An online teacher has read on into the next step.
+        del self._seen[: self._engine.gradient_accumulation_steps()]
         return {
             "step": step,
             "loss": loss_mean,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from regate_ds.teacher.weights import LoadedWeights, SavedWeights, Weights
 from regate_ds.training.process import Process
 from regate_ds.training.ranks import announce
 from regate_ds.training.sections import TeacherConfig
+from regate_ds.training.student import text_backbone
+from regate_ds.training.task import Task
+from regate_ds.training.teacher_model import load_teacher, load_teacher_config
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class PlacedTeacher:
     @property
     def ranks_per_replica(self) -> int:
         return size_of(self.layout.replica)
+
+
+def teacher_source(section: TeacherConfig, task: Task) -> TeacherSource:
+    """The model that `teacher.path` names, or the student's own backbone, on its very weights."""
+    path = section.path
+    if path is None:
+        backbone = text_backbone(task.student.model)
+        return TeacherSource(backbone.config, lambda: backbone)
+    folder = path if path.is_dir() else None
+    return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
 
 def place_teacher(

@@ -14,6 +14,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.sync import sum_over
+from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.checkpoint import (
     Done,
     load_checkpoint,
@@ -25,6 +26,7 @@ from regate_ds.training.configuration import RunConfig, dump_config
 from regate_ds.training.deepspeed_json import deepspeed_config
 from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.metrics import RunFolder, totals
+from regate_ds.training.online_teacher import open_online
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
 from regate_ds.training.preemption import Preempted, StopRequest, leave_to_parent, listening
@@ -68,7 +70,7 @@ class Trainer:
                 row = self._step(step, window, stop)
                 bar.update()
                 if step % self.config.run.log_every == 0:
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", dense=row["dense"])
+                    bar.set_postfix(**shown(row))
                 if self._figures.must_stop and step + 1 < total:
                     self._stop(step + 1)
                 self._after(step + 1)
@@ -82,10 +84,12 @@ class Trainer:
             self._evaluate(0)
         return 0
 
-    def _open_reference(self) -> ReferenceStore | None:
-        """The teacher's losses, refused if they were computed for other data."""
+    def _open_reference(self) -> ReferenceStore | OnlineReference | None:
+        """The teacher's losses, refused if they were computed for other data; or the teacher."""
         if not self.config.selects:
             return None
+        if self.config.scores_online:
+            return open_online(self.config.teacher, self.task, self.process)
         assert self.config.teacher.store is not None
         store = ReferenceStore(self.config.teacher.store, verify=self.config.teacher.verify)
         store.require(self.task.index.fingerprint)
@@ -203,18 +207,28 @@ class Trainer:
         peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}
-        store = self.reference
-        origin = store and {"teacher_id": store.teacher_id, "data_fingerprint": store.fingerprint}
+        origin: dict[str, Any] = {}
+        if self.reference is not None:
+            fingerprint = self.task.index.fingerprint
+            origin = {"teacher_id": self.reference.teacher_id, "data_fingerprint": fingerprint}
         summary = {
             **scores,
             **self._totals(),
             "peak_memory_bytes": peak,
             "steps": total,
             "world_size": self.process.world_size,
-            **(origin or {}),
+            **origin,
         }
         self.folder.write_summary(summary)
         return summary
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """What the progress bar says of a step."""
+    cost = {}
+    if "teacher_seconds" in row:
+        cost = {"teacher": f"{row['teacher_seconds']:.2f} of {row['step_seconds']:.2f} s"}
+    return {"loss": f"{row['loss']:.3f}", "dense": row["dense"], **cost}
 
 
 def make_order(config: RunConfig, num_samples: int, process: Process) -> Order:

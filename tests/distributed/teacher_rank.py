@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from multiprocessing import reduction
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -44,8 +43,17 @@ class Run:
     stuck_rank: int | None = None
     """Sleeps in its first batch, as one that waits for a peer in a collective does."""
 
+    fails_after: int | None = None
+    """Batches of each rank before its teacher fails."""
+
+    ranks_per_replica: int = 1
+    in_step: bool = False
+
     largest_file: int | None = None
     """Bytes that a file may have: a disk that is full beyond them."""
+
+    counts: Path | None = None
+    """Folder in which each rank writes down how many batches it has scored."""
 
 
 class Stderr:
@@ -129,18 +137,30 @@ def _main(run: Run, rank: int, size: int, port: int, stderr: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (run.largest_file, run.largest_file))
     try:
         with job.watched(Process(rank, size, torch.device("cpu")), "teacher"):
-            teacher = partial(_score, run=run, rank=rank)
-            precompute(make_plain_job(run.store, run.num_samples, score=teacher), dist.group.WORLD)
+            teacher = _Teacher(run, rank)
+            plan = {"ranks_per_replica": run.ranks_per_replica, "in_step": run.in_step}
+            made = make_plain_job(run.store, run.num_samples, score=teacher, **plan)
+            precompute(made, dist.group.WORLD)
             dist.barrier()
+        if run.counts is not None:
+            (run.counts / str(rank)).write_text(str(teacher.num_batches))
     except USER_ERRORS as error:
         tell("teacher", error)
         sys.exit(1)
     dist.destroy_process_group()
 
 
-def _score(samples: Sequence[ScoredSample], *, run: Run, rank: int) -> torch.Tensor:
-    if rank == run.stuck_rank:
-        # No exception in this thread wakes it.
-        ctypes.CDLL(None).sleep(3600)
-    time.sleep(run.seconds_per_batch)
-    return score(samples)
+class _Teacher:
+    def __init__(self, run: Run, rank: int) -> None:
+        self.num_batches = 0
+        self._run, self._rank = run, rank
+
+    def __call__(self, samples: Sequence[ScoredSample]) -> torch.Tensor:
+        if self._rank == self._run.stuck_rank:
+            # No exception in this thread wakes it.
+            ctypes.CDLL(None).sleep(3600)
+        if self.num_batches == self._run.fails_after:
+            raise RuntimeError("the device is lost")
+        self.num_batches += 1
+        time.sleep(self._run.seconds_per_batch)
+        return score(samples)

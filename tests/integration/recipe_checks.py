@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from safetensors.torch import load_file
 
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.session import schedule_of
+from regate_ds.teacher.precompute import TeacherJob, precompute
+from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import load_config
 from regate_ds.training.preemption import Preempted
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.process import start_process
+from regate_ds.training.student import text_backbone
 from regate_ds.training.task import build_task, host_labels
 from regate_ds.training.trainer import Trainer
 
@@ -60,7 +64,7 @@ def weights(folder: Path, out: str) -> dict[str, torch.Tensor]:
 def rows(folder: Path, out: str) -> list[dict[str, Any]]:
     """Metrics without the times."""
     lines = (folder / out / "metrics.jsonl").read_text().splitlines()
-    timed = {"step_seconds", "cpu_seconds"}
+    timed = {"step_seconds", "cpu_seconds", "teacher_seconds"}
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
@@ -91,6 +95,7 @@ def check_recipe(rank: int, folder: str) -> None:
     check_a_run_that_is_asked_to_end_resumes(root)
     check_disabled_is_the_plain_loop(root)
     check_other_length_is_refused(root)
+    check_online_is_the_store_without_a_store(root)
     check_a_failed_evaluation_loses_nothing(root)
     check_a_loss_that_is_not_finite_ends_the_run(root)
 
@@ -188,6 +193,44 @@ def check_a_run_that_is_asked_to_end_resumes(root: Path) -> None:
     assert ("after 5 of 12 steps" in str(end.value)) == (dist.get_rank() == 0)
     run(root, "asked", "run.resume=auto")
     assert_same_run(root, "whole", "asked")
+
+
+ONLINE = ["teacher.mode=online", "teacher.store=null", "teacher.tokens_per_batch=1"]
+"""Each sample is scored by itself, so that sums are the store's to the last digit."""
+
+
+def check_online_is_the_store_without_a_store(root: Path) -> None:
+    """Step for step, also after a stop; only sparse steps have a cost, which is told."""
+    config, process = config_of(root, "online"), start_process()
+    task = build_task(config)
+    teacher = text_backbone(task.student.model)
+    pad_id = task.student.tokenizer.pad_token_id
+    job = TeacherJob(
+        index=task.index,
+        encode=task.train.encode,
+        score=partial(score_samples, teacher, pad_id=pad_id),
+        teacher_id="one by one",
+        store=root / f"store-{process.world_size}",
+        tokens_per_batch=1,
+    )
+    precompute(job, process.group)
+    by_store, online, resumed = (f"{x}-{process.world_size}" for x in ("stored", "online", "again"))
+    run(root, by_store, f"teacher.store={job.store}")
+    run(root, online, *ONLINE)
+    assert_same_run(root, by_store, online)
+    with pytest.raises(Killed):
+        run(root, resumed, *ONLINE, trainer=KilledTrainer)
+    run(root, resumed, *ONLINE, "run.resume=true")
+    assert_same_run(root, online, resumed)
+    lines = (root / online / "metrics.jsonl").read_text().splitlines()
+    costs = [json.loads(line)["teacher_seconds"] for line in lines]
+    assert [cost > 0 for cost in costs] == [not row["dense"] for row in rows(root, online)]
+    summary = json.loads((root / online / "summary.json").read_text())
+    assert summary["teacher_seconds"] == pytest.approx(sum(costs))
+
+
+def check_online_alone(rank: int, folder: str) -> None:
+    check_online_is_the_store_without_a_store(Path(folder))
 
 
 def check_other_length_is_refused(root: Path) -> None:

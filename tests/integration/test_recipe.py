@@ -13,7 +13,7 @@ import pytest
 
 from regate_ds.data.reference_store import ReferenceStore
 from tests.distributed.ranks import run_ranks
-from tests.integration.recipe_checks import check_recipe
+from tests.integration.recipe_checks import check_online_alone, check_recipe
 from tests.integration.small_task import make_task
 
 
@@ -34,6 +34,10 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_repeats_resumes_and_can_be_switched_off(task: Path):
     run_ranks(check_recipe, 2, str(task))
+
+
+def test_a_teacher_inside_the_job_of_one_rank(task: Path):
+    run_ranks(check_online_alone, 1, str(task))
 
 
 def test_train_eval_and_compare_work_from_the_command_line(task: Path):

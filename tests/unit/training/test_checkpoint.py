@@ -1,3 +1,4 @@
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from regate_ds.training.checkpoint import (
     save_checkpoint,
 )
 from regate_ds.training.process import Process
+from tests.unit.data.power import Disk, PowerFailure, copy_of
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -162,3 +164,32 @@ def test_a_run_goes_on_with_its_own_data_only():
     DONE.require("ab")
     with pytest.raises(ValueError, match="is of data with fingerprint ab, this job's has cd"):
         DONE.require("cd")
+
+
+def test_the_newest_checkpoint_is_whole_after_a_power_failure_at_any_step(
+    tmp_path, alone, monkeypatch
+):
+    def save(folder, tag, **_):
+        (Path(folder) / tag).mkdir(parents=True)
+        (Path(folder) / tag / "engine.pt").write_bytes(tag.encode() * 100)
+
+    alone.save_checkpoint = save
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run", DONE, alone, REGATE, ALONE)
+    found, step = set(), 0
+    while "step-000006" not in found or step < 8:
+        root = copy_of(tmp_path / "run", tmp_path / f"{step}")
+        with monkeypatch.context() as patch, suppress(PowerFailure):
+            disk = Disk(root, patch, fail_at=step)
+            save_checkpoint(root, replace(DONE, step=6), alone, REGATE, ALONE)
+        for keeps_names in (False, True):
+            place = tmp_path / f"{step} {keeps_names}"
+            left = disk.after_power_failure(place, keeps_names=keeps_names)
+            tag = latest(left)
+            assert tag is not None
+            assert (left / tag / "engine.pt").read_bytes() == tag.encode() * 100
+            assert (left / tag / COMPLETE).is_file()
+            torch.load(left / tag / "random-0.pt")
+            found.add(tag)
+        step += 1
+    assert found == {"step-000005", "step-000006"}

@@ -50,3 +50,11 @@ def test_a_signal_reaches_the_ranks_as_a_request_and_passes_by_the_launchers(
     assert launcher.main(["2", "train", "run.yaml"]) == 75
     sender.join()
     assert capfd.readouterr().err.endswith("exit code 75\n")
+
+
+def test_a_killed_rank_that_said_nothing_is_not_silent(capsys):
+    launcher.report(137, "")
+    launcher.report(137, "regate train: disk full")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("exit code 137: a rank was killed: by hand, by the system")
+    assert lines[1] == "exit code 137: regate train: disk full"

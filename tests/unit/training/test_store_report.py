@@ -32,14 +32,15 @@ def test_info_counts_and_shows_every_loss_in_the_histogram(store: Path, capsys):
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
-def test_verify_finds_a_flipped_byte(store: Path, capsys):
+@pytest.mark.parametrize("ask", [["verify"], ["info", "--verify", "full"]], ids=str)
+def test_a_flipped_byte_is_found(store: Path, capsys, ask: list[str]):
     assert cli.main(["store", "verify", str(store)]) == 0
     assert "all as written" in capsys.readouterr().out
     path = shard_path(store, 0)
     content = bytearray(path.read_bytes())
     content[3] ^= 1
     path.write_bytes(content)
-    assert cli.main(["store", "verify", str(store)]) == 1
+    assert cli.main(["store", *ask, str(store)]) == 1
     assert f"{path} is damaged" in capsys.readouterr().err
 
 

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""Run a pretrain script of Megatron-LM with elision, and with its own arguments.
+
+    torchrun ... launch/pretrain_wrapper.py --regate-config FILE pretrain_gpt.py --num-layers 32 ...
+
+FILE (YAML) holds the keys of HostSettings in regate_ds/adapters/megatron/hosted.py;
+docs/megatron_lm.md has an example. The script is not changed and sees none of this.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from regate_ds.adapters.megatron.hosted import HostSettings
+from regate_ds.adapters.megatron.megatron_lm import installed
+from regate_ds.training.section_reader import read_section
+from regate_ds.training.yaml_reader import read_yaml
+
+FLAG = "--regate-config"
+USAGE = f"usage: pretrain_wrapper.py {FLAG} FILE SCRIPT [ARGUMENT ...]"
+
+
+def taken_out(arguments: list[str]) -> tuple[str, list[str]]:
+    """The value of our flag, and the script with its own arguments. SystemExit if one is absent."""
+    joined = [n for n, text in enumerate(arguments) if text.startswith(f"{FLAG}=")]
+    apart = [n for n, text in enumerate(arguments) if text == FLAG]
+    if len(joined) + len(apart) != 1:
+        sys.exit(f"{FLAG} is given {len(joined) + len(apart)} times\n{USAGE}")
+    at = (joined + apart)[0]
+    rest = arguments[:at] + arguments[at + (1 if joined else 2) :]
+    value = arguments[at].partition("=")[2] if joined else "".join(arguments[at + 1 : at + 2])
+    if not value or not rest:
+        sys.exit(USAGE)
+    return value, rest
+
+
+def main() -> None:
+    config, command = taken_out(sys.argv[1:])
+    values = read_yaml(Path(config).read_text())
+    settings = read_section(HostSettings, values, where="")
+    script = Path(command[0])
+    if not script.is_file():
+        sys.exit(f"{script} is not there: give the path of the pretrain script")
+    # As python itself would start it.
+    sys.argv = command
+    sys.path[0] = str(script.resolve().parent)
+    with installed(settings):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

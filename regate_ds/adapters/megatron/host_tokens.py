@@ -1,0 +1,135 @@
+"""Megatron's data as the method reads it: numbered samples, and labels of what the decoder sees.
+
+Megatron's data sets shift the labels themselves: ``labels[t]`` is the token at t+1, and counts
+where ``loss_mask[t]`` is above 0.
+
+Shapes: B rows of one sample each, T positions, S tokens before images take their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+
+NUMBER = "regate_number"
+"""Under this name an item says its number in the data set. Megatron's own code passes it over."""
+
+
+class Numbered(Dataset[dict[str, Any]]):
+    """A data set of dicts whose items know their number; all else is the data set's own."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self._dataset[number], NUMBER: int(number)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":
+            # Asked for before it is set, when a copy is made for a worker process.
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """How LLaVAModel makes room for images: each placeholder becomes several positions."""
+
+    placeholder: int
+    """Token id that stands for an image (-200 in Megatron)."""
+
+    num_positions: int
+    """Embeddings of an image."""
+
+
+def read_tokens(
+    item: Mapping[str, Any], dataset: str, *, image: ImageTokens | None = None
+) -> TokenBatch:
+    """One micro-batch of Megatron's loader. What comes after a sample's last target is padding to
+    the method: no loss depends on it.
+
+    ValueError names what is missing.
+    """
+    missing = [name for name in ("labels", "loss_mask", NUMBER) if name not in item]
+    if missing:
+        raise ValueError(
+            f"a batch has no {', '.join(missing)}: wrap the data set in Numbered, or give `tokens`"
+        )
+    if item.get("cu_seqlens") is not None:
+        raise ValueError(
+            "a batch has cu_seqlens: rows hold several samples, whose keys Megatron does not "
+            "carry; give `tokens`, or one sample a row"
+        )
+    labels_BT = item["labels"].long().cpu()
+    labels_BT = labels_BT.masked_fill(item["loss_mask"].cpu() <= 0, IGNORE)
+    if image is not None:
+        labels_BT = with_images(labels_BT, item["tokens"].cpu(), image)
+    is_label_BT = labels_BT != IGNORE
+    # A target to the right of a position, or at it; and the first one, for a row without targets.
+    is_used_BT = is_label_BT.flip(1).cumsum(1).flip(1) > 0
+    is_used_BT[:, 0] = True
+    keys = tuple(((dataset, number),) for number in item[NUMBER].tolist())
+    return TokenBatch(keys, torch.where(is_used_BT, 0, -1), labels_BT)
+
+
+def with_images(labels_BS: Tensor, ids_BS: Tensor, image: ImageTokens) -> Tensor:
+    """Labels [B, T] of the positions that the decoder sees: an image's last one predicts the text
+    behind it, all others of it, and the text before it, predict nothing."""
+    is_image_BS = ids_BS == image.placeholder
+    rows = []
+    for labels_S, is_image_S in zip(labels_BS, is_image_BS, strict=True):
+        # The last position of an image has the label that the placeholder had.
+        end_S = torch.where(is_image_S, image.num_positions, 1).cumsum(0) - 1
+        labels_T = labels_S.new_full((int(end_S[-1]) + 1,), IGNORE)
+        labels_T[end_S] = labels_S
+        labels_T[end_S[_shifted_left(is_image_S)]] = IGNORE
+        rows.append(labels_T)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+
+
+class TeacherItems(Dataset[dict[str, Any]]):
+    """The same samples as the teacher's job reads them, in the words of Hugging Face.
+
+    Give ``Keyed(TeacherItems(dataset), name)`` and ``teacher_batch`` to ``score_dataset``.
+    """
+
+    def __init__(self, dataset: Any, image: ImageTokens | None = None) -> None:
+        self._dataset, self._image = dataset, image
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        item = self._dataset[number]
+        ids_S, labels_S = (torch.as_tensor(item[name]).long() for name in ("tokens", "labels"))
+        labels_S = labels_S.masked_fill(torch.as_tensor(item["loss_mask"]) <= 0, IGNORE)
+        if self._image is not None:
+            is_image_S = ids_S == self._image.placeholder
+            labels_S = labels_S.masked_fill(_shifted_left(is_image_S), IGNORE)
+        targets = (labels_S != IGNORE).nonzero().squeeze(1)
+        num_used = int(targets[-1]) + 1 if len(targets) else 1
+        # Unshifted again, with the token that the last target is.
+        labels = torch.nn.functional.pad(labels_S[:num_used], (1, 0), value=IGNORE)
+        last = labels[-1:].clamp(min=0)
+        return {"input_ids": torch.cat([ids_S[:num_used], last]), "labels": labels}
+
+
+def teacher_batch(items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Collate for the teacher's job, which reads sample by sample."""
+    (item,) = items
+    return {name: value[None] for name, value in item.items() if isinstance(value, Tensor)}
+
+
+def _shifted_left(is_image_S: Tensor) -> Tensor:
+    """True at the position before one that is."""
+    return torch.nn.functional.pad(is_image_S[1:], (0, 1))

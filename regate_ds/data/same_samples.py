@@ -1,0 +1,54 @@
+"""Values of a store belong to samples as they were: refuse those that read differently now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from regate_ds.algorithm.batch import SampleKey, TokenBatch
+from regate_ds.data.answer_index import AnswerIndex, hash_labels
+
+_WAYS_OUT = (
+    "compute the store again for this data, or, where augmentation changes it, let the teacher run "
+    "online (teacher.mode=online; Teacher.online() in a loop of your own)"
+)
+
+
+def require_as_indexed(window: Sequence[TokenBatch], index: AnswerIndex) -> None:
+    """``ValueError`` names a sample with other answer tokens, or another number of positions.
+
+    Padding that no attention mask marks counts as positions: a sample that reaches to the end of
+    its row may be longer than the index says.
+    """
+    for batch in window:
+        rows = index.rows(batch.flat_keys)
+        known = zip(
+            index.num_labels[rows].tolist(),
+            index.label_hashes[rows].tolist(),
+            index.num_positions[rows].tolist(),
+        )
+        for (key, labels_N, num_positions, at_end), (num_known, hash_known, length) in zip(
+            samples_of(batch), known, strict=True
+        ):
+            if len(labels_N) != num_known:
+                fault = f"{len(labels_N)} answer tokens here, but {num_known}"
+            elif hash_labels(labels_N) != hash_known:
+                fault = f"other answer tokens here than its {num_known}"
+            elif num_positions < length or (num_positions > length and not at_end):
+                fault = f"{num_positions} positions here, image tokens included, but {length}"
+            else:
+                continue
+            raise ValueError(
+                f"sample {key[0]!r} record {key[1]} has {fault} in the reference store; {_WAYS_OUT}"
+            )
+
+
+def samples_of(batch: TokenBatch) -> Iterator[tuple[SampleKey, Tensor, int, bool]]:
+    """Each sample's key, label ids, number of positions, and whether it reaches its row's end."""
+    keys = batch.flat_keys
+    labels = batch.labels_BT[batch.is_label_BT].split(batch.num_labels_per_sample)
+    last_B = batch.sample_BT[:, -1].tolist()
+    counts = batch.sample_BT[batch.sample_BT >= 0].bincount(minlength=len(keys)).tolist()
+    for number, (key, labels_N, count) in enumerate(zip(keys, labels, counts, strict=True)):
+        yield key, labels_N, count, number in last_B

@@ -1,0 +1,178 @@
+"""Difficulty of samples that no index knows beforehand: streams, and augmented data.
+
+A sample is remembered by its key, and with it a hash over its answer tokens: one that comes back
+with other answers begins at 0 again. The values are spread over the data ranks by a hash of the
+key, so that a sample may come to any rank. What is remembered grows with the samples seen.
+
+Shapes: N label positions of the samples that a call names, R samples, in rows of (hash of the key,
+hash of the labels, number of labels).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import SampleKey, TokenBatch
+from regate_ds.data.answer_index import hash_labels, spans
+from regate_ds.data.atomic_file import write_atomically
+from regate_ds.data.difficulty_store import find_sidecars, read_sidecar, require_one_moment
+from regate_ds.data.same_samples import samples_of
+from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
+from regate_ds.parallel.sync import exchange, exchange_counts
+
+FORMAT = 1
+"""Version of the sidecar files."""
+
+STEM = "stream-difficulty"
+"""What their names begin with."""
+
+
+class StreamDifficulty:
+    """Difficulty of every label position of the samples seen, 0 before the first write.
+
+    With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore``.
+    """
+
+    def __init__(
+        self, group: ProcessGroup | None = None, *, device: torch.device | str = "cpu"
+    ) -> None:
+        """``device``: where the group's backend wants its tensors. Values stay on the CPU."""
+        self._rank, self._size = rank_in(group), size_of(group)
+        self._group = group if self._size > 1 else None
+        self._device = device
+        self._known: dict[int, tuple[int, Tensor]] = {}
+        self._admitted: dict[SampleKey, tuple[int, int, int]] = {}
+        self._num_writes = 0
+
+    @property
+    def num_ranks(self) -> int:
+        """Data ranks that the values are spread over, and so the number of sidecar files."""
+        return self._size
+
+    @property
+    def num_writes(self) -> int:
+        """How often it was written to: tells the moments of two saves apart."""
+        return self._num_writes
+
+    def admit(self, window: Sequence[TokenBatch]) -> None:
+        """Hear of the samples that ``read`` and ``write`` will name, until the next window.
+
+        ValueError if a key comes twice with different answers: nothing could tell them apart.
+        """
+        self._admitted = {}
+        for batch in window:
+            for key, labels_N, _, _ in samples_of(batch):
+                row = _hash_key(key), hash_labels(labels_N), len(labels_N)
+                if self._admitted.setdefault(key, row) != row:
+                    raise ValueError(
+                        f"sample {key[0]!r} record {key[1]} comes twice in one step with different "
+                        "answer tokens; give each form of a sample a key of its own"
+                    )
+
+    def read(self, keys: Sequence[SampleKey]) -> Tensor:
+        """fp32 [N] on the CPU: all label positions of these samples, in the given order."""
+        rows_R3 = self._rows(keys)
+        order_R, num_sent = self._by_owner(rows_R3)
+        asked_R3, num_received = self._send(rows_R3[order_R], num_sent)
+        answer_N = torch.cat([torch.empty(0), *(self._value(*row) for row in asked_R3.tolist())])
+        lengths_R = rows_R3[:, 2]
+        sorted_N = exchange(
+            answer_N,
+            _sums(asked_R3[:, 2], num_received),
+            _sums(lengths_R[order_R], num_sent),
+            self._group,
+            self._device,
+        )
+        starts_R = torch.empty_like(lengths_R)
+        starts_R[order_R] = lengths_R[order_R].cumsum(0) - lengths_R[order_R]
+        return sorted_N[spans(starts_R, lengths_R)]
+
+    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
+        """Replace the difficulty of these samples; the last in (rank, order) wins."""
+        rows_R3 = self._rows(keys)
+        order_R, num_sent = self._by_owner(rows_R3)
+        lengths_R = rows_R3[:, 2]
+        starts_R = lengths_R.cumsum(0) - lengths_R
+        sorted_N = values_N.detach().to("cpu", torch.float32)[
+            spans(starts_R[order_R], lengths_R[order_R])
+        ]
+        owned_R3, num_received = self._send(rows_R3[order_R], num_sent)
+        num_values = _sums(lengths_R[order_R], num_sent)
+        num_owned = _sums(owned_R3[:, 2], num_received)
+        owned_N = exchange(sorted_N, num_values, num_owned, self._group, self._device)
+        parts = owned_N.split(owned_R3[:, 2].tolist())
+        for (key, labels, _), part_N in zip(owned_R3.tolist(), parts, strict=True):
+            self._known[key] = labels, part_N.clone()
+        self._num_writes += 1
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's sidecar file, atomically. Every data rank calls it."""
+        keys = sorted(self._known)
+        labels = [self._known[key][0] for key in keys]
+        values = [self._known[key][1] for key in keys]
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            format=np.int64(FORMAT),
+            num_writes=np.int64(self._num_writes),
+            keys=np.array(keys, dtype=np.int64),
+            labels=np.array(labels, dtype=np.int64),
+            num_labels=np.array([len(x) for x in values], dtype=np.int64),
+            values=torch.cat([torch.empty(0), *values]).numpy(),
+        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{STEM}-{self._rank}-of-{self._size}.npz"
+        write_atomically(folder / name, buffer.getvalue())
+
+    def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
+        """Take over what any number of ranks saved; this store is unchanged if it fails."""
+        known: dict[int, tuple[int, Tensor]] = {}
+        moments: dict[str, int] = {}
+        for path in find_sidecars(Path(folder), num_ranks, stem=STEM):
+            saved = read_sidecar(path, FORMAT)
+            moments[path.name] = int(saved["num_writes"])
+            values = torch.from_numpy(saved["values"]).split(saved["num_labels"].tolist())
+            for key, labels, value in zip(saved["keys"].tolist(), saved["labels"].tolist(), values):
+                if key % self._size == self._rank:
+                    known[key] = labels, value.clone()
+        self._known, self._num_writes = known, require_one_moment(moments, folder)
+
+    def _rows(self, keys: Sequence[SampleKey]) -> Tensor:
+        """int64 [R, 3]: as ``admit`` has heard of them."""
+        rows = [self._admitted[key] for key in keys]
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+
+    def _value(self, key: int, labels: int, num_labels: int) -> Tensor:
+        known_labels, value = self._known.get(key, (None, None))
+        return torch.zeros(num_labels) if value is None or known_labels != labels else value
+
+    def _by_owner(self, rows_R3: Tensor) -> tuple[Tensor, list[int]]:
+        """An order of the rows by owner, and the number of rows for each owner."""
+        owner_R = rows_R3[:, 0] % self._size
+        return owner_R.argsort(stable=True), owner_R.bincount(minlength=self._size).tolist()
+
+    def _send(self, rows_R3: Tensor, num_sent: list[int]) -> tuple[Tensor, list[int]]:
+        """Send rows to the ranks; return the rows that came, by rank, and how many from each."""
+        num_received = exchange_counts(num_sent, self._group, self._device)
+        sent, received = ([3 * n for n in counts] for counts in (num_sent, num_received))
+        flat = exchange(rows_R3.flatten(), sent, received, self._group, self._device)
+        return flat.view(-1, 3), num_received
+
+
+def _sums(lengths_R: Tensor, num_rows: list[int]) -> list[int]:
+    return [int(part.sum()) for part in lengths_R.split(num_rows)]
+
+
+def _hash_key(key: SampleKey) -> int:
+    """63 bits, not negative."""
+    name, number = key
+    digest = hashlib.blake2b(f"{number} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

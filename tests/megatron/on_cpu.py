@@ -1,0 +1,47 @@
+"""Run a script of Megatron-LM's kind on CPUs: python -m tests.megatron.on_cpu SCRIPT [ARGUMENT ...]
+
+Adds to the shim what ``megatron.training`` asks of CUDA. Tests only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.megatron import shim
+
+
+def install() -> None:
+    shim.install()
+    # One device, so that Megatron makes its groups; its name is never used.
+    torch.cuda.device_count = lambda: 1
+    device = SimpleNamespace(name="cpu", major=9, minor=0, total_memory=1 << 30)
+    torch.cuda.get_device_properties = lambda *_: device  # type: ignore[assignment]
+    torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+    if importlib.util.find_spec("megatron.training") is None:
+        return
+    from megatron.training import initialize, training
+
+    # The wheel has them compiled, and no makefile.
+    initialize._compile_dependencies = lambda: None
+    training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+if __name__ == "__main__":
+    install()
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
