@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as mpu
+from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import attach
+from regate_ds.adapters.megatron.host_tokens import ImageTokens, with_images
+from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.parallel import routes
 from tests.megatron.build import build, fill, gpt, host_config, join, wrapped
-from tests.megatron.cases import Case, items
+from tests.megatron.cases import HIDDEN, Case, items
 from tests.megatron.checks import dismantle, forward_step, reference_of, run_chunks
 from tests.megatron.llava import ImageItem
 
@@ -147,6 +150,40 @@ def check_frozen(case: Case) -> None:
         every = gradients(chunks)
         found.append({name: value for name, value in every.items() if "embedding" not in name})
     require_equal(*found)
+    dismantle(chunks)
+
+
+def check_image_labels(case: Case) -> None:
+    """Two images in one row, one or none in others, cut or not, against what LLaVAModel makes."""
+    join(case)
+    chunks = build(case)
+    model: Any = chunks[0].module
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 50, (3, 12), generator=generator)
+    ids[0, 0] = ids[0, 7] = ids[1, 11] = DEFAULT_IMAGE_TOKEN_INDEX
+    labels = torch.randint(1, 50, (3, 12), generator=generator)
+    mask = (torch.rand(3, 12, generator=generator) < 0.7).float()
+    size = model.img_seq_len
+    image = ImageTokens(placeholder=DEFAULT_IMAGE_TOKEN_INDEX, num_positions=size)
+    for length in (15, case.length):
+        model._language_max_sequence_length = length
+        for pads in (False, True):
+            model._language_is_pipeline_parallel = pads
+            _, found, found_mask = model._preprocess_data(
+                torch.zeros(size, 3, HIDDEN),
+                torch.zeros(3, 12, HIDDEN),
+                ids,
+                mask,
+                labels,
+                False,
+                None,
+                DEFAULT_IMAGE_TOKEN_INDEX,
+                torch.ones(3, dtype=torch.int),
+            )
+            wanted = found.masked_fill(found_mask <= 0, IGNORE)
+            own = labels.masked_fill(mask <= 0, IGNORE)
+            mine = with_images(own, ids, replace(image, max_length=length, pads=pads))
+            assert torch.equal(mine, wanted), f"length {length}, pads {pads}"
     dismantle(chunks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +28,9 @@ from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.host_batch import HostCollate, Keyed
+from tests.megatron import host_checks
+from tests.megatron.cases import Case
+from tests.megatron.pool import Pool
 from tests.megatron.pretrain_script import LENGTH, Samples
 
 ROOT = Path(__file__).parents[2]
@@ -144,18 +148,26 @@ def test_what_a_batch_lacks_is_named():
         read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])}, "train")
 
 
-def test_images_take_the_places_that_llava_gives_them():
-    # Text 1 2, an image, text 3 4: the image's last position predicts 3.
+@pytest.mark.parametrize(
+    ("max_length", "pads", "expected"),
+    [(None, False, [2, -9, -9, -9, -9, 4, 9]), (5, False, [2, -9, -9, -9, -9])]
+    + [(9, False, [2, -9, -9, -9, -9, 4, 9]), (9, True, [2, -9, -9, -9, -9, 4, 9, -9, -9])],
+)
+def test_images_take_the_places_that_llava_gives_them(max_length, pads, expected):
+    # Text 1 2, an image of three, text 3 4: neither the image nor the 2 before it has a target.
     ids = torch.tensor([[1, 2, IMAGE.placeholder, 3, 4]])
     labels = torch.tensor([[2, IMAGE.placeholder, 3, 4, 9]])
-    batch = {
-        "tokens": ids,
-        "labels": labels,
-        "loss_mask": torch.ones(1, 5),
-        NUMBER: torch.tensor([0]),
-    }
-    found = read_tokens(batch, "train", image=IMAGE).labels_BT
-    assert found.tolist() == [[2, IGNORE, IGNORE, IGNORE, 3, 4, 9]]
+    batch = {"tokens": ids, "labels": labels, "loss_mask": torch.ones(1, 5)}
+    batch[NUMBER] = torch.tensor([0])
+    image = replace(IMAGE, max_length=max_length, pads=pads)
+    found = read_tokens(batch, "train", image=image).labels_BT
+    # Text at its own places: 1, 2, then three of the image, then 3 and 4.
+    assert found.tolist() == [[IGNORE if label == -9 else label for label in expected]]
+
+
+@pytest.mark.slow
+def test_labels_around_images_are_llavas_own(pool: Pool):
+    pool.run(1, host_checks.check_image_labels, Case(model="llava"))
 
 
 @pytest.mark.parametrize("image", [None, IMAGE])

@@ -51,6 +51,16 @@ class ImageTokens:
     num_positions: int
     """Embeddings of an image."""
 
+    max_length: int | None = None
+    """The model's language_max_sequence_length, at which rows are cut."""
+
+    pads: bool = False
+    """Rows are padded to max_length: what LLaVAModel does with pipeline parallelism."""
+
+    def __post_init__(self) -> None:
+        if self.pads and self.max_length is None:
+            raise ValueError("pads=True: give max_length, to which rows are padded")
+
 
 def read_tokens(
     item: Mapping[str, Any], dataset: str, *, image: ImageTokens | None = None
@@ -83,18 +93,16 @@ def read_tokens(
 
 
 def with_images(labels_BS: Tensor, ids_BS: Tensor, image: ImageTokens) -> Tensor:
-    """Labels [B, T] of the positions that the decoder sees: an image's last one predicts the text
-    behind it, all others of it, and the text before it, predict nothing."""
+    """Labels [B, T] of the positions that the decoder sees. As in LLaVAModel, an image and the text
+    before it predict nothing."""
     is_image_BS = ids_BS == image.placeholder
-    rows = []
-    for labels_S, is_image_S in zip(labels_BS, is_image_BS, strict=True):
-        # The last position of an image has the label that the placeholder had.
-        end_S = torch.where(is_image_S, image.num_positions, 1).cumsum(0) - 1
-        labels_T = labels_S.new_full((int(end_S[-1]) + 1,), IGNORE)
-        labels_T[end_S] = labels_S
-        labels_T[end_S[_shifted_left(is_image_S)]] = IGNORE
-        rows.append(labels_T)
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE)
+    length_BS = torch.where(is_image_BS, image.num_positions, 1)
+    longest = int(length_BS.sum(1).max())
+    cut = longest if image.max_length is None else image.max_length
+    labels_BT = labels_BS.new_full((len(labels_BS), max(cut, longest)), IGNORE)
+    silent_BS = is_image_BS | _shifted_left(is_image_BS)
+    labels_BT.scatter_(1, length_BS.cumsum(1) - 1, labels_BS.masked_fill(silent_BS, IGNORE))
+    return labels_BT[:, : cut if image.pads else min(cut, longest)]
 
 
 class TeacherItems(Dataset[dict[str, Any]]):
@@ -115,7 +123,7 @@ class TeacherItems(Dataset[dict[str, Any]]):
         labels_S = labels_S.masked_fill(torch.as_tensor(item["loss_mask"]) <= 0, IGNORE)
         if self._image is not None:
             is_image_S = ids_S == self._image.placeholder
-            labels_S = labels_S.masked_fill(_shifted_left(is_image_S), IGNORE)
+            labels_S = labels_S.masked_fill(is_image_S | _shifted_left(is_image_S), IGNORE)
         targets = (labels_S != IGNORE).nonzero().squeeze(1)
         num_used = int(targets[-1]) + 1 if len(targets) else 1
         # Unshifted again, with the token that the last target is.
@@ -130,6 +138,6 @@ def teacher_batch(items: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {name: value[None] for name, value in item.items() if isinstance(value, Tensor)}
 
 
-def _shifted_left(is_image_S: Tensor) -> Tensor:
-    """True at the position before one that is."""
-    return torch.nn.functional.pad(is_image_S[1:], (0, 1))
+def _shifted_left(is_image: Tensor) -> Tensor:
+    """True at the position before one that is, in the last dim."""
+    return torch.nn.functional.pad(is_image[..., 1:], (0, 1))
