@@ -142,6 +142,12 @@ class DeepSpeedRegate:
             self._online.prepare(micro)
         return micro
 
+    def window(self, micro: list[Any], engine: Any) -> Window:
+        """Plan one step's micro-batches, for loops that take them from the loader. Collective."""
+        self._bind(engine)
+        self._next(iter([micro]))
+        return self._window(micro, engine)
+
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
         """What ``engine.backward`` takes: averaged over micro-batches and data ranks, as the engine
         does, it is the mean over all targets of the step. One micro-batch's says little by itself.

@@ -7,6 +7,7 @@ gone on with or added to is in store_plan.py.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class ReferenceWriter:
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there, by name: what is there is whole."""
-        numbers = range(len(self.shards))
-        return [number for number in numbers if not shard_path(self.path, number).exists()]
+        names, numbers = set(os.listdir(self.path)), range(len(self.shards))
+        return [number for number in numbers if shard_path(self.path, number).name not in names]
 
     def check(self, number: int) -> str:
         """Compare every byte of a shard with its checksum, and return that.

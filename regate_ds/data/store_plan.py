@@ -11,6 +11,9 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +52,7 @@ def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
     if found is None:
         return False
     _require_own(path, found, index, teacher_id)
-    there = all(file.exists() for file in files_of(path, found))
+    there = _names_in(path).issuperset(file.name for file in files_of(path, found))
     own = found.fingerprint == index.fingerprint
     return own and found.is_finished and there and not leftovers(path, found)
 
@@ -82,6 +85,31 @@ def begin_store(
     rows_S = torch.tensor([*old_rows.tolist(), *(row for rows in planned for row in rows)])
     new = [_shard(rows, index, teacher_id, tokens_per_batch) for rows in planned]
     _write_plan(path / name, index, teacher_id, rows_S, (*shards, *new))
+
+
+def await_store(path: Path, seconds: float = 60.0) -> None:
+    """Until this process sees the store that another one has made ready.
+
+    A network file system shows a new file to another machine only after a while. RuntimeError if
+    it never does.
+    """
+    deadline = time.monotonic() + seconds
+    # Listing a folder makes such a file system look again; asking for a name may not.
+    while MANIFEST_NAME not in _names_in(path):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"teacher.store={path} was made ready by the first rank, but "
+                f"{socket.gethostname()} does not see it; name a folder that all machines share"
+            )
+        time.sleep(0.1)
+
+
+def _names_in(path: Path) -> set[str]:
+    try:
+        os.listdir(path.absolute().parent)
+        return set(os.listdir(path))
+    except FileNotFoundError:
+        return set()
 
 
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:

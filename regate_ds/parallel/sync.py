@@ -162,12 +162,14 @@ def sum_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
 def broadcast_text(
     text: str, group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> str:
-    """The group's first rank's text, of at most 256 bytes of UTF-8, for every rank of the group."""
+    """The group's first rank's text for every rank of the group."""
     if group is None:
         return text
-    content = torch.zeros(256, dtype=torch.uint8)
     encoded = text.encode()
-    content[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    content = content.to(device)
+    size = torch.tensor(len(encoded), device=device)
+    dist.broadcast(size, group_src=0, group=group)
+    content = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if dist.get_rank(group) == 0:
+        content = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
     dist.broadcast(content, group_src=0, group=group)
-    return bytes(content.tolist()).rstrip(b"\0").decode()
+    return bytes(content.tolist()).decode()

@@ -9,6 +9,7 @@ One line of JSON each way: ``[rank, text]``, with ``null`` as the text of a rank
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import selectors
@@ -54,14 +55,14 @@ class Watch:
     def __init__(
         self,
         rank: int,
-        address: str,
+        addresses: Sequence[str],
         exchange: Exchange,
         notify: Callable[[Failure], None],
     ) -> None:
         """Every rank makes one at the same time.
 
-        address: of the first rank's machine. notify: called once, from a thread, when another rank
-        has failed; not if this one has failed or closed before.
+        addresses: of the first rank's machine, to be tried in turn. notify: called once, from a
+        thread, when another rank has failed; not if this one has failed or closed before.
         """
         self._rank, self._notify = rank, notify
         self._first: Failure | None = None
@@ -75,9 +76,7 @@ class Watch:
             hub = _Hub(listener, inside, token)
             threading.Thread(target=hub.run, daemon=True).start()
         else:
-            self._peer = socket.create_connection((address, port), timeout=60)
-            self._peer.settimeout(None)
-            _probe(self._peer)
+            self._peer = _connect(addresses, port)
         _send(self._peer, rank, str(token))
         exchange([0])  # All are connected.
         threading.Thread(target=self._listen, daemon=True).start()
@@ -205,6 +204,19 @@ class _Lines:
         except ValueError:
             return None
         return rank, text
+
+
+def _connect(addresses: Sequence[str], port: int) -> socket.socket:
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection((address, port), timeout=20)
+            connection.settimeout(None)
+            _probe(connection)
+            return connection
+    raise RuntimeError(
+        f"the first rank cannot be reached at {' or '.join(addresses)}, port {port}; set "
+        "MASTER_ADDR to an address of its machine, and let ranks reach each other at any port"
+    )
 
 
 def _send(connection: socket.socket, rank: int, text: str | None) -> bool:

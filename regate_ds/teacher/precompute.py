@@ -22,9 +22,9 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_writer import ReferenceWriter
-from regate_ds.data.store_plan import begin_store, is_complete
+from regate_ds.data.store_plan import await_store, begin_store, is_complete
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import broadcast_text, sum_over
 from regate_ds.teacher.batch_plan import (
     Batch,
     cut_batches,
@@ -109,8 +109,10 @@ def precompute(
     (num_done,) = sum_over([int(job.is_complete)], group, device)
     if num_done < size_of(group):
         _on_first(job.begin, group, device)
+    await_store(job.store)
     writer = ReferenceWriter(job.store, job.index)
-    missing = writer.missing()
+    # What the first rank sees: on a network file system the others may see less.
+    missing = [int(n) for n in broadcast_text(_list(writer.missing()), group, device).split()]
     _check_part(writer, missing, group)
     sum_over([0], group, device)  # All ranks have looked before one of them writes.
     if num_done == size_of(group):
@@ -128,17 +130,21 @@ def _on_first(
     action: Callable[[], None], group: ProcessGroup | None, device: torch.device | str
 ) -> None:
     """What one rank does for all; if it fails there, it fails everywhere."""
-    error = None
+    error, text = None, ""
     if rank_in(group) == 0:
         try:
             action()
         except (ValueError, OSError) as caught:
-            error = caught
-    (failed,) = sum_over([int(error is not None)], group, device)
+            error, text = caught, str(caught) or repr(caught)
+    text = broadcast_text(text, group, device)
     if error is not None:
         raise error
-    if failed:
-        raise RuntimeError("the first rank could not go on; see its error")
+    if text:
+        raise RuntimeError(f"on the first rank: {text}")
+
+
+def _list(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _check_part(writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None) -> None:

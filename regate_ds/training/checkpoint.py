@@ -1,6 +1,6 @@
-"""Checkpoints of a run: the engine's own files, the method's state, random states, and the model.
+"""Checkpoints of a run: the host's own files, the method's state, random states, and the model.
 
-checkpoints/step-000120/          the engine's folder, with regate/ and random-<rank>.pt inside;
+checkpoints/step-000120/          the host's folder, with regate/ and random-<rank>.pt inside;
                                   the file `complete` in it is written last
 checkpoints/latest                names the newest complete one
 model/                            the final student, as a Hugging Face folder
@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed import DeepSpeedRegate
 from regate_ds.data.atomic_file import sync_files, write_atomically
+from regate_ds.training.host import Host
 from regate_ds.training.process import Process
 from regate_ds.training.student import Student
 
@@ -48,18 +48,15 @@ class Done:
             )
 
 
-def save_checkpoint(
-    folder: Path, done: Done, engine: Any, regate: DeepSpeedRegate, process: Process
-) -> None:
+def save_checkpoint(folder: Path, done: Done, host: Host, process: Process) -> None:
     """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
-    tag, state = f"step-{done.step:06d}", asdict(done)
+    tag = f"step-{done.step:06d}"
     if process.is_first and (folder / tag).exists():
         # Of a run that was resumed from an earlier step: its files would mix with ours.
         _delete(folder / tag)
     dist.barrier()
     with _writing(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-        regate.save(folder / tag)
+        host.save(folder / tag, asdict(done))
         torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
     with _writing(folder / tag):
@@ -71,7 +68,7 @@ def save_checkpoint(
         write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process: Process) -> Done:
+def load_checkpoint(folder: Path, host: Host, process: Process) -> Done:
     """Take over the newest checkpoint and return what it has done. Collective.
 
     ValueError if there is none, or none for these ranks. A rank that the saved run did not have
@@ -83,15 +80,13 @@ def load_checkpoint(folder: Path, engine: Any, regate: DeepSpeedRegate, process:
             f"{folder} holds no complete checkpoint; to start anew, delete {folder.parent} or "
             "choose another run.out, and leave run.resume out"
         )
-    _require_same_ranks(folder / tag, engine, process)
+    host.require_ranks(folder / tag, len(list((folder / tag).glob("random-*.pt"))))
     with _reading(folder / tag):
-        path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise FileNotFoundError("it lacks the engine's files")
-        done = Done(client_state["step"], client_state["fingerprint"])
+        state = host.load(folder / tag)
+        done = Done(state["step"], state["fingerprint"])
         random_file = folder / tag / f"random-{process.rank}.pt"
         random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
-    regate.load(folder / tag, engine)
+    host.load_method(folder / tag)
     if random_state is not None:
         _set_random_state(random_state, process)
     return done
@@ -169,16 +164,6 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _require_same_ranks(checkpoint: Path, engine: Any, process: Process) -> None:
-    """ZeRO cuts the optimizer's state by rank."""
-    stage, saved = engine.zero_optimization_stage(), len(list(checkpoint.glob("random-*.pt")))
-    if stage >= 1 and saved != process.world_size:
-        raise ValueError(
-            f"{checkpoint} is of {saved} ranks under ZeRO stage {stage}, this job has "
-            f"{process.world_size}; resume with {saved} ranks"
-        )
-
-
 def save_model(folder: Path, student: Student, model: nn.Module, process: Process) -> None:
     """Write the trained student as a Hugging Face folder, adapters merged. Collective."""
     weights = full_weights(model, process)
@@ -195,15 +180,20 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
 
 def full_weights(model: nn.Module, process: Process) -> dict[str, Tensor]:
     """Every weight on the first rank's CPU, gathered one by one under ZeRO-3. Collective."""
-    import deepspeed
-
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        partitioned = hasattr(parameter, "ds_id")
-        with deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext():
+        with _gathered(parameter):
             if process.is_first:
                 weights[name] = parameter.detach().to("cpu", copy=True)
     return weights
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def merge_lora(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from regate_ds.training.megatron.fits import require_settings
 from regate_ds.training.section_reader import plain_values, read_section
 from regate_ds.training.sections import (
     DataConfig,
@@ -37,13 +38,15 @@ class RunConfig:
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     elision: ElisionConfig = field(default_factory=ElisionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunSection
 
     def __post_init__(self) -> None:
         if self.run.steps is not None:
             self.elision.judge_length(self.run.steps)
+        if self.parallel is not None:
+            require_settings(self)
         if self.run.plan_only and not self.elision.enabled:
             raise ValueError(
                 "run.plan_only=True: with elision.enabled=false nothing is planned; set "

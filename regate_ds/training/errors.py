@@ -10,7 +10,7 @@ from regate_ds.training.ranks import Ranks, discover
 USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 """What a wrong input, a missing file or package, or a broken promise of the host ends in."""
 
-_FIRST_SPEAKS_SECONDS = 5.0
+_FIRST_SPEAKS_SECONDS = 15.0
 """Longer than launchers take to end the other ranks after one has failed."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import broadcast_text, sum_over
 from regate_ds.parallel.watch import DIED, Failure, Watch
 from regate_ds.training.errors import USER_ERRORS, JobFailed, one_line
 from regate_ds.training.preemption import Preempted
@@ -51,7 +52,9 @@ def watched(process: Process, command: str) -> Iterator[None]:
     ended = threading.Event()
     exchange: Any = partial(sum_over, group=process.group, device=process.device)
     notify = partial(_end_with, command=command, process=process, ended=ended)
-    watch = Watch(process.rank, os.environ["MASTER_ADDR"], exchange, notify)
+    # torchrun may meet on another machine than the first rank's.
+    host = broadcast_text(socket.gethostname(), process.group, process.device)
+    watch = Watch(process.rank, [os.environ["MASTER_ADDR"], host], exchange, notify)
     try:
         yield
     except Preempted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -26,6 +27,11 @@ def make_lr_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int
 ) -> LambdaLR:
     """Rise linearly over the warm-up, then follow half a cosine (or stay)."""
+    return LambdaLR(optimizer, lr_share(config, total_steps))
+
+
+def lr_share(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Share of the highest learning rate at each step."""
     warmup = config.warmup_steps
     num_warmup = round(warmup * total_steps) if warmup < 1 else int(warmup)
 
@@ -38,4 +44,4 @@ def make_lr_schedule(
         falling = 0.5 * (1.0 + math.cos(math.pi * progress))
         return config.min_lr_share + (1.0 - config.min_lr_share) * falling
 
-    return LambdaLR(optimizer, share)
+    return share

@@ -22,13 +22,14 @@ from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.order import Order
 from regate_ds.training.process import Process
+from regate_ds.training.sections import ParallelConfig
 from regate_ds.training.task import Task
 from regate_ds.training.trainer import make_order
 
 
 def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
     """Plan every step of one epoch as if it were sparse; figures over all of them."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = data_ranks_of(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
     order = make_order(config, len(task.train_records), process)
@@ -51,6 +52,11 @@ def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
         "expected_share": schedule_of(planner.knobs).expected_share(planner.knobs.keep_share),
         "steps": order.total_steps,
     }
+
+
+def data_ranks_of(parallel: ParallelConfig | None, world_size: int) -> int:
+    """How many of a job's ranks read different samples."""
+    return world_size if parallel is None else world_size // (parallel.tensor * parallel.pipeline)
 
 
 def _require_layers(config: RunConfig, task: Task) -> None:

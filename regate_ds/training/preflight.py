@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.sync import sum_over
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
+from regate_ds.training.megatron.fits import require_packages, require_ranks, require_student
 from regate_ds.training.metrics import RunFolder, leaves
 from regate_ds.training.process import Process
 from regate_ds.training.section_reader import plain_values
+from regate_ds.training.task import make_student
 
 MAY_CHANGE = {
     "run.resume",
@@ -32,7 +35,13 @@ MAY_CHANGE = {
 
 def judge_run(config: RunConfig) -> None:
     """ValueError for what can be known to fail without loading anything."""
-    deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.parallel is None:
+        deepspeed_config(config, world_size)
+    else:
+        require_packages(config.parallel)
+        require_ranks(config.parallel, world_size)
+        _require_student(config)
     if config.run.plan_only:
         return
     if config.scores_online:
@@ -45,6 +54,12 @@ def judge_run(config: RunConfig) -> None:
         require_same_run(config, folder.config)
     if resume == "auto" and not folder.resumes(resume):
         folder.require_unfinished()
+
+
+def _require_student(config: RunConfig) -> None:
+    """Ask the student's configuration, without its weights."""
+    model: Any = make_student(config.model, seed=None).model
+    require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
 
 
 def judge_teacher(config: RunConfig, world_size: int) -> None:

@@ -27,6 +27,8 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    among: dist.ProcessGroup | None = None
+    """The ranks that are counted, where they are not all of the job."""
 
     @property
     def is_first(self) -> bool:
@@ -34,8 +36,10 @@ class Process:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All ranks; None if this is the only one."""
-        return dist.group.WORLD if self.world_size > 1 else None
+        """The ranks that are counted; None if this is the only one."""
+        if self.world_size == 1:
+            return None
+        return self.among or dist.group.WORLD
 
 
 def start_process(local_rank: int | None = None) -> Process:

@@ -203,7 +203,36 @@ class ElisionConfig(RegateConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """No keys yet: data ranks come from the launcher, ZeRO's stage from `run.deepspeed`."""
+    """A run through Megatron-core; what is left of the job's ranks are data ranks."""
+
+    tensor: int = 1
+    """Ranks that share each layer's matrices."""
+
+    pipeline: int = 1
+    """Stages of the decoder, each on ranks of its own."""
+
+    virtual: int = 1
+    """Parts of the decoder on each stage; above 1 the schedule interleaves them."""
+
+    sequence: bool = False
+    """True cuts activations between the matrices over the tensor ranks."""
+
+    distributed_optimizer: bool = False
+    """True cuts the optimizer's state over the data ranks."""
+
+    layout: Literal["constant", "ragged"] = "constant"
+    """Kept tokens in rows of one length, or one after the other (`ragged`; needs Transformer
+    Engine)."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again: nothing, attention, or whole layers."""
+
+    def __post_init__(self) -> None:
+        for key in ("tensor", "pipeline", "virtual"):
+            require(self, key, getattr(self, key) >= 1, "must be at least 1")
+        stages, tensor = self.pipeline > 1, self.tensor > 1
+        require(self, "virtual", self.virtual == 1 or stages, "needs parallel.pipeline above 1")
+        require(self, "sequence", not self.sequence or tensor, "needs parallel.tensor above 1")
 
 
 @dataclass(frozen=True, kw_only=True)

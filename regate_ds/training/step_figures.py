@@ -12,19 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_ds.adapters.deepspeed import DeepSpeedRegate
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.sync import sum_over
+from regate_ds.training.host import Host
 from regate_ds.training.process import Process
 
 
 class StepFigures:
-    """Figures of one optimizer step after the other; collective over the data ranks."""
+    """Figures of one optimizer step after the other; collective over all ranks."""
 
-    def __init__(self, engine: Any, regate: DeepSpeedRegate, process: Process) -> None:
-        self._engine, self._regate, self._process = engine, regate, process
+    def __init__(self, host: Host, process: Process, data: Process) -> None:
+        """data: this process among those that read different samples."""
+        self._host, self._process, self._data = host, process, data
         self._seen: list[TokenBatch] = []
+        self._num_micro = 0
         self.must_stop = False
         """Whether any rank had been asked to end the run when the last loss was averaged."""
         self.lap()
@@ -44,6 +46,7 @@ class StepFigures:
     def mean_loss(self, step: int, losses: list[Tensor], *, is_asked_to_stop: bool) -> float:
         """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
         # Waits for the device, so that the next lap holds the step's own work.
+        self._num_micro = len(losses)
         here = float(torch.stack(losses).sum() / len(losses))
         pair = torch.tensor([here, float(is_asked_to_stop)], dtype=torch.float64)
         loss, share_asked = self._mean(pair).tolist()
@@ -56,7 +59,9 @@ class StepFigures:
         if self._process.world_size > 1:
             everywhere = [None] * self._process.world_size
             dist.all_gather_object(everywhere, found)
-        names = ", ".join(f"{name} record {number}" for name, number in sum(everywhere, []))
+        # Ranks that hold one copy of the model together have read the same samples.
+        found = dict.fromkeys(sum(everywhere, []))
+        names = ", ".join(f"{name} record {number}" for name, number in found)
         raise RuntimeError(
             f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}; "
             "nothing of this step is saved: look at them, or resume from a checkpoint and lower "
@@ -68,30 +73,26 @@ class StepFigures:
         (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
         counts = self._counts()
         # An online teacher has read on into the next step.
-        del self._seen[: self._engine.gradient_accumulation_steps()]
+        del self._seen[: self._num_micro]
         return {
             "step": step,
             "loss": loss_mean,
             **counts,
             "step_seconds": seconds,
             "cpu_seconds": cpu_mean * self._process.world_size,
-            "grad_norm": self._grad_norm(),
+            "grad_norm": self._host.grad_norm(),
         }
-
-    def _grad_norm(self) -> float | None:
-        """Before clipping; None where the engine does not tell: deepspeed 0.19.8 without ZeRO."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
 
     def _counts(self) -> dict[str, Any]:
         """Counts of the step over all data ranks; the host's own run keeps all it has."""
-        if self._regate.plan is not None:
-            return {k: v for k, v in self._regate.metrics().items() if k != "step"}
+        counts = self._host.counts()
+        if counts is not None:
+            return {k: v for k, v in counts.items() if k != "step"}
         tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
         padded = sum(batch.segment_BT.numel() for batch in self._seen) - tokens
         labels = sum(int(batch.is_label_BT.sum()) for batch in self._seen)
-        process = self._process
-        tokens, labels, padded = sum_over([tokens, labels, padded], process.group, process.device)
+        data = self._data
+        tokens, labels, padded = sum_over([tokens, labels, padded], data.group, data.device)
         return {
             "dense": True,
             "tokens_total": tokens,
@@ -103,8 +104,8 @@ class StepFigures:
         }
 
     def _mean(self, value: Tensor) -> Tensor:
-        """Mean over data ranks, as the engine averages their gradients."""
-        value = value.to(self._engine.device)
+        """Mean over ranks, and so over data ranks: as many ranks belong to each of them."""
+        value = value.to(self._process.device)
         if self._process.world_size > 1:
             dist.all_reduce(value)
         return value / self._process.world_size

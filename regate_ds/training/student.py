@@ -61,6 +61,13 @@ class Student:
         """The token that stands at each image position."""
         return str(self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id))
 
+    @property
+    def pad_id(self) -> int:
+        """Right padding is never seen, so any id will do where the tokenizer has no pad."""
+        tokenizer: Any = self.tokenizer
+        pad_id = tokenizer.pad_token_id
+        return tokenizer.eos_token_id if pad_id is None else pad_id
+
 
 def build_llava(
     tokenizer: PreTrainedTokenizerFast,

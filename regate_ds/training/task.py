@@ -86,9 +86,8 @@ def build_task(config: RunConfig, *, weights: bool = True) -> Task:
     )
     train, bad, index = _read(data.train, data.name, data, encoder)
     test, bad_test, _ = _read(data.test, "test", data, encoder) if data.test else ([], [], None)
-    pad_id = student.tokenizer.pad_token_id
     collator = Collator(
-        pad_id=student.tokenizer.eos_token_id if pad_id is None else pad_id,
+        pad_id=student.pad_id,
         vision=student.vision,
         pack_length=data.pack_length,
     )

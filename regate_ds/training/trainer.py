@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.data import DataLoader
 
-from regate_ds.adapters.deepspeed import Window, attach
 from regate_ds.data.collate import Batch
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
@@ -23,17 +22,16 @@ from regate_ds.training.checkpoint import (
     save_model,
 )
 from regate_ds.training.configuration import RunConfig, dump_config
-from regate_ds.training.deepspeed_json import deepspeed_config
 from regate_ds.training.evaluate import HeldOut, evaluate
+from regate_ds.training.host import Setup, data_ranks, make_host
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.online_teacher import open_online
-from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.order import Order
 from regate_ds.training.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.training.preflight import describe_run, require_one_data_set
 from regate_ds.training.process import Process
 from regate_ds.training.step_figures import StepFigures, peak_memory
-from regate_ds.training.task import HostLabels, Task, trainable
+from regate_ds.training.task import HostLabels, Task
 
 
 class Trainer:
@@ -41,16 +39,25 @@ class Trainer:
 
     def __init__(self, config: RunConfig, task: Task, process: Process) -> None:
         self.config, self.task, self.process = config, task, process
+        self.data = data_ranks(config, process)
         require_one_data_set(task.index.fingerprint, process)
-        self.order = make_order(config, len(task.train_records), process)
+        self.order = make_order(config, len(task.train_records), self.data)
         config.elision.judge_length(self.order.total_steps)
         self.knobs = config.elision.knobs(self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self.reference = self._open_reference()
-        self.model = trainable(task.student, config.model, seed=config.run.seed)
-        self.regate = attach(self.model, self.knobs, reference=self.reference)
-        self.engine = self._make_engine()
-        self._figures = StepFigures(self.engine, self.regate, process)
+        self.host = make_host(
+            Setup(
+                config=config,
+                task=task,
+                process=process,
+                data=self.data,
+                knobs=self.knobs,
+                total_steps=self.order.total_steps,
+                reference=self.reference,
+            )
+        )
+        self._figures = StepFigures(self.host, process, self.data)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
@@ -58,13 +65,13 @@ class Trainer:
             teacher = None if self.reference is None else self.reference.teacher_id
             total = self.order.total_steps
             print(describe_run(self.config, self.knobs, total, teacher), flush=True)
-        torch.manual_seed(self.config.run.seed * 1_000 + self.process.rank)
+        torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
         start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name
         bar = progress(total, desc=name, unit="step", start=start, show=show)
         with bar, listening(self.config.run.grace_seconds) as stop:
-            windows = self.regate.windows(self._loader(start), self.engine)
+            windows = self.host.windows(self._loader(start))
             self._figures.lap()
             for step, window in enumerate(windows, start):
                 row = self._step(step, window, stop)
@@ -95,18 +102,6 @@ class Trainer:
         store.require(self.task.index.fingerprint)
         return store
 
-    def _make_engine(self) -> Any:
-        import deepspeed
-
-        optimizer = make_optimizer(self.model, self.config.optimizer)
-        total = self.order.total_steps
-        return deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            lr_scheduler=make_lr_schedule(optimizer, self.config.optimizer, total),
-            config=deepspeed_config(self.config, self.process.world_size),
-        )[0]
-
     def _loader(self, start: int) -> Iterator[Batch]:
         """This rank's micro-batches from a step on."""
         host_only = not self.knobs.enabled
@@ -121,16 +116,11 @@ class Trainer:
         )
         return self._figures.watch(loader)
 
-    def _step(self, step: int, window: Window, stop: StopRequest) -> dict[str, Any]:
-        losses, lr = [], self.engine.get_lr()[0]
-        for inputs, plan in window:
-            output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
-            loss = self.regate.loss(output, plan)
-            self.engine.backward(loss)
-            self.engine.step()
-            losses.append(loss.detach())
+    def _step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
+        lr = self.host.lr
+        losses = self.host.run_step(window)
         loss_mean = self._figures.mean_loss(step, losses, is_asked_to_stop=stop.is_asked)
-        self.regate.step(applied=self.engine.was_step_applied())
+        self.host.end_step()
         row = {**self._figures.row(step, loss_mean), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
@@ -161,12 +151,12 @@ class Trainer:
     def _save(self, done: int) -> None:
         checkpoints = self.folder.checkpoints
         state = Done(done, self.task.index.fingerprint)
-        save_checkpoint(checkpoints, state, self.engine, self.regate, self.process)
+        save_checkpoint(checkpoints, state, self.host, self.process)
         if self.process.is_first:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
     def _resume(self) -> int:
-        found = load_checkpoint(self.folder.checkpoints, self.engine, self.regate, self.process)
+        found = load_checkpoint(self.folder.checkpoints, self.host, self.process)
         found.require(self.task.index.fingerprint)
         done = found.step
         lacks_eval = False
@@ -182,7 +172,8 @@ class Trainer:
         """Dense evaluation on the held-out samples; its time does not count as training."""
         if not self.task.test_records:
             return {}
-        scores = evaluate(self.engine.module, held_out(self.task, self.config), self.process)
+        with self.host.whole_model() as model:
+            scores = evaluate(model, held_out(self.task, self.config), self.process)
         if self.process.is_first:
             self.folder.append_eval({"step": done, **scores, **self._totals()})
         return scores
@@ -202,7 +193,8 @@ class Trainer:
         total = self.order.total_steps
         if start < total:
             self._save(total)
-        save_model(self.folder.model, self.task.student, self.model, self.process)
+        with self.host.whole_model() as model:
+            save_model(self.folder.model, self.task.student, model, self.process)
         scores = self._evaluate(total)
         peak = peak_memory(self.process)
         if not self.process.is_first:
@@ -231,15 +223,15 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {"loss": f"{row['loss']:.3f}", "dense": row["dense"], **cost}
 
 
-def make_order(config: RunConfig, num_samples: int, process: Process) -> Order:
-    """The run's order of samples, and through it the run's length."""
+def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
+    """A data rank's order of samples, and through it the run's length."""
     run = config.run
     order = Order(
         num_samples=num_samples,
         micro_batch=run.micro_batch,
         accumulation=run.accumulation,
-        rank=process.rank,
-        world_size=process.world_size,
+        rank=data.rank,
+        world_size=data.world_size,
         seed=run.seed,
         total_steps=0,
     )

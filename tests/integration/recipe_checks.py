@@ -115,7 +115,7 @@ class Diverging(Trainer):
     def _after(self, done: int) -> None:
         super()._after(done)
         if done == 2:
-            for parameter in self.model.parameters():
+            for parameter in self.host.model.parameters():
                 parameter.data.fill_(float("nan"))
 
 
@@ -246,7 +246,7 @@ def check_disabled_is_the_plain_loop(root: Path) -> None:
         zero = f"run.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
         out = f"off-{stage}"
         config = config_of(root, out, zero, "elision.enabled=false", "run.steps=5")
-        ours = run(root, out, zero, "elision.enabled=false", "run.steps=5").model
+        ours = run(root, out, zero, "elision.enabled=false", "run.steps=5").host.model
         task = build_task(config)
         model = task.student.model.train()
         optimizer = torch.optim.AdamW(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -32,13 +34,15 @@ VISION = {
 }
 
 
-def make_task(folder: Path, *, num_train: int = 40, num_test: int = 10) -> None:
+def make_task(
+    folder: Path, *, num_train: int = 40, num_test: int = 10, text: Mapping[str, Any] = TEXT
+) -> None:
     """data/, student/ and run.yaml in ``folder``."""
     build_digits(folder / "data", num_train=num_train, num_test=num_test, seed=0)
     records = json.loads((folder / "data" / "train.json").read_text())
     texts = [part["value"] for record in records for part in record["conversations"]]
     tokenizer = train_tokenizer(texts, vocab_size=400)
-    save_student(build_llava(tokenizer, text=TEXT, vision=VISION, seed=0), folder / "student")
+    save_student(build_llava(tokenizer, text=text, vision=VISION, seed=0), folder / "student")
     config = {
         "model": {"path": str(folder / "student")},
         "data": {

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
 
 
 def install() -> None:
     """Once per process, before a megatron-core module is used."""
+    # `with torch.device(...)` knows the factories by what they are at its first use.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -94,6 +95,51 @@ def test_a_loop_of_another_kind_is_refused_by_name(training, monkeypatch):
         pass
 
 
+@pytest.fixture(scope="module")
+def wrapper() -> Any:
+    path = ROOT / "launch" / "pretrain_wrapper.py"
+    spec = importlib.util.spec_from_file_location("pretrain_wrapper", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--regate-config", "c", "s.py", "--lr", "1"], ["s.py", "--lr", "1", "--regate-config=c"]],
+)
+def test_the_flag_is_taken_out_of_the_scripts_arguments(wrapper, arguments: list[str]):
+    assert wrapper.taken_out(arguments) == ("c", ["s.py", "--lr", "1"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["s.py"], ["--regate-config"], ["--regate-config", "c"], ["--regate-config="]]
+)
+def test_a_wrapper_without_flag_or_script_says_how_it_is_called(wrapper, arguments: list[str]):
+    with pytest.raises(SystemExit, match="usage: "):
+        wrapper.taken_out(arguments)
+
+
+def test_the_wrapper_runs_a_script_as_its_own_main_would_be(
+    wrapper, training, monkeypatch, tmp_path: Path
+):
+    (tmp_path / "c.yaml").write_text("elision: {total_steps: 4, keep_share: 1.0}\n")
+    script = tmp_path / "pretrain_it.py"
+    script.write_text(
+        "import sys, beside\n"
+        "from megatron.training import training\n"
+        "beside.seen += [__name__, sys.argv, training.train_step.__wrapped__]\n"
+    )
+    (tmp_path / "beside.py").write_text("seen = []\n")
+    given = ["wrapper", "--regate-config", str(tmp_path / "c.yaml"), str(script), "--lr", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    host = training.train_step
+    wrapper.main()
+    assert sys.modules.pop("beside").seen == ["__main__", [str(script), "--lr", "1"], host]
+    assert training.train_step is host
+
+
 def test_bridges_callback_ends_steps(monkeypatch):
     train, callbacks = (ModuleType(f"megatron.bridge.training.{n}") for n in ("train", "callbacks"))
     train.get_forward_backward_func = host = lambda pp_size, vp_size: None  # type: ignore
@@ -105,10 +151,12 @@ def test_bridges_callback_ends_steps(monkeypatch):
     heard = told(monkeypatch)
     state = SimpleNamespace(
         train_state=SimpleNamespace(step=5),
-        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt")),
+        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt", async_save=True)),
     )
     with bridge.installed(SETTINGS) as callback:
         assert train.get_forward_backward_func is not host
+        with pytest.raises(ValueError, match="async_save=True"):
+            callback.on_train_start(SimpleNamespace(state=state))
         callback.on_train_step_end(SimpleNamespace(skipped_iter=True))
         callback.on_checkpoint_save(SimpleNamespace(state=state))
     assert heard == [False, Path("ckpt/iter_0000005")]

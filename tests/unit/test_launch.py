@@ -58,9 +58,12 @@ def run(tmp_path, monkeypatch):
 JOB = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_the_scripts_pass_shellcheck():
-    command = ["shellcheck", *map(str, SCRIPTS), "--shell=bash", str(LAUNCH / "env.example")]
+    command = [str(SHELLCHECK), *map(str, SCRIPTS), "--shell=bash", str(LAUNCH / "env.example")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

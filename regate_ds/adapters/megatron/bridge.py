@@ -41,6 +41,13 @@ def installed(
         return hosted.wrap(host(*args, **kwargs))
 
     class RegateCallback(Callback):
+        def on_train_start(self, context: Any) -> None:
+            if context.state.cfg.checkpoint.async_save:
+                raise ValueError(
+                    "checkpoint.async_save=True tells of a save when later steps have begun; set "
+                    "it False"
+                )
+
         def on_train_step_end(self, context: Any) -> None:
             hosted.end_step(applied=not context.skipped_iter)
 

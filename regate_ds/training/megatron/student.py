@@ -12,8 +12,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.nn import functional as F
 
+from regate_ds.training.megatron.fits import require_decoder
+from regate_ds.training.megatron.norm import RootMeanSquareNorm
 from regate_ds.training.megatron.weights import head_size
 
 try:
@@ -23,23 +26,10 @@ except ImportError:
 else:
     HAS_ENGINE = True
 
-SUPPORTED = ("llama", "qwen2")
-"""`model_type` of the decoders whose weights are known in Megatron's names."""
-
 
 def transformer_config(text: Any, **more: Any) -> TransformerConfig:
     """Megatron's settings for a Hugging Face decoder config. ValueError names what differs."""
-    if text.model_type not in SUPPORTED:
-        raise ValueError(
-            f"decoder {text.model_type!r} has no counterpart in Megatron-core here; use one of "
-            f"{SUPPORTED}"
-        )
-    if text.rope_parameters.get("rope_type", "default") != "default":
-        raise ValueError(
-            f"rope_type={text.rope_parameters['rope_type']!r} is not supported with Megatron-core; "
-            "use a student with plain rotary positions"
-        )
-    bias = text.model_type == "qwen2"
+    require_decoder(text)
     settings = {
         "num_layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,
@@ -52,7 +42,7 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": bias or bool(getattr(text, "attention_bias", False)),
+        "add_qkv_bias": text.model_type == "qwen2",
         "hidden_dropout": 0.0,
         "attention_dropout": text.attention_dropout,
         "apply_rope_fusion": False,
@@ -72,10 +62,9 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
 
 def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
     """This rank's part of the decoder with its output layer."""
-    local = get_gpt_layer_local_spec(normalization="RMSNorm")
     return GPTModel(
         config,
-        get_gpt_layer_with_transformer_engine_spec() if HAS_ENGINE else local,
+        get_gpt_layer_with_transformer_engine_spec() if HAS_ENGINE else _plain_layers(config),
         text.vocab_size,
         text.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -85,4 +74,17 @@ def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None)
         share_embeddings_and_output_weights=text.tie_word_embeddings,
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
+    )
+
+
+def _plain_layers(config: TransformerConfig) -> Any:
+    """This rank's layers of torch's own operations."""
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RootMeanSquareNorm
+    num_parts = config.pipeline_model_parallel_size * (
+        config.virtual_pipeline_model_parallel_size or 1
+    )
+    return TransformerBlockSubmodules(
+        [layer] * (config.num_layers // num_parts), RootMeanSquareNorm
     )

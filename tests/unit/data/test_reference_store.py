@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.data.reference_writer import ReferenceWriter
 from regate_ds.data.shard_file import LARGEST
-from regate_ds.data.store_plan import begin_store
+from regate_ds.data.store_plan import await_store, begin_store
 from tests.samples import Sample, make_index
 
 NUM_SAMPLES = 8
@@ -268,3 +269,17 @@ def test_finishing_without_a_shard_names_it(tmp_path, losses):
     writer.write_shard(0, _of_shard(losses, 0))
     with pytest.raises(ValueError, match=r"shard-00001\.fp16 is missing"):
         writer.finish()
+
+
+def test_a_store_that_another_machine_has_begun_is_waited_for(tmp_path):
+    path = tmp_path / "later" / "store"
+    other = threading.Timer(0.3, _begin, args=(path,))
+    other.start()
+    await_store(path, seconds=20)
+    assert ReferenceWriter(path, make_index(NUM_SAMPLES)).missing() == [0, 1, 2]
+    other.join()
+
+
+def test_a_folder_that_is_not_shared_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match=f"{tmp_path} was made ready by the first rank, but "):
+        await_store(tmp_path, seconds=0.2)

@@ -34,7 +34,7 @@ class Rank:
     def __init__(self, rank: int, exchange: Callable) -> None:
         self.heard: list[Failure] = []
         self._told = threading.Event()
-        self.watch = Watch(rank, "127.0.0.1", exchange, self._hear)
+        self.watch = Watch(rank, ["127.0.0.1", "localhost"], exchange, self._hear)
 
     def _hear(self, failure: Failure) -> None:
         self.heard.append(failure)
@@ -99,6 +99,15 @@ def test_a_job_that_ends_well_is_quiet(ranks):
         ranks[rank].watch.close()
     assert ranks[2].watch._known.wait(0.2) is False
     assert [rank.heard for rank in ranks] == [[], [], []]
+
+
+def test_a_first_rank_that_cannot_be_reached_is_named():
+    def exchange(values) -> list[int]:
+        # Nobody listens there.
+        return [1, 2]
+
+    with pytest.raises(RuntimeError, match=r"reached at 127.0.0.1 or localhost, port 1; set MAS"):
+        Rank(1, exchange)
 
 
 def test_a_stranger_on_the_port_is_nobody(monkeypatch):

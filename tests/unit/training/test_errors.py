@@ -35,7 +35,7 @@ def test_another_rank_lets_the_first_speak_before_it(monkeypatch, capsys, slept)
     set_rank(monkeypatch, 3)
     tell("train", ValueError("only here"))
     assert capsys.readouterr().err == "regate train: rank 3: only here\n"
-    assert slept == [5.0]
+    assert slept == [15.0]
 
 
 @pytest.mark.parametrize(

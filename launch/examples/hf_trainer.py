@@ -1,0 +1,88 @@
+"""``transformers.Trainer`` under DeepSpeed with ReGATE in it (docs/trainer.md).
+
+deepspeed launch/examples/hf_trainer.py STUDENT DATA.json OUT [--dense] [--resume]
+
+STUDENT is the folder of a LLaVA model, DATA.json has questions in LLaVA's format, OUT gets the
+checkpoints. The reference losses, OUT/reference, are computed if they are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from questions import Questions
+from transformers import LlavaForConditionalGeneration, TrainingArguments
+
+from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
+from regate_ds.adapters.trainer import RegateTrainer
+from regate_ds.training.student import text_backbone
+
+STEPS = 4
+DS = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2},
+}
+
+
+def main(argv: list[str] | None = None) -> Any:
+    args = _arguments(argv)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = TrainingArguments(
+        output_dir=str(args.out),
+        deepspeed=DS,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        save_steps=2,
+        logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+    )
+    device = deepspeed.get_accelerator().current_device_name()
+    model = LlavaForConditionalGeneration.from_pretrained(args.student).to(device)
+    questions = Questions(args.data, args.student, model.config.image_seq_length)
+    data, collate = Keyed(questions, "mine"), questions.collate()
+
+    store = args.out / "reference"
+    if not args.dense:
+        teacher = Teacher(
+            model=text_backbone(model),
+            pad_id=questions.tokenizer.pad_token_id,
+            image_token_id=model.config.image_token_id,
+        )
+        score_dataset(data, collate, teacher, store, torch.distributed.group.WORLD)
+
+    trainer = RegateTrainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=Keyed(questions, "test"),
+        data_collator=collate,
+        regate=RegateConfig(total_steps=STEPS, enabled=not args.dense),
+        reference=None if args.dense else ReferenceStore(store),
+    )
+    trainer.train(resume_from_checkpoint=args.resume or None)
+    return trainer
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("student", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dense", action="store_true", help="the run you had before")
+    parser.add_argument("--resume", action="store_true", help="from the newest checkpoint")
+    parser.add_argument("--local_rank", type=int, help="from the launcher")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

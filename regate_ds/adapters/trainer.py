@@ -1,0 +1,169 @@
+"""ReGATE in ``transformers.Trainer`` under DeepSpeed: one more base class, two more arguments.
+
+    class MyTrainer(RegateMixin, Trainer): ...
+
+    trainer = MyTrainer(
+        model=model, args=args, train_dataset=Keyed(data, "mine"), data_collator=collate,
+        regate=RegateConfig(total_steps=T), reference=ReferenceStore("store"),
+    )
+
+``RegateTrainer`` is the one for a plain Trainer. A window is what Trainer takes for one optimizer
+step: its ``gradient_accumulation_steps`` micro-batches, fewer at the end of an epoch. Checkpoints
+get the method's state beside Trainer's own; ``train(resume_from_checkpoint=...)`` takes it back.
+Evaluation and prediction see the model without a plan: as it was. With ``enabled=False`` the run is
+Trainer's own.
+
+Tested with transformers 5.24 and accelerate 1.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from regate_ds.adapters.deepspeed import DeepSpeedRegate, attach
+from regate_ds.config import RegateConfig
+from regate_ds.data.host_batch import KEY, Unkeyed
+from regate_ds.data.reference_store import ReferenceStore
+
+_PLAN = "regate_plan"
+
+
+class RegateMixin:
+    """Goes before a Trainer among the base classes of one of yours."""
+
+    def __init__(
+        self: Any,
+        *args: Any,
+        regate: RegateConfig,
+        reference: ReferenceStore | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._resume_from: str | bool | None = None
+        if regate.enabled:
+            _require_supported(self)
+            # Read before the model's forward is ours: its arguments are the columns that stay.
+            self._set_signature_columns_if_needed()
+            self._signature_columns.append(KEY)
+            self.add_callback(_StateCallback(self))
+        self.regate: DeepSpeedRegate = attach(self.model, regate, reference=reference)
+        if regate.enabled:
+            # Ours is a mean over all targets of the step already.
+            self.loss_is_scaled_for_ga = True
+
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        self._resume_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self: Any) -> Any:
+        with self._collating(self.regate.collate(self.data_collator)):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._collating(Unkeyed(self.data_collator)):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._collating(Unkeyed(self.data_collator)):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def get_batch_samples(
+        self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, each with its plan among its inputs."""
+        if not self.regate.config.enabled:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        micro = list(islice(epoch_iterator, num_batches))
+        if not micro:
+            return [], None
+        window = self.regate.window(micro, self.model_wrapped)
+        return [{**inputs, _PLAN: plan} for inputs, plan in window], None
+
+    def compute_loss(
+        self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if _PLAN not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        output = model(**inputs)
+        # Trainer has the engine not divide by the number of micro-batches.
+        loss = self.regate.loss(output, inputs[_PLAN])
+        loss = loss / self.model_wrapped.gradient_accumulation_steps()
+        return (loss, output) if return_outputs else loss
+
+    @contextmanager
+    def _collating(self: Any, collate: Any) -> Iterator[None]:
+        own, self.data_collator = self.data_collator, collate
+        try:
+            yield
+        finally:
+            self.data_collator = own
+
+
+class RegateTrainer(RegateMixin, Trainer):
+    """``transformers.Trainer`` with ``regate=`` and ``reference=``."""
+
+
+class _StateCallback(TrainerCallback):
+    """Ends the method's steps, and saves and loads its state, where Trainer does its own."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, total = self._trainer, self._trainer.regate.config.total_steps
+        if total < state.max_steps:
+            raise ValueError(
+                f"total_steps={total}, but Trainer runs {state.max_steps} steps; set total_steps "
+                "in RegateConfig to at least as many"
+            )
+        resume = trainer._resume_from
+        if resume:
+            folder = get_last_checkpoint(args.output_dir) if resume is True else resume
+            trainer.regate.load(folder, trainer.model_wrapped)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        engine = self._trainer.model_wrapped
+        self._trainer.regate.step(applied=engine.was_step_applied())
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.regate.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _require_supported(trainer: Any) -> None:
+    """ValueError for what would train something else than asked, without a word."""
+    args = trainer.args
+    sampling = args.train_sampling_strategy
+    kind = type(trainer.train_dataset).__name__
+    own_loss = super(RegateMixin, trainer).compute_loss.__func__ is not Trainer.compute_loss
+    refused = {
+        "no DeepSpeed: give TrainingArguments a deepspeed configuration": args.deepspeed is None,
+        f"train_dataset={kind} names no samples: use a map-style one, in Keyed(dataset, name)": (
+            isinstance(trainer.train_dataset, IterableDataset)
+        ),
+        f"label_smoothing_factor={args.label_smoothing_factor}: the teacher's losses and ours are "
+        "without it; set it to 0": args.label_smoothing_factor != 0,
+        f"train_sampling_strategy={sampling}: it looks into items by name or length; use random or "
+        "sequential": sampling not in ("random", "sequential"),
+        "compute_loss_func: elision computes the loss of kept targets itself": (
+            trainer.compute_loss_func is not None
+        ),
+        "a compute_loss of your own, which elision would pass over": own_loss,
+        "torch_compile=True: compile each decoder layer instead": args.torch_compile,
+        "use_liger_kernel=True: it replaces the forward that elision wraps": args.use_liger_kernel,
+        "auto_find_batch_size=True: a step is planned with its batches": args.auto_find_batch_size,
+        "accelerator_config.dispatch_batches=True: plans are made on the rank that reads": bool(
+            args.accelerator_config.dispatch_batches
+        ),
+    }
+    for reason, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"elision in Trainer does not go with {reason}")

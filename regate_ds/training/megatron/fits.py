@@ -1,0 +1,150 @@
+"""What a run through Megatron-core asks of its settings, the job's ranks and the student.
+
+Nothing here needs Megatron-core: it is judged before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+SUPPORTED = ("llama", "qwen2")
+"""`model_type` of the decoders whose weights are known in Megatron's names."""
+
+Problem = tuple[bool, str]
+"""Whether it is one, and what to say."""
+
+
+def require_settings(config: Any) -> None:
+    """ValueError for what of a RunConfig cannot be done with `parallel`."""
+    _refuse(_settings_problems(config))
+
+
+def require_packages(parallel: Any) -> None:
+    """ValueError if what such a run stands on is not installed."""
+    _refuse(
+        [
+            (
+                not is_installed("megatron"),
+                "parallel.*: megatron-core is not installed; pip install 'regate-ds[megatron]', or "
+                "set parallel=null",
+            ),
+            (
+                parallel.layout == "ragged" and not is_installed("transformer_engine"),
+                "parallel.layout=ragged: its attention is Transformer Engine's, which is not "
+                "installed; install it, or set parallel.layout=constant",
+            ),
+        ]
+    )
+
+
+def is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def require_ranks(parallel: Any, world_size: int) -> None:
+    """ValueError if the job's ranks cannot be cut into whole copies of the model."""
+    size = parallel.tensor * parallel.pipeline
+    _refuse(
+        [
+            (
+                world_size % size != 0,
+                f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline} is "
+                f"{size} ranks for one copy of the model, but the job has {world_size}; start it "
+                f"on a multiple of {size}",
+            )
+        ]
+    )
+
+
+def require_student(model_type: str, text: Any, parallel: Any) -> None:
+    """ValueError if a student cannot be cut so; ``text`` is its decoder's Hugging Face config."""
+    if model_type != "llava":
+        raise ValueError(
+            f"a {model_type} student cannot be trained with parallel.*; use a llava student, or "
+            "set parallel=null"
+        )
+    require_decoder(text)
+    _refuse(_size_problems(text, parallel))
+
+
+def require_decoder(text: Any) -> None:
+    """ValueError if Megatron-core, as it is set up here, would compute another decoder."""
+    _refuse(_decoder_problems(text))
+
+
+def _refuse(problems: Iterator[Problem] | list[Problem]) -> None:
+    for is_problem, what in problems:
+        if is_problem:
+            raise ValueError(what)
+
+
+def _settings_problems(config: Any) -> Iterator[Problem]:
+    parallel, model, run = config.parallel, config.model, config.run
+    without = "cannot be done with parallel.*; set it to"
+    yield config.scores_online, f"teacher.mode=online {without} store"
+    yield model.lora is not None, f"model.lora {without} null"
+    yield (
+        config.data.pack_length is not None,
+        f"data.pack_length={config.data.pack_length} " + (f"{without} null"),
+    )
+    yield run.deepspeed is not None, f"run.deepspeed {without} null"
+    yield (
+        model.gradient_checkpointing,
+        f"model.gradient_checkpointing=True {without} false, and parallel.recompute to full",
+    )
+    yield (
+        model.path is None and model.kind != "llava",
+        f"model.kind={model.kind} {without} llava",
+    )
+    yield (
+        config.elision.last_layer is not None and parallel.virtual > 1,
+        f"elision.last_layer={config.elision.last_layer} cannot be done with parallel.virtual="
+        f"{parallel.virtual}; set it to null, or parallel.virtual to 1",
+    )
+    yield (
+        parallel.virtual > 1 and run.accumulation % parallel.pipeline != 0,
+        f"run.accumulation={run.accumulation}: with parallel.virtual={parallel.virtual} it must "
+        f"be a multiple of parallel.pipeline={parallel.pipeline}",
+    )
+
+
+def _decoder_problems(text: Any) -> Iterator[Problem]:
+    kind, rope = text.model_type, text.rope_parameters.get("rope_type", "default")
+    yield (
+        kind not in SUPPORTED,
+        f"decoder {kind!r} has no counterpart in Megatron-core here; use one of {SUPPORTED}",
+    )
+    yield (
+        rope != "default",
+        f"rope_type={rope!r} is not supported with Megatron-core; use a student with plain rotary "
+        "positions",
+    )
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        value = getattr(text, name, False)
+        yield (
+            bool(value),
+            f"{name}={value} in the decoder's config is not supported with Megatron-core; use "
+            "another student",
+        )
+    yield (
+        text.hidden_act != "silu",
+        f"hidden_act={text.hidden_act!r} is not supported with Megatron-core; only 'silu' is",
+    )
+
+
+def _size_problems(text: Any, parallel: Any) -> Iterator[Problem]:
+    parts = parallel.pipeline * parallel.virtual
+    yield (
+        text.num_hidden_layers % parts != 0,
+        f"the student's {text.num_hidden_layers} layers cannot be cut into {parts} equal parts "
+        "(parallel.pipeline times parallel.virtual); choose a divisor",
+    )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        value = getattr(text, name)
+        yield (
+            value % parallel.tensor != 0,
+            f"the student's {name}={value} cannot be cut over parallel.tensor="
+            f"{parallel.tensor} ranks; choose a divisor",
+        )

@@ -1,0 +1,43 @@
+"""The micro-batches of one optimizer step, brought to the one length that a pipeline needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from torch.nn.functional import pad
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.collate import Batch
+
+
+def windows(
+    loader: Iterable[Batch], size: int, *, pad_id: int, multiple: int
+) -> Iterator[list[Batch]]:
+    """Groups of ``size`` micro-batches; rows end in padding up to a multiple of ``multiple``."""
+    micro: list[Batch] = []
+    for batch in loader:
+        micro.append(batch)
+        if len(micro) == size:
+            yield to_one_length(micro, pad_id=pad_id, multiple=multiple)
+            micro = []
+
+
+def to_one_length(micro: Sequence[Batch], *, pad_id: int, multiple: int) -> list[Batch]:
+    longest = max(batch.tokens.segment_BT.shape[1] for batch in micro)
+    length = math.ceil(longest / multiple) * multiple
+    return [_widened(batch, length, pad_id) for batch in micro]
+
+
+def _widened(batch: Batch, length: int, pad_id: int) -> Batch:
+    tokens = batch.tokens
+    missing = (0, length - tokens.segment_BT.shape[1])
+    return Batch(
+        {**batch.inputs, "input_ids": pad(batch.inputs["input_ids"], missing, value=pad_id)},
+        replace(
+            tokens,
+            segment_BT=pad(tokens.segment_BT, missing, value=-1),
+            labels_BT=pad(tokens.labels_BT, missing, value=IGNORE),
+        ),
+    )

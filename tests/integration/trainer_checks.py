@@ -1,0 +1,226 @@
+"""transformers.Trainer with ReGATE, and the examples of launch/, on two data ranks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+from regate_ds import Keyed, ReferenceStore, RegateConfig, attach
+from regate_ds.adapters.trainer import RegateMixin, RegateTrainer
+
+EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
+ZERO_2 = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
+
+
+def check_trainer(rank: int, folder: str) -> None:
+    """All checks, one after the other in the same processes."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    sys.path.insert(0, str(EXAMPLES))
+    root = Path(folder)
+    check_the_loop_example(root)
+    first = check_the_trainer_example(root)
+    check_a_resumed_run_is_the_run(root, first)
+    check_the_gradients_are_those_of_a_loop_of_your_own(root, first)
+    check_disabled_is_trainers_own_run(root)
+    check_what_cannot_work_is_refused(root)
+
+
+def arguments(root: Path, out: str) -> list[str]:
+    return [str(root / "student"), str(root / "data" / "train.json"), str(root / out)]
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def check_the_loop_example(root: Path) -> None:
+    import deepspeed_loop
+
+    losses = deepspeed_loop.main(arguments(root, "loop"))
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    assert (root / "loop" / "last" / "regate" / "state.json").is_file()
+    dense = deepspeed_loop.main([*arguments(root, "loop-dense"), "--dense"])
+    assert dense[-1] < dense[0]
+
+
+def check_the_trainer_example(root: Path) -> Any:
+    import hf_trainer
+
+    trainer = hf_trainer.main(arguments(root, "trainer"))
+    kept = trainer.regate.metrics()
+    assert kept["step"] == hf_trainer.STEPS - 1
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(log) == hf_trainer.STEPS
+    # Without a plan the model is its own again, also while it is attached.
+    assert trainer.evaluate()["eval_loss"] < 7
+    return trainer
+
+
+def check_a_resumed_run_is_the_run(root: Path, first: Any) -> None:
+    import hf_trainer
+
+    last = root / "trainer" / f"checkpoint-{hf_trainer.STEPS}"
+    before = difficulty(last)
+    if dist.get_rank() == 0:
+        last.rename(root / "trainer" / "whole")
+    dist.barrier()
+    again = hf_trainer.main([*arguments(root, "trainer"), "--resume"])
+    assert again.state.global_step == hf_trainer.STEPS
+    for name, weight in weights(first.model).items():
+        assert torch.equal(weight, weights(again.model)[name]), name
+    for mine, theirs in zip(before, difficulty(last), strict=True):
+        assert mine.any()
+        assert np.array_equal(mine, theirs)
+
+
+def difficulty(checkpoint: Path) -> list[np.ndarray]:
+    files = sorted((checkpoint / "regate").glob("difficulty-*.npz"))
+    return [np.load(path)["values"] for path in files]
+
+
+class Recorded(RegateTrainer):
+    """Keeps the micro-batches as they come from the loader."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        seen = [next(epoch_iterator) for _ in range(num_batches)]
+        self.windows = [*getattr(self, "windows", []), seen]
+        return super().get_batch_samples(iter(seen), num_batches, device)
+
+
+def parts(root: Path) -> tuple[Any, Any, Any]:
+    from questions import Questions
+
+    model = LlavaForConditionalGeneration.from_pretrained(root / "student")
+    questions = Questions(root / "data" / "train.json", root / "student", 16)
+    return model, Keyed(questions, "mine"), questions.collate()
+
+
+def settings(root: Path, **more: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(root / "unused"),
+        "deepspeed": {**ZERO_2, "gradient_accumulation_steps": "auto"},
+        "max_steps": 5,
+        "per_device_train_batch_size": 2,
+        # Three micro-batches do not divide the epoch's ten: its last step has one.
+        "gradient_accumulation_steps": 3,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "report_to": [],
+    }
+    return TrainingArguments(**{**options, **more})
+
+
+def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path, _: Any) -> None:
+    """Plain SGD, so that the weights after some steps are a sum of gradients."""
+    config = RegateConfig(total_steps=5, warmup=1, final_dense_share=0.0)
+    reference = ReferenceStore(root / "trainer" / "reference")
+    model, data, collate = parts(root)
+    trainer = Recorded(
+        model=model,
+        args=settings(root, optim="sgd", learning_rate=0.05),
+        train_dataset=data,
+        data_collator=collate,
+        regate=config,
+        reference=reference,
+    )
+    start = weights(model)
+    trainer.train()
+    assert [len(window) for window in trainer.windows] == [3, 3, 3, 1, 3]
+
+    own = parts(root)[0]
+    regate = attach(own.train(), config, reference=reference)
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.05)
+    engine = deepspeed.initialize(
+        model=own, optimizer=optimizer, config={**ZERO_2, "gradient_accumulation_steps": 1}
+    )[0]
+    # The loss of a step's micro-batches at once: the sums of a plain loop, one backward for all.
+    for micro in trainer.windows:
+        window = regate.window(micro, engine)
+        for number, (batch, plan) in enumerate(window):
+            engine.set_gradient_accumulation_boundary(number == len(window) - 1)
+            engine.backward(regate.loss(engine(**batch, regate_plan=plan), plan))
+            engine.step()
+        regate.step(applied=True)
+    for name, weight in weights(own).items():
+        moved = (weight - start[name]).norm()
+        error = (weights(trainer.model)[name] - weight).norm()
+        assert error <= 1e-5 * moved + 1e-7, (name, error, moved)
+
+
+def check_disabled_is_trainers_own_run(root: Path) -> None:
+    ends = []
+    for kind, more in ((Trainer, {}), (RegateTrainer, {"regate": RegateConfig(total_steps=5)})):
+        if more:
+            more = {"regate": RegateConfig(total_steps=5, enabled=False)}
+        model, data, collate = parts(root)
+        bare = data if more else data._dataset
+        trainer = kind(
+            model=model,
+            args=settings(root, logging_steps=1, remove_unused_columns=False),
+            train_dataset=bare,
+            data_collator=collate,
+            **more,
+        )
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        ends.append((losses, weights(trainer.model)))
+    (theirs, their_weights), (ours, our_weights) = ends
+    assert ours == theirs
+    assert len(ours) == 5
+    for name, weight in their_weights.items():
+        assert torch.equal(weight, our_weights[name]), name
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+class OwnLossWithRegate(RegateMixin, OwnLoss):
+    pass
+
+
+def check_what_cannot_work_is_refused(root: Path) -> None:
+    model, data, collate = parts(root)
+
+    def make(kind: type = RegateTrainer, given: dict[str, Any] | None = None, **more: Any) -> Any:
+        return kind(
+            model=model,
+            args=settings(root, **more),
+            data_collator=collate,
+            regate=RegateConfig(total_steps=5, keep_share=1.0),
+            **{"train_dataset": data, **(given or {})},
+        )
+
+    for message, build in (
+        ("no DeepSpeed", lambda: make(deepspeed=None)),
+        ("label_smoothing_factor=0.1", lambda: make(label_smoothing_factor=0.1)),
+        ("group_by_length", lambda: make(train_sampling_strategy="group_by_length")),
+        ("train_dataset=Stream", lambda: make(given={"train_dataset": Stream()})),
+        ("compute_loss_func", lambda: make(given={"compute_loss_func": print})),
+        ("a compute_loss of your own", lambda: make(OwnLossWithRegate)),
+        ("use_liger_kernel=True", lambda: make(use_liger_kernel=True)),
+        ("auto_find_batch_size=True", lambda: make(auto_find_batch_size=True)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    with pytest.raises(ValueError, match="total_steps=5, but Trainer runs 9 steps"):
+        make(max_steps=9).train()
