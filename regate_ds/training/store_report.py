@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.data.encode import EncodedSample
+from regate_ds.data.manifest import APPEND_NAME, Manifest, shard_path
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore, Verify
 from regate_ds.data.samples import Record
@@ -42,11 +43,23 @@ def info(path: Path, verify: Verify = "quick") -> str:
         ("on disk", f"{sum(f.stat().st_size for f in path.iterdir())} bytes"),
         ("shards", f"{store.num_shards}"),
     ]
+    rows += _to_come(path, index.num_samples)
     lines = [f"{name:<14}{value}" for name, value in rows]
     if len(values_N):
         middle = f"mean {float(values_N.mean()):.3f}, median {float(values_N.median()):.3f} nats"
         lines += [f"{'losses':<14}{middle}", "", *_histogram(values_N)]
     return "\n".join(lines)
+
+
+def _to_come(path: Path, num_samples: int) -> list[tuple[str, str]]:
+    """What a job that was cut short has begun to add."""
+    if not (path / APPEND_NAME).exists():
+        return []
+    shards = Manifest.load(path, APPEND_NAME).shards
+    num_new = sum(shard.num_rows for shard in shards) - num_samples
+    left = sum(not shard_path(path, number).exists() for number in range(len(shards)))
+    text = f"{num_new} samples are being added, {left} shards are still to compute"
+    return [("to come", f"{text}: run `regate teacher` on that data again")]
 
 
 def _histogram(values_N: Tensor) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from regate_ds.data.manifest import shard_path
 from regate_ds.data.samples import Turn
 from regate_ds.teacher.precompute import precompute
 from regate_ds.training.store_report import word_losses
+from tests.unit.teacher.plain_job import make_plain_job
 from tests.unit.teacher.reference_job import NUM_SAMPLES, make_job
 
 
@@ -42,6 +44,17 @@ def test_a_flipped_byte_is_found(store: Path, capsys, ask: list[str]):
     path.write_bytes(content)
     assert cli.main(["store", *ask, str(store)]) == 1
     assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_info_tells_what_is_being_added(tmp_path: Path, capsys):
+    store = tmp_path / "plain"
+    precompute(make_plain_job(store, 10))
+    # As a job does that is killed before its first shard.
+    make_plain_job(store, 30).begin()
+    assert cli.main(["store", "info", str(store)]) == 0
+    text = capsys.readouterr().out
+    assert "samples       10 (0 without an answer)" in text
+    assert re.search(r"to come       20 samples are being added, \d+ shards are still", text)
 
 
 def test_a_word_has_the_losses_of_all_tokens_that_overlap_it():
