@@ -62,7 +62,8 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
 
 def model_ranks(config: RunConfig) -> int:
     """Ranks that hold one copy of the model together."""
-    return 1 if config.parallel is None else config.parallel.tensor * config.parallel.pipeline
+    parallel = config.parallel
+    return getattr(parallel, "tensor", 1) * getattr(parallel, "pipeline", 1)
 
 
 def free_memory(ranks_on_node: int) -> int:
@@ -97,7 +98,7 @@ def ranks_on_node(ranks: Ranks) -> int:
 
 def _zero_stage(config: RunConfig, num_ranks: int) -> int:
     if config.parallel is not None:
-        return int(config.parallel.distributed_optimizer)
+        return 1 if config.parallel.distributed_optimizer else 0
     zero = deepspeed_config(config, num_ranks).get("zero_optimization", {})
     return int(zero.get("stage", 0))
 
