@@ -122,14 +122,16 @@ class TeacherItems(Dataset[dict[str, Any]]):
         ids_S, labels_S = (torch.as_tensor(item[name]).long() for name in ("tokens", "labels"))
         labels_S = labels_S.masked_fill(torch.as_tensor(item["loss_mask"]) <= 0, IGNORE)
         if self._image is not None:
-            is_image_S = ids_S == self._image.placeholder
-            labels_S = labels_S.masked_fill(is_image_S | _shifted_left(is_image_S), IGNORE)
+            length_S = torch.where(ids_S == self._image.placeholder, self._image.num_positions, 1)
+            labels_S = with_images(labels_S[None], ids_S[None], self._image)[0]
+            ids_S = ids_S.repeat_interleave(length_S)
         targets = (labels_S != IGNORE).nonzero().squeeze(1)
         num_used = int(targets[-1]) + 1 if len(targets) else 1
-        # Unshifted again, with the token that the last target is.
+        # Unshifted again: the last target is a token of its own, which nothing attends to.
         labels = torch.nn.functional.pad(labels_S[:num_used], (1, 0), value=IGNORE)
-        last = labels[-1:].clamp(min=0)
-        return {"input_ids": torch.cat([ids_S[:num_used], last]), "labels": labels}
+        ids = torch.cat([ids_S[:num_used], labels[-1:].clamp(min=0)])
+        mask = torch.ones_like(ids).index_fill(0, torch.tensor(num_used), 0)
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def teacher_batch(items: list[dict[str, Any]]) -> dict[str, Tensor]:
