@@ -47,7 +47,8 @@ class StreamDifficulty:
         self._rank, self._size = rank_in(group), size_of(group)
         self._group = group if self._size > 1 else None
         self._device = device
-        self._known: dict[int, tuple[int, Tensor]] = {}
+        # Arrays, not tensors: those would take a kilobyte more for each sample.
+        self._known: dict[int, tuple[int, np.ndarray]] = {}
         self._admitted: dict[SampleKey, tuple[int, int, int]] = {}
         self._num_writes = 0
 
@@ -109,7 +110,7 @@ class StreamDifficulty:
         owned_N = exchange(sorted_N, num_values, num_owned, self._group, self._device)
         parts = owned_N.split(owned_R3[:, 2].tolist())
         for (key, labels, _), part_N in zip(owned_R3.tolist(), parts, strict=True):
-            self._known[key] = labels, part_N.clone()
+            self._known[key] = labels, part_N.numpy().copy()
         self._num_writes += 1
 
     def save(self, folder: Path) -> None:
@@ -125,7 +126,7 @@ class StreamDifficulty:
             keys=np.array(keys, dtype=np.int64),
             labels=np.array(labels, dtype=np.int64),
             num_labels=np.array([len(x) for x in values], dtype=np.int64),
-            values=torch.cat([torch.empty(0), *values]).numpy(),
+            values=np.concatenate([np.empty(0, np.float32), *values]),
         )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,15 +135,15 @@ class StreamDifficulty:
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
         """Take over what any number of ranks saved; this store is unchanged if it fails."""
-        known: dict[int, tuple[int, Tensor]] = {}
+        known: dict[int, tuple[int, np.ndarray]] = {}
         moments: dict[str, int] = {}
         for path in find_sidecars(Path(folder), num_ranks, stem=STEM):
             saved = read_sidecar(path, FORMAT)
             moments[path.name] = int(saved["num_writes"])
-            values = torch.from_numpy(saved["values"]).split(saved["num_labels"].tolist())
+            values = np.split(saved["values"], saved["num_labels"].cumsum()[:-1])
             for key, labels, value in zip(saved["keys"].tolist(), saved["labels"].tolist(), values):
                 if key % self._size == self._rank:
-                    known[key] = labels, value.clone()
+                    known[key] = labels, value.copy()
         self._known, self._num_writes = known, require_one_moment(moments, folder)
 
     def _rows(self, keys: Sequence[SampleKey]) -> Tensor:
@@ -152,7 +153,9 @@ class StreamDifficulty:
 
     def _value(self, key: int, labels: int, num_labels: int) -> Tensor:
         known_labels, value = self._known.get(key, (None, None))
-        return torch.zeros(num_labels) if value is None or known_labels != labels else value
+        if value is None or known_labels != labels:
+            return torch.zeros(num_labels)
+        return torch.from_numpy(value)
 
     def _by_owner(self, rows_R3: Tensor) -> tuple[Tensor, list[int]]:
         """An order of the rows by owner, and the number of rows for each owner."""

@@ -97,8 +97,8 @@ def ranks_on_node(ranks: Ranks) -> int:
 
 
 def _zero_stage(config: RunConfig, num_ranks: int) -> int:
-    if model_ranks(config) > 1:
-        return 1 if getattr(config.parallel, "distributed_optimizer", False) else 0
+    if config.parallel is not None:
+        return 1 if config.parallel.distributed_optimizer else 0
     zero = deepspeed_config(config, num_ranks).get("zero_optimization", {})
     return int(zero.get("stage", 0))
 

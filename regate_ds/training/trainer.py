@@ -25,7 +25,6 @@ from regate_ds.training.configuration import RunConfig, dump_config
 from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.host import Setup, data_ranks, make_host
 from regate_ds.training.metrics import RunFolder, totals
-from regate_ds.training.online_teacher import open_online
 from regate_ds.training.order import Order
 from regate_ds.training.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.training.preflight import describe_run, require_one_data_set
@@ -96,6 +95,9 @@ class Trainer:
         if not self.config.selects:
             return None
         if self.config.scores_online:
+            # It stands on deepspeed, which a run through Megatron-core does without.
+            from regate_ds.training.online_teacher import open_online
+
             return open_online(self.config.teacher, self.task, self.process)
         assert self.config.teacher.store is not None
         store = ReferenceStore(self.config.teacher.store, verify=self.config.teacher.verify)

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from regate_ds.algorithm.batch import SampleKey
+from regate_ds.algorithm.batch import IGNORE, SampleKey, TokenBatch
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.data.stream_difficulty import StreamDifficulty
 from tests.distributed.ranks import run_ranks
-from tests.samples import make_index
+from tests.samples import make_index, make_samples
 
 pytestmark = pytest.mark.slow
 
@@ -46,18 +47,31 @@ def _played_by_one(world_size: int, num_steps: int) -> torch.Tensor:
     return torch.cat(list(values.values()))
 
 
-def _play(store: DifficultyStore, rank: int, steps: range) -> None:
+def _stream(group: dist.ProcessGroup | None) -> StreamDifficulty:
+    """One that has heard of every sample."""
+    samples = make_samples(NUM_SAMPLES)
+    labels = [sample.labels_S for sample in samples]
+    labels_BT = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+    keys = tuple((sample.key,) for sample in samples)
+    store = StreamDifficulty(group)
+    store.admit([TokenBatch(keys, torch.zeros_like(labels_BT), labels_BT)])
+    return store
+
+
+def _play(store: DifficultyStore | StreamDifficulty, rank: int, steps: range) -> None:
     for step in steps:
         store.write(*_window(step, rank))
 
 
 def check_ranks_read_what_any_rank_wrote(rank: int, world_size: int) -> None:
-    store = DifficultyStore(_index(), dist.group.WORLD)
+    store, stream = DifficultyStore(_index(), dist.group.WORLD), _stream(dist.group.WORLD)
     for step in range(NUM_STEPS):
         _play(store, rank, range(step, step + 1))
+        _play(stream, rank, range(step, step + 1))
         expected = _played_by_one(world_size, step + 1)
         keys, _ = _window(step + 7, rank)
         assert torch.equal(store.read(keys), expected[_index().locate(keys)])
+        assert torch.equal(stream.read(keys), expected[_index().locate(keys)])
     assert torch.equal(store.read(_index().keys), _played_by_one(world_size, NUM_STEPS))
 
 
@@ -80,12 +94,18 @@ def check_ranks_save(rank: int, folder: Path) -> None:
     store = DifficultyStore(_index(), dist.group.WORLD)
     _play(store, rank, range(5))
     store.save(folder)
+    stream = _stream(dist.group.WORLD)
+    _play(stream, rank, range(5))
+    stream.save(folder)
 
 
 def check_ranks_load(rank: int, folder: Path, saved_by: int) -> None:
     store = DifficultyStore(_index(), dist.group.WORLD)
     store.load(folder)
     assert torch.equal(store.read(_index().keys), _played_by_one(saved_by, 5))
+    stream = _stream(dist.group.WORLD)
+    stream.load(folder)
+    assert torch.equal(stream.read(_index().keys), _played_by_one(saved_by, 5))
 
 
 def check_resume_equals_never_having_stopped(rank: int, folder: Path) -> None:

@@ -95,7 +95,6 @@ def check_recipe(rank: int, folder: str) -> None:
     check_a_run_that_is_asked_to_end_resumes(root)
     check_disabled_is_the_plain_loop(root)
     check_other_length_is_refused(root)
-    check_online_is_the_store_without_a_store(root)
     check_a_failed_evaluation_loses_nothing(root)
     check_a_loss_that_is_not_finite_ends_the_run(root)
 
@@ -214,14 +213,12 @@ def check_online_is_the_store_without_a_store(root: Path) -> None:
         tokens_per_batch=1,
     )
     precompute(job, process.group)
-    by_store, online, resumed = (f"{x}-{process.world_size}" for x in ("stored", "online", "again"))
+    by_store, online = (f"{x}-{process.world_size}" for x in ("stored", "online"))
     run(root, by_store, f"teacher.store={job.store}")
     run(root, online, *ONLINE)
     assert_same_run(root, by_store, online)
-    with pytest.raises(Killed):
-        run(root, resumed, *ONLINE, trainer=KilledTrainer)
-    run(root, resumed, *ONLINE, "run.resume=true")
-    assert_same_run(root, online, resumed)
+    if process.world_size > 1:
+        check_online_resumes(root, online)
     lines = (root / online / "metrics.jsonl").read_text().splitlines()
     costs = [json.loads(line)["teacher_seconds"] for line in lines]
     assert [cost > 0 for cost in costs] == [not row["dense"] for row in rows(root, online)]
@@ -229,7 +226,16 @@ def check_online_is_the_store_without_a_store(root: Path) -> None:
     assert summary["teacher_seconds"] == pytest.approx(sum(costs))
 
 
-def check_online_alone(rank: int, folder: str) -> None:
+def check_online_resumes(root: Path, online: str) -> None:
+    resumed = f"{online}-resumed"
+    with pytest.raises(Killed):
+        run(root, resumed, *ONLINE, trainer=KilledTrainer)
+    run(root, resumed, *ONLINE, "run.resume=true")
+    assert_same_run(root, online, resumed)
+
+
+def check_online(rank: int, folder: str) -> None:
+    """The teacher inside the job, on any number of ranks."""
     check_online_is_the_store_without_a_store(Path(folder))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from regate_ds.data.reference_store import ReferenceStore
 from tests.distributed.ranks import run_ranks
-from tests.integration.recipe_checks import check_online_alone, check_recipe
+from tests.integration.recipe_checks import check_online, check_recipe
 from tests.integration.small_task import make_task
 
 
@@ -36,8 +36,9 @@ def test_a_run_repeats_resumes_and_can_be_switched_off(task: Path):
     run_ranks(check_recipe, 2, str(task))
 
 
-def test_a_teacher_inside_the_job_of_one_rank(task: Path):
-    run_ranks(check_online_alone, 1, str(task))
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_with_its_teacher_inside_is_the_run_with_a_store(task: Path, world_size: int):
+    run_ranks(check_online, world_size, str(task))
 
 
 def test_train_eval_and_compare_work_from_the_command_line(task: Path):

@@ -116,3 +116,16 @@ def test_a_number_of_ranks_that_makes_no_whole_teachers_is_refused(load):
     judge_teacher(config, 4)
     with pytest.raises(ValueError, match=r"teacher\.tensor=2: 3 ranks are no multiple of it"):
         judge_teacher(config, 3)
+
+
+def test_a_teacher_inside_the_job_needs_no_store_but_whole_groups_of_ranks(load, monkeypatch):
+    online = ["teacher.mode=online", "teacher.store=null"]
+    judge_run(load(*online))
+    shared = load(*online, "teacher.sharding=tensor", "teacher.tensor=2")
+    with pytest.raises(ValueError, match=r"teacher\.tensor=2: 1 ranks are no multiple of it"):
+        judge_run(shared)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    judge_run(shared)
+    assert "teacher llama-1, online" in describe_run(
+        shared, shared.elision.knobs(10), 10, "llama-1"
+    )

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import RunConfig, load_config
+from regate_ds.training.online_teacher import open_online
+from regate_ds.training.process import Process
 from regate_ds.training.task import build_task
 from regate_ds.training.teacher_model import load_teacher
 from regate_ds.training.teacher_text import teacher_text
@@ -64,6 +67,36 @@ def test_a_teacher_with_its_own_tokenizer_fills_a_store_of_the_students_labels(f
             teacher, [text.writer.write(task.train_records[row]).teacher], pad_id=2
         )
         assert float(expected_N.sum()) == pytest.approx(float(total.sum()), rel=1e-5)
+
+
+def test_online_the_same_teacher_reads_the_records_of_a_micro_batch(folder):
+    config = config_of(folder, "teacher.tokenizer=own", "teacher.mode=online")
+    task = build_task(config)
+    online = open_online(config.teacher, task, Process(0, 1, torch.device("cpu")))
+    batch = task.collator([task.train[number] for number in (4, 1)])
+    online.prepare([batch])
+    text, teacher = teacher_text(config.teacher, task), load_teacher(folder / "teacher")
+    expected_N = text.scores(partial(score_samples, teacher, pad_id=text.pad_id))(
+        [text.encode(4), text.encode(1)]
+    )
+    found_N = online.read(batch.tokens.flat_keys)
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-3, atol=1e-3)
+    assert online.teacher_id == text.name(teacher_id(teacher, pad_id=text.pad_id))
+
+
+def test_online_the_students_backbone_is_a_copy_from_before_training(folder):
+    config = load_config(folder / "run.yaml", ["teacher.mode=online"])
+    task = build_task(config)
+    online = open_online(config.teacher, task, Process(0, 1, torch.device("cpu")))
+    online.require_frozen(task.student.model)
+    batch = task.collator([task.train[number] for number in (4, 1)])
+    online.prepare([batch])
+    before_N = online.read(batch.tokens.flat_keys)
+    with torch.no_grad():
+        for parameter in task.student.model.parameters():
+            parameter.add_(1.0)
+    online.prepare([batch])
+    assert torch.equal(online.read(batch.tokens.flat_keys), before_N)
 
 
 def test_the_students_own_backbone_has_no_tokenizer_of_its_own(folder):
