@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> list[float]:
                 engine.step()
                 total += float(loss.detach())
             regate.step(applied=engine.was_step_applied())
-            losses.append(total / len(window))
+            mean = torch.tensor(total / len(window) / engine.dp_world_size, device=engine.device)
+            torch.distributed.all_reduce(mean)
+            losses.append(float(mean))
     engine.save_checkpoint(str(args.out), tag="last")
     regate.save(args.out / "last")
     if engine.global_rank == 0:

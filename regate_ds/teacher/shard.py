@@ -1,9 +1,9 @@
-"""The frozen teacher over several ranks, by DeepSpeed: cut by heads, or in ZeRO-3's pieces.
+"""The frozen teacher cut by heads over the ranks of a replica, by DeepSpeed's inference engine.
 
-A sharded teacher is built empty, on "meta", and then filled tensor by tensor, so that no rank ever
-holds the whole. To ``score_samples`` it looks like any causal language model: a decoder ``model``
-and an ``lm_head``. Build it before the student: DeepSpeed keeps the mode of its layers for the
-whole process.
+A sharded teacher, here and in partition.py, is built without values and then filled tensor by
+tensor, so that no rank ever holds the whole. To ``score_samples`` it looks like any causal language
+model: a decoder ``model`` and an ``lm_head``. Build it before the student: DeepSpeed keeps the mode
+of its layers for the whole process.
 
 Shapes: V ids of this rank's part of the head, H hidden.
 """
@@ -19,8 +19,7 @@ import deepspeed
 import torch
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
-from transformers.initialization import no_init_weights
+from transformers import AutoModel, PreTrainedConfig
 
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.teacher.label_loss import HeadPart
@@ -72,11 +71,11 @@ def cut_teacher(
     """
     require_cuttable(config, size_of(replica))
     _require_sums_of_groups()
-    with _random_state_kept(), torch.device("meta"):
+    with random_state_kept(), torch.device("meta"):
         decoder = AutoModel.from_config(config, dtype=dtype)
     whole_sizes = {name: value.numel() for name, value in decoder.named_parameters()}
     decoder = _cut_layers(decoder, replica, dtype)
-    _renew_rotary(decoder, config, device)
+    renew_rotary(decoder, config, device)
     teacher = ShardedTeacher(config, decoder, _cut_head(config, decoder, replica))
     require_share(teacher, whole_sizes, replica)
     return teacher
@@ -88,36 +87,6 @@ def fill_cut(teacher: ShardedTeacher, weights: Weights) -> None:
     for whole_name, module, name in teacher.weights_by_name():
         part = weights.read(whole_name, _cut_of(module, name))
         module.get_parameter(name).copy_(part)
-
-
-def partitioned_teacher(
-    config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device | str
-) -> ShardedTeacher:
-    """A teacher without values, of which every rank of the world holds an equal piece of each
-    tensor; a layer is gathered to run. All ranks must score equally often. Collective.
-    """
-    settings = _zero3_settings(dtype)
-    with _random_state_kept(), no_init_weights():
-        # Without dtype=: deepspeed 0.19.8 takes bf16 in its place where fp16 is not supported.
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if is_tied(config):
-            whole.lm_head.weight = whole.model.embed_tokens.weight
-        _renew_rotary(whole.model, config, device)
-        engine, *_ = deepspeed.initialize(model=whole.model, config=settings)
-    decoder: Any = engine.module
-    return ShardedTeacher(config, decoder, _GatheredHead(whole.lm_head))
-
-
-@torch.no_grad()
-def fill_partitioned(teacher: ShardedTeacher, weights: Weights | None) -> None:
-    """Read a ``partitioned_teacher`` tensor by tensor; the world's first rank gives the weights,
-    the others None. Collective over the world."""
-    for whole_name, module, name in teacher.weights_by_name():
-        parameter = module.get_parameter(name)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if weights is not None:
-                parameter.copy_(weights.read(whole_name))
 
 
 def is_tied(config: Any) -> bool:
@@ -164,14 +133,6 @@ def require_share(
         )
 
 
-class _GatheredHead(HeadPart):
-    """A head in ZeRO-3's pieces, whole while a batch is scored."""
-
-    def losses(self, hidden_NH: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
-        with deepspeed.zero.GatheredParameters(list(self.parameters())):
-            return super().losses(hidden_NH, labels_N, chunk)
-
-
 class _Ranks:
     """What DeepSpeed's inference engine asks of a Megatron-like owner of groups.
 
@@ -194,8 +155,8 @@ class _Ranks:
 def _cut_layers(decoder: nn.Module, replica: ProcessGroup, dtype: torch.dtype) -> nn.Module:
     """Give each layer this rank's part, without values."""
     ranks = _Ranks(replica)
-    # The engine overwrites the random state, and prints what it does on every rank.
-    with _random_state_kept(), redirect_stdout(StringIO()):
+    # The engine prints what it does, on every rank.
+    with random_state_kept(), redirect_stdout(StringIO()):
         engine = deepspeed.init_inference(
             decoder,
             dtype=dtype,
@@ -243,8 +204,9 @@ def _cut_of(module: nn.Module, name: str) -> Cut | None:
     return Cut(dim, sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def _renew_rotary(decoder: Any, config: Any, device: torch.device | str) -> None:
-    """The rotary table is no weight, and lost its values on the way through "meta"."""
+def renew_rotary(decoder: Any, config: Any, device: torch.device | str) -> None:
+    """The rotary table is no weight: it lost its values on "meta", or its digits where DeepSpeed
+    put it into the weights' number format."""
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
 
 
@@ -257,17 +219,9 @@ def _require_sums_of_groups() -> None:
         )
 
 
-def _zero3_settings(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-    }
-
-
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def random_state_kept() -> Iterator[None]:
+    """Leave the random state as it was found: DeepSpeed sets it on all ranks alike."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.teacher.label_loss import HeadPart
+from regate_ds.teacher.label_loss import IDS, HeadPart
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,13 @@ def teacher_inputs(
 
 @torch.inference_mode()
 def score_samples(
-    teacher: nn.Module, samples: Sequence[ScoredSample], *, pad_id: int, chunk: int = 256
+    teacher: nn.Module, samples: Sequence[ScoredSample], *, pad_id: int, num_ids: int = IDS
 ) -> Tensor:
     """Negative log-likelihood, in nats, of every label under the teacher: fp32 [N] on the CPU.
 
     ``teacher`` is a causal LM with a decoder ``model`` and an ``lm_head``, whole or a part of one.
-    Only label positions go through the head, ``chunk`` at a time, so that logits [B, T, V] never
-    exist.
+    Only label positions go through the head, in blocks of ``num_ids`` ids, so that logits [B, T, V]
+    never exist.
     """
     _require_plain_head(teacher)
     num_embeddings = teacher.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -98,7 +98,7 @@ def score_samples(
     labels_N = labels_BT[is_label_BT].to(hidden_BTH.device)
     head: Any = teacher.lm_head
     part = head if isinstance(head, HeadPart) else HeadPart(head)
-    return part.losses(hidden_NH, labels_N, chunk).cpu()
+    return part.losses(hidden_NH, labels_N, num_ids).cpu()
 
 
 def choose_pad_id(tokenizer: Any) -> int:
@@ -169,6 +169,11 @@ def _require_plain_head(teacher: nn.Module) -> None:
         raise ValueError(
             f"the teacher is a {type(teacher).__name__}, without a decoder `model` and an "
             "`lm_head`; use a teacher built like Llama, Mistral or Qwen2"
+        )
+    if type(teacher.lm_head) is not nn.Linear and not isinstance(teacher.lm_head, HeadPart):
+        raise ValueError(
+            f"the teacher's lm_head is a {type(teacher.lm_head).__name__}, not a plain linear "
+            "layer; use a teacher whose head is neither quantised nor adapted"
         )
     config = getattr(teacher, "config", None)
     for name in _HEAD_FACTORS:

@@ -27,6 +27,7 @@ from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.encode import EncodedSample
 from regate_ds.session import Regate
+from regate_ds.training.bench_teacher import TeacherCase, run_teacher_bench, teacher_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,16 @@ def main(argv: Sequence[str]) -> None:
     parser = ArgumentParser(prog="regate bench", description=__doc__)
     parser.add_argument("--pairs", type=int, default=BenchCase.num_pairs, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--teacher", action="store_true", help="the teacher's scoring against full logits instead"
+    )
     args = parser.parse_args(argv)
-    result = run_bench(BenchCase(num_pairs=args.pairs))
-    print(_table(result))
+    if args.teacher:
+        result = run_teacher_bench(TeacherCase(num_pairs=args.pairs))
+        print(teacher_table(result))
+    else:
+        result = run_bench(BenchCase(num_pairs=args.pairs))
+        print(_table(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

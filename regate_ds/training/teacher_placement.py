@@ -14,14 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
 from regate_ds.parallel.sync import broadcast_text, max_tensor
 from regate_ds.teacher.identity import id_of_weights, teacher_id
-from regate_ds.teacher.shard import (
-    ShardedTeacher,
-    cut_teacher,
-    fill_cut,
-    fill_partitioned,
-    is_tied,
-    partitioned_teacher,
-)
+from regate_ds.teacher.partition import fill_partitioned, partitioned_teacher
+from regate_ds.teacher.shard import ShardedTeacher, cut_teacher, fill_cut, is_tied
 from regate_ds.teacher.weights import LoadedWeights, SavedWeights, Weights
 from regate_ds.training.process import Process
 from regate_ds.training.ranks import announce
@@ -107,8 +101,8 @@ def _fill_together(
 ) -> str:
     weights, name = None, ""
     if process.is_first:
-        weights = _weights(source)
-        name = _id(source, weights, pad_id)
+        weights = weights_of(source)
+        name = id_of_source(source, weights, pad_id)
     fill_partitioned(empty, weights)
     return broadcast_text(name, process.group, process.device)
 
@@ -120,21 +114,23 @@ def _fill_apart(empty: ShardedTeacher, source: TeacherSource, pad_id: int, proce
     last_turn = max_tensor(torch.tensor(own_turn, device=process.device), process.group)
     for turn in range(int(last_turn) + 1):
         if turn == own_turn:
-            weights = _weights(source)
+            weights = weights_of(source)
             fill_cut(empty, weights)
-            name = _id(source, weights, pad_id) if process.is_first else ""
+            name = id_of_source(source, weights, pad_id) if process.is_first else ""
             del weights
         name = broadcast_text(name, process.group, process.device)
     return name
 
 
-def _weights(source: TeacherSource) -> Weights:
+def weights_of(source: TeacherSource) -> Weights:
+    """Its files, or the whole of it, loaded."""
     if source.folder is not None:
         return SavedWeights(source.folder)
     return LoadedWeights(source.load().state_dict())
 
 
-def _id(source: TeacherSource, weights: Weights, pad_id: int) -> str:
+def id_of_source(source: TeacherSource, weights: Weights, pad_id: int) -> str:
+    """The teacher\'s name, as ``teacher_id`` has it of the whole model, tensor by tensor."""
     return id_of_weights(source.config, _in_order(source, weights), pad_id=pad_id)
 
 

@@ -234,9 +234,21 @@ def check_online_resumes(root: Path, online: str) -> None:
     assert_same_run(root, online, resumed)
 
 
+def check_a_sharded_teacher_inside_the_job(root: Path) -> None:
+    """Ranks with samples of their own score them together; the student trains as before."""
+    for sharding in ({"sharding": "tensor", "tensor": 2}, {"sharding": "zero3"}):
+        out = f"online-{sharding['sharding']}"
+        run(root, out, *ONLINE, *(f"teacher.{key}={value}" for key, value in sharding.items()))
+        for mine, whole in zip(rows(root, out), rows(root, "online-2"), strict=True):
+            # Sums over two ranks' parts differ in the last digit: too little to change a plan.
+            assert mine == {**whole, "loss": pytest.approx(whole["loss"], rel=1e-5)}
+
+
 def check_online(rank: int, folder: str) -> None:
     """The teacher inside the job, on any number of ranks."""
     check_online_is_the_store_without_a_store(Path(folder))
+    if dist.get_world_size() > 1:
+        check_a_sharded_teacher_inside_the_job(Path(folder))
 
 
 def check_other_length_is_refused(root: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_run_repeats_resumes_and_can_be_switched_off(task: Path):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_with_its_teacher_inside_is_the_run_with_a_store(task: Path, world_size: int):
-    run_ranks(check_online, world_size, str(task))
+    run_ranks(check_online, world_size, str(task), timeout=900)
 
 
 def test_train_eval_and_compare_work_from_the_command_line(task: Path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -84,11 +85,17 @@ def run(path: Path, only: str = "") -> int:
             print(problem)
         rows.append(row)
         # After each, so that a run that is cut short tells of what it did.
-        path.write_text(json.dumps({"version": version("megatron-core"), "rows": rows}, indent=1))
+        told = {"version": version("megatron-core"), "commit": commit(), "rows": rows}
+        path.write_text(json.dumps(told, indent=1))
         print(f"{name}: {case}: {row['gradient']} ({time.monotonic() - start:.1f} s)", flush=True)
     pool.close()
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed else 0
+
+
+def commit() -> str:
+    asked = ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 HEAD = """# Numbers
@@ -107,7 +114,7 @@ packed sequences (thd), so that the tests bring one; on GPUs Transformer Engine'
 full and k kept rows of a micro-batch, each of e pipeline edges inside the range carries k, and one
 message past the stages between carries f - k: e k + (f - k) rows each way in place of e f. That is
 nothing saved over one edge, and more the more there are (tests/megatron/test_host.py counts them).
-A dash is a case that this run did not reach.
+A dash is a case that no run reached.
 """
 
 
@@ -122,7 +129,9 @@ def write(paths: list[Path]) -> int:
             value = "**differs**" if row["gradient"] is None else f"{row['gradient']:.1e}"
             found.setdefault(key, {})[one["version"]] = value
     columns = ["layout", "rows", "first_layer", "recompute", *versions]
-    lines = [HEAD, _line(columns), _line(["---"] * len(columns))]
+    parts = (f"{len(one['rows'])} of {one['version']} at {one['commit']}" for one in runs)
+    lines = [HEAD, f"Cases, later runs over earlier ones: {', '.join(parts)}.", ""]
+    lines += [_line(columns), _line(["---"] * len(columns))]
     lines += [_line([*key, *(row.get(v, "-") for v in versions)]) for key, row in found.items()]
     PAGE.write_text("\n".join(lines) + "\n")
     print(f"{PAGE}: {len(found)} cases, megatron-core {', '.join(versions)}")

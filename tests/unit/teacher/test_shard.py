@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
+from transformers import GemmaConfig, GPT2Config
 
+from regate_ds.teacher.partition import require_partitionable
 from regate_ds.teacher.shard import FAMILIES, require_cuttable
 from tests.models import text_config
 
@@ -23,3 +25,21 @@ def test_other_families_are_refused_by_name(kind):
 def test_a_rank_without_a_key_value_head_is_refused():
     with pytest.raises(ValueError, match="teacher.tensor=4: the teacher has 2 key-value heads"):
         require_cuttable(text_config("llama"), 4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_known_families_may_be_partitioned(kind):
+    require_partitionable(text_config(kind))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1),
+        GemmaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, intermediate_size=8),
+    ],
+    ids=["gpt2", "gemma"],
+)
+def test_models_of_other_parts_are_not_partitioned(config):
+    with pytest.raises(ValueError, match=f"a {config.model_type} model is not built like Llama"):
+        require_partitionable(config)

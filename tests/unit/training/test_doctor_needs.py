@@ -47,6 +47,17 @@ def test_memory_is_weights_gradients_and_optimizer_cut_as_zero_does(
     assert found == pytest.approx(bytes_each * size, abs=4)
 
 
+@pytest.mark.parametrize(
+    ("distributed", "bytes_each"), [("false", 16 / 2), ("true", (4 + 12 / 2) / 2)]
+)
+def test_tensor_ranks_hold_parts_and_data_ranks_those_of_the_optimizer(
+    load, size, distributed, bytes_each
+):
+    layout = f"parallel={{tensor: 2, distributed_optimizer: {distributed}}}"
+    found = estimate(load(layout), 4).memory
+    assert found == pytest.approx(bytes_each * size, abs=4)
+
+
 def test_a_frozen_weight_has_no_gradient_and_no_optimizer(load, size):
     lora = estimate(load("model.lora.rank=2"), 1).memory
     assert 2 * size < lora < 3 * size

@@ -1,6 +1,7 @@
 """Which folders and files are taken for a teacher, and that a GGUF file is the model it is of."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.text_only import require_same_tokens, score_samples
 from regate_ds.training.student import save_student
-from regate_ds.training.teacher_model import load_teacher, load_teacher_tokenizer
+from regate_ds.training.teacher_model import (
+    load_teacher,
+    load_teacher_config,
+    load_teacher_tokenizer,
+)
+from regate_ds.training.teacher_placement import TeacherSource, id_of_source, weights_of
 from regate_ds.training.tokenizer import train_tokenizer
 from tests.gguf_files import write_gguf
 from tests.models import causal_lm
@@ -97,6 +103,12 @@ def test_a_gguf_teacher_is_named_by_its_weights_not_its_file(gguf, tmp_path):
     loaded.save_pretrained(tmp_path / "folder")
     again = load_teacher(tmp_path / "folder")
     assert teacher_id(again, pad_id=1) == teacher_id(loaded, pad_id=1)
+
+
+def test_a_gguf_teacher_that_is_cut_has_the_name_of_the_whole(gguf):
+    source = TeacherSource(load_teacher_config(gguf), partial(load_teacher, gguf))
+    found = id_of_source(source, weights_of(source), 1)
+    assert found == teacher_id(load_teacher(gguf), pad_id=1)
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])

@@ -1,0 +1,79 @@
+"""The frozen teacher in ZeRO-3's pieces: every rank holds an equal part of every tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from regate_ds.teacher.label_loss import IDS, HeadPart
+from regate_ds.teacher.shard import ShardedTeacher, is_tied, random_state_kept, renew_rotary
+from regate_ds.teacher.weights import Weights
+
+
+def partitioned_teacher(
+    config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device | str
+) -> ShardedTeacher:
+    """A teacher without values, of which every rank of the world holds an equal piece of each
+    tensor; a layer is gathered to run. All ranks must score equally often. Collective.
+
+    ValueError for an architecture that is not built like Llama.
+    """
+    require_partitionable(config)
+    settings = _zero3_settings(dtype)
+    with random_state_kept(), no_init_weights():
+        # Without dtype=: deepspeed 0.19.8 takes bf16 in its place where fp16 is not supported.
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if is_tied(config):
+            whole.lm_head.weight = whole.model.embed_tokens.weight
+        engine, *_ = deepspeed.initialize(model=whole.model, config=settings)
+    decoder: Any = engine.module
+    renew_rotary(decoder, config, device)
+    return ShardedTeacher(config, decoder, _GatheredHead(whole.lm_head))
+
+
+@torch.no_grad()
+def fill_partitioned(teacher: ShardedTeacher, weights: Weights | None) -> None:
+    """Read a ``partitioned_teacher`` tensor by tensor; the world's first rank gives the weights,
+    the others None. Collective over the world."""
+    for whole_name, module, name in teacher.weights_by_name():
+        parameter = module.get_parameter(name)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if weights is not None:
+                parameter.copy_(weights.read(whole_name))
+
+
+def require_partitionable(config: Any) -> None:
+    """ValueError for a model of other parts than a decoder with rotary positions and a head: what
+    else it computes when it is built would silently be in the weights' number format."""
+    with torch.device("meta"):
+        whole: Any = AutoModelForCausalLM.from_config(config)
+    parts = {name for name, _ in whole.named_children()}
+    others = [n for n, _ in whole.named_buffers() if not n.startswith("model.rotary_emb.")]
+    if parts != {"model", "lm_head"} or others or not hasattr(whole.model, "rotary_emb"):
+        raise ValueError(
+            f"teacher.sharding=zero3: a {config.model_type} model is not built like Llama; use "
+            "another teacher, or teacher.sharding=none"
+        )
+
+
+class _GatheredHead(HeadPart):
+    """A head in ZeRO-3's pieces, whole while a batch is scored."""
+
+    def losses(self, hidden_NH: Tensor, labels_N: Tensor, num_ids: int = IDS) -> Tensor:
+        with deepspeed.zero.GatheredParameters(list(self.parameters())):
+            return super().losses(hidden_NH, labels_N, num_ids)
+
+
+def _zero3_settings(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
