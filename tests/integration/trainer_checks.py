@@ -48,6 +48,7 @@ def check_the_loop_example(root: Path) -> None:
     losses = deepspeed_loop.main(arguments(root, "loop"))
     assert len(losses) == 10
     assert losses[-1] < losses[0]
+    dist.barrier()
     assert (root / "loop" / "last" / "regate" / "state.json").is_file()
     dense = deepspeed_loop.main([*arguments(root, "loop-dense"), "--dense"])
     assert dense[-1] < dense[0]
