@@ -55,7 +55,7 @@ def save_models(folder: Path) -> None:
         vocab_size=2048,
         hidden_size=512,
         intermediate_size=1536,
-        num_hidden_layers=8,
+        num_hidden_layers=16,
         num_attention_heads=8,
         num_key_value_heads=4,
     )
@@ -142,8 +142,8 @@ def check_memory(process: Process, models: Path, *, section: TeacherConfig) -> N
     before = _reset_peak()
     place_teacher(section, source(folder), PAD, process)
     grown, whole = _peak() - before, 4 * (embedding + rest)
-    # The embedding is whole, of the rest there is a half; one tensor, and DeepSpeed's own.
-    allowed = 4 * (embedding + rest / 2) + 4 * 512 * 2048 + 0.15 * whole
+    # The embedding is whole, of the rest there is a half; one tensor, and what allocators hold.
+    allowed = 4 * (embedding + rest / 2) + 4 * 512 * 2048 + 0.2 * whole
     print(f"{section.sharding}: rank {process.rank} grew by {grown} of {whole}", flush=True)
     assert grown < allowed < 0.8 * whole
 
