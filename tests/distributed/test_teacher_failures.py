@@ -87,7 +87,7 @@ def test_a_folder_that_vanishes_ends_all_ranks(tmp_path):
 def test_a_file_that_cannot_be_written_whole_ends_all_ranks(tmp_path, whole):
     store = tmp_path / "store"
     limit = max(len(content) for content in shards_in(tmp_path / "whole").values()) - 1
-    ranks = start(Run(store), 1)
+    ranks = start(Run(store, seconds_per_batch=SLOW), 1)
     wait_for_shards(store, 3)
     ranks.kill()
     for path in [*store.glob("shard-*")][3:]:
