@@ -72,11 +72,14 @@ def check_a_resumed_run_is_the_run(root: Path, first: Any) -> None:
 
     last = root / "trainer" / f"checkpoint-{hf_trainer.STEPS}"
     before = difficulty(last)
+    # All have read it before it moves, and all have written theirs before it is read.
+    dist.barrier()
     if dist.get_rank() == 0:
         last.rename(root / "trainer" / "whole")
     dist.barrier()
     again = hf_trainer.main([*arguments(root, "trainer"), "--resume"])
     assert again.state.global_step == hf_trainer.STEPS
+    dist.barrier()
     for name, weight in weights(first.model).items():
         assert torch.equal(weight, weights(again.model)[name]), name
     for mine, theirs in zip(before, difficulty(last), strict=True):
