@@ -32,7 +32,7 @@ shift
 python=$(command -v "${PYTHON:-python}") || fail "PYTHON=${PYTHON:-python}: no such program"
 "$python" -c 'import regate_ds' 2>/dev/null ||
     fail "PYTHON=$python cannot import regate_ds: activate its environment, or set PYTHON"
-first=$(grep -Ev '^[[:space:]]*(#|$)' "$hostfile" | head -n 1 | cut -d ' ' -f 1)
+first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
 [[ -n $first ]] || fail "$hostfile names no host"
 
 # All nodes read and write the same folder.

@@ -8,13 +8,11 @@ reference losses, a checkpoint and the losses of the steps.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 
 import deepspeed
 import torch
-from questions import Questions
+from questions import Questions, parser
 from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, attach, score_dataset
@@ -30,7 +28,7 @@ DS = {
 
 
 def main(argv: list[str] | None = None) -> list[float]:
-    args = _arguments(argv)
+    args = parser().parse_args(argv)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo")
@@ -73,16 +71,6 @@ def main(argv: list[str] | None = None) -> list[float]:
     if engine.global_rank == 0:
         (args.out / "losses.json").write_text(json.dumps(losses))
     return losses
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("student", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--dense", action="store_true", help="the run you had before")
-    parser.add_argument("--local_rank", type=int, help="from the launcher")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

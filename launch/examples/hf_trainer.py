@@ -8,13 +8,11 @@ checkpoints. The reference losses, OUT/reference, are computed if they are not t
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from questions import Questions
+from questions import Questions, parser
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
@@ -31,7 +29,9 @@ DS = {
 
 
 def main(argv: list[str] | None = None) -> Any:
-    args = _arguments(argv)
+    options = parser()
+    options.add_argument("--resume", action="store_true", help="from the newest checkpoint")
+    args = options.parse_args(argv)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     settings = TrainingArguments(
@@ -71,17 +71,6 @@ def main(argv: list[str] | None = None) -> Any:
     )
     trainer.train(resume_from_checkpoint=args.resume or None)
     return trainer
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("student", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--dense", action="store_true", help="the run you had before")
-    parser.add_argument("--resume", action="store_true", help="from the newest checkpoint")
-    parser.add_argument("--local_rank", type=int, help="from the launcher")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

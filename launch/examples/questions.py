@@ -1,10 +1,12 @@
-"""What a user of the two examples beside this file has already: a data set and a collate function.
+"""What a user of the two examples beside this file has already: arguments, a data set, a collate
+function.
 
 Questions about images in LLaVA's JSON format, for a LLaVA model in a Hugging Face folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,17 @@ class Questions(Dataset[dict[str, Any]]):
     def collate(self) -> Any:
         """Padded on the right."""
         return partial(_collate, pad_id=self.tokenizer.pad_token_id)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments that both scripts take."""
+    made = argparse.ArgumentParser()
+    made.add_argument("student", type=Path)
+    made.add_argument("data", type=Path)
+    made.add_argument("out", type=Path)
+    made.add_argument("--dense", action="store_true", help="the run you had before")
+    made.add_argument("--local_rank", type=int, help="from the launcher")
+    return made
 
 
 def _collate(items: list[dict[str, Any]], *, pad_id: int) -> dict[str, torch.Tensor]:

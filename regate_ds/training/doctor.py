@@ -25,7 +25,6 @@ from regate_ds.training.doctor_needs import (
     existing,
     free_disk,
     free_memory,
-    ranks_on_node,
 )
 from regate_ds.training.doctor_ranks import examine_together
 from regate_ds.training.finding import Finding
@@ -196,7 +195,7 @@ def _axes(config: RunConfig) -> dict[str, int]:
 def _needs(config: RunConfig, ranks: Ranks) -> list[Finding]:
     needs = estimate(config, ranks.world_size)
     less = "more ranks, a higher ZeRO stage in run.deepspeed, or model.lora need less"
-    memory = free_memory(ranks_on_node(ranks))
+    memory = free_memory(ranks)
     fewer = f"{config.run.out}: free some, or lower run.keep_checkpoints"
     return [
         _room("memory of a rank", needs.memory, memory, less),

@@ -12,7 +12,6 @@ Tensor and pipeline ranks each hold their part of everything.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.deepspeed_json import deepspeed_config
-from regate_ds.training.ranks import Ranks
+from regate_ds.training.ranks import Ranks, ranks_on_node
 
 GIB = 2**30
 
@@ -48,7 +47,7 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     is_bf16 = config.run.precision == "bf16"
     weights, gradients = (2 if is_bf16 else 4) * total, (2 if is_bf16 else 4) * trained
     optimizer = (12 if is_bf16 else 8) * trained
-    parts = model_ranks(config)
+    parts = 1 if config.parallel is None else config.parallel.ranks_per_copy
     cut = max(num_ranks // parts, 1)
     stage = _zero_stage(config, num_ranks)
     memory = (
@@ -60,19 +59,13 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     return Needs(memory // parts, checkpoints * (weights + optimizer) + weights)
 
 
-def model_ranks(config: RunConfig) -> int:
-    """Ranks that hold one copy of the model together."""
-    parallel = config.parallel
-    return getattr(parallel, "tensor", 1) * getattr(parallel, "pipeline", 1)
-
-
-def free_memory(ranks_on_node: int) -> int:
+def free_memory(ranks: Ranks) -> int:
     """Bytes for this rank: of its GPU, or its share of the machine's."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(ranks.local_rank)[0]
     import psutil
 
-    return psutil.virtual_memory().available // ranks_on_node
+    return psutil.virtual_memory().available // ranks_on_node(ranks)
 
 
 def free_disk(folder: Path) -> int:
@@ -85,15 +78,6 @@ def existing(folder: Path) -> Path:
     while not folder.is_dir():
         folder = folder.parent
     return folder
-
-
-def ranks_on_node(ranks: Ranks) -> int:
-    """As the launcher announced them: torchrun, deepspeed or srun; 1 if it did not."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-    return int(tasks) if ranks.launcher == "srun" and tasks.isdigit() else 1
 
 
 def _zero_stage(config: RunConfig, num_ranks: int) -> int:

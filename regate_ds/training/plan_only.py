@@ -56,7 +56,7 @@ def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
 
 def data_ranks_of(parallel: ParallelConfig | None, world_size: int) -> int:
     """How many of a job's ranks read different samples."""
-    return world_size if parallel is None else world_size // (parallel.tensor * parallel.pipeline)
+    return world_size if parallel is None else world_size // parallel.ranks_per_copy
 
 
 def _require_layers(config: RunConfig, task: Task) -> None:

@@ -45,7 +45,7 @@ def judge_run(config: RunConfig) -> None:
     if config.run.plan_only:
         return
     if config.scores_online:
-        require_replicas(config, int(os.environ.get("WORLD_SIZE", "1")))
+        require_replicas(config, world_size)
     folder, resume = RunFolder(config.run.out), config.run.resume
     if not resume:
         folder.require_new()

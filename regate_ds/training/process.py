@@ -42,14 +42,13 @@ class Process:
         return self.among or dist.group.WORLD
 
 
-def start_process(local_rank: int | None = None) -> Process:
+def start_process() -> Process:
     """Join the job that a launcher announced in the environment, or be a job of one process."""
     ranks = announce()
     if ranks.launcher == "none":
         _announce_single_process()
-    local_rank = ranks.local_rank if local_rank is None else local_rank
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = torch.device("cuda", ranks.local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"

@@ -85,6 +85,15 @@ def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
     return ranks
 
 
+def ranks_on_node(ranks: Ranks) -> int:
+    """As the launcher announced them: torchrun, deepspeed, srun or mpirun; 1 if it did not."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+    return int(tasks) if ranks.launcher == "srun" and tasks.isdigit() else 1
+
+
 def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
     """By RANK and its siblings, which torchrun, deepspeed or the user's own script has set."""
     rank, world_size = _whole(environment, "RANK"), _whole(environment, "WORLD_SIZE", "1")

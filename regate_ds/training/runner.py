@@ -71,7 +71,6 @@ def run_teacher(config: RunConfig) -> None:
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
-    announce()
     run = RunFolder(folder)
     run.require_run()
     if not run.model.is_dir():

@@ -234,6 +234,11 @@ class ParallelConfig:
         require(self, "virtual", self.virtual == 1 or stages, "needs parallel.pipeline above 1")
         require(self, "sequence", not self.sequence or tensor, "needs parallel.tensor above 1")
 
+    @property
+    def ranks_per_copy(self) -> int:
+        """Ranks that hold one copy of the model together."""
+        return self.tensor * self.pipeline
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

@@ -6,12 +6,12 @@ import os
 import secrets
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from regate_ds.training.launcher import free_port
+from tests.cluster.jobs import wait_for
 from tests.cluster.programs import started
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
@@ -73,11 +73,11 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     with ExitStack() as stack:
         log = stack.enter_context((folder / "daemons.log").open("w"))
         stack.enter_context(started(munged, environment, log))
-        _wait_for(lambda: (folder / "munge.socket").exists(), "munged")
+        wait_for(lambda: (folder / "munge.socket").exists(), "munged", 60)
         stack.enter_context(started(["slurmctld", "-D"], environment, log))
         for node in ("n1", "n2"):
             stack.enter_context(started(["slurmd", "-D", "-N", node], environment, log))
-        _wait_for(lambda: _idle(environment) == 2, "two idle nodes")
+        wait_for(lambda: _idle(environment) == 2, "two idle nodes", 60)
         yield environment
 
 
@@ -94,11 +94,3 @@ def _idle(environment: dict[str, str]) -> int:
     command = ["sinfo", "--noheader", "--Node", "--partition=low", "--format=%T"]
     asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return asked.stdout.split().count("idle")
-
-
-def _wait_for(holds, what: str, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            raise TimeoutError(f"no {what} within {seconds:.0f} s")
-        time.sleep(0.2)

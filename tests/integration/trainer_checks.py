@@ -29,7 +29,7 @@ def check_trainer(rank: int, folder: str) -> None:
     check_the_loop_example(root)
     first = check_the_trainer_example(root)
     check_a_resumed_run_is_the_run(root, first)
-    check_the_gradients_are_those_of_a_loop_of_your_own(root, first)
+    check_the_gradients_are_those_of_a_loop_of_your_own(root)
     check_disabled_is_trainers_own_run(root)
     check_what_cannot_work_is_refused(root)
 
@@ -127,7 +127,7 @@ def settings(root: Path, **more: Any) -> TrainingArguments:
     return TrainingArguments(**{**options, **more})
 
 
-def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path, _: Any) -> None:
+def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     """Plain SGD, so that the weights after some steps are a sum of gradients."""
     config = RegateConfig(total_steps=5, warmup=1, final_dense_share=0.0)
     reference = ReferenceStore(root / "trainer" / "reference")
@@ -166,9 +166,8 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path, _: Any) -> N
 
 def check_disabled_is_trainers_own_run(root: Path) -> None:
     ends = []
-    for kind, more in ((Trainer, {}), (RegateTrainer, {"regate": RegateConfig(total_steps=5)})):
-        if more:
-            more = {"regate": RegateConfig(total_steps=5, enabled=False)}
+    disabled = {"regate": RegateConfig(total_steps=5, enabled=False)}
+    for kind, more in ((Trainer, {}), (RegateTrainer, disabled)):
         model, data, collate = parts(root)
         bare = data if more else data._dataset
         trainer = kind(

@@ -45,7 +45,7 @@ def is_installed(package: str) -> bool:
 
 def require_ranks(parallel: Any, world_size: int) -> None:
     """ValueError if the job's ranks cannot be cut into whole copies of the model."""
-    size = parallel.tensor * parallel.pipeline
+    size = parallel.ranks_per_copy
     _refuse(
         [
             (
@@ -87,7 +87,7 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
     yield model.lora is not None, f"model.lora {without} null"
     yield (
         config.data.pack_length is not None,
-        f"data.pack_length={config.data.pack_length} " + (f"{without} null"),
+        f"data.pack_length={config.data.pack_length} {without} null",
     )
     yield run.deepspeed is not None, f"run.deepspeed {without} null"
     yield (

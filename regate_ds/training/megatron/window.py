@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch.nn.functional import pad
 
+from regate_ds.adapters.window import in_steps
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Batch
 
@@ -16,12 +17,8 @@ def windows(
     loader: Iterable[Batch], size: int, *, pad_id: int, multiple: int
 ) -> Iterator[list[Batch]]:
     """Groups of ``size`` micro-batches; rows end in padding up to a multiple of ``multiple``."""
-    micro: list[Batch] = []
-    for batch in loader:
-        micro.append(batch)
-        if len(micro) == size:
-            yield to_one_length(micro, pad_id=pad_id, multiple=multiple)
-            micro = []
+    for micro in in_steps(loader, size, keep_rest=False):
+        yield to_one_length(micro, pad_id=pad_id, multiple=multiple)
 
 
 def to_one_length(micro: Sequence[Batch], *, pad_id: int, multiple: int) -> list[Batch]:

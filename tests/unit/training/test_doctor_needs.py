@@ -1,10 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from regate_ds.training.configuration import load_config
-from regate_ds.training.doctor_needs import estimate, existing, ranks_on_node
-from regate_ds.training.ranks import Ranks
+from regate_ds.training.doctor_needs import estimate, existing, free_memory
+from regate_ds.training.ranks import Ranks, ranks_on_node
 from regate_ds.training.task import make_student
 from regate_ds.training.tokenizer import train_tokenizer
 from tests.integration.small_task import TEXT, VISION
@@ -83,3 +84,11 @@ def test_the_ranks_of_a_node_share_its_memory(monkeypatch):
     assert ranks_on_node(ranks) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert ranks_on_node(ranks) == 2
+
+
+def test_a_rank_has_the_memory_of_its_own_gpu(monkeypatch):
+    free = [8, 5]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: (free[device], 8))
+    found = [free_memory(Ranks("torchrun", rank, 4, rank % 2)) for rank in range(4)]
+    assert found == [8, 5, 8, 5]
