@@ -25,7 +25,6 @@ from regate_ds.data.atomic_file import write_atomically
 FORMAT = 3
 """Version of the saved form and of the fingerprint."""
 
-
 _PLACEHOLDER = -1
 """Stands for every image position in the digests."""
 
@@ -144,6 +143,10 @@ class AnswerIndex:
             name, number = self.keys[int(is_other_S.nonzero()[0])]
             raise ValueError(f"sample {name!r} record {number} has other tokens or labels there")
         return rows_S
+
+    def holds(self, sample: IndexedSample, row: int) -> bool:
+        """Whether the row is of this very sample: its key, token ids and labels."""
+        return torch.equal(_as_words([_digest(sample)])[0], self.digests[row])
 
     def save(self, path: Path) -> None:
         """Write one npz file, atomically."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,6 @@ class Manifest:
     @property
     def is_finished(self) -> bool:
         return all(shard.sha256 is not None for shard in self.shards)
-
-    @property
-    def plan(self) -> Manifest:
-        """The same store before any shard was computed."""
-        return replace(self, shards=tuple(replace(shard, sha256=None) for shard in self.shards))
 
     def to_bytes(self) -> bytes:
         """JSON that ends with its own checksum, so that a flipped byte in it is found as well."""
@@ -142,10 +138,7 @@ def missing_file(path: Path) -> ValueError:
 
 def starts_of(sizes: Sequence[int]) -> list[int]:
     """Where each part starts in what holds the parts one after the other, and where they end."""
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
+    return list(accumulate(sizes, initial=0))
 
 
 def _sealed(fields: dict[str, Any]) -> bytes:

@@ -115,10 +115,7 @@ class ReferenceStore:
     def _find_places(self, rows_S: np.ndarray) -> tuple[Tensor, Tensor]:
         """For each row of the index its shard, and its values' start in it: int64 [S] each."""
         shards = self._manifest.shards
-        shard_S, start_S = (
-            torch.empty(len(rows_S), dtype=torch.int64),
-            self.index.offsets[1:].clone(),
-        )
+        shard_S, start_S = torch.empty(2, len(rows_S), dtype=torch.int64)
         num_rows = torch.tensor([shard.num_rows for shard in shards], dtype=torch.int64)
         num_values = torch.tensor([shard.num_values for shard in shards], dtype=torch.int64)
         shard_of_S = torch.arange(len(shards)).repeat_interleave(num_rows)

@@ -29,6 +29,7 @@ from regate_ds.data.manifest import (
     MANIFEST_NAME,
     Manifest,
     Shard,
+    content_of,
     files_of,
     hash_of,
     index_path,
@@ -45,8 +46,8 @@ PlanShards = Callable[[Tensor], list[list[int]]]
 def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
     """Whether the folder is the finished store of this data and teacher, and nothing else.
 
-    A store that this job may not touch is a ``ValueError`` naming both its owner and the job. Only
-    reads.
+    A store that this job may not touch is a ``ValueError`` naming both its owner and the job; so is
+    a damaged file, the shards' apart. Only reads.
     """
     found = _current(path)
     if found is None:
@@ -54,7 +55,10 @@ def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
     _require_own(path, found, index, teacher_id)
     there = _names_in(path).issuperset(file.name for file in files_of(path, found))
     own = found.fingerprint == index.fingerprint
-    return own and found.is_finished and there and not leftovers(path, found)
+    if not (own and found.is_finished and there) or leftovers(path, found):
+        return False
+    content_of(index_path(path, found), found.index_sha256)
+    return True
 
 
 def begin_store(

@@ -81,11 +81,6 @@ class Watch:
         exchange([0])  # All are connected.
         threading.Thread(target=self._listen, daemon=True).start()
 
-    @property
-    def failure(self) -> Failure | None:
-        """What ended the job, as far as this rank knows."""
-        return self._first
-
     def fail(self, text: str, *, is_doubtful: bool = False) -> Failure:
         """Tell the others that this rank has failed; return what failed first, maybe another rank.
 
@@ -168,6 +163,7 @@ class _Hub:
         """A rank of this job knows the token; a stranger on the port does not."""
         if said is None or said[1] != self._token:
             self._drop(connection)
+            connection.close()
         else:
             self._ranks[connection] = said[0]
         return False
@@ -201,7 +197,8 @@ class _Lines:
         line, _, self._rest = self._rest.partition(b"\n")
         try:
             rank, text = json.loads(line)
-        except ValueError:
+        except (ValueError, TypeError):
+            # Of a stranger: not JSON, or not a pair.
             return None
         return rank, text
 

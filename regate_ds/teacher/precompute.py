@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.progress import progress
 from regate_ds.data.reference_writer import ReferenceWriter
@@ -87,13 +86,11 @@ class TeacherJob:
     def read(self, row: int) -> ScoredSample:
         """The sample of a row. ValueError if it is not what the index was built from."""
         sample = self.encode(row)
-        num_labels = int((sample.labels_S != IGNORE).sum())
-        expected = self.index.keys[row], int(self.index.num_labels[row])
-        if (sample.key, num_labels) != expected:
+        if not self.index.holds(sample, row):
             raise ValueError(
-                f"row {row} of the answer index is sample {expected[0]} with {expected[1]} answer "
-                f"tokens, the data gives {sample.key} with {num_labels}; build the index and the "
-                "samples from the same data"
+                f"row {row} of the answer index is sample {self.index.keys[row]}, the data gives "
+                f"{sample.key} with other tokens or labels; build the index and the samples from "
+                "the same data, which must not change from one reading to the next"
             )
         return sample
 

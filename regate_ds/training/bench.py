@@ -10,39 +10,35 @@ import platform
 import statistics
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from regate_ds.adapters.huggingface import attach_model
-from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.data.encode import EncodedSample
 from regate_ds.session import Regate
+from regate_ds.training.bench_parts import Sizes, interleaved, text_sample
 from regate_ds.training.bench_teacher import TeacherCase, run_teacher_bench, teacher_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchCase:
-    """A Llama decoder and one micro-batch of samples whose every position is a label."""
+class BenchCase(Sizes):
+    """One micro-batch of samples whose every position is a label."""
 
-    hidden: int = 512
-    num_layers: int = 4
     vocabulary: int = 8192
     num_samples: int = 8
     num_tokens: int = 512
+    num_pairs: int = 20
     keep_share: float = 0.5
     first_layers: tuple[int, ...] = (0, 1)
-    num_pairs: int = 20
-    num_threads: int = 1
 
 
 class _Memory:
@@ -85,7 +81,8 @@ def run_bench(case: BenchCase) -> dict[str, Any]:
         for first in case.first_layers
     }
     dense = _Run(case, ids_BT, batch, index, None)
-    seconds = _interleaved({"dense": dense.step, **{k: r.step for k, r in runs.items()}}, case)
+    steps = {"dense": dense.step, **{name: run.step for name, run in runs.items()}}
+    seconds = interleaved(steps, case.num_pairs)
     rows = {name: _row(name, seconds, runs.get(name)) for name in seconds}
     return {"case": asdict(case), "machine": platform.processor(), "steps": rows}
 
@@ -102,7 +99,7 @@ class _Run:
         first_layer: int | None,
     ) -> None:
         torch.manual_seed(0)
-        self._model = LlamaForCausalLM(_model_config(case)).train()
+        self._model = LlamaForCausalLM(case.llama()).train()
         attach_model(self._model, first_layer=first_layer or 0)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5)
         self._ids_BT, self._batch = ids_BT, batch
@@ -134,18 +131,6 @@ class _Run:
         self.overhead.append(planned - begin + time.process_time() - passed)
 
 
-def _interleaved(steps: dict[str, Callable[[], None]], case: BenchCase) -> dict[str, list[float]]:
-    """CPU seconds of each kind of step, one after the other in every round, after one warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(case.num_pairs + 1):
-        for name, step in steps.items():
-            begin = time.process_time()
-            step()
-            if number > 0:
-                seconds[name].append(time.process_time() - begin)
-    return seconds
-
-
 def _row(name: str, seconds: dict[str, list[float]], run: _Run | None) -> dict[str, float]:
     mine, dense = seconds[name], seconds["dense"]
     row = {
@@ -158,30 +143,12 @@ def _row(name: str, seconds: dict[str, list[float]], run: _Run | None) -> dict[s
 
 
 def _data(case: BenchCase) -> tuple[Tensor, TokenBatch, AnswerIndex]:
-    shape = (case.num_samples, case.num_tokens)
-    ids_BT = torch.randint(case.vocabulary, shape)
-    labels_BT = ids_BT.roll(-1, dims=1)
-    labels_BT[:, -1] = IGNORE
-    keys = [("bench", number) for number in range(case.num_samples)]
-    batch = TokenBatch(tuple((key,) for key in keys), torch.zeros_like(labels_BT), labels_BT)
-    no_image = partial(torch.zeros, case.num_tokens, dtype=torch.bool)
-    samples = [
-        EncodedSample(key, ids_BT[i], labels_BT[i], no_image(), char_spans=(), images=())
-        for i, key in enumerate(keys)
-    ]
+    ids_BT = case.ids()
+    samples = [text_sample(number, ids_S) for number, ids_S in enumerate(ids_BT)]
+    labels_BT = torch.stack([sample.labels_S for sample in samples])
+    keys = tuple((sample.key,) for sample in samples)
+    batch = TokenBatch(keys, torch.zeros_like(labels_BT), labels_BT)
     return ids_BT, batch, AnswerIndex.build(samples)
-
-
-def _model_config(case: BenchCase) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        intermediate_size=case.hidden * 8 // 3,
-        num_hidden_layers=case.num_layers,
-        num_attention_heads=case.hidden // 64,
-        num_key_value_heads=case.hidden // 64,
-        max_position_embeddings=case.num_tokens,
-    )
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -24,6 +24,8 @@ _END = b"\0"
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_REQUESTS = tuple(bytes([number]) for number in SIGNALS)
+
 
 class Preempted(Exception):
     """The run has saved and ends early; its message, on the first rank only, says where."""
@@ -44,8 +46,10 @@ class StopRequest:
 
         In a thread of its own, because the main one may wait for other ranks for hours.
         """
-        if os.read(signals, 1) == _END:
-            return
+        # Others come here too, as that of a child that has ended: torch's loaders listen for it.
+        while (number := os.read(signals, 1)) not in _REQUESTS:
+            if number == _END:
+                return
         self._asked.set()
         if grace_seconds is None or self._over.wait(grace_seconds):
             return

@@ -73,8 +73,7 @@ def _histogram(values_N: Tensor) -> Iterator[str]:
 def verify(path: Path) -> str:
     """ValueError names the first file that is missing or has a wrong byte."""
     store = ReferenceStore(path, verify="full")
-    num_files = len(list(path.iterdir()))
-    return f"{path}: {num_files} files, {store.index.num_tokens} values, all as written"
+    return f"{path}: {store.num_shards} shards, {store.index.num_tokens} values, all as written"
 
 
 def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:

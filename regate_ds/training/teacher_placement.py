@@ -130,7 +130,7 @@ def weights_of(source: TeacherSource) -> Weights:
 
 
 def id_of_source(source: TeacherSource, weights: Weights, pad_id: int) -> str:
-    """The teacher\'s name, as ``teacher_id`` has it of the whole model, tensor by tensor."""
+    """The teacher's name, as ``teacher_id`` has it of the whole model, tensor by tensor."""
     return id_of_weights(source.config, _in_order(source, weights), pad_id=pad_id)
 
 

@@ -123,6 +123,16 @@ def test_a_damaged_shard_is_reported_not_replaced(uninterrupted):
         precompute(make_job(uninterrupted))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "index-*.npz", "rows-*.npy", "shard-00002*"])
+def test_a_flipped_byte_in_any_file_of_a_finished_store_is_reported(uninterrupted, name):
+    path = next(uninterrupted.glob(name))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path} is damaged"):
+        precompute(make_job(uninterrupted))
+
+
 def test_a_store_of_another_teacher_is_refused(uninterrupted):
     with pytest.raises(ValueError, match="belongs to teacher small, this job has large"):
         precompute(make_job(uninterrupted, teacher_id="large"))
@@ -143,6 +153,13 @@ def test_a_finished_store_is_done_whatever_the_batches(uninterrupted):
 def test_samples_in_another_order_than_the_index_are_refused(tmp_path):
     samples = make_samples(NUM_SAMPLES)[::-1]
     with pytest.raises(ValueError, match=r"row \d+ of the answer index is sample \('set', \d+\)"):
+        precompute(make_job(tmp_path / "store", encode=samples.__getitem__))
+
+
+def test_a_sample_that_has_changed_since_the_index_was_built_is_refused(tmp_path):
+    samples = make_samples(NUM_SAMPLES)
+    samples[4] = replace(samples[4], input_ids_S=samples[4].input_ids_S.roll(1))
+    with pytest.raises(ValueError, match=r"'set', 14\), the data gives \('set', 14\) with other"):
         precompute(make_job(tmp_path / "store", encode=samples.__getitem__))
 
 

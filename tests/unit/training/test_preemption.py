@@ -5,8 +5,9 @@ import sys
 import time
 
 import pytest
+from torch.utils.data import DataLoader
 
-from regate_ds.training.preemption import SIGNALS, heed, listening
+from regate_ds.training.preemption import SIGNALS, heed, leave_to_parent, listening
 
 
 def wait_for(holds, seconds=20.0):
@@ -22,6 +23,21 @@ def test_a_signal_is_a_request_and_ends_nothing(number):
         assert not stop.is_asked
         os.kill(os.getpid(), number)
         assert wait_for(lambda: stop.is_asked)
+
+
+def test_the_end_of_a_loaders_workers_is_no_request():
+    loader = DataLoader(list(range(4)), num_workers=1, worker_init_fn=leave_to_parent)
+    ended = []
+    with listening() as stop:
+        assert len(list(loader)) == 4
+        # torch sets this handler with its first worker, and it wakes whoever waits for signals.
+        before = signal.signal(signal.SIGCHLD, lambda *_: ended.append(True))
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert wait_for(lambda: ended)
+        assert not wait_for(lambda: stop.is_asked, seconds=0.2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert wait_for(lambda: stop.is_asked)
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_signals_do_what_they_did_before_once_the_run_is_over():

@@ -1,0 +1,102 @@
+"""What the benchmarks share: a Llama's sizes, its samples, steps in turn, bytes of live tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.encode import EncodedSample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A Llama decoder, and samples of which every position is a label."""
+
+    hidden: int = 512
+    num_layers: int = 4
+    vocabulary: int
+    num_samples: int
+    num_tokens: int
+    num_pairs: int
+    num_threads: int = 1
+
+    def llama(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.hidden * 8 // 3,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.hidden // 64,
+            num_key_value_heads=self.hidden // 64,
+            max_position_embeddings=self.num_tokens,
+        )
+
+    def ids(self) -> Tensor:
+        """Random token ids, int64 [samples, tokens]."""
+        return torch.randint(self.vocabulary, (self.num_samples, self.num_tokens))
+
+
+def text_sample(number: int, ids_S: Tensor) -> EncodedSample:
+    labels_S = ids_S.roll(-1)
+    labels_S[-1] = IGNORE
+    no_image_S = torch.zeros_like(ids_S, dtype=torch.bool)
+    return EncodedSample(("bench", number), ids_S, labels_S, no_image_S, char_spans=(), images=())
+
+
+def interleaved(steps: Mapping[str, Callable[[], Any]], num_pairs: int) -> dict[str, list[float]]:
+    """CPU seconds of each kind of step, one after the other in every round, after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(num_pairs + 1):
+        for name, step in steps.items():
+            begin = time.process_time()
+            step()
+            if number > 0:
+                seconds[name].append(time.process_time() - begin)
+    return seconds
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is entered, counts the bytes of the tensors that operators make and something holds.
+
+    ``peak`` is the most after any operator. What a kernel takes and frees within itself is not
+    seen, nor is what was there before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            # In inference mode an operator that is made of others arrives whole.
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        output = func(*args, **kwargs)
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            # A view has the storage of what it was made from.
+            if storage._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {at: made for at, made in self._made.items() if not made[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return output
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
