@@ -26,15 +26,13 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface import ElidedOutput, attach_model, has_tower
+from regate_ds.adapters.open_session import Difficulty, open_session
 from regate_ds.adapters.saved_state import load_state, save_state
-from regate_ds.adapters.window import Window, in_steps
+from regate_ds.adapters.window import Window, in_steps, require_collated
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
-from regate_ds.data.collate import Batch
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.host_batch import HostCollate, Unkeyed
 from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.data.stream_difficulty import StreamDifficulty
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate, StepPlan, schedule_of
 from regate_ds.teacher.online import OnlineReference
@@ -98,7 +96,7 @@ class DeepSpeedRegate:
         self._reference, self._attachment, self._own_loss = reference, attachment, own_loss
         self._tower_unwatched = tower_unwatched
         self._session: Regate | None = None
-        self._difficulty: DifficultyStore | StreamDifficulty | None = None
+        self._difficulty: Difficulty | None = None
         self._engine: Any = None
         self._teacher_seconds = 0.0
 
@@ -132,20 +130,25 @@ class DeepSpeedRegate:
     def _next(self, groups: Iterator[list[Any]]) -> list[Any] | None:
         """The micro-batches of the coming window, scored where its step will need it."""
         micro = next(groups, None)
-        if micro is None or self._online is None:
-            return micro
-        _require_collated(micro)
+        if micro is not None:
+            self._prepare(micro)
+        return micro
+
+    def _prepare(self, micro: list[Any]) -> None:
+        """Have an online teacher score what is planned next, unless that step is dense."""
+        if self._online is None:
+            return
+        require_collated(micro)
         session = self._open_session()
         if session.is_dense(session.coming_step):
             self._online.forget()
         else:
             self._online.prepare(micro)
-        return micro
 
     def window(self, micro: list[Any], engine: Any) -> Window:
         """Plan one step's micro-batches, for loops that take them from the loader. Collective."""
         self._bind(engine)
-        self._next(iter([micro]))
+        self._prepare(micro)
         return self._window(micro, engine)
 
     def loss(self, output: Any, plan: ElisionPlan | None) -> Tensor:
@@ -228,14 +231,8 @@ class DeepSpeedRegate:
             )
         self._engine = engine
         group = engine.data_parallel_group if engine.dp_world_size > 1 else None
-        if self.config.keep_share < 1.0 and self._reference is not None:
-            self._difficulty = self._make_difficulty(group, engine.device)
-        self._session = Regate(
-            self.config,
-            reference=self._reference,
-            difficulty=self._difficulty,
-            layout=ParallelLayout(data=group),
-            device=engine.device,
+        self._session, self._difficulty = open_session(
+            self.config, self._reference, ParallelLayout(data=group), engine.device
         )
 
     @property
@@ -244,16 +241,10 @@ class DeepSpeedRegate:
         found = self._reference if self.config.keep_share < 1.0 and self.config.enabled else None
         return found if isinstance(found, OnlineReference) else None
 
-    def _make_difficulty(self, group: Any, device: Any) -> DifficultyStore | StreamDifficulty:
-        assert self._reference is not None
-        if self._online is not None and self._online.is_stream:
-            return StreamDifficulty(group, device=device)
-        return DifficultyStore(self._reference.index, group, device=device)
-
     def _window(self, micro: list[Any], engine: Any) -> Window:
         if not self.config.enabled:
             return Window(micro, [None] * len(micro), engine.device)
-        _require_collated(micro)
+        require_collated(micro)
         if self._online is not None:
             self._teacher_seconds = self._online.seconds
         self.plan = self._open_session().plan_step([batch.tokens for batch in micro])
@@ -282,14 +273,6 @@ def _warn_if_never_sparse(config: RegateConfig) -> None:
             "all of the %d steps are dense: warmup, cycles and final_dense_share leave none "
             "between them",
             config.total_steps,
-        )
-
-
-def _require_collated(micro: list[Any]) -> None:
-    if not all(isinstance(batch, Batch) for batch in micro):
-        raise ValueError(
-            f"the loader yields {type(micro[0]).__name__}; give it "
-            "collate_fn=regate.collate(collate)"
         )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.huggingface import has_tower
+from regate_ds.adapters.open_session import Difficulty, open_session
 from regate_ds.adapters.pipeline_layers import (
     Decoder,
     Desk,
@@ -32,14 +33,13 @@ from regate_ds.adapters.pipeline_layers import (
     numbered,
     take_apart,
 )
-from regate_ds.adapters.plan_wire import Sent, failing_together, share
+from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.support import require_language_model, require_supported
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout, host_group
 from regate_ds.parallel.sync import all_or_none
@@ -134,18 +134,20 @@ class PipelineRegate:
         """The step planned last, on ranks of the last stage."""
         self._engine, self._student = engine, student
         self._session: Regate | None = None
-        self._difficulty: DifficultyStore | None = None
+        self._difficulty: Difficulty | None = None
         self._data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
         self.planner, self.replica = _replica(engine)
         if self.config.enabled and engine.is_last_stage():
-            self._open_session(reference)
+            self._session, self._difficulty = open_session(
+                self.config, reference, ParallelLayout(data=self._data), engine.device
+            )
 
     def train_batch(self, iterator: Iterator[Batch]) -> Tensor:
         """One optimizer step; the mean loss over all targets of the step. All ranks call it."""
         window = self._read(iterator)
         plans = self._plans(window) if self.config.enabled else None
         loss = self._engine.train_batch(self._feed(window, plans))
-        if self._session is not None:
+        if self.config.enabled:
             self._finish(applied=self._engine.was_step_applied())
         return loss
 
@@ -171,18 +173,6 @@ class PipelineRegate:
         if self.plan is None:
             return None
         return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
-
-    def _open_session(self, reference: ReferenceStore | None) -> None:
-        group, device = self._data, self._engine.device
-        if self.config.keep_share < 1.0 and reference is not None:
-            self._difficulty = DifficultyStore(reference.index, group, device=device)
-        self._session = Regate(
-            self.config,
-            reference=reference,
-            difficulty=self._difficulty,
-            layout=ParallelLayout(data=group),
-            device=device,
-        )
 
     def _read(self, iterator: Iterator[Any]) -> list[Any] | None:
         """The step's micro-batches, on stages that read data."""
@@ -246,11 +236,14 @@ class PipelineRegate:
         return None if window is None else iter(feed)
 
     def _finish(self, *, applied: bool) -> None:
-        assert self._session is not None
-        assert self.plan is not None
-        for number, plan in enumerate(self.plan.micro):
-            self._session.record(plan, self._student.losses[number])
-        self._session.finish_step(applied=applied)
+        """End the step on the last stage; an error there is one on all stages."""
+        if self._session is not None:
+            assert self.plan is not None
+            with failing_together(self.planner, self.replica):
+                for number, plan in enumerate(self.plan.micro):
+                    self._session.record(plan, self._student.losses[number])
+                self._session.finish_step(applied=applied)
+        confirm(self._session is not None, self.planner, self.replica)
 
 
 def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:

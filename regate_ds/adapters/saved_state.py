@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from regate_ds.adapters.open_session import Difficulty
 from regate_ds.data.atomic_file import write_atomically
-from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.data.stream_difficulty import StreamDifficulty
 from regate_ds.session import Regate
 
 STATE_FOLDER = "regate"
@@ -17,7 +16,7 @@ STATE_FOLDER = "regate"
 def save_state(
     checkpoint_dir: str | Path,
     session: Regate,
-    difficulty: DifficultyStore | StreamDifficulty | None,
+    difficulty: Difficulty | None,
     *,
     is_first: bool,
 ) -> None:
@@ -32,11 +31,7 @@ def save_state(
         write_atomically(folder / "state.json", json.dumps(state).encode())
 
 
-def load_state(
-    checkpoint_dir: str | Path,
-    session: Regate,
-    difficulty: DifficultyStore | StreamDifficulty | None,
-) -> None:
+def load_state(checkpoint_dir: str | Path, session: Regate, difficulty: Difficulty | None) -> None:
     """Take over what ``save_state`` wrote, with any number of data ranks."""
     folder = Path(checkpoint_dir) / STATE_FOLDER
     if not (folder / "state.json").is_file():

@@ -33,6 +33,15 @@ class Window(Sequence[tuple[Any, ElisionPlan | None]]):
         return inputs, None if plan is None else plan.to(self._device)
 
 
+def require_collated(micro: Sequence[Any]) -> None:
+    """Refuse micro-batches whose samples are not named."""
+    if not all(isinstance(batch, Batch) for batch in micro):
+        raise ValueError(
+            f"the loader yields {type(micro[0]).__name__}; give it "
+            "collate_fn=regate.collate(collate)"
+        )
+
+
 def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[list[Any]]:
     """Groups of ``size`` micro-batches; what is left at the end is told, if it is not kept."""
     micro: list[Any] = []

@@ -259,6 +259,23 @@ def check_short_data() -> None:
     assert loss > 0
 
 
+def check_diverged() -> None:
+    """A loss that is not finite ends the step with an error on every stage."""
+    pipe = start(SMALL["text"])
+    train = pipe.engine.train_batch
+
+    def diverging(feed: Any) -> Any:
+        loss = train(feed)
+        for losses_L in pipe.engine.module.losses.values():
+            losses_L.fill_(torch.nan)
+        return loss
+
+    pipe.engine.train_batch = diverging
+    match = "has diverged" if pipe.engine.is_last_stage() else "has failed"
+    with pytest.raises(RuntimeError, match=match):
+        pipe.regate.train_batch(iter(SMALL["text"].zero.batches(0)))
+
+
 def named_checks(cases: dict[str, PipeCase]) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, case in cases.items():
         yield name, partial(check_step, case)
@@ -270,6 +287,7 @@ OTHERS: dict[str, Callable[[], None]] = {
     "evaluation": check_evaluation,
     "refusals": check_refusals,
     "short data": check_short_data,
+    "diverged": check_diverged,
 }
 
 

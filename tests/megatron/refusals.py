@@ -82,6 +82,9 @@ def check_attach(case: Case) -> None:
         tried()
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "layout='sbhd'"):
         tried(layout="thd")
+    gathering = changed(gpt.config, "moe_token_dispatcher_type", "allgather")
+    with changed(gpt.config, "num_moe_experts", 4), gathering, refused(ValueError, "'alltoall'"):
+        tried()
     with refused(ValueError, "decoder of 4 layers"):
         tried(first_layer=4)
     with refused(ValueError, "holds 0 GPTModels"):

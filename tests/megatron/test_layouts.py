@@ -19,7 +19,7 @@ CASES = [
     Case(model="moe", aux=0.5, first_layer=0, rows=3),
     Case(model="llava", first_layer=0),
     Case(model="llava", pp=2, recompute="full"),
-    Case(tp=2, first_layer=2),
+    Case(tp=2, dp=2, first_layer=2),
     Case(tp=2, sp=True, recompute="full"),
     Case(tp=2, sp=True, one_slice=True, rows=1),
     Case(tp=2, sp=True, layout="thd", first_layer=0),
@@ -31,7 +31,7 @@ CASES = [
     Case(pp=2, model="tied", dense=True),
     Case(pp=2, vpp=2, recompute="full", num_micro=6),
     Case(pp=2, vpp=2, layout="thd", first_layer=0),
-    Case(cp=2, one_slice=True),
+    Case(cp=2, dp=2, one_slice=True),
     Case(dp=2, model="moe", ep=2, recompute="full", aux=0.5, one_slice=True),
     Case(tp=2, pp=2, sp=True, layout="thd"),
     Case(tp=2, cp=2, sp=True, recompute="selective"),
@@ -40,7 +40,7 @@ CASES = [
     Case(pp=2, cp=2, last_layer=3, first_layer=0),
     Case(dp=2, pp=2, num_micro=3),
 ]
-"""Each pair of axes that can stand together does so somewhere."""
+"""Each pair of tensor, context, pipeline and data parallelism stands together somewhere."""
 
 
 @pytest.mark.slow

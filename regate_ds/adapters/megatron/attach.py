@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Channel, open_channel
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
-from regate_ds.adapters.megatron.groups import Axes, find_axes
+from regate_ds.adapters.megatron.groups import Axes, find_axes, group_device
 from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise, require_cut
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.run import StepRun
@@ -40,15 +40,14 @@ from regate_ds.adapters.megatron.support import (
     require_schedule,
     require_supported,
 )
+from regate_ds.adapters.open_session import open_session
 from regate_ds.adapters.plan_wire import confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.layout import ParallelLayout, rank_in
 from regate_ds.parallel.sync import all_or_none, gather_values
-from regate_ds.session import Regate
 
 Layout = Literal["sbhd", "thd"]
 
@@ -110,17 +109,8 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
     multiple = math.lcm(config.token_multiple, axes.place.multiple)
     config = replace(config, token_multiple=multiple)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    difficulty = None
-    if config.keep_share < 1.0 and reference is not None:
-        difficulty = DifficultyStore(reference.index, axes.data, device=device)
-    session = Regate(
-        config,
-        reference=reference,
-        difficulty=difficulty,
-        layout=ParallelLayout(data=axes.data, replica=axes.replica),
-        device=device,
-    )
+    device, layout = group_device(), ParallelLayout(data=axes.data, replica=axes.replica)
+    session, difficulty = open_session(config, reference, layout, device)
     session.equal_slots, session.one_row = not axes.place.ragged, axes.place.ragged
     return Planner(session, difficulty, partial(all_or_none, axes.data, device))
 
@@ -185,13 +175,12 @@ class MegatronRegate:
 
     def abandon(self) -> None:
         """Forget a step that was planned and will not be ended: a later job does it again."""
-        planner = self._attached.planner if self._attached is not None else None
-        if planner is not None:
-            planner.abandon_step()
+        if self._planner is not None:
+            self._planner.abandon_step()
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into a checkpoint folder. All ranks call."""
-        planner = self._attached.planner if self._attached is not None else None
+        planner = self._planner
         if planner is not None:
             assert self._attached is not None
             first = rank_in(self._attached.axes.data) == 0
@@ -199,14 +188,13 @@ class MegatronRegate:
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Take over what ``save`` wrote, under any layout. All ranks call."""
-        planner = self._attached.planner if self._attached is not None else None
+        planner = self._planner
         if planner is not None:
             load_state(checkpoint_dir, planner.session, planner.difficulty)
 
     def metrics(self) -> dict[str, int | bool] | None:
         """Counts of the step planned last, over all data ranks; None on ranks that do not plan."""
-        planner = self._attached.planner if self._attached is not None else None
-        plan = planner.plan if planner is not None else None
+        plan = self._planner.plan if self._planner is not None else None
         return None if plan is None else {"step": plan.step, "dense": plan.is_dense, **plan.counts}
 
     def remove(self) -> None:
@@ -214,6 +202,11 @@ class MegatronRegate:
         if self._attached is not None:
             self._attached.attachment.remove()
             self._attached = None
+
+    @property
+    def _planner(self) -> Planner | None:
+        """``None`` on ranks that do not plan, and where nothing is attached."""
+        return None if self._attached is None else self._attached.planner
 
     def _window(self, place: Place, arguments: dict[str, Any]) -> list[TokenBatch]:
         """The step's tokens where they are planned; the schedule then reads the same items."""

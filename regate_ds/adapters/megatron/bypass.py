@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from regate_ds.adapters.megatron.groups import group_device
 from regate_ds.adapters.megatron.local_plan import LocalPlan
 from regate_ds.parallel.layout import own_group, replicas
 from regate_ds.parallel.sync import gather_integers
@@ -57,7 +58,7 @@ class Channel:
 def open_channel(pipeline: ProcessGroup, gathers: int, restores: int) -> Channel | None:
     """Between these two stages; ``None`` on other stages. Collective over the world."""
     ranks, stage = dist.get_process_group_ranks(pipeline), dist.get_rank(pipeline)
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    device = group_device()
     pipelines = replicas(gather_integers(min(ranks), device))
     onward, back = own_group(pipelines), own_group(pipelines)
     if stage not in (gathers, restores):

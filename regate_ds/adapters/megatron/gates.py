@@ -115,8 +115,7 @@ class ChunkGate:
         return (), given
 
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+        if (carrier := _eliding(kwargs)) is None:
             return None
         carrier.rotary = self._rotary(carrier.local)
         if self.gated.first == 0 and self.gpt.pre_process:
@@ -145,24 +144,20 @@ class ChunkGate:
         return carrier.bypass.join(full)
 
     def _gather_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+        if (carrier := _eliding(kwargs)) is None:
             return None
         hidden, *rest = output
         return (self._gathered(hidden, carrier), *rest)
 
     def _restore_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+        if (carrier := _eliding(kwargs)) is None:
             return None
         hidden, *rest = output
         return (self._restored(hidden, carrier), *rest)
 
     def _enter_gated(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
-            return None
-        if "padding_mask" not in kwargs:
+        carrier = _eliding(kwargs)
+        if carrier is None or "padding_mask" not in kwargs:
             return None
         return args, {**kwargs, "padding_mask": carrier.local.padding_BK}
 
@@ -173,8 +168,7 @@ class ChunkGate:
         return args, {**kwargs, "packed_seq_params": carrier.host}
 
     def _before_gated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier) or carrier.local.is_dense:
+        if (carrier := _eliding(kwargs)) is None:
             return self._before_ungated(attention, args, kwargs)
         return args, {
             **kwargs,
@@ -193,6 +187,12 @@ class ChunkGate:
         if self.gated.sequence is not None:
             num_rows //= torch.distributed.get_world_size(self.gated.sequence)
         return move_rows(output, local.head, (num_rows, 1), self.gated.sequence)
+
+
+def _eliding(kwargs: dict[str, Any]) -> Any:
+    """The ``Carrier`` of a micro-batch of which something is elided, else ``None``."""
+    carrier = kwargs.get("packed_seq_params")
+    return carrier if isinstance(carrier, Carrier) and not carrier.local.is_dense else None
 
 
 def _bounds(local: LocalPlan) -> PackedSeqParams | None:

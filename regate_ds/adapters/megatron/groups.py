@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.local_plan import Place
 from regate_ds.parallel.layout import host_group, replicas
+from regate_ds.parallel.sync import gather_integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,14 @@ def rank_table() -> Table:
         and mpu.get_tensor_model_parallel_rank() == 0
         and mpu.get_context_parallel_rank() == 0
     )
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    mine = torch.tensor([mpu.get_data_parallel_rank(), int(is_planner)], device=device)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    return [(data_rank, bool(plans)) for data_rank, plans in (row.tolist() for row in rows)]
+    data_ranks = gather_integers(mpu.get_data_parallel_rank(), group_device())
+    plans = gather_integers(int(is_planner), group_device())
+    return list(zip(data_ranks, map(bool, plans), strict=True))
+
+
+def group_device() -> torch.device:
+    """Where the backend of Megatron's groups wants its tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _replica(table: Table) -> tuple[ProcessGroup | None, int]:

@@ -206,10 +206,9 @@ def _rotary_position(plan: ElisionPlan, place: Place) -> Tensor:
     if not place.ragged:
         held_K = Cut(place.context_size).held(plan.num_slots)[place.context_rank]
         return plan.kept_BK[:, held_K].T.contiguous()
-    starts_R = torch.cat([plan.position_R[:1] * 0, torch.tensor(_sample_lengths(plan)).cumsum(0)])
     lengths = torch.tensor(_sample_lengths(plan))
     # A sample's first position is always kept, and is the first of its slots.
-    first_R = plan.position_R[starts_R[:-1]].repeat_interleave(lengths)
+    first_R = plan.position_R[lengths.cumsum(0) - lengths].repeat_interleave(lengths)
     missing = _ragged_length(plan, place) - plan.num_kept
     return torch.nn.functional.pad(plan.position_R - first_R, (0, missing))[:, None]
 

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from regate_ds.adapters.open_session import Difficulty
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.session import Regate, StepPlan
 
 
@@ -18,7 +18,7 @@ class Planner:
     def __init__(
         self,
         session: Regate,
-        difficulty: DifficultyStore | None,
+        difficulty: Difficulty | None,
         together: Callable[[], AbstractContextManager[object]],
     ) -> None:
         """together: in which an error on one data rank is an error on all."""
