@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.label_loss import HeadPart
-from regate_ds.teacher.precompute import precompute
+from regate_ds.teacher.precompute import Score, TeacherJob, precompute
 from regate_ds.teacher.shard import ShardedTeacher, require_share
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.text_only import ScoredSample, score_samples
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.teacher_model import load_teacher
@@ -24,7 +26,7 @@ from regate_ds.training.teacher_placement import PlacedTeacher, TeacherSource, p
 from tests.distributed.zero_checks import run_named
 from tests.models import causal_lm
 from tests.samples import make_samples
-from tests.unit.teacher.reference_job import NUM_SAMPLES, make_job
+from tests.unit.teacher.reference_job import NUM_SAMPLES, files_of, make_job
 
 PAD = 1
 
@@ -100,13 +102,47 @@ def check_pieces(placed: PlacedTeacher, world_size: int) -> None:
 
 def check_store(process: Process, models: Path) -> None:
     placed = place_teacher(TENSOR, source(models / "llama"), PAD, process)
-    job = make_job(
-        models / "tensor store",
+    precompute(_tensor_job(models / "tensor store", placed), process.group)
+
+
+def check_resumed(process: Process, models: Path) -> None:
+    """Begun by two replicas and ended by one of them, and the other way round, a store has the
+    files of ``check_store``."""
+    placed = place_teacher(TENSOR, source(models / "llama"), PAD, process)
+    both, one = process.group, placed.layout.replica if process.rank < 2 else None
+    for begin, end in ((both, one), (one, both)):
+        store = models / f"begun by {'two' if begin is both else 'one'}"
+        job = _tensor_job(store, placed)
+        num_shards = len(files_of(models / "tensor store")) - 3
+        if begin is not None:
+            with pytest.raises(RuntimeError, match="ended here"):
+                precompute(replace(job, score=_ends_after(3, job.score)), begin)
+        dist.barrier()
+        assert 0 < len(list(store.glob("shard-*"))) < num_shards
+        if end is not None:
+            precompute(job, end)
+        dist.barrier()
+        assert files_of(store) == files_of(models / "tensor store")
+
+
+def _tensor_job(store: Path, placed: PlacedTeacher) -> TeacherJob:
+    return make_job(
+        store,
         score=partial(score_samples, placed.model, pad_id=PAD),
         teacher_id=placed.id,
         ranks_per_replica=placed.ranks_per_replica,
     )
-    precompute(job, process.group)
+
+
+def _ends_after(num_batches: int, score: Score) -> Score:
+    left = iter(range(num_batches))
+
+    def scored(samples: Sequence[ScoredSample]) -> torch.Tensor:
+        if next(left, None) is None:
+            raise RuntimeError("ended here")
+        return score(samples)
+
+    return scored
 
 
 def check_zero3_store(process: Process, models: Path) -> None:
@@ -184,6 +220,7 @@ def check_cut(process: Process, source: TeacherSource) -> None:
 FOUR: dict[str, Check] = {
     **_checks("tensor", check_cut, whole=False),
     "store": check_store,
+    "resumed": check_resumed,
 }
 
 
