@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regate_ds.config import RegateConfig
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import is_same_on_all
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
@@ -100,10 +100,7 @@ def require_one_data_set(fingerprint: str, process: Process) -> None:
 
     They would take their samples from different orders. Collective.
     """
-    # As many bits as add up, over ten thousand ranks, to an int64.
-    mine = int(fingerprint[:12], 16)
-    (total,) = sum_over([mine], process.group, process.device)
-    if total != mine * process.world_size:
+    if not is_same_on_all(fingerprint, process.group, process.device):
         raise RuntimeError(
             f"rank {process.rank} has read data with fingerprint {fingerprint[:12]}, others have "
             "read other data: give all machines the same data.train and image files"

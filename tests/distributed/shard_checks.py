@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,11 +15,15 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
+from regate_ds.data.host_batch import HostCollate, Keyed
+from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.label_loss import HeadPart
+from regate_ds.teacher.own_data import Teacher, score_dataset
 from regate_ds.teacher.precompute import Score, TeacherJob, precompute
 from regate_ds.teacher.shard import ShardedTeacher, require_share
 from regate_ds.teacher.text_only import ScoredSample, score_samples
+from regate_ds.training.own_teacher import open_teacher
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.teacher_model import load_teacher
@@ -27,6 +32,7 @@ from tests.distributed.zero_checks import run_named
 from tests.models import causal_lm
 from tests.samples import make_samples
 from tests.unit.teacher.reference_job import NUM_SAMPLES, files_of, make_job
+from tests.unit.teacher.test_own_data import IMAGE, collate, host_items
 
 PAD = 1
 
@@ -145,6 +151,41 @@ def _ends_after(num_batches: int, score: Score) -> Score:
     return scored
 
 
+def check_own_data(process: Process, models: Path, *, section: TeacherConfig) -> None:
+    """Of a data set of users' own: shared by all ranks, and the whole teacher's losses."""
+    data = Keyed(host_items(9), "set")
+    whole = Teacher(model=load_teacher(models / "llama"), pad_id=PAD, image_token_id=IMAGE)
+    section = replace(section, path=models / "llama", tokens_per_batch=64)
+    parted = open_teacher(section, pad_id=PAD, image_token_id=IMAGE)
+    assert parted.id == whole.id
+    values = []
+    for teacher, kind in ((whole, "whole"), (parted, "parted")):
+        path = models / f"own data, {section.sharding}, {kind}"
+        score_dataset(data, collate, teacher, path, process.group)
+        store = ReferenceStore(path)
+        values.append(store.read(store.index.keys))
+    torch.testing.assert_close(*values, rtol=2**-10, atol=1e-5)
+    mine = [process.rank, 8]
+    online = parted.online()
+    online.prepare([HostCollate(collate)([data[number] for number in mine])])
+    keys = [("set", number) for number in mine]
+    torch.testing.assert_close(online.read(keys), store.read(keys), rtol=2**-10, atol=1e-5)
+    other, path = replace(whole, name=f"of {process.rank}"), models / "no store"
+    with pytest.raises(RuntimeError, match=r"and teacher of \d, other ranks have not"):
+        score_dataset(data, collate, other, path, process.group)
+    with pytest.raises(ValueError, match=r"this job has \d ranks: give score_dataset the group"):
+        score_dataset(data, collate, whole, path)
+    with pytest.raises(ValueError, match="ranks of the job hold this teacher together"):
+        score_dataset(
+            data,
+            collate,
+            parted,
+            path,
+            dist.new_group([process.rank], use_local_synchronization=True),
+        )
+    assert not path.exists()
+
+
 def check_zero3_store(process: Process, models: Path) -> None:
     """An odd number of batches: one rank has to keep up with the other."""
     placed = place_teacher(ZERO3, source(models / "llama"), PAD, process)
@@ -157,6 +198,26 @@ def check_zero3_store(process: Process, models: Path) -> None:
     )
     assert len(job.batches(list(range(NUM_SAMPLES)))) % 2 == 1
     precompute(job, process.group)
+
+
+def check_turns(process: Process, models: Path) -> None:
+    """What is loaded whole, as a GGUF file is, is loaded by one rank of a node at a time."""
+    overlaps, here = [], models / "a rank loads"
+
+    def load():
+        try:
+            here.mkdir()
+        except FileExistsError:
+            overlaps.append(process.rank)
+        time.sleep(0.2)
+        model = load_teacher(models / "llama")
+        here.rmdir()
+        return model
+
+    config = AutoConfig.from_pretrained(models / "llama")
+    for section in (TeacherConfig(), TENSOR):
+        place_teacher(section, TeacherSource(config, load), PAD, process)
+        assert not overlaps
 
 
 def check_whole_is_too_much(process: Process, models: Path) -> None:
@@ -221,6 +282,7 @@ FOUR: dict[str, Check] = {
     **_checks("tensor", check_cut, whole=False),
     "store": check_store,
     "resumed": check_resumed,
+    "own data": partial(check_own_data, section=TENSOR),
 }
 
 
@@ -235,6 +297,8 @@ TWO: dict[str, Check] = {
     **_checks("tensor", check_cut, whole=True),
     **_checks("zero3", check_pieces_score, whole=False),
     "zero3 store": check_zero3_store,
+    "zero3 own data": partial(check_own_data, section=ZERO3),
+    "turns": check_turns,
     "too much": check_whole_is_too_much,
     "tensor memory": partial(check_memory, section=TENSOR),
     "zero3 memory": partial(check_memory, section=ZERO3),
