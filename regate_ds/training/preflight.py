@@ -19,6 +19,7 @@ from regate_ds.training.metrics import RunFolder, leaves
 from regate_ds.training.process import Process
 from regate_ds.training.section_reader import plain_values
 from regate_ds.training.task import make_student
+from regate_ds.training.teacher_model import load_teacher_config
 
 MAY_CHANGE = {
     "run.resume",
@@ -45,7 +46,7 @@ def judge_run(config: RunConfig) -> None:
     if config.run.plan_only:
         return
     if config.scores_online:
-        require_replicas(config, world_size)
+        require_teacher(config, world_size)
     folder, resume = RunFolder(config.run.out), config.run.resume
     if not resume:
         folder.require_new()
@@ -66,11 +67,14 @@ def judge_teacher(config: RunConfig, world_size: int) -> None:
     """ValueError for what `regate teacher` would find only after loading."""
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
-    require_replicas(config, world_size)
+    require_teacher(config, world_size)
 
 
-def require_replicas(config: RunConfig, world_size: int) -> None:
-    """Refuse a number of ranks that cannot be cut into groups that hold a teacher each."""
+def require_teacher(config: RunConfig, world_size: int) -> None:
+    """Refuse what is no causal language model, and a number of ranks that cannot be cut into groups
+    that hold a teacher each."""
+    if config.teacher.path is not None:
+        load_teacher_config(config.teacher.path)
     if world_size % config.teacher.tensor:
         raise ValueError(
             f"teacher.tensor={config.teacher.tensor}: {world_size} ranks are no multiple of it; "

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"kind": "qwen2"},
     "mistral": {"kind": "mistral"},
     "nine heads, three of them key-value": {"heads": (9, 3), "hidden_size": 72},
+    "biases and wide heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "tied": {"tie_word_embeddings": True},
     "nine heads, tied": {"heads": (9, 3), "hidden_size": 72, "tie_word_embeddings": True},
 }
@@ -57,7 +58,11 @@ LARGE = "large"
 def save_models(folder: Path) -> None:
     """What the ranks read."""
     for name, sizes in MODELS.items():
-        causal_lm(**sizes).save_pretrained(folder / name)
+        model = causal_lm(**sizes)
+        for weight_name, weight in model.named_parameters():
+            if weight_name.endswith("bias"):
+                nn.init.normal_(weight)
+        model.save_pretrained(folder / name)
     causal_lm().bfloat16().save_pretrained(folder / HALF)
     config = LlamaConfig(
         vocab_size=2048,

@@ -118,6 +118,13 @@ def test_a_number_of_ranks_that_makes_no_whole_teachers_is_refused(load):
         judge_teacher(config, 3)
 
 
+@pytest.mark.parametrize("judge", [lambda config: judge_teacher(config, 1), judge_run])
+def test_a_teacher_that_is_not_there_is_named_before_anything_is_loaded(load, judge):
+    config = load("teacher.path=/nowhere", "teacher.mode=online")
+    with pytest.raises(ValueError, match="teacher.path=/nowhere: holds no config.json; give the"):
+        judge(config)
+
+
 def test_a_teacher_inside_the_job_needs_no_store_but_whole_groups_of_ranks(load, monkeypatch):
     online = ["teacher.mode=online", "teacher.store=null"]
     judge_run(load(*online))
