@@ -47,7 +47,7 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     is_bf16 = config.run.precision == "bf16"
     weights, gradients = (2 if is_bf16 else 4) * total, (2 if is_bf16 else 4) * trained
     optimizer = (12 if is_bf16 else 8) * trained
-    parts = 1 if config.parallel is None else config.parallel.ranks_per_copy
+    parts = 1 if config.parallel is None else config.parallel.weight_parts
     cut = max(num_ranks // parts, 1)
     stage = _zero_stage(config, num_ranks)
     memory = (
