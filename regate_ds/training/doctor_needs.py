@@ -46,7 +46,7 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     is_bf16, parts = config.run.precision == "bf16", 1
     weights, gradients, optimizer = (2, 2, 12) if is_bf16 else (4, 4, 8)
     if config.parallel is not None:
-        gradients, parts = 4, config.parallel.ranks_per_copy
+        gradients, parts = 4, config.parallel.weight_parts
     cut, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
     per_weight = weights / (cut if stage >= 3 else 1)
     per_trained = gradients / (cut if stage >= 2 else 1) + optimizer / (cut if stage >= 1 else 1)
@@ -58,9 +58,9 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     return Needs(int(memory), disk)
 
 
-def _parts(name: str, ranks_per_copy: int) -> int:
+def _parts(name: str, weight_parts: int) -> int:
     """Ranks that share a weight of the student."""
-    return ranks_per_copy if "language_model." in name or "lm_head." in name else 1
+    return weight_parts if "language_model." in name or "lm_head." in name else 1
 
 
 def free_memory(ranks: Ranks) -> int:

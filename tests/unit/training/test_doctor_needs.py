@@ -70,6 +70,10 @@ def test_ranks_hold_parts_of_the_decoder_and_data_ranks_those_of_the_optimizer(
     assert found == pytest.approx(bytes_each * (decoder / 2 + tower), abs=4)
 
 
+def test_context_ranks_hold_all_weights_each(load, size):
+    assert estimate(load("parallel={context: 2}"), 4).memory == pytest.approx(18 * size, abs=4)
+
+
 def test_a_frozen_weight_has_no_gradient_and_no_optimizer(load, size):
     lora = estimate(load("model.lora.rank=2"), 1).memory
     assert 2 * size < lora < 3 * size
