@@ -25,7 +25,7 @@ $(READY): pyproject.toml setup.py
 	@touch $@
 
 test: check
-	$(TEST_ENV) $(BIN)/python -m pytest -q
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # Random layouts of Megatron-core; SEED=... repeats a run, CASES=... says how many.
 test-stress: setup
@@ -38,13 +38,14 @@ VENV19 := .venv-megatron19
 $(VENV19)/ready:
 	@test -n "$(PYTHON312)" || { echo "no Python 3.12 found; set PYTHON312=..." >&2; exit 1; }
 	$(PYTHON312) -m venv $(VENV19)
-	$(VENV19)/bin/pip install --quiet torch==2.13.0 megatron-core==0.19.2 numpy pyyaml pillow pytest
+	$(VENV19)/bin/pip install --quiet torch==2.13.0
+	$(VENV19)/bin/pip install --quiet -e '.[recipe]' megatron-core==0.19.2 pytest
 	@touch $@
 
 test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.megatron.matrix run build/matrix-py311.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.megatron.matrix run build/matrix-py312.json
-	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/megatron/test_pretrain.py
+	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/megatron
 	$(BIN)/python -m tests.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with

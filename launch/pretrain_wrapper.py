@@ -13,8 +13,6 @@ import runpy
 import sys
 from pathlib import Path
 
-from regate_ds.adapters.megatron.hosted import HostSettings
-from regate_ds.adapters.megatron.megatron_lm import installed
 from regate_ds.training.section_reader import read_section
 from regate_ds.training.yaml_reader import read_yaml
 
@@ -38,14 +36,18 @@ def taken_out(arguments: list[str]) -> tuple[str, list[str]]:
 
 def main() -> None:
     config, command = taken_out(sys.argv[1:])
-    values = read_yaml(Path(config).read_text())
-    settings = read_section(HostSettings, values, where="")
     script = Path(command[0])
-    if not script.is_file():
-        sys.exit(f"{script} is not there: give the path of the pretrain script")
-    # As python itself would start it.
+    for path, what in ((script, "the pretrain script"), (Path(config), f"a file as {FLAG}")):
+        if not path.is_file():
+            sys.exit(f"{path} is not there: give the path of {what}")
+    # As python itself would start it, and before the first import of megatron: the one beside the
+    # script is the one that it runs with.
     sys.argv = command
     sys.path[0] = str(script.resolve().parent)
+    from regate_ds.adapters.megatron.hosted import HostSettings
+    from regate_ds.adapters.megatron.megatron_lm import installed
+
+    settings = read_section(HostSettings, read_yaml(Path(config).read_text()), where="")
     with installed(settings):
         runpy.run_path(str(script), run_name="__main__")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,8 @@ class Regate:
         must not change within a step."""
         self.one_row = False
         """Kept tokens of a micro-batch lie behind one another: token_multiple is of them all."""
+        self.padding: Callable[[ElisionPlan], int] = attrgetter("num_padded")
+        """Rows of a plan that hold nothing, for hosts that lay them out in their own way."""
         self._layout, self._device = layout or ParallelLayout(), device
         self._open: _Open | None = None
         if self.elides and (reference is None or difficulty is None):
@@ -141,7 +144,7 @@ class Regate:
         dense = self.is_dense(self.step)
         with all_or_none(self._layout.data, self._device, num_values=len(COUNTS)) as totals:
             micro = self._plan(batches, difficulty, dense=dense)
-            totals += _count(batches, micro)
+            totals += _count(batches, micro, self.padding)
         counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
         if counts["answer_kept"] == 0:
             raise ValueError(
@@ -286,7 +289,11 @@ class Regate:
         return torch.cat(updated)
 
 
-def _count(window: Sequence[TokenBatch], micro: Sequence[ElisionPlan]) -> list[int]:
+def _count(
+    window: Sequence[TokenBatch],
+    micro: Sequence[ElisionPlan],
+    padding: Callable[[ElisionPlan], int],
+) -> list[int]:
     """In the order of COUNTS."""
     return [
         sum(int((batch.segment_BT >= 0).sum()) for batch in window),
@@ -294,7 +301,7 @@ def _count(window: Sequence[TokenBatch], micro: Sequence[ElisionPlan]) -> list[i
         sum(int(batch.is_label_BT.sum()) for batch in window),
         sum(plan.num_targets for plan in micro),
         sum(plan.num_filled for plan in micro),
-        sum(plan.num_padded for plan in micro),
+        sum(map(padding, micro)),
     ]
 
 

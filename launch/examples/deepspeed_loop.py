@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> list[float]:
             mean = torch.tensor(total / len(window) / engine.dp_world_size, device=engine.device)
             torch.distributed.all_reduce(mean)
             losses.append(float(mean))
+            if engine.global_rank == 0:
+                print(f"step {len(losses)}: loss {losses[-1]:.3f}", flush=True)
     engine.save_checkpoint(str(args.out), tag="last")
     regate.save(args.out / "last")
     if engine.global_rank == 0:

@@ -1,6 +1,7 @@
 """Move rows between the ranks of a group: who sends what is decided from a plan that all know.
 
-A sequence is cut over context ranks in zigzag (rank r of n holds the chunks r and 2n-1-r) and each
+A sequence is cut over context ranks in zigzag (rank r of n holds the chunks r and 2n-1-r; of each
+sample, where several lie behind one another) and each
 piece over tensor ranks in order (Megatron's sequence parallelism). Elision changes the length of
 the sequence and with it the cut, so kept rows change owners: one exchange, and its reverse in the
 backward pass. Nothing is reduced: each row has one owner before and one after.
@@ -32,32 +33,41 @@ class Cut:
         return self.context_size * self.tensor_size
 
     @property
-    def multiple(self) -> int:
-        """What a length must be a multiple of."""
-        zigzag = 2 * self.context_size if self.context_size > 1 else 1
-        return zigzag * self.tensor_size
+    def zigzag(self) -> int:
+        """Chunks that context ranks cut a sample into; its length must be a multiple of it."""
+        return 2 * self.context_size if self.context_size > 1 else 1
 
-    def owners(self, length: int) -> tuple[Tensor, Tensor]:
+    @property
+    def multiple(self) -> int:
+        """What the length of a sequence must be a multiple of."""
+        return self.zigzag * self.tensor_size
+
+    def owners(self, *lengths: int) -> tuple[Tensor, Tensor]:
         """For each index of a sequence, the rank that holds it and its index there."""
-        if length % self.multiple:
+        length = sum(lengths)
+        if length % self.multiple or any(n % self.zigzag for n in lengths):
             raise ValueError(
                 f"a sequence of {length} rows cannot be cut over {self.context_size} context and "
                 f"{self.tensor_size} tensor ranks; its length must be a multiple of {self.multiple}"
             )
-        held = self.held(length)
+        held = self.held(*lengths)
         rank, place = torch.empty(length, dtype=torch.long), torch.empty(length, dtype=torch.long)
         for number, index_R in enumerate(held):
             rank[index_R], place[index_R] = number, torch.arange(len(index_R))
         return rank, place
 
-    def held(self, length: int) -> list[Tensor]:
-        """The indices of a sequence that each rank holds, in its order."""
-        index = torch.arange(length)
-        pieces = [index]
+    def held(self, *lengths: int) -> list[Tensor]:
+        """The indices of a sequence that each rank holds, in its order.
+
+        lengths: of the samples that lie behind one another in it; each is in zigzag by itself.
+        """
+        pieces = [torch.arange(sum(lengths))]
         if self.context_size > 1:
-            chunks = index.chunk(2 * self.context_size)
-            pairs = zip(chunks[: self.context_size], reversed(chunks[self.context_size :]))
-            pieces = [torch.cat(pair) for pair in pairs]
+            samples = [index.chunk(self.zigzag) for index in pieces[0].split(lengths)]
+            pieces = [
+                torch.cat([part for chunks in samples for part in (chunks[r], chunks[-1 - r])])
+                for r in range(self.context_size)
+            ]
         return [part for piece in pieces for part in piece.chunk(self.tensor_size)]
 
 

@@ -7,7 +7,8 @@
     disk                each checkpoint that is kept, and the one that is being written: weights and
                         optimizer; and the finished model: weights
 
-Tensor and pipeline ranks each hold their part of everything.
+Megatron-core keeps gradients in 4 bytes. Its tensor and pipeline ranks each hold their part of the
+decoder, and those of the first stage, which is meant here, tower and projector whole.
 """
 
 from __future__ import annotations
@@ -42,21 +43,24 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
 
     student = make_student(config.model, seed=None)
     model = trainable(student, config.model, seed=0)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    is_bf16 = config.run.precision == "bf16"
-    weights, gradients = (2 if is_bf16 else 4) * total, (2 if is_bf16 else 4) * trained
-    optimizer = (12 if is_bf16 else 8) * trained
-    parts = 1 if config.parallel is None else config.parallel.ranks_per_copy
-    cut = max(num_ranks // parts, 1)
-    stage = _zero_stage(config, num_ranks)
-    memory = (
-        weights // (cut if stage >= 3 else 1)
-        + gradients // (cut if stage >= 2 else 1)
-        + optimizer // (cut if stage >= 1 else 1)
-    )
-    checkpoints = _num_checkpoints(config) + 1
-    return Needs(memory // parts, checkpoints * (weights + optimizer) + weights)
+    is_bf16, parts = config.run.precision == "bf16", 1
+    weights, gradients, optimizer = (2, 2, 12) if is_bf16 else (4, 4, 8)
+    if config.parallel is not None:
+        gradients, parts = 4, config.parallel.weight_parts
+    cut, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
+    per_weight = weights / (cut if stage >= 3 else 1)
+    per_trained = gradients / (cut if stage >= 2 else 1) + optimizer / (cut if stage >= 1 else 1)
+    memory, disk, checkpoints = 0.0, 0, _num_checkpoints(config) + 1
+    for name, parameter in model.named_parameters():
+        size, is_trained = parameter.numel(), parameter.requires_grad
+        memory += size * (per_weight + per_trained * is_trained) / _parts(name, parts)
+        disk += size * (checkpoints * (weights + optimizer * is_trained) + weights)
+    return Needs(int(memory), disk)
+
+
+def _parts(name: str, weight_parts: int) -> int:
+    """Ranks that share a weight of the student."""
+    return weight_parts if "language_model." in name or "lm_head." in name else 1
 
 
 def free_memory(ranks: Ranks) -> int:

@@ -211,6 +211,9 @@ class ParallelConfig:
     pipeline: int = 1
     """Stages of the decoder, each on ranks of its own."""
 
+    context: int = 1
+    """Ranks that share each sample's positions (needs Transformer Engine)."""
+
     virtual: int = 1
     """Parts of the decoder on each stage; above 1 the schedule interleaves them."""
 
@@ -228,7 +231,7 @@ class ParallelConfig:
     """What the backward pass computes again: nothing, attention, or whole layers."""
 
     def __post_init__(self) -> None:
-        for key in ("tensor", "pipeline", "virtual"):
+        for key in ("tensor", "pipeline", "context", "virtual"):
             require(self, key, getattr(self, key) >= 1, "must be at least 1")
         stages, tensor = self.pipeline > 1, self.tensor > 1
         require(self, "virtual", self.virtual == 1 or stages, "needs parallel.pipeline above 1")
@@ -236,7 +239,12 @@ class ParallelConfig:
 
     @property
     def ranks_per_copy(self) -> int:
-        """Ranks that hold one copy of the model together."""
+        """Ranks that read the same samples."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def weight_parts(self) -> int:
+        """Ranks that the weights of one copy of the model are cut over."""
         return self.tensor * self.pipeline
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch
@@ -175,7 +176,12 @@ class Trainer:
         if not self.task.test_records:
             return {}
         with self.host.whole_model() as model:
-            scores = evaluate(model, held_out(self.task, self.config), self.process)
+            return self._evaluate_whole(model, done)
+
+    def _evaluate_whole(self, model: nn.Module, done: int) -> dict[str, Any]:
+        if not self.task.test_records:
+            return {}
+        scores = evaluate(model, held_out(self.task, self.config), self.process)
         if self.process.is_first:
             self.folder.append_eval({"step": done, **scores, **self._totals()})
         return scores
@@ -197,7 +203,7 @@ class Trainer:
             self._save(total)
         with self.host.whole_model() as model:
             save_model(self.folder.model, self.task.student, model, self.process)
-        scores = self._evaluate(total)
+            scores = self._evaluate_whole(model, total)
         peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}

@@ -18,11 +18,16 @@ from regate_ds.training.tokenizer import train_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-LAYER_BILLIONS = {"videollama2_7b": 6.53, "videochat2_7b_lora": 6.98, "internvl3_5_8b": 6.95}
+LAYER_BILLIONS = {
+    "videollama2_7b": 6.53,
+    "videochat2_7b_lora": 6.98,
+    "internvl3_5_8b": 6.95,
+    "internvl3_5_8b_megatron": 6.95,
+}
 """Weights of the decoder's layers: of Qwen2-7B, Mistral-7B and Qwen3-8B without its norms."""
 
 TOWER_MILLIONS = 304
-RANKS = {"videollama2_7b": 4, "videochat2_7b_lora": 4, "internvl3_5_8b": 16}
+RANKS = dict(zip(LAYER_BILLIONS, (4, 4, 16, 16)))
 
 
 @pytest.fixture(scope="module")

@@ -104,10 +104,11 @@ def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
     store = reference_of(case)
     difficulty = DifficultyStore(store.index)
     zigzag = 2 * case.cp if case.cp > 1 else 1
-    multiple = zigzag * (case.tp if case.sp else 1)
+    by_sample = case.layout == "thd" and case.cp > 1
+    multiple = zigzag * (case.tp if case.sp and not by_sample else 1)
     config = replace(case.config, token_multiple=math.lcm(case.token_multiple, multiple))
     session = Regate(config, reference=store, difficulty=difficulty)
-    session.one_row = case.layout == "thd"
+    session.one_row = case.layout == "thd" and not by_sample
     window = [item.tokens for rank in all_items(case) for item in rank]
     return session, session.plan_step(window), difficulty
 

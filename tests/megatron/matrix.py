@@ -52,8 +52,6 @@ def cases() -> list[tuple[str, Case]]:
     for (name, sizes), rows, first, recompute in itertools.product(
         LAYOUTS.items(), ("sbhd", "thd"), (0, 1), ("none", "full", "selective")
     ):
-        if sizes.get("cp", 1) > 1 and rows == "thd":
-            continue
         # What is recomputed inside a layer is far from the restore.
         if "last_layer" in sizes and recompute == "selective":
             continue

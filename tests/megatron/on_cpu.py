@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import runpy
 import sys
-from functools import partial
+from functools import partial, partialmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +26,11 @@ def install() -> None:
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
     if importlib.util.find_spec("megatron.training") is None:
         return
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
     from megatron.training import initialize, training
+
+    # Without Transformer Engine its norm is torch's, which does not take the arguments it is given.
+    CLIPViTModel.__init__ = partialmethod(CLIPViTModel.__init__, ln_pre_impl=shim.Norm)  # type: ignore
 
     # The wheel has them compiled, and no makefile.
     initialize._compile_dependencies = lambda: None

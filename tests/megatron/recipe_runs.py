@@ -71,15 +71,15 @@ def train(run: Run) -> None:
     dismantle(trainer.host.chunks)
 
 
-def _packed_layers(**settings: Any) -> Any:
+def _own_layers(**settings: Any) -> Any:
     return layer_spec(get_gpt_layer_local_spec(**settings), own_attention=True)
 
 
-def train_ragged(run: Run) -> None:
-    """With this folder's attention for packed rows in the place of Transformer Engine's."""
+def train_with_own_attention(run: Run) -> None:
+    """Packed rows and context ranks, in the place of Transformer Engine's attention."""
     with (
         mock.patch.object(fits, "is_installed", return_value=True),
-        mock.patch.object(student, "get_gpt_layer_local_spec", _packed_layers),
+        mock.patch.object(student, "get_gpt_layer_local_spec", _own_layers),
     ):
         train(run)
 

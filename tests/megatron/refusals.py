@@ -80,8 +80,6 @@ def check_attach(case: Case) -> None:
                 tried()
     with changed(gpt, "position_embedding_type", "mrope"), refused(ValueError, "mrope"):
         tried()
-    with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "layout='sbhd'"):
-        tried(layout="thd")
     gathering = changed(gpt.config, "moe_token_dispatcher_type", "allgather")
     with changed(gpt.config, "num_moe_experts", 4), gathering, refused(ValueError, "'alltoall'"):
         tried()
@@ -105,6 +103,8 @@ def check_attach(case: Case) -> None:
     schedule = regate.wrap(get_forward_backward_func())
     with refused(RuntimeError, "did not call the model"):
         run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
+    with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
+        run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
     unset = changed(gpt.config, "finalize_model_grads_func", None)
     with unset, refused(ValueError, "finalize_model_grads_func"):
         run_chunks(case, chunks, schedule, forward_step(case))

@@ -128,45 +128,43 @@ class Attention(nn.Module):
         packed_seq_params: Any = None,
         **__: Any,
     ) -> Tensor:
-        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            bounds = packed_seq_params.cu_seqlens_q.tolist()
-            parts = [
-                _attend(query[a:b, None], key[a:b, None], value[a:b, None], None)[:, 0]
-                for a, b in zip(bounds, bounds[1:])
-                if b > a
-            ]
-            return torch.cat(parts)
-        place = None
-        if self.context.size() > 1:
-            place = _zigzag(query.shape[0], self.context)
+        is_packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if is_packed:
+            query, key, value = (x[:, None] for x in (query, key, value))
+        size, rank = self.context.size(), self.context.rank()
+        whole = size * query.shape[0]
+        bounds = packed_seq_params.cu_seqlens_q.tolist() if is_packed else [0, whole]
+        # What lies behind the last sample is padding.
+        at = _zigzag([*bounds, whole], size)
+        if size > 1:
             key, value = (_AllGather.apply(x, self.context) for x in (key, value))
-        return _attend(query, key, value, place)
+        sample = torch.bucketize(torch.arange(whole), torch.tensor(bounds[1:]), right=True)
+        at_query, at_key = at[rank], at.reshape(-1)
+        seen = (at_key[None] <= at_query[:, None]) & (
+            sample[at_key][None] == sample[at_query][:, None]
+        )
+        out = _attend(query, key, value, seen)
+        return out[:, 0] if is_packed else out
 
 
-def _zigzag(length: int, group: dist.ProcessGroup) -> Tensor:
-    """Positions in the whole sequence of what each rank holds, [ranks, length]."""
-    half, size = length // 2, group.size()
-    chunks = torch.arange(2 * size * half).view(2 * size, half)
-    return torch.stack([torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)])
+def _zigzag(bounds: list[int], size: int) -> Tensor:
+    """Positions in the whole sequence of what each of ``size`` ranks holds, [ranks, length]."""
+    held: list[list[int]] = [[] for _ in range(size)]
+    for start, end in zip(bounds, bounds[1:]):
+        half = (end - start) // (2 * size)
+        for rank in range(size) if size > 1 else ():
+            held[rank] += range(start + rank * half, start + (rank + 1) * half)
+            held[rank] += range(end - (rank + 1) * half, end - rank * half)
+    return torch.tensor(held) if size > 1 else torch.arange(bounds[-1])[None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, place: Tensor | None) -> Tensor:
-    """[S, B, N, D] -> [S, B, N * D]; place: positions of all ranks' rows, or plain order."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """[S, B, N, D] -> [S, B, N * D]; seen [S, T]: which of the T keys a query attends to."""
     length, rows, heads, size = query.shape
     key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
-    at_query = at_key = torch.arange(length)
-    if place is not None:
-        at_query, at_key = place[dist.get_rank(_context())], place.reshape(-1)
     scores = torch.einsum("sbnd,tbnd->bnst", query, key) / math.sqrt(size)
-    scores = scores.masked_fill(at_key[None] > at_query[:, None], -math.inf)
-    out = torch.einsum("bnst,tbnd->sbnd", scores.softmax(-1), value)
+    out = torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(~seen, -math.inf).softmax(-1), value)
     return out.reshape(length, rows, heads * size)
-
-
-def _context() -> dist.ProcessGroup:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_context_parallel_group()
 
 
 class _AllGather(torch.autograd.Function):

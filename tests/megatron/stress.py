@@ -24,7 +24,7 @@ def random_case(rng: random.Random) -> Case:
     stages = sizes["pp"] * vpp
     num_layers = stages * rng.choice([1, 2] if stages > 1 else [2, 3, 4])
     sp = sizes["tp"] > 1 and rng.random() < 0.7
-    layout = "sbhd" if sizes["cp"] > 1 else rng.choice(["sbhd", "thd"])
+    layout = rng.choice(["sbhd", "thd"])
     first = rng.randrange(0, num_layers // stages + 1 if vpp > 1 else num_layers)
     first = min(first, num_layers - 1)
     last = None if vpp > 1 or rng.random() < 0.5 else rng.randrange(first + 1, num_layers + 1)
@@ -41,7 +41,7 @@ def random_case(rng: random.Random) -> Case:
         num_micro=2 * rng.randrange(1, 4) if vpp > 1 else rng.randrange(1, 6),
         rows=rng.randrange(1, 4),
         length=8 * rng.randrange(2, 6),
-        packed=layout == "thd" and model != "llava" and rng.random() < 0.5,
+        packed=layout == "thd" and _packs(sizes, model) and rng.random() < 0.5,
         keep_share=rng.choice([0.1, 0.3, 0.5, 0.9]),
         dense=rng.random() < 0.1,
         token_multiple=rng.choice([1, 1, 3, 4]),
@@ -61,6 +61,10 @@ def _sizes(rng: random.Random, model: str) -> dict[str, int]:
     if model == "moe" and sizes["dp"] > 1:
         sizes["ep"] = 2
     return sizes
+
+
+def _packs(sizes: dict[str, int], model: str) -> bool:
+    return model != "llava" and sizes["cp"] == 1
 
 
 def main() -> int:

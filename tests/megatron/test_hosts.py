@@ -140,6 +140,18 @@ def test_the_wrapper_runs_a_script_as_its_own_main_would_be(
     assert training.train_step is host
 
 
+def test_the_wrapper_runs_with_the_megatron_beside_the_script(tmp_path: Path):
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").write_text("raise SystemExit('the one beside')")
+    (tmp_path / "c.yaml").write_text("elision: {total_steps: 4}\n")
+    (tmp_path / "pretrain_it.py").touch()
+    wrapper = [sys.executable, str(ROOT / "launch" / "pretrain_wrapper.py")]
+    command = [*wrapper, "--regate-config", str(tmp_path / "c.yaml"), "pretrain_it.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.strip() == "the one beside"
+
+
 def test_bridges_callback_ends_steps(monkeypatch):
     train, callbacks = (ModuleType(f"megatron.bridge.training.{n}") for n in ("train", "callbacks"))
     train.get_forward_backward_func = host = lambda pp_size, vp_size: None  # type: ignore

@@ -12,7 +12,6 @@ from tests.megatron.pool import Pool
 
 CASES = [
     Case(first_layer=0, rows=3),
-    Case(last_layer=3, recompute="full"),
     Case(layout="thd", packed=True, recompute="selective"),
     Case(layout="thd", packed=True, first_layer=0, token_multiple=3),
     Case(model="tied", token_multiple=4),
@@ -20,13 +19,10 @@ CASES = [
     Case(model="llava", first_layer=0),
     Case(model="llava", pp=2, recompute="full"),
     Case(tp=2, dp=2, first_layer=2),
-    Case(tp=2, sp=True, recompute="full"),
     Case(tp=2, sp=True, one_slice=True, rows=1),
     Case(tp=2, sp=True, layout="thd", first_layer=0),
-    Case(pp=2, first_layer=3, last_layer=4),
     Case(pp=2, last_layer=2, recompute="full"),
     Case(tp=2, sp=True, last_layer=3, recompute="full", one_slice=True),
-    Case(cp=2, last_layer=2, first_layer=0),
     Case(pp=2, layout="thd", packed=True, recompute="full"),
     Case(pp=2, model="tied", dense=True),
     Case(pp=2, vpp=2, recompute="full", num_micro=6),
@@ -37,7 +33,7 @@ CASES = [
     Case(tp=2, cp=2, sp=True, recompute="selective"),
     Case(pp=4, first_layer=2),
     Case(pp=4, last_layer=3, layout="thd", recompute="full", num_micro=6),
-    Case(pp=2, cp=2, last_layer=3, first_layer=0),
+    Case(pp=2, cp=2, last_layer=3, first_layer=0, layout="thd"),
     Case(dp=2, pp=2, num_micro=3),
 ]
 """Each pair of tensor, context, pipeline and data parallelism stands together somewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,15 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
 from regate_ds.adapters.megatron.groups import row_multiple
-from regate_ds.adapters.megatron.local_plan import Place, localise, require_cut
+from regate_ds.adapters.megatron.local_plan import (
+    Place,
+    localise,
+    ragged_lengths,
+    ragged_padding,
+    require_cut,
+)
 from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_ragged, plan_sparse
+from regate_ds.parallel.routes import Cut
 from tests.batches import random_batch
 
 
@@ -97,6 +105,27 @@ def test_every_rank_holds_a_multiple_of_what_fp8_wants_filled_with_real_tokens(
     assert all(n % place.multiple == 0 for n in rows)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int):
+    plan = plans([[20], [31], [5]])[0]
+    place = Place(context_size=2, sequence_size=tensor, ragged=True)
+    lengths = ragged_lengths(plan, place)
+    kept = (plan.segment_BK >= 0).sum(1).tolist()
+    assert all(n % 4 == 0 for n in lengths)
+    assert [padded - n < 4 for padded, n in zip(lengths, kept)] == [True] * 3
+    assert sum(lengths) % (4 * tensor) == 0
+    assert ragged_padding(plan, place=place) == sum(lengths) - sum(kept)
+    positions = localise(plan, place).rotary_position[:, 0]
+    starts = [0, *accumulate(lengths)][:3]
+    for row, (start, num) in enumerate(zip(starts, kept, strict=True)):
+        assert torch.equal(positions[start : start + num], plan.kept_BK[row, :num])
+    first, second = Cut(2).held(*lengths)
+    for start, length in zip(starts, lengths):
+        whole = torch.arange(start, start + length).chunk(4)
+        assert set(torch.cat([whole[0], whole[3]]).tolist()) <= set(first.tolist())
+        assert set(torch.cat([whole[1], whole[2]]).tolist()) <= set(second.tolist())
+
+
 @pytest.mark.parametrize(
     ("settings", "multiple"),
     [
@@ -117,6 +146,8 @@ def test_rows_of_several_samples_need_thd():
     with pytest.raises(ValueError, match="layout='thd'"):
         require_cut([batch], Place())
     require_cut([batch], Place(ragged=True))
+    with pytest.raises(ValueError, match="not supported with context parallelism"):
+        require_cut([batch], Place(ragged=True, context_size=2))
 
 
 def test_without_interleaving_micro_batches_arrive_in_order():

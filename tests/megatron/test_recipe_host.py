@@ -19,7 +19,7 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 from regate_ds.training.compare import compare_runs
 from tests.megatron.pool import Pool
 from tests.megatron.recipe_reference import STEPS
-from tests.megatron.recipe_runs import Run, train, train_plainly, train_ragged
+from tests.megatron.recipe_runs import Run, train, train_plainly, train_with_own_attention
 
 ROOT = Path(__file__).parents[2]
 TIMES = {"step_seconds", "cpu_seconds"}
@@ -78,6 +78,7 @@ def require_equal_runs(found: Path, wanted: Path) -> None:
 CUTS = [
     (2, "tensor: 2, sequence: true, recompute: selective", ()),
     (2, "pipeline: 2, virtual: 2", ()),
+    (2, "context: 2, layout: ragged", ()),
     (4, "tensor: 2, pipeline: 2, sequence: true, recompute: full", ()),
     (2, "distributed_optimizer: true", ("run.accumulation=2",)),
 ]
@@ -89,7 +90,8 @@ def test_every_cut_makes_the_run_of_one_deepspeed_rank(
     pool: Pool, task: Path, world: int, parallel: str, more: tuple[str, ...]
 ):
     out = parallel.replace(": ", "").replace(", ", "-")
-    pool.run(world, train, Run(task, out, (f"parallel={{{parallel}}}", *more)), TIMEOUT_SECONDS)
+    kind = train_with_own_attention if "context" in parallel else train
+    pool.run(world, kind, Run(task, out, (f"parallel={{{parallel}}}", *more)), TIMEOUT_SECONDS)
     require_equal_runs(task / out, task / "deepspeed")
     summaries = [
         json.loads((task / name / "summary.json").read_text()) for name in (out, "deepspeed")
@@ -105,7 +107,7 @@ def test_every_cut_makes_the_run_of_one_deepspeed_rank(
 @pytest.mark.slow
 def test_ragged_rows_make_the_run_of_rows_of_one_length(pool: Pool, task: Path):
     # Ragged rows fill their total, the others each row: neither has to here.
-    for layout, kind in (("constant", train), ("ragged", train_ragged)):
+    for layout, kind in (("constant", train), ("ragged", train_with_own_attention)):
         parallel = f"parallel={{pipeline: 2, layout: {layout}}}"
         run = Run(task, layout, (parallel, "elision.token_multiple=1"))
         pool.run(2, kind, run, TIMEOUT_SECONDS)

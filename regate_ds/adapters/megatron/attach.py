@@ -30,7 +30,13 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Channel, open_channel
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes, group_device
-from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise, require_cut
+from regate_ds.adapters.megatron.local_plan import (
+    LocalPlan,
+    Place,
+    localise,
+    ragged_padding,
+    require_cut,
+)
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.run import StepRun
 from regate_ds.adapters.megatron.support import (
@@ -107,11 +113,17 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
-    multiple = math.lcm(config.token_multiple, axes.place.multiple)
-    config = replace(config, token_multiple=multiple)
+    place = axes.place
+    # Where context ranks cut every sample of ragged rows, each is filled up by itself.
+    by_sample = place.ragged and place.context_size > 1
+    multiple = place.cut.zigzag if by_sample else place.multiple
+    config = replace(config, token_multiple=math.lcm(config.token_multiple, multiple))
     device, layout = group_device(), ParallelLayout(data=axes.data, replica=axes.replica)
     session, difficulty = open_session(config, reference, layout, device)
-    session.equal_slots, session.one_row = not axes.place.ragged, axes.place.ragged
+    session.equal_slots = not place.ragged
+    session.one_row = place.ragged and not by_sample
+    if place.ragged:
+        session.padding = partial(ragged_padding, place=place)
     return Planner(session, difficulty, partial(all_or_none, axes.data, device))
 
 

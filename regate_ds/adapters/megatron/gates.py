@@ -105,7 +105,13 @@ class ChunkGate:
             return None
         given = self._signature.bind(gpt, *args, **kwargs).arguments
         given = {name: value for name, value in given.items() if name != "self"}
-        carrier = carry(local, given.get("packed_seq_params"))
+        host = given.get("packed_seq_params")
+        if getattr(host, "qkv_format", None) == "thd" and gpt.config.context_parallel_size > 1:
+            raise ValueError(
+                "the model is called with packed rows (packed_seq_params, thd), which are not "
+                "supported with context parallelism; give one sample a row"
+            )
+        carrier = carry(local, host)
         if self.gated.ends_early and not local.is_dense:
             carrier.bypass = Bypass(local, self.gated.channel)
         given["packed_seq_params"] = carrier

@@ -56,7 +56,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Packing:
-    """Bounds of the samples in a ragged micro-batch; padding at the end is one of its own."""
+    """Bounds of the samples in a ragged micro-batch, each with the padding that makes its cut even;
+    padding at the end is one of its own."""
 
     cumulative: Tensor
     longest: int
@@ -81,7 +82,8 @@ class LocalPlan:
     nothing is elided or the full sequence is not restored."""
 
     rotary_position: Tensor
-    """int64 [S, B]: original positions of this context rank's kept slots."""
+    """int64 [S, B]: original positions of this context rank's kept slots; of all context ranks' in
+    ragged rows, of which Megatron takes its part."""
 
     packing: Packing | None
     padding_BK: Tensor | None
@@ -119,10 +121,17 @@ def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
     """Refuse rows that cannot be cut over the ranks, or whose samples would be mixed."""
     for batch in window:
         place.cut.owners(batch.labels_BT.shape[1])
-        if any(len(row) > 1 for row in batch.keys) and not place.ragged:
+        if all(len(row) <= 1 for row in batch.keys):
+            continue
+        if not place.ragged:
             raise ValueError(
                 "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
                 "layout='thd', or give one sample a row"
+            )
+        if place.context_size > 1:
+            raise ValueError(
+                "a row holds several samples, which is not supported with context parallelism; "
+                "give one sample a row"
             )
 
 
@@ -173,10 +182,8 @@ def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
 def _kept_rows(plan: ElisionPlan, place: Place) -> tuple[Rows, tuple[int, int]]:
     """Where the real slots lie after the gate, and the shape of what this rank then holds."""
     if place.ragged:
-        length = _ragged_length(plan, place)
-        rank_P, index_P = place.cut.owners(length)
-        rows = Rows(rank_P[: plan.num_kept], index_P[: plan.num_kept])
-        return rows, (length // place.cut.size, 1)
+        lengths, at_R = ragged_lengths(plan, place), _ragged_index(plan, place)
+        return Rows(*place.cut.owners(*lengths))[at_R], (sum(lengths) // place.cut.size, 1)
     num_rows, num_slots = plan.kept_BK.shape
     rank_K, index_K = place.cut.owners(num_slots)
     row_R, k_R = plan.slot_R // num_slots, plan.slot_R % num_slots
@@ -186,8 +193,27 @@ def _kept_rows(plan: ElisionPlan, place: Place) -> tuple[Rows, tuple[int, int]]:
     )
 
 
-def _ragged_length(plan: ElisionPlan, place: Place) -> int:
-    return max(1, math.ceil(plan.num_kept / place.multiple)) * place.multiple
+def ragged_lengths(plan: ElisionPlan, place: Place) -> list[int]:
+    """Rows of each sample, padded so that context ranks can cut it; last, what is padding alone."""
+    zigzag = place.cut.zigzag
+    lengths = [math.ceil(n / zigzag) * zigzag for n in _sample_lengths(plan)]
+    length = max(1, math.ceil(sum(lengths) / place.multiple)) * place.multiple
+    return lengths + [length - sum(lengths)] * (length > sum(lengths))
+
+
+def ragged_padding(plan: ElisionPlan, *, place: Place) -> int:
+    """Rows of a micro-batch that hold nothing."""
+    if plan.is_dense:
+        return plan.num_padded
+    return sum(ragged_lengths(plan, place)) - plan.num_kept
+
+
+def _ragged_index(plan: ElisionPlan, place: Place) -> Tensor:
+    """Where each real slot lies in the ragged sequence."""
+    kept = torch.tensor(_sample_lengths(plan))
+    padded = torch.tensor(ragged_lengths(plan, place)[: len(kept)])
+    skipped = (padded - kept).cumsum(0) - (padded - kept)
+    return torch.arange(plan.num_kept) + skipped.repeat_interleave(kept)
 
 
 def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
@@ -209,8 +235,9 @@ def _rotary_position(plan: ElisionPlan, place: Place) -> Tensor:
     lengths = torch.tensor(_sample_lengths(plan))
     # A sample's first position is always kept, and is the first of its slots.
     first_R = plan.position_R[lengths.cumsum(0) - lengths].repeat_interleave(lengths)
-    missing = _ragged_length(plan, place) - plan.num_kept
-    return torch.nn.functional.pad(plan.position_R - first_R, (0, missing))[:, None]
+    position_P = torch.zeros(sum(ragged_lengths(plan, place)), dtype=torch.long)
+    position_P[_ragged_index(plan, place)] = plan.position_R - first_R
+    return position_P[:, None]
 
 
 def _sample_lengths(plan: ElisionPlan) -> list[int]:
@@ -222,9 +249,7 @@ def _sample_lengths(plan: ElisionPlan) -> list[int]:
 
 
 def _packing(plan: ElisionPlan, place: Place) -> Packing:
-    lengths = _sample_lengths(plan)
-    missing = _ragged_length(plan, place) - plan.num_kept
-    lengths += [missing] if missing else []
+    lengths = ragged_lengths(plan, place)
     cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return Packing(cumulative, max(lengths))
 

@@ -155,10 +155,6 @@ def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple
             "uneven counts; use 'alltoall'",
         ),
         (
-            ragged and host.context_parallel_size > 1,
-            "layout='thd' with context parallelism is not supported: use layout='sbhd'",
-        ),
-        (
             ends_early and virtual,
             "last_layer before the depth is not supported with virtual pipeline parallelism; set "
             "last_layer to null, or train without interleaving",

@@ -35,6 +35,11 @@ def require_packages(parallel: Any) -> None:
                 "parallel.layout=ragged: its attention is Transformer Engine's, which is not "
                 "installed; install it, or set parallel.layout=constant",
             ),
+            (
+                parallel.context > 1 and not is_installed("transformer_engine"),
+                f"parallel.context={parallel.context}: its attention is Transformer Engine's, "
+                "which is not installed; install it, or set parallel.context=1",
+            ),
         ]
     )
 
@@ -50,9 +55,9 @@ def require_ranks(parallel: Any, world_size: int) -> None:
         [
             (
                 world_size % size != 0,
-                f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline} is "
-                f"{size} ranks for one copy of the model, but the job has {world_size}; start it "
-                f"on a multiple of {size}",
+                f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline} "
+                f"times parallel.context={parallel.context} is {size} ranks for one copy of the "
+                f"model, but the job has {world_size}; start it on a multiple of {size}",
             )
         ]
     )

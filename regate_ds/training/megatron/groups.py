@@ -24,6 +24,7 @@ def join(config: RunConfig, process: Process) -> Process:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         create_gloo_process_groups=False,
     )
@@ -49,7 +50,7 @@ class Replica:
 
     group: dist.ProcessGroup | None
     planner: int
-    """A rank of the world: last stage, first tensor rank."""
+    """A rank of the world: last stage, first tensor and context rank."""
 
     @classmethod
     def of_this_rank(cls) -> Replica:

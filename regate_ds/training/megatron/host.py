@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.data.collate import Batch
+from regate_ds.parallel.routes import Cut
 from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.host import Setup
 from regate_ds.training.megatron.fits import require_student
 from regate_ds.training.megatron.groups import Replica
-from regate_ds.training.megatron.model import build_chunks, student_chunks
+from regate_ds.training.megatron.model import build_chunks, context_part, student_chunks
 from regate_ds.training.megatron.state import load_rank, save_rank
 from regate_ds.training.megatron.whole import fill_student
 from regate_ds.training.megatron.window import windows
@@ -88,11 +90,12 @@ class MegatronHost:
     def windows(self, loader: Iterable[Batch]) -> Iterator[list[Batch]]:
         config = self._setup.config
         assert config.parallel is not None
+        parallel = config.parallel
         return windows(
             loader,
             config.run.accumulation,
             pad_id=self._setup.task.student.pad_id,
-            multiple=config.parallel.tensor if config.parallel.sequence else 1,
+            multiple=Cut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple,
         )
 
     def run_step(self, window: list[Batch]) -> list[Tensor]:
@@ -134,6 +137,9 @@ class MegatronHost:
         if not reports:
             return None
         sums_M2 = torch.stack([report["lm loss"] for report in reports]).double()
+        if mpu.get_context_parallel_world_size() > 1:
+            # Each context rank has the targets of its own positions.
+            dist.all_reduce(sums_M2, group=mpu.get_context_parallel_group())
         num_targets, data = sums_M2[:, 1].sum(), self._setup.data
         if data.group is not None:
             dist.all_reduce(num_targets, group=data.group)
@@ -183,7 +189,7 @@ class MegatronHost:
 def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
     """The host's own: the loss of every label position. Elision puts its plan in place of it."""
     batch = next(iterator)
-    labels_BT = batch.tokens.labels_BT.to(batch.inputs["input_ids"].device)
+    labels_BT = context_part(batch.tokens.labels_BT.to(batch.inputs["input_ids"].device), 1)
     output = model(
         batch.inputs["input_ids"],
         pixel_values=batch.inputs.get("pixel_values"),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -25,6 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
+from regate_ds.parallel.routes import Cut
 from regate_ds.training.megatron.student import gpt_chunk, transformer_config
 from regate_ds.training.megatron.weights import load_whole, to_megatron
 from regate_ds.training.sections import ModelConfig, ParallelConfig
@@ -56,15 +58,17 @@ class StudentChunk(MegatronModule):
     def forward(
         self, ids_BT: Tensor, pixel_values: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Losses [B, T] of the labels, or what the next part takes."""
+        """Losses [B, T] of the labels, or what the next part takes; of this context rank's part of
+        T, as are the labels."""
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embedded(ids_BT, positions_BT, pixel_values)
+        ids_BT, positions_BT = context_part(ids_BT, 1), context_part(positions_BT, 1)
         return self.gpt(ids_BT, positions_BT, None, decoder_input=decoder_input, labels=labels)
 
     def _embedded(self, ids_BT: Tensor, positions_BT: Tensor, pixels: Tensor | None) -> Tensor:
-        """[T, B, H], or this tensor rank's part of T under sequence parallelism."""
+        """[T, B, H], or this rank's part of T under context and sequence parallelism."""
         words_TBH = self.gpt.embedding(input_ids=ids_BT, position_ids=positions_BT)
         if pixels is not None:
             assert self.vision is not None
@@ -73,6 +77,7 @@ class StudentChunk(MegatronModule):
             is_image_BT1 = (ids_BT == self._image_id).unsqueeze(-1)
             merged_BTH = words_BTH.masked_scatter(is_image_BT1, features_IPH.to(words_BTH.dtype))
             words_TBH = merged_BTH.transpose(0, 1).contiguous()
+        words_TBH = context_part(words_TBH, 0)
         if self.config.sequence_parallel:
             # Backward gathers: every tensor rank has the gradient of the whole sequence.
             words_TBH = scatter_to_sequence_parallel_region(words_TBH)
@@ -83,6 +88,15 @@ class StudentChunk(MegatronModule):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         return self.gpt.shared_embedding_or_output_weight()
+
+
+def context_part(x: Tensor, dim: int) -> Tensor:
+    """This context rank's part of the sequence along ``dim``."""
+    size = mpu.get_context_parallel_world_size()
+    if size == 1:
+        return x
+    held = Cut(size).held(x.shape[dim])[mpu.get_context_parallel_rank()]
+    return x.index_select(dim, held.to(x.device))
 
 
 def _features(vision: Any, pixels: Tensor) -> Sequence[Tensor]:

@@ -55,6 +55,7 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         # The weights are the student's: what initialises them does not matter.
         "use_cpu_initialization": not torch.cuda.is_available(),
         "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
+        "context_parallel_size": mpu.get_context_parallel_world_size(),
         "pipeline_model_parallel_size": mpu.get_pipeline_model_parallel_world_size(),
     }
     return TransformerConfig(**{**settings, **more})

@@ -31,9 +31,19 @@ def test_context_ranks_hold_a_chunk_of_each_end_and_tensor_ranks_cut_it_in_order
     ]
 
 
-def test_a_length_that_does_not_divide_is_refused():
+def test_samples_behind_one_another_are_each_in_zigzag():
+    assert [part.tolist() for part in Cut(2, 2).held(4, 8, 4)] == [
+        [0, 3, 4, 5],
+        [10, 11, 12, 15],
+        [1, 2, 6, 7],
+        [8, 9, 13, 14],
+    ]
+
+
+@pytest.mark.parametrize("lengths", [(12,), (2, 6)])
+def test_a_length_that_does_not_divide_is_refused(lengths: tuple[int, ...]):
     with pytest.raises(ValueError, match="multiple of 8"):
-        Cut(2, 2).owners(12)
+        Cut(2, 2).owners(*lengths)
 
 
 def routes(before: Rows, after: Rows, size: int) -> list[Route]:

@@ -116,7 +116,7 @@ def test_the_schedule_runs_over_the_run_unless_told_otherwise(small):
             "elisoin={'keep_share': 0.5}: unknown key; did you mean elision?",
         ),
         ("run.qqq=1", "run.qqq=1: unknown key; known are out, epochs, "),
-        ("parallel.context=2", "parallel.context=2: unknown key; known are tensor, pipeline"),
+        ("parallel.expert=2", "parallel.expert=2: unknown key; known are tensor, pipeline"),
         ("model.lora.ranks=2", "model.lora.ranks=2: unknown key; did you mean model.lora.rank?"),
         (
             "data.template.usr=2",

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,14 +50,28 @@ def test_memory_is_weights_gradients_and_optimizer_cut_as_zero_does(
 
 
 @pytest.mark.parametrize(
-    ("distributed", "bytes_each"), [("false", 16 / 2), ("true", (4 + 12 / 2) / 2)]
+    ("distributed", "precision", "bytes_each"),
+    [
+        ("false", "bf16", 2 + 4 + 12),
+        ("true", "bf16", 2 + 4 + 12 / 2),
+        ("true", "fp32", 4 + 4 + 8 / 2),
+    ],
 )
-def test_tensor_ranks_hold_parts_and_data_ranks_those_of_the_optimizer(
-    load, size, distributed, bytes_each
+def test_ranks_hold_parts_of_the_decoder_and_data_ranks_those_of_the_optimizer(
+    load, distributed, precision, bytes_each
 ):
     layout = f"parallel={{tensor: 2, distributed_optimizer: {distributed}}}"
-    found = estimate(load(layout), 4).memory
-    assert found == pytest.approx(bytes_each * size, abs=4)
+    config = load(layout, f"run.precision={precision}")
+    inner: Any = make_student(config.model, seed=None).model
+    text = [*inner.model.language_model.parameters(), *inner.lm_head.parameters()]
+    decoder = sum(p.numel() for p in text)
+    tower = sum(p.numel() for p in inner.parameters()) - decoder
+    found = estimate(config, 4).memory
+    assert found == pytest.approx(bytes_each * (decoder / 2 + tower), abs=4)
+
+
+def test_context_ranks_hold_all_weights_each(load, size):
+    assert estimate(load("parallel={context: 2}"), 4).memory == pytest.approx(18 * size, abs=4)
 
 
 def test_a_frozen_weight_has_no_gradient_and_no_optimizer(load, size):

@@ -39,10 +39,11 @@ TEXT: dict[str, Any] = {
     ("parallel", "others", "message"),
     [
         ("tensor: 0", (), "parallel.tensor=0: must be at least 1"),
+        ("context: 0", (), "parallel.context=0: must be at least 1"),
         ("virtual: 2", (), "parallel.virtual=2: needs parallel.pipeline above 1"),
         ("sequence: true", (), "parallel.sequence=True: needs parallel.tensor above 1"),
         ("layout: thd", (), "parallel.layout='thd': must be one of constant, ragged"),
-        ("context: 2", (), "parallel.context=2: unknown key; known are tensor, pipeline"),
+        ("expert: 2", (), "parallel.expert=2: unknown key; known are tensor, pipeline"),
         ("tensor: 2", ("model.lora={}",), "model.lora cannot be done .* set it to null"),
         ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be done .* to store"),
         ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be done"),
@@ -72,23 +73,29 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path, parallel, others, mess
 
 def test_a_job_must_hold_whole_copies_of_the_model():
     require_ranks(ParallelConfig(tensor=2, pipeline=2), 8)
+    require_ranks(ParallelConfig(tensor=2, context=2, pipeline=2), 8)
     with pytest.raises(ValueError, match="is 4 ranks .* the job has 6; .* a multiple of 4"):
         require_ranks(ParallelConfig(tensor=2, pipeline=2), 6)
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
+    ("missing", "parallel", "message"),
     [
-        ("megatron", "megatron-core is not installed; pip install"),
-        ("transformer_engine", "layout=ragged: .* set parallel.layout=constant"),
+        ("megatron", {}, "megatron-core is not installed; pip install"),
+        (
+            "transformer_engine",
+            {"layout": "ragged"},
+            "layout=ragged: .* set parallel.layout=constant",
+        ),
+        ("transformer_engine", {"context": 2}, "context=2: .* set parallel.context=1"),
     ],
 )
-def test_what_is_not_installed_is_named(monkeypatch, missing, message):
+def test_what_is_not_installed_is_named(monkeypatch, missing, parallel, message):
     monkeypatch.setattr(fits, "is_installed", lambda package: package != missing)
     with pytest.raises(ValueError, match=message):
-        fits.require_packages(ParallelConfig(layout="ragged"))
+        fits.require_packages(ParallelConfig(**parallel))
     monkeypatch.setattr(fits, "is_installed", lambda _: True)
-    fits.require_packages(ParallelConfig(layout="ragged"))
+    fits.require_packages(ParallelConfig(**parallel))
 
 
 def test_without_a_gpu_the_way_out_is_named(monkeypatch):
