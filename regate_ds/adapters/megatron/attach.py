@@ -45,6 +45,7 @@ from regate_ds.adapters.megatron.support import (
     require_free,
     require_schedule,
     require_supported,
+    require_undivided,
 )
 from regate_ds.adapters.open_session import open_session
 from regate_ds.adapters.plan_wire import confirm, failing_together, share
@@ -59,7 +60,7 @@ Layout = Literal["sbhd", "thd"]
 
 
 def attach(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module] | nn.Module,
     config: RegateConfig,
     *,
     reference: ReferenceStore | None = None,
@@ -77,12 +78,14 @@ def attach(
     """
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
+    models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
     host: Any = chunks[0].config
     last = host.num_layers if config.last_layer is None else config.last_layer
     ends_early = last < host.num_layers
     require_free(chunks, lambda hook: isinstance(getattr(hook, "__self__", None), ChunkGate))
     require_supported(chunks, config, ragged=layout == "thd", ends_early=ends_early)
+    require_undivided(models)
     axes = find_axes(host, ragged=layout == "thd", ends_early=ends_early)
     gated = Range(
         first=config.first_layer,
@@ -110,6 +113,19 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
         for layer in (first - 1, last)
     )
     return None if gathers == restores else open_channel(pipeline, gathers, restores)
+
+
+def _taken(iterator: Any, number: int) -> list[Any]:
+    items: list[Any] = []
+    try:
+        while len(items) < number:
+            items.append(next(iterator))
+    except StopIteration:
+        raise ValueError(
+            f"data_iterator ended after {len(items)} of a step's {number} micro-batches; give one "
+            "that goes on"
+        ) from None
+    return items
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
@@ -165,7 +181,7 @@ class MegatronRegate:
 
         @wraps(schedule)
         def forward_backward(**arguments: Any) -> Any:
-            if arguments.get("forward_only", False):
+            if arguments.get("forward_only", False) or self._attached is None:
                 return schedule(**arguments)
             require_finalized(attached.gates[0].gpt.config)
             micro = self._shared_plan(attached, arguments)
@@ -199,9 +215,11 @@ class MegatronRegate:
             save_state(checkpoint_dir, planner.session, planner.difficulty, is_first=first)
 
     def load(self, checkpoint_dir: str | Path) -> None:
-        """Take over what ``save`` wrote, under any layout. All ranks call."""
+        """Take over what ``save`` wrote, under any layout, and forget a step that is not ended.
+        All ranks call."""
         planner = self._planner
         if planner is not None:
+            planner.abandon_step()
             load_state(checkpoint_dir, planner.session, planner.difficulty)
 
     def metrics(self) -> dict[str, int | bool] | None:
@@ -225,7 +243,7 @@ class MegatronRegate:
         iterators = arguments["data_iterator"]
         several = isinstance(iterators, list)
         read = iterators[-1] if several else iterators
-        items = [next(read) for _ in range(arguments["num_microbatches"])]
+        items = _taken(read, arguments["num_microbatches"])
         arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
         window = [self._tokens(item) for item in items]
         require_cut(window, place)
