@@ -116,6 +116,8 @@ def check_attach(case: Case) -> None:
         run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
         run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
+    with refused(ValueError, "is a dict without .tokens"):
+        schedule(data_iterator=iter([{}]), num_microbatches=1)
     longer = replace(case, length=case.length + 4)
     with refused(ValueError, r"given \(28, 2\) rows .* plan is of \(24, 2\)"):
         run_chunks(

@@ -208,6 +208,12 @@ def test_what_a_batch_lacks_is_named():
         read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])}, "train")
 
 
+def test_weights_of_targets_are_refused():
+    batch = collated([1])
+    with pytest.raises(ValueError, match="loss_mask weighs targets"):
+        read_tokens({**batch, "loss_mask": batch["loss_mask"] / 2}, "train")
+
+
 def test_a_mask_that_cuts_more_than_what_comes_later_is_refused():
     batch = collated([1, 5])
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,17 +64,19 @@ def attach(
     *,
     reference: ReferenceStore | None = None,
     layout: Layout = "sbhd",
-    tokens: Callable[[Any], TokenBatch] = attrgetter("tokens"),
+    tokens: Callable[[Any], TokenBatch] | None = None,
 ) -> MegatronRegate:
     """Put the gates into built model chunks. Collective over all ranks of the world.
 
     layout: ``sbhd`` keeps equally many rows of every sample in a step; ``thd`` packs what is kept,
         and needs an attention that takes packed sequences (Transformer Engine).
-    tokens: reads an item of the data iterator; needed where the plan is made.
+    tokens: reads an item of the data iterator where the plan is made; without it, items have
+        ``.tokens``.
 
     ValueError names what is not supported; RuntimeError if the model is attached already. With
     enabled=False nothing is touched.
     """
+    tokens = tokens or _tokens_of
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
     models = [models] if isinstance(models, nn.Module) else models
@@ -113,6 +114,15 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
         for layer in (first - 1, last)
     )
     return None if gathers == restores else open_channel(pipeline, gathers, restores)
+
+
+def _tokens_of(item: Any) -> TokenBatch:
+    if not hasattr(item, "tokens"):
+        raise ValueError(
+            f"an item of data_iterator is a {type(item).__name__} without .tokens; give `tokens` "
+            "to attach: partial(read_tokens, dataset=...) of host_tokens.py for dicts of Megatron's"
+        )
+    return item.tokens
 
 
 def _taken(iterator: Any, number: int) -> list[Any]:

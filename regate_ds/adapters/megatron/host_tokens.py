@@ -80,8 +80,14 @@ def read_tokens(
             "a batch has cu_seqlens: rows hold several samples, whose keys Megatron does not "
             "carry; give `tokens`, or one sample a row"
         )
+    mask_BT = item["loss_mask"].cpu()
+    if bool(((mask_BT != 0) & (mask_BT != 1)).any()):
+        raise ValueError(
+            "a batch's loss_mask weighs targets, but every target counts alike here; make it of 0 "
+            "and 1"
+        )
     labels_BT = item["labels"].long().cpu()
-    labels_BT = labels_BT.masked_fill(item["loss_mask"].cpu() <= 0, IGNORE)
+    labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORE)
     if item.get("attention_mask") is not None:
         _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
     if image is not None:
