@@ -127,6 +127,9 @@ def check_attach(case: Case) -> None:
     with unset, refused(ValueError, "finalize_model_grads_func"):
         run_chunks(case, chunks, schedule, forward_step(case))
     run_chunks(case, chunks, schedule, forward_step(case))
+    assert regate.run is not None
+    with changed(gpt.config, "pipeline_dtype", None):
+        assert regate.run.expected_bytes() == (0, 0)
     regate.step(applied=True)
     with refused(RuntimeError, "no step is planned"):
         regate.step(applied=True)

@@ -109,6 +109,8 @@ class StepRun:
 
     def expected_bytes(self) -> tuple[int, int]:
         """What this stage sends in a step by the plan: activations onward, gradients back."""
+        if self._axes.pipeline_size == 1:
+            return 0, 0
         config, edge = self._gates[0].gpt.config, self.boundary()
         size = config.hidden_size * torch.finfo(config.pipeline_dtype).bits // 8
 
