@@ -114,6 +114,9 @@ def check_attach(case: Case) -> None:
     schedule = regate.wrap(get_forward_backward_func())
     with refused(RuntimeError, "did not call the model"):
         run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
+    assert all(gate.pending is None for gate in regate._attached.gates)
+    with refused(ValueError, "not attached to"):
+        run_chunks(case, build(case), schedule, forward_step(case))
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
         run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
     with refused(ValueError, "is a dict without .tokens"):
