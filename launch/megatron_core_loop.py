@@ -65,6 +65,8 @@ def score(store: Path) -> None:
     this one knows nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    # The same teacher in every run: a store is of one.
+    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, num_hidden_layers=1, **sizes))
     data = Keyed(TeacherItems(Samples()), "train")
