@@ -174,7 +174,8 @@ class _Hub:
         del self._lines[connection]
 
     def _tell(self, rank: int, text: str | None) -> None:
-        for connection in self._ranks:
+        # The first rank last: it may end at once, and its end would be taken for the failure.
+        for connection in sorted(self._ranks, key=self._ranks.__getitem__, reverse=True):
             _send(connection, rank, text)
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from regate_ds.parallel import watch
 from regate_ds.parallel.watch import DIED, Failure, Watch
 
 
@@ -63,6 +64,15 @@ def test_all_hear_what_has_failed_but_the_rank_that_failed(ranks, failing):
     for other in (rank for rank in ranks if rank is not ranks[failing]):
         assert other.wait() == [expected]
     assert ranks[failing].heard == []
+
+
+def test_the_first_rank_is_told_last_because_it_may_end_at_once(ranks, monkeypatch):
+    told, send = [], watch._send
+    monkeypatch.setattr(watch, "_send", lambda to, *what: told.append(to) or send(to, *what))
+    ranks[2].watch.fail("no space left")
+    assert ranks[0].wait() == ranks[1].wait() == [Failure(2, "no space left")]
+    # Only the first rank's own connection does not leave its process.
+    assert [to.family == socket.AF_UNIX for to in told] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("dead", [1, 2])
