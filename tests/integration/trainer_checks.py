@@ -171,10 +171,14 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
             engine.backward(regate.loss(engine(**batch, regate_plan=plan), plan))
             engine.step()
         regate.step(applied=True)
-    for name, weight in weights(own).items():
-        moved = (weight - start[name]).norm()
-        error = (weights(trainer.model)[name] - weight).norm()
-        assert error <= 1e-5 * moved + 1e-7, (name, error, moved)
+    mine, theirs = weights(trainer.model), weights(own)
+    moved = {name: (weight - start[name]).norm() for name, weight in theirs.items()}
+    error = {name: (weight - mine[name]).norm() for name, weight in theirs.items()}
+    # Seen: 3e-7 of all that moved. A single weight's share is up to 2e-5 where its steps are hardly
+    # larger than what rounding it takes away; to a loop in double precision both have 6e-6.
+    assert torch.stack([*error.values()]).norm() <= 1e-6 * torch.stack([*moved.values()]).norm()
+    for name in theirs:
+        assert error[name] <= 1e-5 * moved[name] + 1e-7, (name, error[name], moved[name])
 
 
 def check_disabled_is_trainers_own_run(root: Path) -> None:
