@@ -13,6 +13,8 @@ _HOME = {
     "Keyed": "regate_ds.data.host_batch",
     "Teacher": "regate_ds.teacher.own_data",
     "score_dataset": "regate_ds.teacher.own_data",
+    "TeacherConfig": "regate_ds.training.sections",
+    "open_teacher": "regate_ds.training.own_teacher",
     "attach": "regate_ds.adapters.deepspeed",
     "attach_model": "regate_ds.adapters.huggingface",
 }

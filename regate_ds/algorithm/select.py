@@ -225,7 +225,7 @@ def _positions(keep_BT: Tensor, token_multiple: int) -> Tensor:
     """Kept positions of each row in reading order, then T for padding up to the longest row."""
     num_rows, num_tokens = keep_BT.shape
     longest = int(keep_BT.sum(dim=1).max())
-    num_slots = math.ceil(longest / token_multiple) * token_multiple
+    num_slots = max(1, math.ceil(longest / token_multiple)) * token_multiple
     positions_BT = torch.where(keep_BT, torch.arange(num_tokens), num_tokens).sort(dim=1).values
     kept_BK = torch.full((num_rows, num_slots), num_tokens)
     kept_BK[:, :num_tokens] = positions_BT[:, :num_slots]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from regate_ds.data.samples import (
     Turn,
     bad_record,
 )
+from regate_ds.data.template import Template, prompt, require_no_image
 
 CharSpan = tuple[int, int, int]
 """Turn, start, end: a token's place in the characters of that turn's answer."""
@@ -44,29 +45,6 @@ class VisionInputs(Protocol):
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
         """Further model inputs that follow from the tokens; none unless overridden."""
         return {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """The text around questions, answers and images. An answer ends with the tokenizer's eos."""
-
-    system: str = ""
-    """Before the first question."""
-
-    user: str = "USER: "
-    """Before every question."""
-
-    assistant: str = " ASSISTANT: "
-    """Between a question and its answer."""
-
-    separator: str = " "
-    """Between an answer's eos and the next question."""
-
-    image_start: str = ""
-    """Before the placeholders of every image, and of every frame of a video."""
-
-    image_end: str = ""
-    """After the placeholders of every image, and of every frame of a video."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +156,7 @@ class Encoder:
 
     def begins_with_answer(self, record: Record) -> bool:
         """Whether the first token of all is an answer's, so that nothing predicts it."""
-        return self._tokenizer.bos_token_id is None and _prompt(record, 0, self._template) == [""]
+        return self._tokenizer.bos_token_id is None and prompt(record, 0, self._template) == [""]
 
     def _write(self, record: Record) -> _Tape:
         tape = _Tape()
@@ -188,7 +166,7 @@ class Encoder:
         images = iter(record.images)
         for number, turn in enumerate(record.turns):
             self._require_plain(record, number, turn)
-            first, *others = _prompt(record, number, self._template)
+            first, *others = prompt(record, number, self._template)
             self._add_text(tape, first)
             for text in others:
                 for _ in range(next(media)):
@@ -235,21 +213,6 @@ class Encoder:
         return bad_record(describe(record, f"{cause}; raise data.max_length"))
 
 
-def text_segments(record: Record, template: Template) -> list[str]:
-    """Every text of a record as the tokenizer gets it: what to train a tokenizer on."""
-    segments = [template.image_start, template.image_end] * len(record.images)
-    for number, turn in enumerate(record.turns):
-        segments += [*_prompt(record, number, template), turn.answer]
-    return [segment for segment in segments if segment]
-
-
-def _prompt(record: Record, number: int, template: Template) -> list[str]:
-    """The text from the last answer to the next, cut at its image and video markers."""
-    before = template.separator if number else template.system
-    question = record.turns[number].question
-    return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
-
-
 def _image_id(tokenizer: Any, image_token: str | int, template: Template) -> int:
     if isinstance(image_token, int):
         return image_token
@@ -258,7 +221,7 @@ def _image_id(tokenizer: Any, image_token: str | int, template: Template) -> int
             f"the tokenizer does not know the image token {image_token!r}; "
             "add it as a special token or name the model's own"
         )
-    _require_no_image(template, image_token)
+    require_no_image(template, image_token)
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
@@ -268,15 +231,6 @@ def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
     special |= {image_token} if isinstance(image_token, str) else set()
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-
-
-def _require_no_image(template: Template, image_token: str) -> None:
-    for name, text in asdict(template).items():
-        if image_token in text or MARKER.search(text):
-            raise ValueError(
-                f"data.template.{name}={text!r} stands for an image; images are where a question "
-                "has its marker: take the token out"
-            )
 
 
 def describe(record: Record, cause: str) -> BadRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,13 @@ def rank_in(group: ProcessGroup | None) -> int:
 def size_of(group: ProcessGroup | None) -> int:
     """Number of ranks in the group; 1 where the axis is not in use."""
     return 1 if group is None else dist.get_world_size(group)
+
+
+def num_ranks() -> int:
+    """Of the job, also before they know each other: then as the launcher has announced them."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def host_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,6 +27,16 @@ def sum_over(
     totals = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(totals, group=group)
     return totals.tolist()
+
+
+def is_same_on_all(
+    text: str, group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> bool:
+    """Whether all ranks have given the same text; by a hash. All ranks must call it."""
+    # As many bits as add up, over ten thousand ranks, to an int64.
+    mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+    (total,) = sum_over([mine], group, device)
+    return group is None or total == mine * dist.get_world_size(group)
 
 
 @contextmanager

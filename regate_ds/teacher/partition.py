@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from regate_ds.teacher.label_loss import IDS, HeadPart
-from regate_ds.teacher.shard import ShardedTeacher, is_tied, random_state_kept, renew_rotary
+from regate_ds.teacher.shard import (
+    ShardedTeacher,
+    is_tied,
+    random_state_kept,
+    renew_rotary,
+    require_plain_weights,
+)
 from regate_ds.teacher.weights import Weights
 
 
@@ -23,6 +29,7 @@ def partitioned_teacher(
 
     ValueError for an architecture that is not built like Llama.
     """
+    require_plain_weights(config)
     require_partitionable(config)
     settings = _zero3_settings(dtype)
     with random_state_kept(), no_init_weights():

@@ -23,7 +23,7 @@ from regate_ds.data.progress import progress
 from regate_ds.data.reference_writer import ReferenceWriter
 from regate_ds.data.store_plan import await_store, begin_store, is_complete
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
-from regate_ds.parallel.sync import broadcast_text, sum_over
+from regate_ds.parallel.sync import broadcast_text, is_same_on_all, sum_over
 from regate_ds.teacher.batch_plan import (
     Batch,
     cut_batches,
@@ -101,8 +101,10 @@ def precompute(
     """Score every sample into the job's store; finished shards are not scored again.
 
     Every rank of ``group`` calls it; ``device`` is where the group's backend wants its tensors.
-    ValueError if the folder holds a store of other data, another teacher or other batches.
+    ValueError if the folder holds a store of other data, another teacher or other batches,
+    RuntimeError if the ranks' jobs differ.
     """
+    _require_one_job(job, group, device)
     (num_done,) = sum_over([int(job.is_complete)], group, device)
     if num_done < size_of(group):
         _on_first(job.begin, group, device)
@@ -121,6 +123,18 @@ def precompute(
     share = _measure(job, [row for number in missing for row in writer.rows(number)])
     _on_first(writer.finish, group, device)
     return Throughput(num_tokens, seconds, busy / max(seconds, 1e-9), share)
+
+
+def _require_one_job(
+    job: TeacherJob, group: ProcessGroup | None, device: torch.device | str
+) -> None:
+    """Ranks with other data or another teacher would write their losses under the first's name."""
+    name = f"data with fingerprint {job.index.fingerprint[:12]} and teacher {job.teacher_id}"
+    if not is_same_on_all(f"{name}, {job.tokens_per_batch}", group, device):
+        raise RuntimeError(
+            f"rank {rank_in(group)} has {name}, other ranks have not: give all of them the same "
+            "data, teacher and tokens_per_batch"
+        )
 
 
 def _on_first(

@@ -69,6 +69,7 @@ def cut_teacher(
     ValueError for an architecture that would be cut wrongly, RuntimeError if this rank would hold
     more than its share.
     """
+    require_plain_weights(config)
     require_cuttable(config, size_of(replica))
     _require_sums_of_groups()
     with random_state_kept(), torch.device("meta"):
@@ -92,6 +93,15 @@ def fill_cut(teacher: ShardedTeacher, weights: Weights) -> None:
 def is_tied(config: Any) -> bool:
     """Whether the head is the embedding."""
     return bool(config.tie_word_embeddings)
+
+
+def require_plain_weights(config: Any) -> None:
+    """ValueError for a quantized teacher: its files hold codes, which would be taken for values."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"teacher.path: a quantized {config.model_type} model cannot be sharded; give it "
+            "unquantized or as a GGUF file, or set teacher.sharding=none"
+        )
 
 
 def require_cuttable(config: Any, num_ranks: int) -> None:

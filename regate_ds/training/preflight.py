@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regate_ds.config import RegateConfig
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.sync import is_same_on_all
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
@@ -19,6 +19,7 @@ from regate_ds.training.metrics import RunFolder, leaves
 from regate_ds.training.process import Process
 from regate_ds.training.section_reader import plain_values
 from regate_ds.training.task import make_student
+from regate_ds.training.teacher_model import load_teacher_config
 
 MAY_CHANGE = {
     "run.resume",
@@ -45,7 +46,7 @@ def judge_run(config: RunConfig) -> None:
     if config.run.plan_only:
         return
     if config.scores_online:
-        require_replicas(config, world_size)
+        require_teacher(config, world_size)
     folder, resume = RunFolder(config.run.out), config.run.resume
     if not resume:
         folder.require_new()
@@ -66,11 +67,14 @@ def judge_teacher(config: RunConfig, world_size: int) -> None:
     """ValueError for what `regate teacher` would find only after loading."""
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
-    require_replicas(config, world_size)
+    require_teacher(config, world_size)
 
 
-def require_replicas(config: RunConfig, world_size: int) -> None:
-    """Refuse a number of ranks that cannot be cut into groups that hold a teacher each."""
+def require_teacher(config: RunConfig, world_size: int) -> None:
+    """Refuse what is no causal language model, and a number of ranks that cannot be cut into groups
+    that hold a teacher each."""
+    if config.teacher.path is not None:
+        load_teacher_config(config.teacher.path)
     if world_size % config.teacher.tensor:
         raise ValueError(
             f"teacher.tensor={config.teacher.tensor}: {world_size} ranks are no multiple of it; "
@@ -100,10 +104,7 @@ def require_one_data_set(fingerprint: str, process: Process) -> None:
 
     They would take their samples from different orders. Collective.
     """
-    # As many bits as add up, over ten thousand ranks, to an int64.
-    mine = int(fingerprint[:12], 16)
-    (total,) = sum_over([mine], process.group, process.device)
-    if total != mine * process.world_size:
+    if not is_same_on_all(fingerprint, process.group, process.device):
         raise RuntimeError(
             f"rank {process.rank} has read data with fingerprint {fingerprint[:12]}, others have "
             "read other data: give all machines the same data.train and image files"

@@ -14,6 +14,8 @@ from regate_ds.training.student import readable_weights
 
 GGUF = ".gguf"
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
 _GGUF_PACKAGES = ("gguf", "accelerate")
 """What transformers reads such a file with."""
 
@@ -43,10 +45,16 @@ def load_teacher_config(path: Path) -> Any:
 
 
 def load_teacher_tokenizer(path: Path) -> Any:
-    """The tokenizer that belongs to the model at ``path``."""
+    """The tokenizer that belongs to the model at ``path``; ValueError if there is none."""
     if path.suffix == GGUF:
         _require_gguf(path)
         return _read_gguf(path, AutoTokenizer)
+    _require_causal_lm(path)
+    if not any(file for form in _TOKENIZER_FILES for file in path.glob(form)):
+        # For some models transformers would make one without a vocabulary.
+        raise ValueError(
+            f"teacher.path={path}: holds no tokenizer; put the tokenizer's files beside the weights"
+        )
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 

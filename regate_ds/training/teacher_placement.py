@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
-from regate_ds.parallel.sync import broadcast_text, max_tensor
+from regate_ds.parallel.sync import broadcast_text, max_tensor, sum_over
 from regate_ds.teacher.identity import id_of_weights, teacher_id
 from regate_ds.teacher.partition import fill_partitioned, partitioned_teacher
 from regate_ds.teacher.shard import ShardedTeacher, cut_teacher, fill_cut, is_tied
@@ -58,10 +59,14 @@ class PlacedTeacher:
 
 def teacher_source(section: TeacherConfig, task: Task) -> TeacherSource:
     """The model that `teacher.path` names, or the student's own backbone, on its very weights."""
-    path = section.path
-    if path is None:
-        backbone = text_backbone(task.student.model)
-        return TeacherSource(backbone.config, lambda: backbone)
+    if section.path is not None:
+        return source_at(section.path)
+    backbone = text_backbone(task.student.model)
+    return TeacherSource(backbone.config, lambda: backbone)
+
+
+def source_at(path: Path) -> TeacherSource:
+    """A Hugging Face folder, or a GGUF file."""
     folder = path if path.is_dir() else None
     return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
@@ -74,7 +79,8 @@ def place_teacher(
     ValueError for a teacher, or a number of ranks, that `teacher.sharding` does not go with.
     """
     if section.sharding == "none":
-        model = source.load().to(process.device)  # type: ignore[arg-type]
+        with _own_turn(source, process):
+            model = source.load().to(process.device)  # type: ignore[arg-type]
         layout = ParallelLayout(data=process.group)
         return PlacedTeacher(model, teacher_id(model, pad_id=pad_id), layout, in_step=False)
     dtype = _dtype(source)
@@ -108,18 +114,28 @@ def _fill_together(
 
 
 def _fill_apart(empty: ShardedTeacher, source: TeacherSource, pad_id: int, process: Process) -> str:
-    """Read each rank's part: all at once, or, what has to be loaded whole, one rank of a node after
-    the other."""
-    name, own_turn = "", 0 if source.folder is not None else announce().local_rank
-    last_turn = max_tensor(torch.tensor(own_turn, device=process.device), process.group)
-    for turn in range(int(last_turn) + 1):
-        if turn == own_turn:
-            weights = weights_of(source)
-            fill_cut(empty, weights)
-            name = id_of_source(source, weights, pad_id) if process.is_first else ""
-            del weights
-        name = broadcast_text(name, process.group, process.device)
-    return name
+    """Read each rank's part."""
+    name = ""
+    with _own_turn(source, process):
+        weights = weights_of(source)
+        fill_cut(empty, weights)
+        if process.is_first:
+            name = id_of_source(source, weights, pad_id)
+        del weights
+    return broadcast_text(name, process.group, process.device)
+
+
+@contextmanager
+def _own_turn(source: TeacherSource, process: Process) -> Iterator[None]:
+    """All ranks at once, or, where a model is loaded whole, one rank of a node after the other: the
+    host must hold but one of them beside what the ranks keep. Collective."""
+    own = 0 if source.folder is not None else announce().local_rank
+    last = int(max_tensor(torch.tensor(own, device=process.device), process.group))
+    for _ in range(own):
+        sum_over([0], process.group, process.device)
+    yield
+    for _ in range(own, last):
+        sum_over([0], process.group, process.device)
 
 
 def weights_of(source: TeacherSource) -> Weights:

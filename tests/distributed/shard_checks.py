@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
+from regate_ds.data.host_batch import HostCollate, Keyed
+from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.label_loss import HeadPart
-from regate_ds.teacher.precompute import precompute
+from regate_ds.teacher.own_data import Teacher, score_dataset
+from regate_ds.teacher.precompute import Score, TeacherJob, precompute
 from regate_ds.teacher.shard import ShardedTeacher, require_share
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.text_only import ScoredSample, score_samples
+from regate_ds.training.own_teacher import open_teacher
 from regate_ds.training.process import Process, start_process
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.teacher_model import load_teacher
@@ -24,7 +31,8 @@ from regate_ds.training.teacher_placement import PlacedTeacher, TeacherSource, p
 from tests.distributed.zero_checks import run_named
 from tests.models import causal_lm
 from tests.samples import make_samples
-from tests.unit.teacher.reference_job import NUM_SAMPLES, make_job
+from tests.unit.teacher.reference_job import NUM_SAMPLES, files_of, make_job
+from tests.unit.teacher.test_own_data import IMAGE, collate, host_items
 
 PAD = 1
 
@@ -33,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"kind": "qwen2"},
     "mistral": {"kind": "mistral"},
     "nine heads, three of them key-value": {"heads": (9, 3), "hidden_size": 72},
+    "biases and wide heads": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     "tied": {"tie_word_embeddings": True},
     "nine heads, tied": {"heads": (9, 3), "hidden_size": 72, "tie_word_embeddings": True},
 }
@@ -49,7 +58,11 @@ LARGE = "large"
 def save_models(folder: Path) -> None:
     """What the ranks read."""
     for name, sizes in MODELS.items():
-        causal_lm(**sizes).save_pretrained(folder / name)
+        model = causal_lm(**sizes)
+        for weight_name, weight in model.named_parameters():
+            if weight_name.endswith("bias"):
+                nn.init.normal_(weight)
+        model.save_pretrained(folder / name)
     causal_lm().bfloat16().save_pretrained(folder / HALF)
     config = LlamaConfig(
         vocab_size=2048,
@@ -100,13 +113,82 @@ def check_pieces(placed: PlacedTeacher, world_size: int) -> None:
 
 def check_store(process: Process, models: Path) -> None:
     placed = place_teacher(TENSOR, source(models / "llama"), PAD, process)
-    job = make_job(
-        models / "tensor store",
+    precompute(_tensor_job(models / "tensor store", placed), process.group)
+
+
+def check_resumed(process: Process, models: Path) -> None:
+    """Begun by two replicas and ended by one of them, and the other way round, a store has the
+    files of ``check_store``."""
+    placed = place_teacher(TENSOR, source(models / "llama"), PAD, process)
+    both, one = process.group, placed.layout.replica if process.rank < 2 else None
+    for begin, end in ((both, one), (one, both)):
+        store = models / f"begun by {'two' if begin is both else 'one'}"
+        job = _tensor_job(store, placed)
+        num_shards = len(files_of(models / "tensor store")) - 3
+        if begin is not None:
+            with pytest.raises(RuntimeError, match="ended here"):
+                precompute(replace(job, score=_ends_after(3, job.score)), begin)
+        dist.barrier()
+        assert 0 < len(list(store.glob("shard-*"))) < num_shards
+        if end is not None:
+            precompute(job, end)
+        dist.barrier()
+        assert files_of(store) == files_of(models / "tensor store")
+
+
+def _tensor_job(store: Path, placed: PlacedTeacher) -> TeacherJob:
+    return make_job(
+        store,
         score=partial(score_samples, placed.model, pad_id=PAD),
         teacher_id=placed.id,
         ranks_per_replica=placed.ranks_per_replica,
     )
-    precompute(job, process.group)
+
+
+def _ends_after(num_batches: int, score: Score) -> Score:
+    left = iter(range(num_batches))
+
+    def scored(samples: Sequence[ScoredSample]) -> torch.Tensor:
+        if next(left, None) is None:
+            raise RuntimeError("ended here")
+        return score(samples)
+
+    return scored
+
+
+def check_own_data(process: Process, models: Path, *, section: TeacherConfig) -> None:
+    """Of a data set of users' own: shared by all ranks, and the whole teacher's losses."""
+    data = Keyed(host_items(9), "set")
+    whole = Teacher(model=load_teacher(models / "llama"), pad_id=PAD, image_token_id=IMAGE)
+    section = replace(section, path=models / "llama", tokens_per_batch=64)
+    parted = open_teacher(section, pad_id=PAD, image_token_id=IMAGE)
+    assert parted.id == whole.id
+    values = []
+    for teacher, kind in ((whole, "whole"), (parted, "parted")):
+        path = models / f"own data, {section.sharding}, {kind}"
+        score_dataset(data, collate, teacher, path, process.group)
+        store = ReferenceStore(path)
+        values.append(store.read(store.index.keys))
+    torch.testing.assert_close(*values, rtol=2**-10, atol=1e-5)
+    mine = [process.rank, 8]
+    online = parted.online()
+    online.prepare([HostCollate(collate)([data[number] for number in mine])])
+    keys = [("set", number) for number in mine]
+    torch.testing.assert_close(online.read(keys), store.read(keys), rtol=2**-10, atol=1e-5)
+    other, path = replace(whole, name=f"of {process.rank}"), models / "no store"
+    with pytest.raises(RuntimeError, match=r"and teacher of \d, other ranks have not"):
+        score_dataset(data, collate, other, path, process.group)
+    with pytest.raises(ValueError, match=r"this job has \d ranks: give score_dataset the group"):
+        score_dataset(data, collate, whole, path)
+    with pytest.raises(ValueError, match="ranks of the job hold this teacher together"):
+        score_dataset(
+            data,
+            collate,
+            parted,
+            path,
+            dist.new_group([process.rank], use_local_synchronization=True),
+        )
+    assert not path.exists()
 
 
 def check_zero3_store(process: Process, models: Path) -> None:
@@ -121,6 +203,26 @@ def check_zero3_store(process: Process, models: Path) -> None:
     )
     assert len(job.batches(list(range(NUM_SAMPLES)))) % 2 == 1
     precompute(job, process.group)
+
+
+def check_turns(process: Process, models: Path) -> None:
+    """What is loaded whole, as a GGUF file is, is loaded by one rank of a node at a time."""
+    overlaps, here = [], models / "a rank loads"
+
+    def load():
+        try:
+            here.mkdir()
+        except FileExistsError:
+            overlaps.append(process.rank)
+        time.sleep(0.2)
+        model = load_teacher(models / "llama")
+        here.rmdir()
+        return model
+
+    config = AutoConfig.from_pretrained(models / "llama")
+    for section in (TeacherConfig(), TENSOR):
+        place_teacher(section, TeacherSource(config, load), PAD, process)
+        assert not overlaps
 
 
 def check_whole_is_too_much(process: Process, models: Path) -> None:
@@ -184,6 +286,8 @@ def check_cut(process: Process, source: TeacherSource) -> None:
 FOUR: dict[str, Check] = {
     **_checks("tensor", check_cut, whole=False),
     "store": check_store,
+    "resumed": check_resumed,
+    "own data": partial(check_own_data, section=TENSOR),
 }
 
 
@@ -198,6 +302,8 @@ TWO: dict[str, Check] = {
     **_checks("tensor", check_cut, whole=True),
     **_checks("zero3", check_pieces_score, whole=False),
     "zero3 store": check_zero3_store,
+    "zero3 own data": partial(check_own_data, section=ZERO3),
+    "turns": check_turns,
     "too much": check_whole_is_too_much,
     "tensor memory": partial(check_memory, section=TENSOR),
     "zero3 memory": partial(check_memory, section=ZERO3),

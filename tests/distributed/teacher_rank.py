@@ -46,6 +46,9 @@ class Run:
     fails_after: int | None = None
     """Batches of each rank before its teacher fails."""
 
+    other_rank: int | None = None
+    """Has another teacher than the others."""
+
     ranks_per_replica: int = 1
     in_step: bool = False
 
@@ -138,7 +141,12 @@ def _main(run: Run, rank: int, size: int, port: int, stderr: Any) -> None:
     try:
         with job.watched(Process(rank, size, torch.device("cpu")), "teacher"):
             teacher = _Teacher(run, rank)
-            plan = {"ranks_per_replica": run.ranks_per_replica, "in_step": run.in_step}
+            plan: dict[str, Any] = {
+                "ranks_per_replica": run.ranks_per_replica,
+                "in_step": run.in_step,
+            }
+            if rank == run.other_rank:
+                plan["teacher_id"] = "other"
             made = make_plain_job(run.store, run.num_samples, score=teacher, **plan)
             precompute(made, dist.group.WORLD)
             dist.barrier()

@@ -12,6 +12,7 @@ from regate_ds.parallel.sync import (
     exchange,
     exchange_counts,
     gather_values,
+    is_same_on_all,
     sum_over,
 )
 from tests.distributed.ranks import run_ranks
@@ -28,6 +29,8 @@ def check_collectives(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
     assert (rank_in(group), size_of(group)) == (rank, world_size)
     assert sum_over([rank, 1], group) == [sum(range(world_size)), world_size]
+    assert is_same_on_all("one", group)
+    assert not is_same_on_all("one" if rank else "other", group)
     with all_or_none(group, num_values=2) as totals:
         totals += [rank, 1]
     assert totals == [sum(range(world_size)), world_size]

@@ -100,6 +100,14 @@ def test_a_file_that_cannot_be_written_whole_ends_all_ranks(tmp_path, whole):
     require_same_end(store, whole, 3)
 
 
+def test_a_rank_with_another_teacher_ends_all_before_any_writes(tmp_path):
+    store = tmp_path / "store"
+    ranks = start(Run(store, other_rank=1), 3)
+    assert ranks.wait(BOUND) == [1, 1, 1]
+    require_one_line(ranks, "rank ", "fingerprint", "other ranks have not")
+    assert not store.exists()
+
+
 def test_what_only_the_first_rank_does_is_told_as_it_failed(tmp_path):
     store = tmp_path / "store"
     ranks = start(Run(store, largest_file=20), 3)

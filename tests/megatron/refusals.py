@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
 from regate_ds.adapters.megatron import attach
@@ -58,6 +59,10 @@ def changed(target: Any, name: str, value: Any) -> Iterator[None]:
     setattr(target, name, before)
 
 
+def data_of(case: Case) -> Iterator[Any]:
+    return iter(items(case, mpu.get_data_parallel_rank()))
+
+
 def num_hooks(chunks: list[Any]) -> int:
     modules: list[nn.Module] = [m for chunk in chunks for m in chunk.modules()]
     return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
@@ -83,6 +88,12 @@ def check_attach(case: Case) -> None:
     gathering = changed(gpt.config, "moe_token_dispatcher_type", "allgather")
     with changed(gpt.config, "num_moe_experts", 4), gathering, refused(ValueError, "'alltoall'"):
         tried()
+    attention = gpt.decoder.layers[0].self_attention
+    with changed(attention, "attn_mask_type", AttnMaskType.no_mask), refused(ValueError, "no_mask"):
+        tried()
+    divided = changed(chunks[0].buffers[0], "gradient_scaling_factor", 0.5)
+    with divided, refused(ValueError, "before the model is wrapped"):
+        tried()
     with refused(ValueError, "decoder of 4 layers"):
         tried(first_layer=4)
     with refused(ValueError, "holds 0 GPTModels"):
@@ -103,11 +114,28 @@ def check_attach(case: Case) -> None:
     schedule = regate.wrap(get_forward_backward_func())
     with refused(RuntimeError, "did not call the model"):
         run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
+    assert all(gate.pending is None for gate in regate._attached.gates)
+    with refused(ValueError, "not attached to"):
+        run_chunks(case, build(case), schedule, forward_step(case))
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
         run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
+    with refused(ValueError, "is a dict without .tokens"):
+        schedule(data_iterator=iter([{}]), num_microbatches=1)
+    longer = replace(case, length=case.length + 4)
+    with refused(ValueError, r"given \(28, 2\) rows .* plan is of \(24, 2\)"):
+        run_chunks(
+            case, chunks, schedule, lambda _, model: forward_step(case)(data_of(longer), model)
+        )
     unset = changed(gpt.config, "finalize_model_grads_func", None)
     with unset, refused(ValueError, "finalize_model_grads_func"):
         run_chunks(case, chunks, schedule, forward_step(case))
+    run_chunks(case, chunks, schedule, forward_step(case))
+    assert regate.run is not None
+    with changed(gpt.config, "pipeline_dtype", None):
+        assert regate.run.expected_bytes() == (0, 0)
+    regate.step(applied=True)
+    with refused(RuntimeError, "no step is planned"):
+        regate.step(applied=True)
     regate.remove()
     assert num_hooks(chunks) == before
     dismantle(chunks)
@@ -151,7 +179,7 @@ def check_steps(case: Case) -> None:
             return refused(error, own)
         return refused(RuntimeError, "1 other data rank" if planner else "has failed")
 
-    with failing(StopIteration, ""):
+    with failing(ValueError, "ended after 1 of a step's 4"):
         run(data[:1] if data_rank == 1 else data)
     run_chunks(case, chunks, schedule, forward_step(case))
     with failing(RuntimeError, "not ended"):

@@ -208,6 +208,25 @@ def test_what_a_batch_lacks_is_named():
         read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])}, "train")
 
 
+def test_weights_of_targets_are_refused():
+    batch = collated([1])
+    with pytest.raises(ValueError, match="loss_mask weighs targets"):
+        read_tokens({**batch, "loss_mask": batch["loss_mask"] / 2}, "train")
+
+
+def test_a_mask_that_cuts_more_than_what_comes_later_is_refused():
+    batch = collated([1, 5])
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    plain = read_tokens({**batch, "attention_mask": mask}, "train")
+    # What comes after the last target may be masked in any way.
+    last = int((plain.segment_BT[0] >= 0).nonzero()[-1])
+    mask[0, 0, last + 1 :] = True
+    read_tokens({**batch, "attention_mask": mask}, "train")
+    mask[0, 0, last:, 0] = True
+    with pytest.raises(ValueError, match="not causal order alone"):
+        read_tokens({**batch, "attention_mask": mask}, "train")
+
+
 @pytest.mark.parametrize(
     ("max_length", "pads", "expected"),
     [(None, False, [2, -9, -9, -9, -9, 4, 9]), (5, False, [2, -9, -9, -9, -9])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from regate_ds.adapters.megatron.local_plan import (
     ragged_padding,
     require_cut,
 )
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_ragged, plan_sparse
 from regate_ds.parallel.routes import Cut
 from tests.batches import random_batch
@@ -124,6 +126,23 @@ def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int
         whole = torch.arange(start, start + length).chunk(4)
         assert set(torch.cat([whole[0], whole[3]]).tolist()) <= set(first.tolist())
         assert set(torch.cat([whole[1], whole[2]]).tolist()) <= set(second.tolist())
+
+
+@pytest.mark.parametrize("planned", [plan_sparse, plan_ragged])
+@pytest.mark.parametrize("context", [1, 2])
+def test_a_micro_batch_of_padding_alone_is_planned_and_arrives(planned: Any, context: int):
+    nothing = torch.full((2, 16), -1)
+    batch = TokenBatch(((), ()), nothing, torch.full((2, 16), IGNORE))
+    place = Place(context_size=context, ragged=planned is plan_ragged)
+    multiple = place.multiple
+    none = torch.zeros(0)
+    plan = planned(batch, none, keep_share=0.5, align="predictor", token_multiple=multiple)
+    (arrived,) = wire.decode(*wire.encode(0, False, [plan])).micro
+    local = localise(arrived, place)
+    assert (plan.num_kept, local.num_targets) == (0, 0)
+    assert local.kept_shape[0] * context >= multiple
+    assert local.padding_BK is not None
+    assert bool(local.padding_BK.all())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +44,7 @@ from regate_ds.adapters.megatron.support import (
     require_free,
     require_schedule,
     require_supported,
+    require_undivided,
 )
 from regate_ds.adapters.open_session import open_session
 from regate_ds.adapters.plan_wire import confirm, failing_together, share
@@ -59,30 +59,34 @@ Layout = Literal["sbhd", "thd"]
 
 
 def attach(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module] | nn.Module,
     config: RegateConfig,
     *,
     reference: ReferenceStore | None = None,
     layout: Layout = "sbhd",
-    tokens: Callable[[Any], TokenBatch] = attrgetter("tokens"),
+    tokens: Callable[[Any], TokenBatch] | None = None,
 ) -> MegatronRegate:
     """Put the gates into built model chunks. Collective over all ranks of the world.
 
     layout: ``sbhd`` keeps equally many rows of every sample in a step; ``thd`` packs what is kept,
         and needs an attention that takes packed sequences (Transformer Engine).
-    tokens: reads an item of the data iterator; needed where the plan is made.
+    tokens: reads an item of the data iterator where the plan is made; without it, items have
+        ``.tokens``.
 
     ValueError names what is not supported; RuntimeError if the model is attached already. With
     enabled=False nothing is touched.
     """
+    tokens = tokens or _tokens_of
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
+    models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
     host: Any = chunks[0].config
     last = host.num_layers if config.last_layer is None else config.last_layer
     ends_early = last < host.num_layers
     require_free(chunks, lambda hook: isinstance(getattr(hook, "__self__", None), ChunkGate))
     require_supported(chunks, config, ragged=layout == "thd", ends_early=ends_early)
+    require_undivided(models)
     axes = find_axes(host, ragged=layout == "thd", ends_early=ends_early)
     gated = Range(
         first=config.first_layer,
@@ -110,6 +114,28 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
         for layer in (first - 1, last)
     )
     return None if gathers == restores else open_channel(pipeline, gathers, restores)
+
+
+def _tokens_of(item: Any) -> TokenBatch:
+    if not hasattr(item, "tokens"):
+        raise ValueError(
+            f"an item of data_iterator is a {type(item).__name__} without .tokens; give `tokens` "
+            "to attach: partial(read_tokens, dataset=...) of host_tokens.py for dicts of Megatron's"
+        )
+    return item.tokens
+
+
+def _taken(iterator: Any, number: int) -> list[Any]:
+    items: list[Any] = []
+    try:
+        while len(items) < number:
+            items.append(next(iterator))
+    except StopIteration:
+        raise ValueError(
+            f"data_iterator ended after {len(items)} of a step's {number} micro-batches; give one "
+            "that goes on"
+        ) from None
+    return items
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
@@ -165,7 +191,7 @@ class MegatronRegate:
 
         @wraps(schedule)
         def forward_backward(**arguments: Any) -> Any:
-            if arguments.get("forward_only", False):
+            if arguments.get("forward_only", False) or self._attached is None:
                 return schedule(**arguments)
             require_finalized(attached.gates[0].gpt.config)
             micro = self._shared_plan(attached, arguments)
@@ -199,9 +225,11 @@ class MegatronRegate:
             save_state(checkpoint_dir, planner.session, planner.difficulty, is_first=first)
 
     def load(self, checkpoint_dir: str | Path) -> None:
-        """Take over what ``save`` wrote, under any layout. All ranks call."""
+        """Take over what ``save`` wrote, under any layout, and forget a step that is not ended.
+        All ranks call."""
         planner = self._planner
         if planner is not None:
+            planner.abandon_step()
             load_state(checkpoint_dir, planner.session, planner.difficulty)
 
     def metrics(self) -> dict[str, int | bool] | None:
@@ -225,7 +253,7 @@ class MegatronRegate:
         iterators = arguments["data_iterator"]
         several = isinstance(iterators, list)
         read = iterators[-1] if several else iterators
-        items = [next(read) for _ in range(arguments["num_microbatches"])]
+        items = _taken(read, arguments["num_microbatches"])
         arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
         window = [self._tokens(item) for item in items]
         require_cut(window, place)

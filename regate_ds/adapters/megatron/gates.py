@@ -121,6 +121,9 @@ class ChunkGate:
         return (), given
 
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
+        carrier = kwargs.get("packed_seq_params")
+        if isinstance(carrier, Carrier) and self.gpt.pre_process:
+            _require_planned(kwargs["hidden_states"], carrier.local)
         if (carrier := _eliding(kwargs)) is None:
             return None
         carrier.rotary = self._rotary(carrier.local)
@@ -199,6 +202,17 @@ def _eliding(kwargs: dict[str, Any]) -> Any:
     """The ``Carrier`` of a micro-batch of which something is elided, else ``None``."""
     carrier = kwargs.get("packed_seq_params")
     return carrier if isinstance(carrier, Carrier) and not carrier.local.is_dense else None
+
+
+def _require_planned(hidden: Tensor, local: LocalPlan) -> None:
+    """Refuse what is not the rows of the plan: others would be gathered in silence."""
+    found = tuple(hidden.shape[:2])
+    if found != local.full_shape:
+        raise ValueError(
+            f"the decoder is given {found} rows [sequence, batch] on this rank, the plan is of "
+            f"{local.full_shape}; `tokens` must tell labels of all that the decoder sees, with the "
+            "positions of images among them"
+        )
 
 
 def _bounds(local: LocalPlan) -> PackedSeqParams | None:

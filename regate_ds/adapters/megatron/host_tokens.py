@@ -80,16 +80,38 @@ def read_tokens(
             "a batch has cu_seqlens: rows hold several samples, whose keys Megatron does not "
             "carry; give `tokens`, or one sample a row"
         )
+    mask_BT = item["loss_mask"].cpu()
+    if bool(((mask_BT != 0) & (mask_BT != 1)).any()):
+        raise ValueError(
+            "a batch's loss_mask weighs targets, but every target counts alike here; make it of 0 "
+            "and 1"
+        )
     labels_BT = item["labels"].long().cpu()
-    labels_BT = labels_BT.masked_fill(item["loss_mask"].cpu() <= 0, IGNORE)
+    labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORE)
+    if item.get("attention_mask") is not None:
+        _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
     if image is not None:
         labels_BT = with_images(labels_BT, item["tokens"].cpu(), image)
-    is_label_BT = labels_BT != IGNORE
-    # A target to the right of a position, or at it; and the first one, for a row without targets.
-    is_used_BT = is_label_BT.flip(1).cumsum(1).flip(1) > 0
-    is_used_BT[:, 0] = True
     keys = tuple(((dataset, number),) for number in item[NUMBER].tolist())
-    return TokenBatch(keys, torch.where(is_used_BT, 0, -1), labels_BT)
+    return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT)
+
+
+def _is_used(labels_BT: Tensor) -> Tensor:
+    """A target is there or to the right; and the first position, for a row without targets."""
+    is_used_BT = (labels_BT != IGNORE).flip(1).cumsum(1).flip(1) > 0
+    is_used_BT[:, 0] = True
+    return is_used_BT
+
+
+def _require_causal(mask_B1TT: Tensor, is_used_BT: Tensor) -> None:
+    """Refuse a mask, True where attention is cut, that gated layers would go without."""
+    is_cut_BTT = mask_B1TT[:, 0].expand(len(is_used_BT), -1, -1)
+    is_wrong_BTT = is_cut_BTT != torch.ones_like(is_cut_BTT[0]).triu(1)
+    if bool(is_wrong_BTT[is_used_BT].any()):
+        raise ValueError(
+            "a batch's attention_mask is not causal order alone, which is all that gated layers "
+            "have; leave it out (no --reset-attention-mask), or give `tokens` and layout='thd'"
+        )
 
 
 def with_images(labels_BS: Tensor, ids_BS: Tensor, image: ImageTokens) -> Tensor:

@@ -97,7 +97,7 @@ class Hosted:
         settings = self._settings
         store = None if settings.reference is None else ReferenceStore(settings.reference)
         self.regate = attach(
-            [models] if isinstance(models, nn.Module) else models,
+            models,
             settings.elision,
             reference=store,
             layout=settings.layout,

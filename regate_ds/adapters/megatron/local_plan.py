@@ -210,8 +210,8 @@ def ragged_padding(plan: ElisionPlan, *, place: Place) -> int:
 
 def _ragged_index(plan: ElisionPlan, place: Place) -> Tensor:
     """Where each real slot lies in the ragged sequence."""
-    kept = torch.tensor(_sample_lengths(plan))
-    padded = torch.tensor(ragged_lengths(plan, place)[: len(kept)])
+    kept = torch.tensor(_sample_lengths(plan), dtype=torch.long)
+    padded = torch.tensor(ragged_lengths(plan, place)[: len(kept)], dtype=torch.long)
     skipped = (padded - kept).cumsum(0) - (padded - kept)
     return torch.arange(plan.num_kept) + skipped.repeat_interleave(kept)
 
@@ -232,7 +232,7 @@ def _rotary_position(plan: ElisionPlan, place: Place) -> Tensor:
     if not place.ragged:
         held_K = Cut(place.context_size).held(plan.num_slots)[place.context_rank]
         return plan.kept_BK[:, held_K].T.contiguous()
-    lengths = torch.tensor(_sample_lengths(plan))
+    lengths = torch.tensor(_sample_lengths(plan), dtype=torch.long)
     # A sample's first position is always kept, and is the first of its slots.
     first_R = plan.position_R[lengths.cumsum(0) - lengths].repeat_interleave(lengths)
     position_P = torch.zeros(sum(ragged_lengths(plan, place)), dtype=torch.long)

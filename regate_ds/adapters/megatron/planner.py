@@ -61,6 +61,10 @@ class Planner:
 
     def finish_step(self, losses: Sequence[Tensor], *, applied: bool) -> None:
         """Losses of each micro-batch's targets, in reading order. Collective over data ranks."""
+        if not self._is_open:
+            raise RuntimeError(
+                "no step is planned that could be ended; call `step` once after each training step"
+            )
         assert self.plan is not None
         for plan, losses_L in zip(self.plan.micro, losses, strict=True):
             self.session.record(plan, losses_L)

@@ -109,6 +109,8 @@ class StepRun:
 
     def expected_bytes(self) -> tuple[int, int]:
         """What this stage sends in a step by the plan: activations onward, gradients back."""
+        if self._axes.pipeline_size == 1:
+            return 0, 0
         config, edge = self._gates[0].gpt.config, self.boundary()
         size = config.hidden_size * torch.finfo(config.pipeline_dtype).bits // 8
 
@@ -136,8 +138,12 @@ class StepRun:
         gate, number = self._gates[chunk], self._num_started[chunk]
         self._num_started[chunk] += 1
         gate.pending = self.micro[number]
-        output, host_loss = forward_step(iterator, model, *rest)
-        if gate.pending is not None:
+        try:
+            output, host_loss = forward_step(iterator, model, *rest)
+        finally:
+            # What was not taken would be the plan of an evaluation after it.
+            was_called, gate.pending = gate.pending is None, None
+        if not was_called:
             raise RuntimeError(
                 "the forward step did not call the model; with regate it must call it once"
             )
@@ -149,6 +155,11 @@ class StepRun:
         if id(model) not in self._chunk_numbers:
             inside = set(map(id, model.modules()))
             found = [i for i, gate in enumerate(self._gates) if id(gate.gpt) in inside]
+            if not found:
+                raise ValueError(
+                    f"the schedule is given a {type(model).__name__} that regate is not attached "
+                    "to; attach to the chunks that it is given"
+                )
             self._chunk_numbers[id(model)] = found[0]
         return self._chunk_numbers[id(model)]
 

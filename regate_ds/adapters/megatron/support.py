@@ -46,6 +46,21 @@ def require_free(chunks: Sequence[nn.Module], is_ours: Callable[[Any], bool]) ->
             )
 
 
+def require_undivided(models: Sequence[nn.Module]) -> None:
+    """Refuse wrappers that divide gradients by themselves, as ours are divided by targets."""
+    for module in [m for model in models for m in model.modules()]:
+        # Of Megatron's DDP, whose `buffers` is a list of its own.
+        if not hasattr(module, "expert_parallel_buffers"):
+            continue
+        wrapper: Any = module
+        buffers = [*wrapper.buffers, *wrapper.expert_parallel_buffers]
+        if any(buffer.gradient_scaling_factor != 1.0 for buffer in buffers):
+            raise ValueError(
+                f"{type(module).__name__} was built with calculate_per_token_loss=False: it "
+                "divides gradients by the data ranks; set it True before the model is wrapped"
+            )
+
+
 def require_supported(
     chunks: Sequence[nn.Module], config: RegateConfig, *, ragged: bool, ends_early: bool
 ) -> None:
@@ -53,6 +68,7 @@ def require_supported(
     host: Any = chunks[0].config
     for is_problem, what in [
         *_model_problems(chunks, host),
+        _mask_problem(chunks, ragged=ragged),
         *_layout_problems(host, ragged=ragged, ends_early=ends_early),
         *_range_problems(chunks, config, host),
     ]:
@@ -106,6 +122,18 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
             "(fp8 in the linear layers may stay)",
         ),
     ]
+
+
+def _mask_problem(chunks: Sequence[Any], *, ragged: bool) -> tuple[bool, str]:
+    layers = [layer.self_attention for gpt in chunks for layer in gpt.decoder.layers]
+    found = {mask.name for layer in layers if (mask := getattr(layer, "attn_mask_type", None))}
+    # Bounds of packed rows say where padding is; a mask of the full rows is of no use to kept ones.
+    known = {"causal", "padding_causal"} if ragged else {"causal"}
+    return (
+        not found <= known,
+        f"attn_mask_type={sorted(found)}: kept rows have no mask but causal order; build the "
+        "layers with AttnMaskType.causal",
+    )
 
 
 def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple[bool, str]]:

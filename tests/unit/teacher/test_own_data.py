@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from regate_ds import Keyed, ReferenceStore, Teacher, score_dataset
@@ -59,3 +60,11 @@ def test_a_second_call_finds_the_work_done(tmp_path: Path):
     arguments = (Keyed(host_items(3), "set"), collate, teacher, tmp_path / "store")
     assert score_dataset(*arguments).num_tokens > 0
     assert score_dataset(*arguments).num_tokens == 0
+
+
+def test_ranks_that_have_not_joined_are_not_left_to_do_the_work_each(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    teacher = Teacher(model=causal_lm(), pad_id=PAD)
+    with pytest.raises(ValueError, match="this job has 2 ranks: give score_dataset the group"):
+        score_dataset(Keyed(host_items(3), "set"), collate, teacher, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

@@ -1,13 +1,17 @@
 """Teachers that would be cut wrongly are refused by name."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import GemmaConfig, GPT2Config
 
-from regate_ds.teacher.partition import require_partitionable
-from regate_ds.teacher.shard import FAMILIES, require_cuttable
+from regate_ds.teacher.partition import partitioned_teacher, require_partitionable
+from regate_ds.teacher.shard import FAMILIES, cut_teacher, require_cuttable
 from tests.models import text_config
+
+WHERE = {"dtype": torch.float32, "device": "cpu"}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -25,6 +29,16 @@ def test_other_families_are_refused_by_name(kind):
 def test_a_rank_without_a_key_value_head_is_refused():
     with pytest.raises(ValueError, match="teacher.tensor=4: the teacher has 2 key-value heads"):
         require_cuttable(text_config("llama"), 4)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda config: cut_teacher(config, None, **WHERE), partial(partitioned_teacher, **WHERE)],
+)
+def test_a_quantized_teacher_is_not_sharded(build):
+    config = text_config("llama", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="a quantized llama model cannot be sharded"):
+        build(config)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_students import make_image, make_llava, make_qwen2_vl
 
-from regate_ds.data.encode import EncodedSample, Encoder, Template
+from regate_ds.data.encode import EncodedSample, Encoder
 from regate_ds.data.samples import Record, Turn
+from regate_ds.data.template import Template
 from regate_ds.training.evaluate import (
     HeldOut,
     evaluate,

@@ -105,7 +105,7 @@ def test_a_run_says_how_much_of_it_is_sparse(load):
 
 def test_a_rank_that_has_read_other_data_is_named(monkeypatch):
     first, second = "ff" * 32, "0e" * 32
-    monkeypatch.setattr(preflight, "sum_over", lambda mine, *_: [mine[0] + int(second[:12], 16)])
+    monkeypatch.setattr(preflight, "is_same_on_all", lambda text, *_: text == second)
     require_one_data_set(second, Process(1, 2, torch.device("cpu")))
     with pytest.raises(RuntimeError, match="rank 0 has read data with fingerprint ffffffffffff"):
         require_one_data_set(first, Process(0, 2, torch.device("cpu")))
@@ -116,6 +116,13 @@ def test_a_number_of_ranks_that_makes_no_whole_teachers_is_refused(load):
     judge_teacher(config, 4)
     with pytest.raises(ValueError, match=r"teacher\.tensor=2: 3 ranks are no multiple of it"):
         judge_teacher(config, 3)
+
+
+@pytest.mark.parametrize("judge", [lambda config: judge_teacher(config, 1), judge_run])
+def test_a_teacher_that_is_not_there_is_named_before_anything_is_loaded(load, judge):
+    config = load("teacher.path=/nowhere", "teacher.mode=online")
+    with pytest.raises(ValueError, match="teacher.path=/nowhere: holds no config.json; give the"):
+        judge(config)
 
 
 def test_a_teacher_inside_the_job_needs_no_store_but_whole_groups_of_ranks(load, monkeypatch):

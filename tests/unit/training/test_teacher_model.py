@@ -41,6 +41,13 @@ def test_what_is_not_a_models_folder_is_refused(tmp_path, name):
         load_teacher(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_model_without_a_tokenizer_is_named(tmp_path, kind):
+    causal_lm(kind).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"teacher.path={tmp_path}: holds no tokenizer; put the"):
+        load_teacher_tokenizer(tmp_path)
+
+
 def test_a_model_with_images_is_not_a_causal_one(tmp_path):
     save_student(make_llava(), tmp_path)
     with pytest.raises(ValueError, match="is a llava model, not a causal language model; give"):

@@ -1,0 +1,55 @@
+"""The text that a record is written as: what stands around its questions, answers and images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from regate_ds.data.samples import MARKER, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The text around questions, answers and images. An answer ends with the tokenizer's eos."""
+
+    system: str = ""
+    """Before the first question."""
+
+    user: str = "USER: "
+    """Before every question."""
+
+    assistant: str = " ASSISTANT: "
+    """Between a question and its answer."""
+
+    separator: str = " "
+    """Between an answer's eos and the next question."""
+
+    image_start: str = ""
+    """Before the placeholders of every image, and of every frame of a video."""
+
+    image_end: str = ""
+    """After the placeholders of every image, and of every frame of a video."""
+
+
+def prompt(record: Record, number: int, template: Template) -> list[str]:
+    """The text from the last answer to the next, cut at its image and video markers."""
+    before = template.separator if number else template.system
+    question = record.turns[number].question
+    return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
+
+
+def text_segments(record: Record, template: Template) -> list[str]:
+    """Every text of a record as the tokenizer gets it: what to train a tokenizer on."""
+    segments = [template.image_start, template.image_end] * len(record.images)
+    for number, turn in enumerate(record.turns):
+        segments += [*prompt(record, number, template), turn.answer]
+    return [segment for segment in segments if segment]
+
+
+def require_no_image(template: Template, image_token: str) -> None:
+    """ValueError if the text around questions and answers stands for an image itself."""
+    for name, text in asdict(template).items():
+        if image_token in text or MARKER.search(text):
+            raise ValueError(
+                f"data.template.{name}={text!r} stands for an image; images are where a question "
+                "has its marker: take the token out"
+            )
