@@ -20,6 +20,7 @@ set -euo pipefail
 
 fail() { echo "$0: $1" >&2; exit 2; }
 
+[[ -z ${REGATE_ENV:-} || -f $REGATE_ENV ]] || fail "REGATE_ENV=$REGATE_ENV: no such file"
 REGATE_ENV=${REGATE_ENV:-env.sh}
 # shellcheck source=/dev/null
 [[ ! -f $REGATE_ENV ]] || source "$REGATE_ENV"
@@ -32,12 +33,24 @@ shift
 python=$(command -v "${PYTHON:-python}") || fail "PYTHON=${PYTHON:-python}: no such program"
 "$python" -c 'import regate_ds' 2>/dev/null ||
     fail "PYTHON=$python cannot import regate_ds: activate its environment, or set PYTHON"
-first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
-[[ -n $first ]] || fail "$hostfile names no host"
+# What deepspeed would end in a traceback at, or wait for.
+mapfile -t lines < <(sed 's/#.*//' "$hostfile" | grep '[^[:space:]]')
+((${#lines[@]})) || fail "$hostfile names no host"
+for line in "${lines[@]}"; do
+    [[ $line =~ ^[[:space:]]*[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
+        fail "$hostfile: '$line' is not 'HOST slots=N'"
+done
+twice=$(printf '%s\n' "${lines[@]}" | awk 'seen[$1]++ { print $1; exit }')
+[[ -z $twice ]] || fail "$hostfile names $twice twice: give it one line, with all its slots"
+read -r first _ <<<"${lines[0]}"
+if [[ -n ${NODE_RANK:-} ]]; then
+    [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#lines[@]} ]] ||
+        fail "NODE_RANK=$NODE_RANK: number the ${#lines[@]} hosts of $hostfile from 0"
+fi
 
 # All nodes read and write the same folder.
 logs=$(realpath -m "${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}")
-mkdir -p "$logs"
+{ mkdir -p "$logs" 2>/dev/null && [[ -w $logs ]]; } || fail "LOGS=$logs: cannot be written"
 if [[ -n ${NODE_RANK:-} ]]; then
     place=(--no_ssh --node_rank "$NODE_RANK")
 else

@@ -22,6 +22,7 @@ set -euo pipefail
 
 fail() { echo "launch/slurm.sh: $1" >&2; exit 2; }
 
+[[ -z ${REGATE_ENV:-} || -f $REGATE_ENV ]] || fail "REGATE_ENV=$REGATE_ENV: no such file"
 REGATE_ENV=${REGATE_ENV:-env.sh}
 # shellcheck source=/dev/null
 [[ ! -f $REGATE_ENV ]] || source "$REGATE_ENV"
@@ -37,7 +38,7 @@ export PYTHON=${PYTHON:-python}
 gpus=${SLURM_GPUS_ON_NODE:-0}
 export RANKS=${RANKS:-$((gpus > 0 ? gpus : 1))}
 export LOGS=${LOGS:-logs/$SLURM_JOB_ID}
-mkdir -p "$LOGS"
+{ mkdir -p "$LOGS" 2>/dev/null && [[ -w $LOGS ]]; } || fail "LOGS=$LOGS: cannot be written"
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${MASTER_ADDR:-$(head -n 1 <<<"$nodes")}
 export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}

@@ -16,6 +16,7 @@ set -euo pipefail
 
 fail() { echo "$0: $1" >&2; exit 2; }
 
+[[ -z ${REGATE_ENV:-} || -f $REGATE_ENV ]] || fail "REGATE_ENV=$REGATE_ENV: no such file"
 REGATE_ENV=${REGATE_ENV:-env.sh}
 # shellcheck source=/dev/null
 [[ ! -f $REGATE_ENV ]] || source "$REGATE_ENV"
@@ -33,12 +34,16 @@ ranks=${RANKS:-$((gpus > 0 ? gpus : 1))} nodes=${NNODES:-1}
 if ((nodes > 1)); then
     [[ -n ${NODE_RANK:-} ]] || fail "NNODES=$nodes, but NODE_RANK is not set: number the nodes from 0"
     [[ -n ${MASTER_ADDR:-} ]] || fail "NNODES=$nodes, but MASTER_ADDR is not set: name node 0"
+    [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt $nodes ]] ||
+        fail "NODE_RANK=$NODE_RANK: number the $nodes nodes from 0"
     place=(--nnodes "$nodes" --node_rank "$NODE_RANK"
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 else
     place=(--standalone)
 fi
+[[ ${MASTER_PORT:-29500} =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$MASTER_PORT: must be a whole number"
 logs=${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}
+{ mkdir -p "$logs" 2>/dev/null && [[ -w $logs ]]; } || fail "LOGS=$logs: cannot be written"
 command=("$python" -m regate_ds.training.torch_launcher "${place[@]}" --nproc_per_node "$ranks"
     --shutdown_timeout "${GRACE:-300}" --log_dir "$logs" --tee 3 -m regate_ds.cli "$@")
 printf '%s: on %s:' "$0" "$(hostname)" >&2

@@ -36,7 +36,7 @@ from regate_ds.adapters.pipeline_layers import (
 from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.support import require_language_model, require_supported
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
@@ -228,6 +228,8 @@ class PipelineRegate:
         names, feed = [], []
         for number, batch in enumerate(given):
             inputs, labels = _inputs_and_labels(batch)
+            if plans is None and isinstance(batch, Batch):
+                labels = host_labels(labels)
             own, tensors = names_and_tensors(inputs) if engine.is_first_stage() else ((), ())
             names.append(own)
             feed.append(((*tensors, numbered(number, engine.device)), labels))

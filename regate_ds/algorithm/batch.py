@@ -94,3 +94,10 @@ def shift_labels(labels_BT: Tensor) -> Tensor:
     shifted_BT = torch.roll(labels_BT, -1, dims=1)
     shifted_BT[:, -1] = IGNORE
     return shifted_BT
+
+
+def host_labels(labels_BT: Tensor) -> Tensor:
+    """Undo the shift: the host shifts for itself."""
+    unshifted_BT = labels_BT.roll(1, dims=1)
+    unshifted_BT[:, 0] = IGNORE
+    return unshifted_BT

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
-from regate_ds.algorithm.batch import IGNORE
+from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample, Encoder
@@ -145,13 +145,6 @@ class HostLabels:
     def __call__(self, samples: list[LoadedSample]) -> Batch:
         batch = self._collator(samples)
         return Batch({**batch.inputs, "labels": host_labels(batch.tokens.labels_BT)}, batch.tokens)
-
-
-def host_labels(labels_BT: Tensor) -> Tensor:
-    """Undo the shift: the host shifts for itself."""
-    unshifted_BT = labels_BT.roll(1, dims=1)
-    unshifted_BT[:, 0] = IGNORE
-    return unshifted_BT
 
 
 def _read(

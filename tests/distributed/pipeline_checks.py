@@ -22,6 +22,7 @@ from regate_ds.adapters.deepspeed_pipeline import (
     pipeline_student,
 )
 from regate_ds.adapters.huggingface import attach_model
+from regate_ds.algorithm.batch import host_labels
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.difficulty_store import DifficultyStore
@@ -173,7 +174,8 @@ def check_disabled() -> None:
     """Without elision the loss is the host's own mean, and no session is opened."""
     case = SMALL["text"]
     batches = [
-        {"input_ids": b.inputs["input_ids"], "labels": host_labels(b)} for b in case.zero.batches(0)
+        {"input_ids": b.inputs["input_ids"], "labels": host_labels(b.tokens.labels_BT)}
+        for b in case.zero.batches(0)
     ]
     pipe = start(case, RegateConfig(total_steps=4, enabled=False))
     loss, found = gradients_of_step(pipe, batches)
@@ -184,12 +186,10 @@ def check_disabled() -> None:
     expected = gradients(host)
     assert_gradients_equal(found, {n: expected[n] for n in found}, TOLERANCE)
     pipe.engine.destroy()
-
-
-def host_labels(batch: Batch) -> torch.Tensor:
-    labels = batch.tokens.labels_BT.roll(1, dims=1)
-    labels[:, 0] = -100
-    return labels
+    # What ReGATE's own collate functions make is the host's batch too.
+    again = start(case, RegateConfig(total_steps=4, enabled=False))
+    assert gradients_of_step(again, case.zero.batches(0))[0] == pytest.approx(loss, rel=1e-6)
+    again.engine.destroy()
 
 
 def check_memory() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from regate_ds.algorithm.batch import host_labels
 from regate_ds.training.configuration import load_config
 from regate_ds.training.process import start_process
 from regate_ds.training.student import text_backbone
-from regate_ds.training.task import build_task, host_labels
+from regate_ds.training.task import build_task
 
 DS = {
     "train_micro_batch_size_per_gpu": 2,

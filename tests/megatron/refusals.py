@@ -91,6 +91,8 @@ def check_attach(case: Case) -> None:
     attention = gpt.decoder.layers[0].self_attention
     with changed(attention, "attn_mask_type", AttnMaskType.no_mask), refused(ValueError, "no_mask"):
         tried()
+    with refused(ValueError, "layout='thd' needs an attention"):
+        tried(layout="thd")
     divided = changed(chunks[0].buffers[0], "gradient_scaling_factor", 0.5)
     with divided, refused(ValueError, "before the model is wrapped"):
         tried()

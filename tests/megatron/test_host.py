@@ -58,6 +58,11 @@ def test_frozen_embeddings_before_an_early_range_leave_no_rank_waiting(pool: Poo
 
 
 @pytest.mark.slow
+def test_transfers_behind_the_computation_change_no_bit(pool: Pool):
+    pool.run(2, host_checks.check_overlap, Case(pp=2, vpp=2, layout="thd"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(cp=2), Case(pp=2), Case(dp=2)], ids=str)
 def test_difficulty_is_remembered_once_a_step_that_was_applied(pool: Pool, case: Case):
     pool.run(case.world, host_checks.check_memory, case)

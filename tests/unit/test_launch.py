@@ -58,6 +58,10 @@ def run(tmp_path, monkeypatch):
 JOB = {"SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
 
 
+NODES = {"NNODES": "2", "MASTER_ADDR": "n1"}
+NOWHERE = {"LOGS": "/dev/null/logs"}
+
+
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -92,6 +96,16 @@ def test_the_scripts_can_be_started():
         ("deepspeed.sh", ["hosts", "train"], {}, "hosts: no such hostfile"),
         ("deepspeed.sh", ["/dev/null", "train"], {}, "/dev/null: no such hostfile"),
         ("deepspeed.sh", ["empty", "train"], {}, "empty names no host"),
+        ("deepspeed.sh", ["bad", "train"], {}, "bad: 'n1 slots=two' is not 'HOST slots=N'"),
+        ("deepspeed.sh", ["twice", "train"], {}, "twice names n1 twice"),
+        ("deepspeed.sh", ["one", "train"], {"NODE_RANK": "1"}, "NODE_RANK=1: number the 1 hosts"),
+        ("deepspeed.sh", ["one", "train"], {"NODE_RANK": "x"}, "NODE_RANK=x: number the 1 hosts"),
+        ("deepspeed.sh", ["one", "train"], NOWHERE, "LOGS=/dev/null/logs: cannot be written"),
+        ("torchrun.sh", ["train"], NOWHERE, "LOGS=/dev/null/logs: cannot be written"),
+        ("torchrun.sh", ["train"], {"REGATE_ENV": "none.sh"}, "REGATE_ENV=none.sh: no such file"),
+        ("torchrun.sh", ["train"], {"MASTER_PORT": "x"}, "MASTER_PORT=x: must be a whole number"),
+        ("torchrun.sh", ["train"], {**NODES, "NODE_RANK": "2"}, "NODE_RANK=2: number the 2 nodes"),
+        ("slurm.sh", ["train"], {**JOB, **NOWHERE}, "LOGS=/dev/null/logs: cannot be written"),
         ("slurm.sh", ["trian"], {}, "usage: sbatch"),
         ("slurm.sh", ["train"], {}, "not inside a SLURM job"),
         ("slurm.sh", ["train"], {**JOB, "LAUNCHER": "mpi"}, "LAUNCHER=mpi: must be torchrun"),
@@ -99,7 +113,13 @@ def test_the_scripts_can_be_started():
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(run, script, arguments, variables, message):
-    Path("empty").write_text("# n1 slots=8\n\n")
+    hostfiles = {
+        "empty": "# n1 slots=8\n\n",
+        "one": "n1 slots=8  # fast\n",
+        "bad": "n1 slots=two\n",
+    }
+    for name, text in {**hostfiles, "twice": "n1 slots=1\nn1 slots=2\n"}.items():
+        Path(name).write_text(text)
     done = run(script, *arguments, **variables)
     assert done.returncode == 2
     assert message in done.stderr

@@ -22,7 +22,7 @@ from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
 from regate_ds.algorithm.batch import TokenBatch
 
 TESTED = ("0.19.2",)
-"""Versions whose loop was run. That of 0.16.1 to 0.19.0 has the same signatures."""
+"""Versions whose loop was run. Those from 0.16.1 have the same signatures."""
 
 _EXPECTED = {
     "get_forward_backward_func": (),

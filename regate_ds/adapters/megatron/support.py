@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import nn
 
 from regate_ds.config import RegateConfig
@@ -68,7 +69,7 @@ def require_supported(
     host: Any = chunks[0].config
     for is_problem, what in [
         *_model_problems(chunks, host),
-        _mask_problem(chunks, ragged=ragged),
+        *_attention_problems(chunks, ragged=ragged),
         *_layout_problems(host, ragged=ragged, ends_early=ends_early),
         *_range_problems(chunks, config, host),
     ]:
@@ -124,16 +125,24 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
     ]
 
 
-def _mask_problem(chunks: Sequence[Any], *, ragged: bool) -> tuple[bool, str]:
+def _attention_problems(chunks: Sequence[Any], *, ragged: bool) -> list[tuple[bool, str]]:
     layers = [layer.self_attention for gpt in chunks for layer in gpt.decoder.layers]
-    found = {mask.name for layer in layers if (mask := getattr(layer, "attn_mask_type", None))}
+    masks = {mask.name for layer in layers if (mask := getattr(layer, "attn_mask_type", None))}
     # Bounds of packed rows say where padding is; a mask of the full rows is of no use to kept ones.
     known = {"causal", "padding_causal"} if ragged else {"causal"}
-    return (
-        not found <= known,
-        f"attn_mask_type={sorted(found)}: kept rows have no mask but causal order; build the "
-        "layers with AttnMaskType.causal",
-    )
+    stock = any(type(getattr(x, "core_attention", None)) is DotProductAttention for x in layers)
+    return [
+        (
+            not masks <= known,
+            f"attn_mask_type={sorted(masks)}: kept rows have no mask but causal order; build the "
+            "layers with AttnMaskType.causal",
+        ),
+        (
+            ragged and stock,
+            "layout='thd' needs an attention that takes packed rows, not DotProductAttention; "
+            "build the layers with Transformer Engine's spec, or use layout='sbhd'",
+        ),
+    ]
 
 
 def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple[bool, str]]:
