@@ -29,12 +29,13 @@ class PlainModel:
     case: Case
     weights: dict[str, Tensor]
     vision: PlainVision | None = None
+    dtype: torch.dtype = torch.double
     routed: dict[str, list[Tensor]] = field(default_factory=dict)
     """Router's logits of a micro-batch's tokens, by layer."""
 
     def weight(self, name: str, *shape: int) -> Tensor:
         if name not in self.weights:
-            self.weights[name] = full_weight(name, shape).double().requires_grad_()
+            self.weights[name] = full_weight(name, shape).to(self.dtype).requires_grad_()
         return self.weights[name]
 
     @property
@@ -67,7 +68,7 @@ def embedded(model: PlainModel, item: Item) -> Tensor:
     if not isinstance(item, ImageItem):
         return table[item.ids_BT]
     assert model.vision is not None
-    images_BPH = model.vision(item.images.double())
+    images_BPH = model.vision(item.images.to(model.dtype))
     ids_BT = item.ids_BT.clamp(min=0)
     before, after = ids_BT[:, :IMAGE_AT], ids_BT[:, IMAGE_AT + 1 :]
     return torch.cat([table[before], images_BPH, table[after]], dim=1)
@@ -87,15 +88,15 @@ def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
             targets = {i: labels[i] for i in kept if labels[i] != IGNORE}
             losses = sample_losses(model, embedded_BTH[r, positions], kept, targets)
             found += [losses[i] for i in sorted(losses)]
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.double)
+    return torch.stack(found) if found else torch.zeros(0, dtype=model.dtype)
 
 
 def balance_loss(model: PlainModel) -> Tensor:
     """The auxiliary loss of the micro-batch that ran last, as Megatron scales it: per token."""
-    total = torch.zeros((), dtype=torch.double)
+    total = torch.zeros((), dtype=model.dtype)
     for parts in model.routed.values():
         logits_NE = torch.cat(parts)
-        chosen_E = torch.zeros(EXPERTS, dtype=torch.double)
+        chosen_E = torch.zeros(EXPERTS, dtype=model.dtype)
         for which in logits_NE.topk(2, dim=-1).indices.reshape(-1).tolist():
             chosen_E[which] += 1
         share_E = logits_NE.softmax(-1).mean(0)
@@ -178,4 +179,4 @@ def _rotate(x_KD: Tensor, at_K: Tensor) -> Tensor:
     angle = torch.cat([angle, angle], dim=-1)
     first, second = x_KD.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x_KD * angle.cos().double() + turned * angle.sin().double()
+    return x_KD * angle.cos().to(x_KD.dtype) + turned * angle.sin().to(x_KD.dtype)
