@@ -103,9 +103,10 @@ Written by `make test-matrix`: do not edit.
 One optimizer step of a small model (4 layers, 4 micro-batches with very different counts) under
 each layout of Megatron-core, against a plain model in one process that gathers, attends and
 scatters in every layer, in double precision. Every gradient must hold
-`||g - g*|| <= 1e-5 ||g*|| + 1e-7 ||all g*||` (or be off by no more than twice what single precision
-alone makes of the plain model, and by 5e-5 at most), every loss the same; the table shows the largest `||g - g*|| / (||g*|| + 0.01 ||all g*||)` of any
-parameter of any rank. Single precision, CPU, gloo.
+`||g - g*|| <= 1e-5 ||g*|| + 1e-7 ||all g*||` (or be off by no more than twice what
+single precision alone makes of the plain model, and by 5e-5 at most), every loss the same; the
+table shows the largest `||g - g*|| / (||g*|| + 0.01 ||all g*||)` of any parameter of any rank.
+Single precision, CPU, gloo.
 "Own attention": the stock attention of Megatron-core on CPUs knows no context parallelism and no
 packed sequences (thd), so that the tests bring one; on GPUs Transformer Engine's is used.
 "last_layer n": the gated range ends before layer n of the four, and the full sequence goes on. Of f
