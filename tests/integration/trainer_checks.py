@@ -19,7 +19,12 @@ from regate_ds import Keyed, ReferenceStore, RegateConfig, attach
 from regate_ds.adapters.trainer import RegateMixin, RegateTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
-ZERO_2 = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2}}
+# Clipped to 1, as DeepSpeed does by itself, a gradient would not show by what it was scaled.
+PLAIN = {"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
+ZERO_2 = {**PLAIN, "zero_optimization": {"stage": 2}}
+STEPS = 3
+NUM_TRAIN = 16
+"""Samples: each of two ranks has four micro-batches an epoch."""
 
 
 def check_trainer(rank: int, folder: str) -> None:
@@ -36,6 +41,8 @@ def check_trainer(rank: int, folder: str) -> None:
     check_the_gradients_are_those_of_a_loop_of_your_own(root)
     check_disabled_is_trainers_own_run(root)
     check_what_cannot_work_is_refused(root)
+    # Last: after a pipeline, DeepSpeed takes every engine of the process for one.
+    check_the_pipeline_example(root)
 
 
 def arguments(root: Path, out: str) -> list[str]:
@@ -50,12 +57,21 @@ def check_the_loop_example(root: Path) -> None:
     import deepspeed_loop
 
     losses = deepspeed_loop.main(arguments(root, "loop"))
-    assert len(losses) == 10
+    assert len(losses) == 4
     assert losses[-1] < losses[0]
     dist.barrier()
     assert (root / "loop" / "last" / "regate" / "state.json").is_file()
     dense = deepspeed_loop.main([*arguments(root, "loop-dense"), "--dense"])
     assert dense[-1] < dense[0]
+
+
+def check_the_pipeline_example(root: Path) -> None:
+    import deepspeed_pipeline
+
+    losses = deepspeed_pipeline.main(arguments(root, "pipeline"))
+    assert losses[-1] < losses[0]
+    dist.barrier()
+    assert (root / "pipeline" / "last" / "regate" / "state.json").is_file()
 
 
 def check_the_trainer_example(root: Path) -> Any:
@@ -117,9 +133,9 @@ def settings(root: Path, **more: Any) -> TrainingArguments:
     options: dict[str, Any] = {
         "output_dir": str(root / "unused"),
         "deepspeed": {**ZERO_2, "gradient_accumulation_steps": "auto"},
-        "max_steps": 5,
+        "max_steps": STEPS,
         "per_device_train_batch_size": 2,
-        # Three micro-batches do not divide the epoch's ten: its last step has one.
+        # Three micro-batches do not divide the epoch's four: its last step has one.
         "gradient_accumulation_steps": 3,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
@@ -133,7 +149,7 @@ def settings(root: Path, **more: Any) -> TrainingArguments:
 
 def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     """Plain SGD, so that the weights after some steps are a sum of gradients."""
-    config = RegateConfig(total_steps=5, warmup=1, final_dense_share=0.0)
+    config = RegateConfig(total_steps=STEPS, warmup=1, final_dense_share=0.0)
     reference = ReferenceStore(root / "trainer" / "reference")
     model, data, collate = parts(root)
     trainer = Recorded(
@@ -146,15 +162,13 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     )
     start = weights(model)
     trainer.train()
-    assert [len(window) for window in trainer.windows] == [3, 3, 3, 1, 3]
+    assert [len(window) for window in trainer.windows] == [3, 1, 3]
 
     own = parts(root)[0]
     regate = attach(own.train(), config, reference=reference)
     optimizer = torch.optim.SGD(own.parameters(), lr=0.05)
     # Without ZeRO, and with the boundary set by hand: the plainest loop with steps of any length.
-    engine = deepspeed.initialize(
-        model=own, optimizer=optimizer, config={"train_micro_batch_size_per_gpu": 2}
-    )[0]
+    engine = deepspeed.initialize(model=own, optimizer=optimizer, config=PLAIN)[0]
     for micro in trainer.windows:
         window = regate.window(micro, engine)
         for number, (batch, plan) in enumerate(window):
@@ -162,15 +176,19 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
             engine.backward(regate.loss(engine(**batch, regate_plan=plan), plan))
             engine.step()
         regate.step(applied=True)
-    for name, weight in weights(own).items():
-        moved = (weight - start[name]).norm()
-        error = (weights(trainer.model)[name] - weight).norm()
-        assert error <= 1e-5 * moved + 1e-7, (name, error, moved)
+    mine, theirs = weights(trainer.model), weights(own)
+    moved = {name: (weight - start[name]).norm() for name, weight in theirs.items()}
+    error = {name: (weight - mine[name]).norm() for name, weight in theirs.items()}
+    # Seen: 3e-7 of all that moved. A single weight's share is up to 2e-5 where its steps are hardly
+    # larger than what rounding it takes away; to a loop in double precision both have 6e-6.
+    assert torch.stack([*error.values()]).norm() <= 1e-6 * torch.stack([*moved.values()]).norm()
+    for name in theirs:
+        assert error[name] <= 1e-5 * moved[name] + 1e-7, (name, error[name], moved[name])
 
 
 def check_disabled_is_trainers_own_run(root: Path) -> None:
     ends = []
-    disabled = {"regate": RegateConfig(total_steps=5, enabled=False)}
+    disabled = {"regate": RegateConfig(total_steps=STEPS, enabled=False)}
     for kind, more in ((Trainer, {}), (RegateTrainer, disabled)):
         model, data, collate = parts(root)
         bare = data if more else data._dataset
@@ -186,7 +204,7 @@ def check_disabled_is_trainers_own_run(root: Path) -> None:
         ends.append((losses, weights(trainer.model)))
     (theirs, their_weights), (ours, our_weights) = ends
     assert ours == theirs
-    assert len(ours) == 5
+    assert len(ours) == STEPS
     for name, weight in their_weights.items():
         assert torch.equal(weight, our_weights[name]), name
 
@@ -213,7 +231,7 @@ def check_what_cannot_work_is_refused(root: Path) -> None:
             model=model,
             args=settings(root, **more),
             data_collator=collate,
-            regate=RegateConfig(total_steps=5, keep_share=1.0),
+            regate=RegateConfig(total_steps=STEPS, keep_share=1.0),
             **{"train_dataset": data, **(given or {})},
         )
 
@@ -229,5 +247,5 @@ def check_what_cannot_work_is_refused(root: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build()
-    with pytest.raises(ValueError, match="total_steps=5, but Trainer runs 9 steps"):
+    with pytest.raises(ValueError, match=f"total_steps={STEPS}, but Trainer runs 9 steps"):
         make(max_steps=9).train()
