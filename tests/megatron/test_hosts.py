@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -152,14 +154,67 @@ def test_the_wrapper_runs_with_the_megatron_beside_the_script(tmp_path: Path):
     assert done.stderr.strip() == "the one beside"
 
 
-def test_bridges_callback_ends_steps(monkeypatch):
-    train, callbacks = (ModuleType(f"megatron.bridge.training.{n}") for n in ("train", "callbacks"))
-    train.get_forward_backward_func = host = lambda pp_size, vp_size: None  # type: ignore
-    callbacks.Callback = type("Callback", (), {})  # type: ignore[attr-defined]
-    package = ModuleType("megatron.bridge.training")
-    package.train = train  # type: ignore[attr-defined]
-    for module in (ModuleType("megatron.bridge"), package, train, callbacks):
+@pytest.fixture
+def bridged(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Modules with the names of Megatron-Bridge's."""
+    bare = ModuleType("megatron.bridge")
+    names = ("training", "training.train", "training.callbacks", "training.pretrain")
+    for name in (*names, "training.gpt_step", "recipes", "recipes.llama"):
+        module = ModuleType(f"megatron.bridge.{name}")
+        above, _, last = module.__name__.rpartition(".")
+        setattr(sys.modules.get(above, bare), last, module)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "megatron.bridge", bare)
+    loop: Any = bare.training  # type: ignore[attr-defined]
+    loop.train.get_forward_backward_func = lambda pp_size, vp_size: None
+    loop.callbacks.Callback = type("Callback", (), {})
+
+    def provider(num_samples: list[int], config: Any, tokenizer: Any = None) -> Any:
+        return [*num_samples], [1], None
+
+    loop.pretrain.get_dataset_provider = lambda config: provider
+    return bare
+
+
+def test_bridges_training_items_say_their_number(bridged):
+    pretrain = bridged.training.pretrain
+    host = pretrain.get_dataset_provider
+    with bridge.installed(SETTINGS):
+        provider = pretrain.get_dataset_provider("config")
+        assert [*inspect.signature(provider).parameters] == ["num_samples", "config", "tokenizer"]
+        train, valid, test = provider([{}, {}], "config")
+        assert train[1] == {NUMBER: 1}
+        assert (valid, test) == ([1], None)
+    assert pretrain.get_dataset_provider is host
+
+
+def test_bridges_example_runs_the_recipe_with_a_callback(bridged, monkeypatch, tmp_path):
+    config = SimpleNamespace(
+        model=SimpleNamespace(), train=SimpleNamespace(), ddp=SimpleNamespace()
+    )
+    bridged.recipes.llama.tiny_config = lambda: config
+    bridged.training.gpt_step.forward_step = step = object()
+    ran: list[Any] = []
+    bridged.training.pretrain.pretrain = lambda *args, callbacks: ran.append((*args, callbacks))
+    (tmp_path / "regate.yaml").write_text("elision: {total_steps: 4, keep_share: 1.0}\n")
+    script = str(ROOT / "launch" / "examples" / "megatron_bridge.py")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "regate.yaml"), "tiny_config"])
+    runpy.run_path(script, run_name="__main__")
+    ((found, forward_step, (callback,)),) = ran
+    assert found is config
+    assert forward_step is step
+    assert isinstance(callback, bridged.training.callbacks.Callback)
+    assert vars(config.model) == {"calculate_per_token_loss": True, "apply_rope_fusion": False}
+    assert vars(config.ddp) == {"average_in_collective": False}
+    assert config.train.train_iters == 4
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:2], "absent_config"])
+    with pytest.raises(SystemExit, match="absent_config: not in megatron.bridge.recipes.llama"):
+        runpy.run_path(script, run_name="__main__")
+
+
+def test_bridges_callback_ends_steps(bridged, monkeypatch):
+    train = bridged.training.train
+    host = train.get_forward_backward_func
     heard = told(monkeypatch)
     state = SimpleNamespace(
         train_state=SimpleNamespace(step=5),

@@ -3,8 +3,9 @@
     with installed(settings) as callback:
         pretrain(config, forward_step, callbacks=[callback])
 
-The loop looks its schedule up by name in ``megatron.bridge.training.train``, before any callback:
-that name is rebound while the block runs. The end of a step is a callback.
+The loop looks its schedule up by name in ``megatron.bridge.training.train``, before any callback,
+and the provider of its data sets in ``...training.pretrain``: these names are rebound while the
+block runs, and items of the training set say their number. The end of a step is a callback.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from regate_ds.adapters.megatron.host_tokens import Numbered
 from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
 from regate_ds.algorithm.batch import TokenBatch
 
@@ -27,14 +29,14 @@ def installed(
 ) -> Iterator[Any]:
     """A callback for ``pretrain`` or ``finetune``, inside whose block they run.
 
-    tokens: as in ``attach``; Bridge's batches have no number of the sample unless yours have.
+    tokens: as in ``attach``, for batches that lack Megatron's names; ``read_tokens`` without it.
     resume: the checkpoint folder (``iter_...``) that Bridge is going to load, if it is.
     """
-    from megatron.bridge.training import train
+    from megatron.bridge.training import pretrain, train
     from megatron.bridge.training.callbacks import Callback
 
     hosted = Hosted(settings, tokens=tokens, resume=lambda: resume)
-    host = train.get_forward_backward_func
+    host, host_data = train.get_forward_backward_func, pretrain.get_dataset_provider
 
     @wraps(host)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +58,20 @@ def installed(
             hosted.save(Path(context.state.cfg.checkpoint.save) / f"iter_{step:07d}")
 
     train.get_forward_backward_func = get_forward_backward_func
+    pretrain.get_dataset_provider = lambda config: _numbering(host_data(config))
     try:
         yield RegateCallback()
     finally:
         train.get_forward_backward_func = host
+        pretrain.get_dataset_provider = host_data
+
+
+def _numbering(provider: Callable[..., Any]) -> Callable[..., Any]:
+    """The host's provider of data sets; it is asked for its signature."""
+
+    @wraps(provider)
+    def numbered(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        train, valid, test = provider(*args, **kwargs)
+        return None if train is None else Numbered(train), valid, test
+
+    return numbered

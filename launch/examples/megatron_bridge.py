@@ -1,0 +1,42 @@
+"""Pretrain a model of a Megatron-Bridge recipe with elision. Not run: it needs CUDA.
+
+    torchrun --nproc-per-node 8 launch/examples/megatron_bridge.py FILE llama32_1b_pretrain_config
+
+FILE (YAML) holds the keys of HostSettings (regate_ds/adapters/megatron/hosted.py), as for
+launch/pretrain_wrapper.py; a recipe is a function of megatron.bridge.recipes.llama. Its data are
+mock data: to train on your own, set ``config.dataset`` and score it (docs/megatron_bridge.md).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron.bridge.recipes import llama
+from megatron.bridge.training.gpt_step import forward_step
+from megatron.bridge.training.pretrain import pretrain
+
+from regate_ds.adapters.megatron.bridge import installed
+from regate_ds.adapters.megatron.hosted import HostSettings
+from regate_ds.training.section_reader import read_section
+from regate_ds.training.yaml_reader import read_yaml
+
+
+def main(file: str, recipe: str) -> None:
+    settings = read_section(HostSettings, read_yaml(Path(file).read_text()), where="")
+    if not hasattr(llama, recipe):
+        sys.exit(f"{recipe}: not in megatron.bridge.recipes.llama; give the name of a recipe there")
+    config = getattr(llama, recipe)()
+    # The loss is averaged over all targets of a step.
+    config.model.calculate_per_token_loss, config.ddp.average_in_collective = True, False
+    # Rotary positions are those of kept tokens.
+    config.model.apply_rope_fusion = False
+    config.train.train_iters = settings.elision.total_steps
+    with installed(settings) as callback:
+        pretrain(config, forward_step, callbacks=[callback])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: megatron_bridge.py FILE RECIPE")
+    main(*sys.argv[1:])
