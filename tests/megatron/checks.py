@@ -153,7 +153,7 @@ def plain_step(
     return model, losses
 
 
-def plain_model(case: Case, dtype: torch.dtype) -> PlainModel:
+def plain_model(case: Case, dtype: torch.dtype = torch.double) -> PlainModel:
     if case.model != "llava":
         return PlainModel(case, {}, dtype=dtype)
     vision = PlainVision(host_config(case))
