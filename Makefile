@@ -25,7 +25,7 @@ $(READY): pyproject.toml setup.py
 	@touch $@
 
 test: check
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Random layouts of Megatron-core; SEED=... repeats a run, CASES=... says how many.
 test-stress: setup

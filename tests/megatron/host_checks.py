@@ -22,7 +22,7 @@ from regate_ds.config import RegateConfig
 from regate_ds.parallel import routes
 from tests.megatron.build import build, fill, gpt, host_config, join, wrapped
 from tests.megatron.cases import HIDDEN, Case, items
-from tests.megatron.checks import dismantle, forward_step, reference_of, run_chunks
+from tests.megatron.checks import cut, dismantle, forward_step, reference_of, run_chunks
 from tests.megatron.llava import ImageItem
 
 Gradients = dict[str, Tensor]
@@ -33,19 +33,28 @@ def host_step(case: Case) -> Any:
 
     def step(iterator: Any, model: Any) -> Any:
         item = next(iterator)
-        assert not isinstance(item, ImageItem)
-        labels_BT = item.tokens.labels_BT.clamp(min=0)
-        positions = torch.arange(item.ids_BT.shape[1]).expand_as(item.ids_BT)
-        output = model(item.ids_BT, positions, None, labels=labels_BT)
+        ids_BT = cut(item.ids_BT, case.cp)
+        positions = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+        if isinstance(item, ImageItem):
+            output, _ = model(item.images, ids_BT, positions, None)
+            return output, of_logits
+        is_label, labels_BT = (
+            cut(x, case.cp) for x in (item.tokens.is_label_BT, item.tokens.labels_BT.clamp(min=0))
+        )
+        output = model(ids_BT, positions, None, labels=labels_BT)
 
         def loss(losses_BT: Tensor) -> Any:
-            is_label = item.tokens.is_label_BT
             total = (losses_BT * is_label).sum()
             return total, is_label.sum().int(), {"lm loss": total.detach()}
 
         return output, loss
 
     return step
+
+
+def of_logits(logits_BTV: Tensor) -> Any:
+    total = logits_BTV.float().square().sum()
+    return total, torch.tensor(logits_BTV.shape[1], dtype=torch.int), {"lm loss": total.detach()}
 
 
 def gradients(chunks: list[Any]) -> Gradients:
@@ -94,7 +103,7 @@ def decoder_outputs(case: Case, chunks: list[Any], schedule: Any, step: Any) -> 
     seen: list[Tensor] = []
     handles = []
     for chunk in chunks:
-        decoder = chunk.module.decoder
+        decoder = getattr(chunk.module, "language_model", chunk.module).decoder
 
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             seen.append(output.detach().clone())
@@ -284,7 +293,7 @@ def check_activations(case: Case) -> tuple[int, int]:
     # Held, so that no address is used twice.
     kept: list[Tensor] = []
     for chunk in chunks:
-        decoder = chunk.module.decoder
+        decoder = getattr(chunk.module, "language_model", chunk.module).decoder
         decoder.register_forward_pre_hook(lambda *_: inside.append(True), prepend=True)
         decoder.register_forward_hook(lambda *_: inside.clear(), prepend=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -13,7 +13,15 @@ from tests.megatron.cases import HIDDEN, Case
 from tests.megatron.checks import plans_of
 from tests.megatron.pool import Pool
 
-LAYOUTS = [Case(), Case(pp=2, recompute="full"), Case(tp=2, sp=True), Case(pp=2, vpp=2)]
+LAYOUTS = [
+    Case(),
+    Case(pp=2, recompute="full"),
+    Case(tp=2, sp=True),
+    Case(cp=2),
+    Case(pp=2, vpp=2),
+    Case(model="llava", pp=2),
+    Case(tp=2, pp=2, sp=True),
+]
 
 
 @pytest.mark.slow
