@@ -1,5 +1,5 @@
-"""What a user of the two examples beside this file has already: arguments, a data set, a collate
-function.
+"""What a user of the DeepSpeed examples beside this file has already: arguments, a data set, a
+collate function.
 
 Questions about images in LLaVA's JSON format, for a LLaVA model in a Hugging Face folder.
 """
@@ -57,7 +57,7 @@ class Questions(Dataset[dict[str, Any]]):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments that both scripts take."""
+    """The arguments that these scripts take."""
     made = argparse.ArgumentParser()
     made.add_argument("student", type=Path)
     made.add_argument("data", type=Path)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.host_batch import HostCollate, Unkeyed
 from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.layout import ParallelLayout, num_ranks
 from regate_ds.session import Regate, StepPlan, schedule_of
 from regate_ds.teacher.online import OnlineReference
 
@@ -63,7 +62,7 @@ def attach(
     if isinstance(reference, OnlineReference):
         reference.require_frozen(model)
     _warn_if_never_sparse(config)
-    attachment, several_ranks = Attachment(), _world_size() > 1
+    attachment, several_ranks = Attachment(), num_ranks() > 1
     if config.enabled:
         attachment = attach_model(
             model,
@@ -282,11 +281,6 @@ def _require_elided(output: Any) -> None:
             f"the model returned {type(output).__name__}, without a plan; call it as "
             "engine(**batch, regate_plan=plan)"
         )
-
-
-def _world_size() -> int:
-    """Ranks of the job; where no process group exists yet, what the launcher announced."""
-    return dist.get_world_size() if dist.is_initialized() else int(environ.get("WORLD_SIZE", "1"))
 
 
 def _rank() -> int:

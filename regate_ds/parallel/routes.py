@@ -1,10 +1,10 @@
 """Move rows between the ranks of a group: who sends what is decided from a plan that all know.
 
 A sequence is cut over context ranks in zigzag (rank r of n holds the chunks r and 2n-1-r; of each
-sample, where several lie behind one another) and each
-piece over tensor ranks in order (Megatron's sequence parallelism). Elision changes the length of
-the sequence and with it the cut, so kept rows change owners: one exchange, and its reverse in the
-backward pass. Nothing is reduced: each row has one owner before and one after.
+sample, where several lie behind one another) and each piece over tensor ranks in order (Megatron's
+sequence parallelism). Elision changes the length of the sequence and with it the cut, so kept rows
+change owners: one exchange, and its reverse in the backward pass. Nothing is reduced: each row has
+one owner before and one after.
 
 Shapes: N moved rows, R rows that a rank holds, H hidden.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -101,6 +101,14 @@ def check_attach(case: Case) -> None:
     with refused(ValueError, "holds 0 GPTModels"):
         attach([nn.Linear(2, 2)], case.config, reference=reference_of(case))
     assert num_hooks(chunks) == before
+    check_attached(case, chunks, tried)
+    assert num_hooks(chunks) == before
+    dismantle(chunks)
+
+
+def check_attached(case: Case, chunks: list[Any], tried: Callable[..., Any]) -> None:
+    """What is refused once ``tried`` has attached: schedules, items, and steps out of order."""
+    gpt = chunks[0].module
     with changed(gpt.config, "fp8", "hybrid"):
         regate = tried()
     # Its kernels cannot run here: what is planned for them fits.
@@ -139,8 +147,6 @@ def check_attach(case: Case) -> None:
     with refused(RuntimeError, "no step is planned"):
         regate.step(applied=True)
     regate.remove()
-    assert num_hooks(chunks) == before
-    dismantle(chunks)
 
 
 def check_virtual_range(case: Case) -> None:

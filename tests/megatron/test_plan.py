@@ -18,7 +18,6 @@ from regate_ds.adapters.megatron.groups import row_multiple
 from regate_ds.adapters.megatron.local_plan import (
     Place,
     localise,
-    ragged_lengths,
     ragged_padding,
     require_cut,
 )
@@ -111,13 +110,15 @@ def test_every_rank_holds_a_multiple_of_what_fp8_wants_filled_with_real_tokens(
 def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int):
     plan = plans([[20], [31], [5]])[0]
     place = Place(context_size=2, sequence_size=tensor, ragged=True)
-    lengths = ragged_lengths(plan, place)
+    local = localise(plan, place)
+    assert local.packing is not None
+    lengths = local.packing.cumulative.diff().tolist()
     kept = (plan.segment_BK >= 0).sum(1).tolist()
     assert all(n % 4 == 0 for n in lengths)
     assert [padded - n < 4 for padded, n in zip(lengths, kept)] == [True] * 3
     assert sum(lengths) % (4 * tensor) == 0
     assert ragged_padding(plan, place=place) == sum(lengths) - sum(kept)
-    positions = localise(plan, place).rotary_position[:, 0]
+    positions = local.rotary_position[:, 0]
     starts = [0, *accumulate(lengths)][:3]
     for row, (start, num) in enumerate(zip(starts, kept, strict=True)):
         assert torch.equal(positions[start : start + num], plan.kept_BK[row, :num])

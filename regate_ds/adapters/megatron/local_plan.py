@@ -138,7 +138,8 @@ def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
 def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     """The share of the rank at ``place``."""
     full_RN = _full_rows(plan.position_R, plan, place)
-    kept_RN, kept_shape = _kept_rows(plan, place)
+    ragged = _ragged(plan, place) if place.ragged else None
+    kept_RN, kept_shape = _kept_rows(plan, place, ragged)
     elides = not plan.is_dense
     gather = plan_route(full_RN, kept_RN, place.rank, place.cut.size) if elides else None
     packed_end = elides and not place.ends_early
@@ -154,8 +155,8 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         kept_shape=kept_shape if elides else (num_tokens // place.cut.size, num_rows),
         gather=gather,
         elided_N=_elided(gather, num_rows * num_tokens // place.cut.size, place),
-        rotary_position=_rotary_position(plan, place),
-        packing=_packing(plan, place) if elides and place.ragged else None,
+        rotary_position=_rotary_position(plan, place, ragged),
+        packing=_packing(ragged) if elides and ragged is not None else None,
         padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
         head=head,
         targets_P=targets_P,
@@ -179,11 +180,13 @@ def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
     return Rows(rank_T[t_N], index_T[t_N] * len(plan.kept_BK) + row_N)
 
 
-def _kept_rows(plan: ElisionPlan, place: Place) -> tuple[Rows, tuple[int, int]]:
+def _kept_rows(
+    plan: ElisionPlan, place: Place, ragged: _Ragged | None
+) -> tuple[Rows, tuple[int, int]]:
     """Where the real slots lie after the gate, and the shape of what this rank then holds."""
-    if place.ragged:
-        lengths, at_R = ragged_lengths(plan, place), _ragged_index(plan, place)
-        return Rows(*place.cut.owners(*lengths))[at_R], (sum(lengths) // place.cut.size, 1)
+    if ragged is not None:
+        rows = Rows(*place.cut.owners(*ragged.lengths))[ragged.index_R]
+        return rows, (sum(ragged.lengths) // place.cut.size, 1)
     num_rows, num_slots = plan.kept_BK.shape
     rank_K, index_K = place.cut.owners(num_slots)
     row_R, k_R = plan.slot_R // num_slots, plan.slot_R % num_slots
@@ -193,27 +196,35 @@ def _kept_rows(plan: ElisionPlan, place: Place) -> tuple[Rows, tuple[int, int]]:
     )
 
 
-def ragged_lengths(plan: ElisionPlan, place: Place) -> list[int]:
-    """Rows of each sample, padded so that context ranks can cut it; last, what is padding alone."""
-    zigzag = place.cut.zigzag
-    lengths = [math.ceil(n / zigzag) * zigzag for n in _sample_lengths(plan)]
-    length = max(1, math.ceil(sum(lengths) / place.multiple)) * place.multiple
-    return lengths + [length - sum(lengths)] * (length > sum(lengths))
+@dataclass(frozen=True)
+class _Ragged:
+    """How a micro-batch's samples lie behind one another."""
+
+    lengths: list[int]
+    """Rows of each sample, padded so that context ranks can cut it; last, padding alone."""
+
+    kept: Tensor
+    """Rows of each sample that hold something."""
+
+    index_R: Tensor
+    """Where each real slot lies."""
+
+
+def _ragged(plan: ElisionPlan, place: Place) -> _Ragged:
+    kept = _sample_lengths(plan)
+    padded = (kept + place.cut.zigzag - 1) // place.cut.zigzag * place.cut.zigzag
+    end = int(padded.sum())
+    missing = max(1, math.ceil(end / place.multiple)) * place.multiple - end
+    skipped = (padded - kept).cumsum(0) - (padded - kept)
+    index_R = torch.arange(plan.num_kept) + skipped.repeat_interleave(kept)
+    return _Ragged(padded.tolist() + [missing] * (missing > 0), kept, index_R)
 
 
 def ragged_padding(plan: ElisionPlan, *, place: Place) -> int:
     """Rows of a micro-batch that hold nothing."""
     if plan.is_dense:
         return plan.num_padded
-    return sum(ragged_lengths(plan, place)) - plan.num_kept
-
-
-def _ragged_index(plan: ElisionPlan, place: Place) -> Tensor:
-    """Where each real slot lies in the ragged sequence."""
-    kept = torch.tensor(_sample_lengths(plan), dtype=torch.long)
-    padded = torch.tensor(ragged_lengths(plan, place)[: len(kept)], dtype=torch.long)
-    skipped = (padded - kept).cumsum(0) - (padded - kept)
-    return torch.arange(plan.num_kept) + skipped.repeat_interleave(kept)
+    return sum(_ragged(plan, place).lengths) - plan.num_kept
 
 
 def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
@@ -227,31 +238,29 @@ def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
     return targets_P, plan_route(before, after, place.sequence_rank, size)
 
 
-def _rotary_position(plan: ElisionPlan, place: Place) -> Tensor:
+def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
     """Positions in the sample, which starts anew wherever a row holds several."""
-    if not place.ragged:
+    if ragged is None:
         held_K = Cut(place.context_size).held(plan.num_slots)[place.context_rank]
         return plan.kept_BK[:, held_K].T.contiguous()
-    lengths = torch.tensor(_sample_lengths(plan), dtype=torch.long)
     # A sample's first position is always kept, and is the first of its slots.
-    first_R = plan.position_R[lengths.cumsum(0) - lengths].repeat_interleave(lengths)
-    position_P = torch.zeros(sum(ragged_lengths(plan, place)), dtype=torch.long)
-    position_P[_ragged_index(plan, place)] = plan.position_R - first_R
+    first_R = plan.position_R[ragged.kept.cumsum(0) - ragged.kept].repeat_interleave(ragged.kept)
+    position_P = torch.zeros(sum(ragged.lengths), dtype=torch.long)
+    position_P[ragged.index_R] = plan.position_R - first_R
     return position_P[:, None]
 
 
-def _sample_lengths(plan: ElisionPlan) -> list[int]:
+def _sample_lengths(plan: ElisionPlan) -> Tensor:
     """Kept positions of each sample, in reading order."""
     num_slots = plan.num_slots
     sample_R = (plan.slot_R // num_slots) * (num_slots + 1)
     sample_R = sample_R + plan.segment_BK.reshape(-1)[plan.slot_R]
-    return sample_R.unique_consecutive(return_counts=True)[1].tolist()
+    return sample_R.unique_consecutive(return_counts=True)[1]
 
 
-def _packing(plan: ElisionPlan, place: Place) -> Packing:
-    lengths = ragged_lengths(plan, place)
-    cumulative = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return Packing(cumulative, max(lengths))
+def _packing(ragged: _Ragged) -> Packing:
+    cumulative = torch.tensor([0, *accumulate(ragged.lengths)], dtype=torch.int32)
+    return Packing(cumulative, max(ragged.lengths))
 
 
 def _padding(
