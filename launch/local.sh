@@ -9,4 +9,4 @@ if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 RANKS COMMAND [ARGUMENT ...]" >&2
     exit 2
 fi
-exec python -m regate_ds.training.launcher "$@"
+exec python -m regate_ds.job.deepspeed_launcher "$@"

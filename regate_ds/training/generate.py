@@ -21,6 +21,7 @@ from torch import Tensor
 from regate_ds.data.collate import LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample
 from regate_ds.data.samples import Turn
+from regate_ds.job.process import Process
 from regate_ds.parallel.sync import sum_over
 from regate_ds.training.evaluate import (
     HeldOut,
@@ -30,7 +31,6 @@ from regate_ds.training.evaluate import (
     share,
     share_of,
 )
-from regate_ds.training.process import Process
 
 _SPARE_TOKENS = 8
 """An answer may be this much longer than the longest true one of its batch."""

@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import partial
 
 from regate_ds.data.collate import Batch
+from regate_ds.job.process import Process
 from regate_ds.teacher.online import OnlineReference, Read, WindowScorer, samples_of
 from regate_ds.teacher.other_tokenizer import TwiceWritten
 from regate_ds.teacher.text_only import score_samples
-from regate_ds.training.process import Process
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.task import Task
 from regate_ds.training.teacher_placement import place_teacher, teacher_source

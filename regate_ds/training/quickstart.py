@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from regate_ds.job.deepspeed_launcher import launch, report
 from regate_ds.training.compare import compare_runs
 from regate_ds.training.configuration import load_config
 from regate_ds.training.digits import build_digits
-from regate_ds.training.launcher import launch, report
 from regate_ds.training.pretrain import PretrainConfig, make_student
 from regate_ds.training.sample_picture import picture_sample
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.data.progress import progress
+from regate_ds.job.progress import progress
 from regate_ds.training.optimization import make_lr_schedule, make_optimizer
 from regate_ds.training.sections import OptimizerConfig
 

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch
-from regate_ds.data.progress import progress
 from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.job.preemption import Preempted, StopRequest, leave_to_parent, listening
+from regate_ds.job.process import Process
+from regate_ds.job.progress import progress
 from regate_ds.parallel.sync import sum_over
 from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.checkpoint import (
@@ -27,9 +29,7 @@ from regate_ds.training.evaluate import HeldOut, evaluate
 from regate_ds.training.host import Setup, data_ranks, make_host
 from regate_ds.training.metrics import RunFolder, totals
 from regate_ds.training.order import Order
-from regate_ds.training.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.training.preflight import describe_run, require_one_data_set
-from regate_ds.training.process import Process
 from regate_ds.training.step_figures import StepFigures, peak_memory
 from regate_ds.training.task import HostLabels, Task
 

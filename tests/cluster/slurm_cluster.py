@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from regate_ds.training.launcher import free_port
+from regate_ds.job.deepspeed_launcher import free_port
 from tests.cluster.jobs import wait_for
 from tests.cluster.programs import started
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from regate_ds.training.launcher import free_port
+from regate_ds.job.deepspeed_launcher import free_port
 from tests.cluster.jobs import FAILURE, ROOT, passed, prepare, summary, training, wait_for
 from tests.cluster.programs import started
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from regate_ds.data.host_batch import HostCollate, Keyed
 from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.job.process import Process, start_process
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.label_loss import HeadPart
 from regate_ds.teacher.own_data import Teacher, score_dataset
@@ -24,7 +25,6 @@ from regate_ds.teacher.precompute import Score, TeacherJob, precompute
 from regate_ds.teacher.shard import ShardedTeacher, require_share
 from regate_ds.teacher.text_only import ScoredSample, score_samples
 from regate_ds.training.own_teacher import open_teacher
-from regate_ds.training.process import Process, start_process
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.teacher_model import load_teacher
 from regate_ds.training.teacher_placement import PlacedTeacher, TeacherSource, place_teacher

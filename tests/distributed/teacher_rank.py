@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from regate_ds.job import supervise as job
+from regate_ds.job.deepspeed_launcher import free_port
+from regate_ds.job.errors import USER_ERRORS, tell
+from regate_ds.job.process import Process
 from regate_ds.teacher.precompute import precompute
 from regate_ds.teacher.text_only import ScoredSample
-from regate_ds.training import job
-from regate_ds.training.errors import USER_ERRORS, tell
-from regate_ds.training.launcher import free_port
-from regate_ds.training.process import Process
 from tests.unit.teacher.plain_job import make_plain_job, score
 
 GRACE_SECONDS = 2.0

@@ -13,8 +13,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import host_labels
+from regate_ds.job.process import start_process
 from regate_ds.training.configuration import load_config
-from regate_ds.training.process import start_process
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import build_task
 

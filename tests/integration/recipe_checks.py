@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.job.preemption import Preempted
+from regate_ds.job.process import start_process
 from regate_ds.session import schedule_of
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import load_config
-from regate_ds.training.preemption import Preempted
 from regate_ds.training.preflight import judge_run
-from regate_ds.training.process import start_process
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import build_task
 from regate_ds.training.trainer import Trainer

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
+from regate_ds.job.process import start_process
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import load_config
-from regate_ds.training.process import start_process
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import build_task
 from regate_ds.training.trainer import Trainer

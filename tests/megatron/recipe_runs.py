@@ -12,12 +12,12 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from regate_ds.job.process import Process
 from regate_ds.training.checkpoint import save_model
 from regate_ds.training.configuration import load_config
 from regate_ds.training.megatron import fits, student
 from regate_ds.training.megatron.host import MegatronHost, forward_step
 from regate_ds.training.preflight import judge_run
-from regate_ds.training.process import Process
 from regate_ds.training.task import build_task
 from regate_ds.training.trainer import Trainer
 from tests.megatron.checks import dismantle

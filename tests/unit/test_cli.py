@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from regate_ds import cli
+from regate_ds.job.preemption import EXIT_CODE, Preempted
 from regate_ds.training import bench, compare, digits, doctor, runner
-from regate_ds.training.preemption import EXIT_CODE, Preempted
 
 COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "doctor"]
 

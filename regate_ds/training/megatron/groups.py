@@ -11,9 +11,9 @@ from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from regate_ds.adapters.megatron.groups import rank_table
+from regate_ds.job.process import Process
 from regate_ds.parallel.layout import host_group, replicas
 from regate_ds.training.configuration import RunConfig
-from regate_ds.training.process import Process
 
 
 def join(config: RunConfig, process: Process) -> Process:

@@ -6,7 +6,7 @@ from contextlib import redirect_stderr
 
 import pytest
 
-from regate_ds.data.progress import progress
+from regate_ds.job.progress import progress
 
 
 def shown(total: int, **how) -> str:

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from regate_ds.parallel import watch
-from regate_ds.parallel.watch import DIED, Failure, Watch
+from regate_ds.job import watch
+from regate_ds.job.watch import DIED, Failure, Watch
 
 
 class Sum:

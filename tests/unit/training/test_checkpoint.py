@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from regate_ds.job.process import Process
 from regate_ds.training.checkpoint import (
     COMPLETE,
     Done,
@@ -17,7 +18,6 @@ from regate_ds.training.checkpoint import (
     save_checkpoint,
 )
 from regate_ds.training.deepspeed_host import DeepSpeedHost
-from regate_ds.training.process import Process
 from tests.unit.data.power import Disk, PowerFailure, copy_of
 
 ALONE = Process(0, 1, torch.device("cpu"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from regate_ds.job.ranks import Ranks
 from regate_ds.training import doctor
 from regate_ds.training.finding import Finding
-from regate_ds.training.ranks import Ranks
 
 FUSED_ADAM = "class FusedAdam: pass\n"
 

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
+from regate_ds.job.ranks import Ranks, ranks_on_node
 from regate_ds.training.configuration import load_config
 from regate_ds.training.doctor_needs import estimate, existing, free_memory
-from regate_ds.training.ranks import Ranks, ranks_on_node
 from regate_ds.training.task import make_student
 from regate_ds.training.tokenizer import train_tokenizer
 from tests.integration.small_task import TEXT, VISION

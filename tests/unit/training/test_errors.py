@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from regate_ds.training import errors
-from regate_ds.training.errors import JobFailed, tell
+from regate_ds.job import errors
+from regate_ds.job.errors import JobFailed, tell
 
 
 @pytest.fixture

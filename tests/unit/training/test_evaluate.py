@@ -9,6 +9,7 @@ from tiny_students import make_image, make_llava, make_qwen2_vl
 from regate_ds.data.encode import EncodedSample, Encoder
 from regate_ds.data.samples import Record, Turn
 from regate_ds.data.template import Template
+from regate_ds.job.process import Process
 from regate_ds.training.evaluate import (
     HeldOut,
     evaluate,
@@ -16,7 +17,6 @@ from regate_ds.training.evaluate import (
     tally_words,
     words_of,
 )
-from regate_ds.training.process import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
 

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 
-from regate_ds.training import launcher
+from regate_ds.job import deepspeed_launcher as launcher
 
 
 def test_the_error_of_a_rank_is_found_in_what_the_launcher_says(tmp_path, monkeypatch, capfd):

@@ -7,7 +7,7 @@ import time
 import pytest
 from torch.utils.data import DataLoader
 
-from regate_ds.training.preemption import SIGNALS, heed, leave_to_parent, listening
+from regate_ds.job.preemption import SIGNALS, heed, leave_to_parent, listening
 
 
 def wait_for(holds, seconds=20.0):
@@ -49,7 +49,7 @@ def test_signals_do_what_they_did_before_once_the_run_is_over():
 
 
 def child(code: str) -> subprocess.Popen[str]:
-    lines = f"import os, signal, time\nfrom regate_ds.training.preemption import *\n{code}"
+    lines = f"import os, signal, time\nfrom regate_ds.job.preemption import *\n{code}"
     return subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE, text=True)
 
 

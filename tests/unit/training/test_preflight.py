@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from regate_ds.job.process import Process
 from regate_ds.training import preflight
 from regate_ds.training.configuration import dump_config, load_config
 from regate_ds.training.metrics import RunFolder
@@ -12,7 +13,6 @@ from regate_ds.training.preflight import (
     judge_teacher,
     require_one_data_set,
 )
-from regate_ds.training.process import Process
 
 CONFIG = """
 model: {path: student}

@@ -3,8 +3,8 @@ from datetime import timedelta
 import deepspeed
 import pytest
 
-from regate_ds.training.process import start_process
-from regate_ds.training.ranks import RANK_NAMES
+from regate_ds.job.process import start_process
+from regate_ds.job.ranks import RANK_NAMES
 
 
 @pytest.fixture(autouse=True)

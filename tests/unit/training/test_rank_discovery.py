@@ -2,7 +2,7 @@ import socket
 
 import pytest
 
-from regate_ds.training.ranks import RANK_NAMES, Ranks, announce, discover, first_host, job_port
+from regate_ds.job.ranks import RANK_NAMES, Ranks, announce, discover, first_host, job_port
 
 GROUP = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 RANK = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **GROUP}

@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from regate_ds.training.launcher import free_port
-from regate_ds.training.ranks import announce
+from regate_ds.job.deepspeed_launcher import free_port
+from regate_ds.job.ranks import announce
 
 _PATIENCE = "360"
 """Minutes that ranks wait for each other unless DEEPSPEED_TIMEOUT says otherwise, as they do while

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from regate_ds.training.ranks import Ranks, discover
+from regate_ds.job.ranks import Ranks, discover
 
 USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 """What a wrong input, a missing file or package, or a broken promise of the host ends in."""
