@@ -26,8 +26,8 @@ from regate_ds.algorithm.select import (
     widen,
 )
 from regate_ds.config import RegateConfig
+from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.parallel.sync import all_or_none
 
 
 class Values(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from regate_ds.algorithm.select import ElisionPlan, Slots, assemble_plan
-from regate_ds.parallel.sync import broadcast_integers
+from regate_ds.parallel.collectives import broadcast_integers
 from regate_ds.session import StepPlan
 
 HEADER = 5

@@ -20,8 +20,8 @@ from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.data.answer_index import AnswerIndex, spans
 from regate_ds.data.atomic_file import write_atomically
 from regate_ds.data.same_samples import require_as_indexed
+from regate_ds.parallel.collectives import exchange, exchange_counts
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
-from regate_ds.parallel.sync import exchange, exchange_counts
 
 FORMAT = 1
 """Version of the sidecar files."""

@@ -20,7 +20,7 @@ from regate_ds.job.errors import USER_ERRORS, JobFailed, one_line
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import Process, start_process
 from regate_ds.job.watch import DIED, Failure, Watch
-from regate_ds.parallel.sync import broadcast_text, sum_over
+from regate_ds.parallel.collectives import broadcast_text, sum_over
 
 GRACE_SECONDS = 10.0
 """How long a rank that waits for others in a collective may go on after one of them has failed."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regate_ds.parallel.collectives import max_tensor, sum_tensor
 from regate_ds.parallel.layout import ProcessGroup
-from regate_ds.parallel.sync import max_tensor, sum_tensor
 
 POSITIONS = 2048
 """Positions of one block: many, because a matrix product prepares the head's rows once a block."""

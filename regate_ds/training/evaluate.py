@@ -24,7 +24,7 @@ from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs
 from regate_ds.data.samples import Record, Turn
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.process import Process
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.collectives import sum_over
 
 WORD = re.compile(r"\S+")
 

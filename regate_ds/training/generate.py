@@ -22,7 +22,7 @@ from regate_ds.data.collate import LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample
 from regate_ds.data.samples import Turn
 from regate_ds.job.process import Process
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.collectives import sum_over
 from regate_ds.training.evaluate import (
     HeldOut,
     Scores,

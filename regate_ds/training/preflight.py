@@ -11,7 +11,7 @@ from typing import Any
 
 from regate_ds.config import RegateConfig
 from regate_ds.job.process import Process
-from regate_ds.parallel.sync import is_same_on_all
+from regate_ds.parallel.collectives import is_same_on_all
 from regate_ds.session import schedule_of
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config

@@ -15,7 +15,7 @@ from torch import Tensor
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.collectives import sum_over
 from regate_ds.training.host import Host
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from regate_ds.job.process import Process
 from regate_ds.job.ranks import announce
+from regate_ds.parallel.collectives import broadcast_text, max_tensor, sum_over
 from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
-from regate_ds.parallel.sync import broadcast_text, max_tensor, sum_over
 from regate_ds.teacher.identity import id_of_weights, teacher_id
 from regate_ds.teacher.partition import fill_partitioned, partitioned_teacher
 from regate_ds.teacher.shard import ShardedTeacher, cut_teacher, fill_cut, is_tied

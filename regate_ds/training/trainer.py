@@ -15,7 +15,7 @@ from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
-from regate_ds.parallel.sync import sum_over
+from regate_ds.parallel.collectives import sum_over
 from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.checkpoint import (
     Done,

@@ -4,9 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from regate_ds.parallel.layout import rank_in, size_of
-from regate_ds.parallel.routes import Rows, move_rows, plan_route
-from regate_ds.parallel.sync import (
+from regate_ds.parallel.collectives import (
     all_or_none,
     broadcast_integers,
     exchange,
@@ -15,6 +13,8 @@ from regate_ds.parallel.sync import (
     is_same_on_all,
     sum_over,
 )
+from regate_ds.parallel.layout import rank_in, size_of
+from regate_ds.parallel.resharding import Rows, move_rows, plan_route
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.slow

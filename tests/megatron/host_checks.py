@@ -19,7 +19,7 @@ from regate_ds.adapters.megatron import attach
 from regate_ds.adapters.megatron.host_tokens import ImageTokens, with_images
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
-from regate_ds.parallel import routes
+from regate_ds.parallel import resharding as routes
 from tests.megatron.build import build, fill, gpt, host_config, join, wrapped
 from tests.megatron.cases import HIDDEN, Case, items
 from tests.megatron.checks import cut, dismantle, forward_step, reference_of, run_chunks

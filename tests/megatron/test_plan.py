@@ -23,7 +23,7 @@ from regate_ds.adapters.megatron.local_plan import (
 )
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_ragged, plan_sparse
-from regate_ds.parallel.routes import Cut
+from regate_ds.parallel.resharding import Cut
 from tests.batches import random_batch
 
 

@@ -20,8 +20,8 @@ from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.groups import group_device
 from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.parallel.collectives import gather_integers
 from regate_ds.parallel.layout import own_group, replicas
-from regate_ds.parallel.sync import gather_integers
 
 
 class Channel:

@@ -28,7 +28,7 @@ from regate_ds.adapters.plan_wire import encode, share
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import ElisionPlan, plan_sparse, widen
 from regate_ds.parallel.layout import replicas
-from regate_ds.parallel.routes import Cut, move_rows
+from regate_ds.parallel.resharding import Cut, move_rows
 from regate_ds.session import StepPlan
 
 

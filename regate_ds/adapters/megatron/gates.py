@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
 from regate_ds.adapters.megatron.local_plan import LocalPlan
-from regate_ds.parallel.routes import move_rows
+from regate_ds.parallel.resharding import move_rows
 
 
 @dataclass

@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.local_plan import Place
+from regate_ds.parallel.collectives import gather_integers
 from regate_ds.parallel.layout import host_group, replicas
-from regate_ds.parallel.sync import gather_integers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import ElisionPlan
-from regate_ds.parallel.routes import Cut, Route, Rows, plan_route
+from regate_ds.parallel.resharding import Cut, Route, Rows, plan_route
 
 
 @dataclass(frozen=True, kw_only=True)

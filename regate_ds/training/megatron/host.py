@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.data.collate import Batch
-from regate_ds.parallel.routes import Cut
+from regate_ds.parallel.resharding import Cut
 from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.host import Setup

@@ -26,7 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
-from regate_ds.parallel.routes import Cut
+from regate_ds.parallel.resharding import Cut
 from regate_ds.training.megatron.student import gpt_chunk, transformer_config
 from regate_ds.training.megatron.weights import load_whole, to_megatron
 from regate_ds.training.sections import ModelConfig, ParallelConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_ds.parallel.layout import replicas
-from regate_ds.parallel.routes import Cut, Route, Rows, move_rows, plan_route
+from regate_ds.parallel.resharding import Cut, Route, Rows, move_rows, plan_route
 
 CUTS = [Cut(), Cut(2), Cut(1, 4), Cut(2, 2), Cut(4, 2)]
 

@@ -3,8 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from regate_ds.parallel.layout import ParallelLayout, rank_in, size_of
-from regate_ds.parallel.sync import (
+from regate_ds.parallel.collectives import (
     broadcast_integers,
     exchange,
     exchange_counts,
@@ -12,6 +11,7 @@ from regate_ds.parallel.sync import (
     gather_values,
     sum_over,
 )
+from regate_ds.parallel.layout import ParallelLayout, rank_in, size_of
 
 
 def test_a_layout_uses_no_axis_unless_told():

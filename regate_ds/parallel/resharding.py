@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from regate_ds.parallel.sync import exchange_tensors
+from regate_ds.parallel.collectives import exchange_tensors
 
 
 @dataclass(frozen=True)
