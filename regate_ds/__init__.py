@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "RegateConfig": "regate_ds.config",
     "Regate": "regate_ds.session",
-    "ReferenceStore": "regate_ds.data.reference_store",
+    "ReferenceStore": "regate_ds.stores.reference.reader",
     "Keyed": "regate_ds.data.host_batch",
     "Teacher": "regate_ds.teacher.own_data",
     "score_dataset": "regate_ds.teacher.own_data",

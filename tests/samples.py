@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.stores.answer_index import AnswerIndex
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.stores.answer_index import AnswerIndex
 
 
 @dataclass(frozen=True)

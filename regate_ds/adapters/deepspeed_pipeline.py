@@ -40,10 +40,10 @@ from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout, host_group
 from regate_ds.session import Regate, StepPlan
+from regate_ds.stores.reference.reader import ReferenceStore
 
 
 class PipelineStudent(PipelineModule):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from regate_ds.config import RegateConfig
-from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.data.stream_difficulty import StreamDifficulty
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.difficulty.stream import StreamDifficulty
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 
 Difficulty = DifficultyStore | StreamDifficulty

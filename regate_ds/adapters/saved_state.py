@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from regate_ds.adapters.open_session import Difficulty
-from regate_ds.data.atomic_file import write_atomically
 from regate_ds.session import Regate
+from regate_ds.stores.atomic_file import write_atomically
 
 STATE_FOLDER = "regate"
 """Where it lies inside a checkpoint."""

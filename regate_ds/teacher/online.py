@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch
 from regate_ds.data.encode import EncodedSample
-from regate_ds.data.shard_file import LARGEST
 from regate_ds.parallel.collectives import gather_integers, gather_vectors
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.reference.shard import LARGEST
 from regate_ds.teacher.batch_plan import by_length, cut_batches
 from regate_ds.teacher.precompute import Score
 from regate_ds.teacher.text_only import ScoredSample

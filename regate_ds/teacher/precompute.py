@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.reference_writer import ReferenceWriter
-from regate_ds.data.store_plan import await_store, begin_store, is_complete
 from regate_ds.job.progress import progress
 from regate_ds.parallel.collectives import broadcast_text, is_same_on_all, sum_over
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.reference.lifecycle import await_store, begin_store, is_complete
+from regate_ds.stores.reference.writer import ReferenceWriter
 from regate_ds.teacher.batch_plan import (
     Batch,
     cut_batches,

@@ -22,9 +22,9 @@ from transformers import LlamaForCausalLM
 from regate_ds.adapters.huggingface import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.session import Regate
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.training.bench_parts import Sizes, interleaved, text_sample
 from regate_ds.training.bench_teacher import TeacherCase, run_teacher_bench, teacher_table
 

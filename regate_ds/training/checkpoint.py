@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from regate_ds.data.atomic_file import sync_files, write_atomically
 from regate_ds.job.process import Process
+from regate_ds.stores.atomic_file import sync_files, write_atomically
 from regate_ds.training.host import Host
 from regate_ds.training.student import Student
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plots import plot_accuracy
 

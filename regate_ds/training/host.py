@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.process import Process
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.task import Task

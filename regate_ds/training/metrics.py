@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regate_ds.data.atomic_file import make_folder, write_atomically
+from regate_ds.stores.atomic_file import make_folder, write_atomically
 from regate_ds.training.yaml_reader import read_yaml
 
 Row = dict[str, Any]

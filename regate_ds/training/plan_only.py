@@ -16,10 +16,10 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import ElisionPlan, plan_sparse
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Collator, LoadedSample
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
 from regate_ds.session import schedule_of
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.order import Order
 from regate_ds.training.sections import ParallelConfig

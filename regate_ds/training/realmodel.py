@@ -21,8 +21,8 @@ import yaml
 from torch import Tensor
 
 from regate_ds.data.encode import EncodedSample
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.data.samples import Record, read_records
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.training.configuration import load_config
 from regate_ds.training.digits import build_digits
 from regate_ds.training.student import build_llava, save_student

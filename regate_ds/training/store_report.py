@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from regate_ds.data.encode import EncodedSample
-from regate_ds.data.manifest import APPEND_NAME, Manifest, shard_path
-from regate_ds.data.reference_store import ReferenceStore, Verify
 from regate_ds.data.samples import Record
 from regate_ds.job.progress import progress
+from regate_ds.stores.reference.manifest import APPEND_NAME, Manifest, shard_path
+from regate_ds.stores.reference.reader import ReferenceStore, Verify
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.evaluate import counted_words
 from regate_ds.training.task import build_task

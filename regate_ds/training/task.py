@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from regate_ds.algorithm.batch import host_labels
-from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.encode import EncodedSample, Encoder
 from regate_ds.data.samples import BadRecord, Record, SampleError, read_records
 from regate_ds.job.progress import progress
+from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.sections import DataConfig, LoraConfig, ModelConfig
 from regate_ds.training.student import (

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
 from regate_ds.parallel.collectives import sum_over
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 from regate_ds.training.checkpoint import (
     Done,

@@ -25,9 +25,9 @@ from regate_ds.adapters.huggingface import attach_model
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate, StepPlan
+from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.distributed.zero_cases import ZeroCase
 from tests.distributed.zero_checks import TOLERANCE, reference_of, run_named
 from tests.measure import Gradients, assert_gradients_equal, gradients

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from regate_ds.data.host_batch import HostCollate, Keyed
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.process import Process, start_process
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.label_loss import HeadPart
 from regate_ds.teacher.own_data import Teacher, score_dataset

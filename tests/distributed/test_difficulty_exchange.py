@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, TokenBatch
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.data.stream_difficulty import StreamDifficulty
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.difficulty.stream import StreamDifficulty
 from tests.distributed.ranks import run_ranks
 from tests.samples import make_index, make_samples
 

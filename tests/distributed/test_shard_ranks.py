@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import precompute
 from tests.distributed.ranks import Failures, failures_of
 from tests.distributed.shard_checks import FOUR, TWO, check_four, check_two, save_models

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import precompute
 from tests.distributed.teacher_rank import GRACE_SECONDS, Ranks, Run, start
 from tests.unit.teacher.plain_job import make_plain_job

@@ -15,9 +15,9 @@ from deepspeed.utils import safe_get_full_grad
 
 from regate_ds.adapters.deepspeed import attach
 from regate_ds.adapters.huggingface import attach_model
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.distributed.zero_cases import CASES, RANKS, ZeroCase
 from tests.measure import Gradients, assert_gradients_equal, gradients
 from tests.stores import RandomReference, index_of

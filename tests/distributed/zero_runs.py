@@ -19,9 +19,9 @@ from regate_ds.adapters.saved_state import STATE_FOLDER
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.data.difficulty_store import DifficultyStore
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.distributed.zero_cases import RANKS, ZeroCase
 from tests.distributed.zero_checks import reference_of, run_named, start_engine
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from regate_ds.algorithm.batch import host_labels
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import start_process
 from regate_ds.session import schedule_of
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.configuration import load_config

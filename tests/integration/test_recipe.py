@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.reference.reader import ReferenceStore
 from tests.distributed.ranks import run_ranks
 from tests.integration.recipe_checks import check_online, check_recipe
 from tests.integration.small_task import make_task

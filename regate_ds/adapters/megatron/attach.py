@@ -51,9 +51,9 @@ from regate_ds.adapters.plan_wire import confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.parallel.collectives import all_or_none, gather_values
 from regate_ds.parallel.layout import ParallelLayout, rank_in
+from regate_ds.stores.reference.reader import ReferenceStore
 
 Layout = Literal["sbhd", "thd"]
 

@@ -17,7 +17,7 @@ from regate_ds.adapters.megatron.attach import MegatronRegate, attach
 from regate_ds.adapters.megatron.host_tokens import ImageTokens, read_tokens
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.reference.reader import ReferenceStore
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from regate_ds.data import atomic_file
+from regate_ds.stores import atomic_file
 
 
 class PowerFailure(BaseException):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.answer_index import AnswerIndex, spans
+from regate_ds.stores.answer_index import AnswerIndex, spans
 from tests.samples import make_index, make_samples
 
 

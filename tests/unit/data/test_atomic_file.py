@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.stores.atomic_file import write_atomically
 
 
 def test_a_file_that_cannot_be_completed_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.difficulty_store import DifficultyStore
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.samples import make_index, make_sample
 
 NUM_SAMPLES = 9

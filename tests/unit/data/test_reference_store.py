@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.reference_store import ReferenceStore
-from regate_ds.data.reference_writer import ReferenceWriter
-from regate_ds.data.shard_file import LARGEST
-from regate_ds.data.store_plan import await_store, begin_store
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.reference.lifecycle import await_store, begin_store
+from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.stores.reference.shard import LARGEST
+from regate_ds.stores.reference.writer import ReferenceWriter
 from tests.samples import Sample, make_index
 
 NUM_SAMPLES = 8

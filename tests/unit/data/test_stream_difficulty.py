@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.data.difficulty_store import DifficultyStore
-from regate_ds.data.stream_difficulty import StreamDifficulty
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.difficulty.stream import StreamDifficulty
 from tests.models import random_batch
 from tests.stores import index_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.answer_index import AnswerIndex
+from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.precompute import TeacherJob
 from regate_ds.teacher.text_only import ScoredSample
 from tests.samples import make_samples

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.manifest import APPEND_NAME, shard_path
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.reference.manifest import APPEND_NAME, shard_path
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from tests.samples import make_samples
 from tests.unit.teacher.reference_job import files_of, make_job

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from tests.unit.data.power import Disk, PowerFailure, copy_of
 from tests.unit.teacher.plain_job import make_plain_job, score
@@ -76,7 +76,7 @@ def _require_same_end(left: Path, changes: str, expected: dict[str, bytes]) -> i
 
 def test_the_disk_of_these_tests_does_lose_what_was_not_synced(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
-    monkeypatch.setattr("regate_ds.data.atomic_file._sync", lambda path: None)
+    monkeypatch.setattr("regate_ds.stores.atomic_file._sync", lambda path: None)
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path / "disk", patch)
         precompute(job_in(disk.root, NEW))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.atomic_file import TEMPORARY_SUFFIX
-from regate_ds.data.manifest import shard_path
-from regate_ds.data.reference_store import ReferenceStore
+from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX
+from regate_ds.stores.reference.manifest import shard_path
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import precompute
 from regate_ds.teacher.text_only import score_samples
 from tests.models import causal_lm

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.answer_index import AnswerIndex
 from regate_ds.data.encode import Encoder
 from regate_ds.data.samples import Record, Turn
 from regate_ds.data.template import Template
+from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.training.tokenizer import train_tokenizer

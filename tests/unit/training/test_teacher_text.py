@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.reference_store import ReferenceStore
 from regate_ds.job.process import Process
+from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.text_only import score_samples

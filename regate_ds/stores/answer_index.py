@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.atomic_file import write_atomically
+from regate_ds.stores.atomic_file import write_atomically
 
 FORMAT = 3
 """Version of the saved form and of the fingerprint."""

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.data.answer_index import AnswerIndex, spans
-from regate_ds.data.atomic_file import write_atomically
-from regate_ds.data.same_samples import require_as_indexed
 from regate_ds.parallel.collectives import exchange, exchange_counts
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
+from regate_ds.stores.answer_index import AnswerIndex, spans
+from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.same_samples import require_as_indexed
 
 FORMAT = 1
 """Version of the sidecar files."""

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.data.answer_index import hash_labels, spans
-from regate_ds.data.atomic_file import write_atomically
-from regate_ds.data.difficulty_store import find_sidecars, read_sidecar, require_one_moment
-from regate_ds.data.same_samples import samples_of
 from regate_ds.parallel.collectives import exchange, exchange_counts
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
+from regate_ds.stores.answer_index import hash_labels, spans
+from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.difficulty.indexed import find_sidecars, read_sidecar, require_one_moment
+from regate_ds.stores.same_samples import samples_of
 
 FORMAT = 1
 """Version of the sidecar files."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.manifest import (
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.reference.manifest import (
     Manifest,
     content_of,
     damaged,
@@ -26,7 +26,7 @@ from regate_ds.data.manifest import (
     shard_path,
     starts_of,
 )
-from regate_ds.data.shard_file import VALUE, checked_values, describe_samples, open_shard
+from regate_ds.stores.reference.shard import VALUE, checked_values, describe_samples, open_shard
 
 Verify = Literal["quick", "full"]
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.atomic_file import TEMPORARY_SUFFIX, make_folder, write_atomically
-from regate_ds.data.manifest import (
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX, make_folder, write_atomically
+from regate_ds.stores.reference.manifest import (
     APPEND_NAME,
     MANIFEST_NAME,
     Manifest,
@@ -36,8 +36,8 @@ from regate_ds.data.manifest import (
     rows_path,
     shard_path,
 )
-from regate_ds.data.reference_store import load_index, load_rows
-from regate_ds.data.shard_file import describe_samples
+from regate_ds.stores.reference.reader import load_index, load_rows
+from regate_ds.stores.reference.shard import describe_samples
 
 PlanShards = Callable[[Tensor], list[list[int]]]
 """Cuts rows of the index, int64 [R], into shards: for each the rows in the order of its values."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.data.answer_index import AnswerIndex, hash_labels
+from regate_ds.stores.answer_index import AnswerIndex, hash_labels
 
 _WAYS_OUT = (
     "compute the store again for this data, or, where augmentation changes it, let the teacher run "

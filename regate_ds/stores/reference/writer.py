@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regate_ds.data.answer_index import AnswerIndex
-from regate_ds.data.atomic_file import write_atomically
-from regate_ds.data.manifest import (
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.reference.lifecycle import leftovers
+from regate_ds.stores.reference.manifest import (
     APPEND_NAME,
     MANIFEST_NAME,
     Manifest,
@@ -24,15 +25,14 @@ from regate_ds.data.manifest import (
     shard_path,
     starts_of,
 )
-from regate_ds.data.reference_store import load_rows
-from regate_ds.data.shard_file import (
+from regate_ds.stores.reference.reader import load_rows
+from regate_ds.stores.reference.shard import (
     LARGEST,
     checked_values,
     checksum_of,
     open_shard,
     write_shard,
 )
-from regate_ds.data.store_plan import leftovers
 
 
 class ReferenceWriter:

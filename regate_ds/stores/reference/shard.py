@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from regate_ds.data.atomic_file import write_atomically
-from regate_ds.data.manifest import Shard, damaged, hash_of, missing_file
+from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.reference.manifest import Shard, damaged, hash_of, missing_file
 
 LARGEST = 65504.0
 """Largest finite fp16 number, in nats."""
