@@ -10,7 +10,7 @@ _HOME = {
     "RegateConfig": "regate_ds.config",
     "Regate": "regate_ds.session",
     "ReferenceStore": "regate_ds.stores.reference.reader",
-    "Keyed": "regate_ds.data.host_batch",
+    "Keyed": "regate_ds.data.keyed",
     "Teacher": "regate_ds.teacher.own_data",
     "score_dataset": "regate_ds.teacher.own_data",
     "TeacherConfig": "regate_ds.training.sections",

@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
 from regate_ds.adapters.deepspeed_pipeline import attach_pipeline, pipeline_student
-from regate_ds.data.host_batch import HostCollate
+from regate_ds.data.keyed import HostCollate
 from regate_ds.training.student import text_backbone
 
 STAGES, STEPS = 2, 4

@@ -30,7 +30,7 @@ from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.window import Window, in_steps, require_collated
 from regate_ds.algorithm.select import ElisionPlan
 from regate_ds.config import RegateConfig
-from regate_ds.data.host_batch import HostCollate, Unkeyed
+from regate_ds.data.keyed import HostCollate, Unkeyed
 from regate_ds.parallel.layout import ParallelLayout, num_ranks
 from regate_ds.session import Regate, StepPlan, schedule_of
 from regate_ds.stores.reference.reader import ReferenceStore

@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from regate_ds.adapters.deepspeed import DeepSpeedRegate, attach
 from regate_ds.config import RegateConfig
-from regate_ds.data.host_batch import KEY, Unkeyed
+from regate_ds.data.keyed import KEY, Unkeyed
 from regate_ds.stores.reference.reader import ReferenceStore
 
 _PLAN = "regate_plan"

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs, describe
-from regate_ds.data.images import IMAGE_ERRORS
-from regate_ds.data.samples import Record, bad_record
+from regate_ds.data.llava.encode import EncodedSample, Encoder, VisionInputs, describe
+from regate_ds.data.llava.images import IMAGE_ERRORS
+from regate_ds.data.llava.records import Record, bad_record
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.data.collate import Batch
-from regate_ds.data.encode import EncodedSample
+from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.parallel.collectives import gather_integers, gather_vectors
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.encode import EncodedSample, Encoder
-from regate_ds.data.samples import Record, SampleError
+from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.records import Record, SampleError
 from regate_ds.teacher.alignment import Alignment, align
 from regate_ds.teacher.text_only import ScoredSample
 

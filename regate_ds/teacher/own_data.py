@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regate_ds.data.encode import EncodedSample
-from regate_ds.data.host_batch import HostCollate, Keyed
+from regate_ds.data.keyed import HostCollate, Keyed
+from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.parallel.layout import ProcessGroup, num_ranks, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.identity import teacher_id

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE, shift_labels
 from regate_ds.data.collate import Collator, LoadedSample, SampleDataset
-from regate_ds.data.encode import EncodedSample
+from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.training.digit_questions import Shown
 from regate_ds.training.digits import Part, handwritten, render
 from regate_ds.training.scene_stages import Cells, crowded_scene

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.encode import EncodedSample, Encoder, VisionInputs
-from regate_ds.data.samples import Record, Turn
+from regate_ds.data.llava.encode import EncodedSample, Encoder, VisionInputs
+from regate_ds.data.llava.records import Record, Turn
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.data.collate import LoadedSample, SampleDataset
-from regate_ds.data.encode import EncodedSample
-from regate_ds.data.samples import Turn
+from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.records import Turn
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
 from regate_ds.training.evaluate import (

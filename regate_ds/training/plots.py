@@ -21,7 +21,7 @@ from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import EngFormatter  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from regate_ds.data.samples import MARKER  # noqa: E402
+from regate_ds.data.llava.records import MARKER
 
 _AXES = (
     ("tokens_processed", "tokens processed (mean over layers)", "accuracy_over_tokens.png"),

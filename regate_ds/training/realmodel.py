@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from regate_ds.data.encode import EncodedSample
-from regate_ds.data.samples import Record, read_records
+from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.records import Record, read_records
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.training.configuration import load_config
 from regate_ds.training.digits import build_digits

@@ -8,7 +8,7 @@ from PIL import Image
 
 from regate_ds.algorithm.select import fuse_scores, plan_sparse
 from regate_ds.data.collate import Collator, LoadedSample
-from regate_ds.data.samples import Record
+from regate_ds.data.llava.records import Record
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.training.configuration import RunConfig
 from regate_ds.training.plots import TokenMark, plot_sample

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regate_ds.config import RegateConfig
-from regate_ds.data.template import Template
+from regate_ds.data.llava.template import Template
 from regate_ds.session import schedule_of
 
 

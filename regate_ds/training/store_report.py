@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regate_ds.data.encode import EncodedSample
-from regate_ds.data.samples import Record
+from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.records import Record
 from regate_ds.job.progress import progress
 from regate_ds.stores.reference.manifest import APPEND_NAME, Manifest, shard_path
 from regate_ds.stores.reference.reader import ReferenceStore, Verify

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.encode import EncodedSample, Encoder
-from regate_ds.data.samples import BadRecord, Record, SampleError, read_records
+from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.records import BadRecord, Record, SampleError, read_records
 from regate_ds.job.progress import progress
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.training.configuration import RunConfig

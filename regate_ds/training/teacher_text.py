@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regate_ds.data.encode import EncodedSample
+from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.teacher.other_tokenizer import (
     OtherTokenizer,
     TwiceWritten,

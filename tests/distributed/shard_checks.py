@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from regate_ds.data.host_batch import HostCollate, Keyed
+from regate_ds.data.keyed import HostCollate, Keyed
 from regate_ds.job.process import Process, start_process
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.identity import teacher_id

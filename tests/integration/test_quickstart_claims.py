@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regate_ds.data.samples import read_records
+from regate_ds.data.llava.records import read_records
 from regate_ds.teacher.text_only import score_samples
 from regate_ds.training.digits import build_digits
 from regate_ds.training.pretrain import PretrainConfig, StageConfig, encoder_of, learn_text

@@ -30,7 +30,7 @@ from regate_ds.adapters.megatron.host_tokens import (
 from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
-from regate_ds.data.host_batch import HostCollate, Keyed
+from regate_ds.data.keyed import HostCollate, Keyed
 from tests.megatron import host_checks
 from tests.megatron.cases import Case
 from tests.megatron.pool import Pool

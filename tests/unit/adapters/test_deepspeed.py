@@ -20,7 +20,7 @@ from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import plan_sparse
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.data.host_batch import Keyed
+from regate_ds.data.keyed import Keyed
 from tests.measure import assert_gradients_equal, gradients
 from tests.models import causal_lm, llava
 from tests.stores import RandomReference, index_of

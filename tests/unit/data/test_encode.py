@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.encode import Encoder
-from regate_ds.data.samples import Record, SampleError, Turn
-from regate_ds.data.template import Template, text_segments
+from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.records import Record, SampleError, Turn
+from regate_ds.data.llava.template import Template, text_segments
 
 IMAGE, BOS, EOS = 1, 2, 3
 

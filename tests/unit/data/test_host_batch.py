@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.host_batch import HostCollate, Keyed, Unkeyed
+from regate_ds.data.keyed import HostCollate, Keyed, Unkeyed
 
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from regate_ds.data.samples import SampleError, Turn, read_records
+from regate_ds.data.llava.records import SampleError, Turn, read_records
 
 
 def said(*texts: str) -> list[dict[str, str]]:

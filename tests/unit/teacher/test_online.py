@@ -9,7 +9,7 @@ import torch
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch, Collator, LoadedSample
-from regate_ds.data.encode import EncodedSample
+from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
 from regate_ds.teacher.own_data import Teacher

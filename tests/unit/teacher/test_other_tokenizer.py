@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.encode import Encoder
-from regate_ds.data.samples import Record, Turn
-from regate_ds.data.template import Template
+from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.template import Template
 from regate_ds.teacher.other_tokenizer import OtherTokenizer, score_twice_written, tokenizer_id
 from regate_ds.teacher.text_only import score_samples
 from tests.models import causal_lm

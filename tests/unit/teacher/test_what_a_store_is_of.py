@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.data.encode import Encoder
-from regate_ds.data.samples import Record, Turn
-from regate_ds.data.template import Template
+from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.template import Template
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute

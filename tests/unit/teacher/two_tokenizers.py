@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from regate_ds.data.encode import Encoder
-from regate_ds.data.samples import Record, Turn
-from regate_ds.data.template import Template
+from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.template import Template
 from regate_ds.training.tokenizer import train_tokenizer
 
 TEXTS = [

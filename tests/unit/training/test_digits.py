@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regate_ds.data.samples import read_records
+from regate_ds.data.llava.records import read_records
 from regate_ds.training.digit_questions import COLUMNS, COUNTS, DIGITS, ROWS, Answer, fill
 from regate_ds.training.digits import (
     BACKGROUND,

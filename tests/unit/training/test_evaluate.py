@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_students import make_image, make_llava, make_qwen2_vl
 
-from regate_ds.data.encode import EncodedSample, Encoder
-from regate_ds.data.samples import Record, Turn
-from regate_ds.data.template import Template
+from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.template import Template
 from regate_ds.job.process import Process
 from regate_ds.training.evaluate import (
     HeldOut,

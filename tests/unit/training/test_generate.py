@@ -10,7 +10,7 @@ from test_evaluate import ALONE, make_held_out, make_records
 from tiny_students import make_image, make_llava, make_qwen2_vl
 
 from regate_ds.data.collate import SampleDataset
-from regate_ds.data.samples import Turn
+from regate_ds.data.llava.records import Turn
 from regate_ds.training.generate import (
     _answers,
     _in_common,

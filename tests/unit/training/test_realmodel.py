@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from regate_ds.data.encode import EncodedSample
-from regate_ds.data.samples import Record, Turn
+from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.records import Record, Turn
 from regate_ds.training.realmodel import words_in_upper_half
 
 

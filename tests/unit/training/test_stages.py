@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regate_ds.data.collate import SampleDataset
-from regate_ds.data.samples import read_records
+from regate_ds.data.llava.records import read_records
 from regate_ds.training import scene_stages as s
 from regate_ds.training.align import align_student, notes
 from regate_ds.training.digit_questions import DIGITS, Shown

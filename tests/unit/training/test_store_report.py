@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regate_ds import cli
-from regate_ds.data.samples import Turn
+from regate_ds.data.llava.records import Turn
 from regate_ds.stores.reference.manifest import shard_path
 from regate_ds.teacher.precompute import precompute
 from regate_ds.training.store_report import word_losses

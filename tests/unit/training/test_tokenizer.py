@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from regate_ds.data.samples import read_records
-from regate_ds.data.template import Template, text_segments
+from regate_ds.data.llava.records import read_records
+from regate_ds.data.llava.template import Template, text_segments
 from regate_ds.training.digits import build_digits
 from regate_ds.training.tokenizer import train_tokenizer
 

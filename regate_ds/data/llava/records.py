@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regate_ds.algorithm.batch import SampleKey
-from regate_ds.data.images import image_fault, unusable_name
+from regate_ds.data.llava.images import image_fault, unusable_name
 
 MARKER = re.compile("<image>|<video>")
 """What stands in a question where an image or a video belongs."""

@@ -17,15 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, shift_labels
-from regate_ds.data.images import IMAGE_ERRORS
-from regate_ds.data.samples import (
-    MARKER,
-    BadRecord,
-    Record,
-    Turn,
-    bad_record,
-)
-from regate_ds.data.template import Template, prompt, require_no_image
+from regate_ds.data.llava.images import IMAGE_ERRORS
+from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
+from regate_ds.data.llava.template import Template, prompt, require_no_image
 
 CharSpan = tuple[int, int, int]
 """Turn, start, end: a token's place in the characters of that turn's answer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from regate_ds.data.samples import MARKER, Record
+from regate_ds.data.llava.records import MARKER, Record
 
 
 @dataclass(frozen=True, kw_only=True)
