@@ -22,9 +22,9 @@ from regate_ds.parallel.collectives import gather_integers, gather_vectors
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.shard import LARGEST
-from regate_ds.teacher.batch_plan import by_length, cut_batches
+from regate_ds.teacher.batching import by_length, cut_batches
 from regate_ds.teacher.precompute import Score
-from regate_ds.teacher.text_only import ScoredSample
+from regate_ds.teacher.scoring import ScoredSample
 
 Read = Callable[[Batch], Sequence[ScoredSample]]
 """The samples of a micro-batch as the teacher's score takes them."""

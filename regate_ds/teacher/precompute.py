@@ -24,14 +24,8 @@ from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.lifecycle import await_store, begin_store, is_complete
 from regate_ds.stores.reference.writer import ReferenceWriter
-from regate_ds.teacher.batch_plan import (
-    Batch,
-    cut_batches,
-    padded_tokens,
-    plan_shards,
-    share_out,
-)
-from regate_ds.teacher.text_only import ScoredSample
+from regate_ds.teacher.batching import Batch, cut_batches, padded_tokens, plan_shards, share_out
+from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
 _AHEAD = 2

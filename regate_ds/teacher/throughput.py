@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.teacher.text_only import ScoredSample, teacher_inputs
+from regate_ds.teacher.scoring import ScoredSample, teacher_inputs
 
 PLAIN_TOKENS = 2048
 """Most tokens of a batch that the plain forward pass is measured on: its logits, all positions

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from regate_ds.training.bench_parts import LiveBytes, Sizes, interleaved, text_sample
 
 

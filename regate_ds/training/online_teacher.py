@@ -9,11 +9,11 @@ from functools import partial
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.teacher.online import OnlineReference, Read, WindowScorer, samples_of
-from regate_ds.teacher.other_tokenizer import TwiceWritten
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
+from regate_ds.teacher.sharding.placement import place_teacher, teacher_source
+from regate_ds.teacher.tokenizers.other import TwiceWritten
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.task import Task
-from regate_ds.training.teacher_placement import place_teacher, teacher_source
 from regate_ds.training.teacher_text import TeacherText, teacher_text
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from regate_ds.job.process import start_process
-from regate_ds.teacher.own_data import Teacher
+from regate_ds.teacher.api import Teacher
+from regate_ds.teacher.sharding.placement import place_teacher, source_at
 from regate_ds.training.sections import TeacherConfig
-from regate_ds.training.teacher_placement import place_teacher, source_at
 
 
 def open_teacher(

@@ -13,13 +13,13 @@ from regate_ds.config import RegateConfig
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import is_same_on_all
 from regate_ds.session import schedule_of
+from regate_ds.teacher.loading import load_teacher_config
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.deepspeed_json import deepspeed_config
 from regate_ds.training.megatron.fits import require_packages, require_ranks, require_student
 from regate_ds.training.metrics import RunFolder, leaves
 from regate_ds.training.section_reader import plain_values
 from regate_ds.training.task import make_student
-from regate_ds.training.teacher_model import load_teacher_config
 
 MAY_CHANGE = {
     "run.resume",

@@ -28,7 +28,7 @@ from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import Record, read_records
 from regate_ds.data.llava.template import Template
-from regate_ds.teacher.text_only import teacher_inputs
+from regate_ds.teacher.scoring import teacher_inputs
 from regate_ds.training.align import align_student
 from regate_ds.training.scene_stages import learn_scenes, learn_words
 from regate_ds.training.stages import StageConfig, digest_of, finished_stage, optimise

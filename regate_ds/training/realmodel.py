@@ -23,11 +23,11 @@ from torch import Tensor
 from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Record, read_records
 from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.loading import load_teacher_tokenizer
 from regate_ds.training.configuration import load_config
 from regate_ds.training.digits import build_digits
 from regate_ds.training.student import build_llava, save_student
 from regate_ds.training.task import build_task
-from regate_ds.training.teacher_model import load_teacher_tokenizer
 from regate_ds.training.tokenizer import train_tokenizer
 
 WANTED = 0.85

@@ -13,7 +13,8 @@ from torch import nn
 from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
+from regate_ds.teacher.sharding.placement import place_teacher, teacher_source
 from regate_ds.teacher.throughput import plain_forward
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.evaluate import evaluate
@@ -22,7 +23,6 @@ from regate_ds.training.metrics import RunFolder
 from regate_ds.training.plan_only import walk_plan
 from regate_ds.training.preflight import judge_run, judge_teacher, require_one_data_set
 from regate_ds.training.task import Task, build_task
-from regate_ds.training.teacher_placement import place_teacher, teacher_source
 from regate_ds.training.teacher_text import TeacherText, own_samples, teacher_text
 from regate_ds.training.trainer import Trainer, held_out
 

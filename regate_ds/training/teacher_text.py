@@ -10,17 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from regate_ds.data.llava.encode import EncodedSample
-from regate_ds.teacher.other_tokenizer import (
+from regate_ds.teacher.loading import load_teacher_tokenizer
+from regate_ds.teacher.precompute import Score
+from regate_ds.teacher.scoring import choose_pad_id, require_same_tokens
+from regate_ds.teacher.tokenizers.other import (
     OtherTokenizer,
     TwiceWritten,
     score_twice_written,
     tokenizer_id,
 )
-from regate_ds.teacher.precompute import Score
-from regate_ds.teacher.text_only import choose_pad_id, require_same_tokens
 from regate_ds.training.sections import TeacherConfig
 from regate_ds.training.task import Task
-from regate_ds.training.teacher_model import load_teacher_tokenizer
 
 
 @dataclass(frozen=True)

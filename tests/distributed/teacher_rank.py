@@ -26,7 +26,7 @@ from regate_ds.job.deepspeed_launcher import free_port
 from regate_ds.job.errors import USER_ERRORS, tell
 from regate_ds.job.process import Process
 from regate_ds.teacher.precompute import precompute
-from regate_ds.teacher.text_only import ScoredSample
+from regate_ds.teacher.scoring import ScoredSample
 from tests.unit.teacher.plain_job import make_plain_job, score
 
 GRACE_SECONDS = 2.0

@@ -22,7 +22,7 @@ from regate_ds.job.process import start_process
 from regate_ds.session import schedule_of
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from regate_ds.training.configuration import load_config
 from regate_ds.training.preflight import judge_run
 from regate_ds.training.student import text_backbone

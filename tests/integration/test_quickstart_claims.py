@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from regate_ds.data.llava.records import read_records
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from regate_ds.training.digits import build_digits
 from regate_ds.training.pretrain import PretrainConfig, StageConfig, encoder_of, learn_text
 from regate_ds.training.student import text_backbone

@@ -13,7 +13,7 @@ import yaml
 
 from regate_ds.job.process import start_process
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from regate_ds.training.configuration import load_config
 from regate_ds.training.student import text_backbone
 from regate_ds.training.task import build_task

@@ -13,8 +13,8 @@ from regate_ds.adapters.deepspeed import DeepSpeedRegate, attach
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.teacher.api import Teacher
 from regate_ds.teacher.online import OnlineReference, samples_of
-from regate_ds.teacher.own_data import Teacher
 from tests.models import causal_lm, text_config
 from tests.stores import index_of
 

@@ -10,7 +10,7 @@ import torch
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.precompute import TeacherJob
-from regate_ds.teacher.text_only import ScoredSample
+from regate_ds.teacher.scoring import ScoredSample
 from tests.samples import make_samples
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from tests.models import causal_lm
 from tests.samples import make_index, make_samples
 

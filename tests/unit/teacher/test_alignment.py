@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from regate_ds.teacher.alignment import Span, align, align_text, edges
+from regate_ds.teacher.tokenizers.alignment import Span, align, align_text, edges
 from tests.unit.teacher.two_tokenizers import any_text, by_bytes, by_pieces
 
 CELLS = 60

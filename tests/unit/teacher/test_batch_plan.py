@@ -2,13 +2,7 @@
 
 import torch
 
-from regate_ds.teacher.batch_plan import (
-    by_length,
-    cut_batches,
-    padded_tokens,
-    plan_shards,
-    share_out,
-)
+from regate_ds.teacher.batching import by_length, cut_batches, padded_tokens, plan_shards, share_out
 
 
 def plan_batches(lengths: torch.Tensor, tokens_per_batch: int) -> list[list[int]]:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regate_ds.teacher import label_loss
-from regate_ds.teacher.label_loss import HeadPart
+from regate_ds.teacher import head_loss as label_loss
+from regate_ds.teacher.head_loss import HeadPart
 
 
 @pytest.mark.parametrize("num_ids", [1, 7, 100])

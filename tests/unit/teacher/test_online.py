@@ -11,10 +11,10 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch, Collator, LoadedSample
 from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.api import Teacher
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
-from regate_ds.teacher.own_data import Teacher
 from regate_ds.teacher.precompute import precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from tests.models import causal_lm
 from tests.samples import make_index, make_samples
 from tests.unit.teacher.reference_job import make_job

@@ -15,8 +15,8 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.template import Template
-from regate_ds.teacher.other_tokenizer import OtherTokenizer, score_twice_written, tokenizer_id
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
+from regate_ds.teacher.tokenizers.other import OtherTokenizer, score_twice_written, tokenizer_id
 from tests.models import causal_lm
 from tests.unit.teacher.two_tokenizers import any_record, by_bytes, by_pieces, encoder_of
 

@@ -9,7 +9,7 @@ import torch
 
 from regate_ds import Keyed, ReferenceStore, Teacher, score_dataset
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from tests.models import causal_lm
 from tests.samples import make_samples
 

@@ -14,7 +14,7 @@ from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX
 from regate_ds.stores.reference.manifest import shard_path
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.precompute import precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from tests.models import causal_lm
 from tests.samples import make_samples
 from tests.unit.teacher.reference_job import NUM_SAMPLES, files_of, make_job

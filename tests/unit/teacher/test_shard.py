@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GemmaConfig, GPT2Config
 
-from regate_ds.teacher.partition import partitioned_teacher, require_partitionable
-from regate_ds.teacher.shard import FAMILIES, cut_teacher, require_cuttable
+from regate_ds.teacher.sharding.tensor_parallel import FAMILIES, cut_teacher, require_cuttable
+from regate_ds.teacher.sharding.zero3 import partitioned_teacher, require_partitionable
 from tests.models import text_config
 
 WHERE = {"dtype": torch.float32, "device": "cpu"}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.teacher.text_only import (
+from regate_ds.teacher.scoring import (
     choose_pad_id,
     require_ids_fit,
     require_same_tokens,

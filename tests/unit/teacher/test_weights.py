@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regate_ds.teacher.weights import Cut, LoadedWeights, SavedWeights
+from regate_ds.teacher.sharding.weights import Cut, LoadedWeights, SavedWeights
 from tests.models import causal_lm
 
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -11,12 +11,12 @@ import torch
 from regate_ds.job.process import Process
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.identity import teacher_id
+from regate_ds.teacher.loading import load_teacher
 from regate_ds.teacher.precompute import TeacherJob, precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 from regate_ds.training.configuration import RunConfig, load_config
 from regate_ds.training.online_teacher import open_online
 from regate_ds.training.task import build_task
-from regate_ds.training.teacher_model import load_teacher
 from regate_ds.training.teacher_text import teacher_text
 from tests.integration.small_task import make_task
 from tests.models import causal_lm

@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from regate_ds.teacher.label_loss import IDS, HeadPart
-from regate_ds.teacher.shard import (
+from regate_ds.teacher.head_loss import IDS, HeadPart
+from regate_ds.teacher.sharding.tensor_parallel import (
     ShardedTeacher,
     is_tied,
     random_state_kept,
     renew_rotary,
     require_plain_weights,
 )
-from regate_ds.teacher.weights import Weights
+from regate_ds.teacher.sharding.weights import Weights
 
 
 def partitioned_teacher(

@@ -21,7 +21,7 @@ from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
 from regate_ds.teacher.precompute import TeacherJob, Throughput, precompute
-from regate_ds.teacher.text_only import score_samples
+from regate_ds.teacher.scoring import score_samples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.teacher.label_loss import IDS, HeadPart
+from regate_ds.teacher.head_loss import IDS, HeadPart
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
-from regate_ds.teacher.label_loss import HeadPart
-from regate_ds.teacher.weights import Cut, Weights
+from regate_ds.teacher.head_loss import HeadPart
+from regate_ds.teacher.sharding.weights import Cut, Weights
 
 FAMILIES = ("llama", "mistral", "qwen2")
 """Model types whose layers DeepSpeed cuts right, as our tests have seen."""

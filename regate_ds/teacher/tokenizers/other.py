@@ -19,8 +19,8 @@ from torch import Tensor
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import Record, SampleError
-from regate_ds.teacher.alignment import Alignment, align
-from regate_ds.teacher.text_only import ScoredSample
+from regate_ds.teacher.scoring import ScoredSample
+from regate_ds.teacher.tokenizers.alignment import Alignment, align
 
 
 @dataclass(frozen=True)
