@@ -34,12 +34,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
 from regate_ds.adapters.megatron import attach
-from regate_ds.adapters.megatron.host_tokens import (
-    Numbered,
-    TeacherItems,
-    read_tokens,
-    teacher_batch,
-)
+from regate_ds.adapters.megatron.samples import Numbered, TeacherItems, read_tokens, teacher_batch
 
 WORDS, LENGTH, NUM_SAMPLES, NUM_MICRO, ROWS = 64, 32, 256, 4, 4
 

@@ -3,7 +3,7 @@
 
     torchrun ... launch/pretrain_wrapper.py --regate-config FILE pretrain_gpt.py --num-layers 32 ...
 
-FILE (YAML) holds the keys of HostSettings in regate_ds/adapters/megatron/hosted.py;
+FILE (YAML) holds the keys of HostSettings in regate_ds/adapters/megatron/loops/deferred.py;
 docs/megatron_lm.md has an example. The script is not changed and sees none of this.
 """
 
@@ -44,8 +44,8 @@ def main() -> None:
     # script is the one that it runs with.
     sys.argv = command
     sys.path[0] = str(script.resolve().parent)
-    from regate_ds.adapters.megatron.hosted import HostSettings
-    from regate_ds.adapters.megatron.megatron_lm import installed
+    from regate_ds.adapters.megatron.loops.deferred import HostSettings
+    from regate_ds.adapters.megatron.loops.megatron_lm import installed
 
     settings = read_section(HostSettings, read_yaml(Path(config).read_text()), where="")
     with installed(settings):

@@ -15,8 +15,8 @@ _HOME = {
     "score_dataset": "regate_ds.teacher.api",
     "TeacherConfig": "regate_ds.training.sections",
     "open_teacher": "regate_ds.training.own_teacher",
-    "attach": "regate_ds.adapters.deepspeed",
-    "attach_model": "regate_ds.adapters.huggingface",
+    "attach": "regate_ds.adapters.deepspeed.loop",
+    "attach_model": "regate_ds.adapters.huggingface.gates",
 }
 
 __all__ = list(_HOME)

@@ -16,7 +16,7 @@ from questions import Questions, parser
 from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
-from regate_ds.adapters.trainer import RegateTrainer
+from regate_ds.adapters.trainers.hf_trainer import RegateTrainer
 from regate_ds.training.student import text_backbone
 
 STEPS = 4

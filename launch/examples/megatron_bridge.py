@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 launch/examples/megatron_bridge.py FILE llama32_1b_pretrain_config
 
-FILE (YAML) holds the keys of HostSettings (regate_ds/adapters/megatron/hosted.py), as for
+FILE (YAML) holds the keys of HostSettings (regate_ds/adapters/megatron/loops/deferred.py), as for
 launch/pretrain_wrapper.py; a recipe is a function of megatron.bridge.recipes.llama. Its data are
 mock data: to train on your own, set ``config.dataset`` and score it (docs/megatron_bridge.md).
 """
@@ -16,8 +16,8 @@ from megatron.bridge.recipes import llama
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
-from regate_ds.adapters.megatron.bridge import installed
-from regate_ds.adapters.megatron.hosted import HostSettings
+from regate_ds.adapters.megatron.loops.deferred import HostSettings
+from regate_ds.adapters.megatron.loops.megatron_bridge import installed
 from regate_ds.training.section_reader import read_section
 from regate_ds.training.yaml_reader import read_yaml
 

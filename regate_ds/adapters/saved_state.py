@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from regate_ds.adapters.open_session import Difficulty
+from regate_ds.adapters.session_state import Difficulty
 from regate_ds.session import Regate
 from regate_ds.stores.atomic_file import write_atomically
 

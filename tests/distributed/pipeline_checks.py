@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from torch import nn
-
-from regate_ds.adapters.deepspeed_pipeline import (
+from regate_ds.adapters.deepspeed.loop.pipeline import (
     PipelineRegate,
     attach_pipeline,
     pipeline_student,
 )
-from regate_ds.adapters.huggingface import attach_model
+from regate_ds.adapters.huggingface.gates.gates import attach_model
+from torch import nn
+
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch

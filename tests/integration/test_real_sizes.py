@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from regate_ds.adapters.huggingface.gates.gates import attach_model
 
-from regate_ds.adapters.huggingface import attach_model
 from regate_ds.training.configuration import load_config
 from regate_ds.training.digits import build_digits
 from regate_ds.training.plan_only import walk_plan

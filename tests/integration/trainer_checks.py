@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, attach
-from regate_ds.adapters.trainer import RegateMixin, RegateTrainer
+from regate_ds.adapters.trainers.hf_trainer import RegateMixin, RegateTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
 # Clipped to 1, as DeepSpeed does by itself, a gradient would not show by what it was scaled.

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import attach
-from regate_ds.adapters.megatron.host_tokens import ImageTokens, with_images
+from regate_ds.adapters.megatron.samples import ImageTokens, with_images
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.parallel import resharding as routes

@@ -18,8 +18,10 @@ import torch
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
-from regate_ds.adapters.megatron import bridge, megatron_lm
-from regate_ds.adapters.megatron.host_tokens import (
+from regate_ds.adapters.megatron.loops import megatron_bridge as bridge
+from regate_ds.adapters.megatron.loops import megatron_lm
+from regate_ds.adapters.megatron.loops.deferred import Hosted, HostSettings
+from regate_ds.adapters.megatron.samples import (
     NUMBER,
     ImageTokens,
     Numbered,
@@ -27,7 +29,6 @@ from regate_ds.adapters.megatron.host_tokens import (
     read_tokens,
     teacher_batch,
 )
-from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.keyed import HostCollate, Keyed

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 pytest.importorskip("megatron.training", reason="megatron-core 0.19.2 ships it")
 
-from regate_ds.adapters.megatron.host_tokens import Numbered, read_tokens
+from regate_ds.adapters.megatron.samples import Numbered, read_tokens
 from regate_ds.stores.reference.lifecycle import begin_store
 from regate_ds.stores.reference.writer import ReferenceWriter
 from tests.megatron.pretrain_script import Samples

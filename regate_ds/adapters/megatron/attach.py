@@ -37,7 +37,7 @@ from regate_ds.adapters.megatron.local_plan import (
     require_cut,
 )
 from regate_ds.adapters.megatron.planner import Planner
-from regate_ds.adapters.megatron.run import StepRun
+from regate_ds.adapters.megatron.schedule import StepRun
 from regate_ds.adapters.megatron.support import (
     find_chunks,
     require_finalized,
@@ -46,9 +46,9 @@ from regate_ds.adapters.megatron.support import (
     require_supported,
     require_undivided,
 )
-from regate_ds.adapters.open_session import open_session
 from regate_ds.adapters.plan_wire import confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
+from regate_ds.adapters.session_state import open_session
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.collectives import all_or_none, gather_values

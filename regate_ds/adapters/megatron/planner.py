@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from regate_ds.adapters.open_session import Difficulty
+from regate_ds.adapters.session_state import Difficulty
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.session import Regate, StepPlan
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from regate_ds.adapters.huggingface.gates.gates import attach_model
 from torch import Tensor, nn
 
-from regate_ds.adapters.huggingface import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_sparse
 from tests.measure import Gradients, assert_gradients_equal, gradients, relative_error

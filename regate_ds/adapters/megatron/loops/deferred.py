@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from regate_ds.adapters.megatron.attach import MegatronRegate, attach
-from regate_ds.adapters.megatron.host_tokens import ImageTokens, read_tokens
+from regate_ds.adapters.megatron.samples import ImageTokens, read_tokens
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.stores.reference.reader import ReferenceStore

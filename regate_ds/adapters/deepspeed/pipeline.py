@@ -23,9 +23,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from regate_ds.adapters.huggingface import has_tower
-from regate_ds.adapters.open_session import Difficulty, open_session
-from regate_ds.adapters.pipeline_layers import (
+from regate_ds.adapters.deepspeed.loop.pipeline_layers import (
     Decoder,
     Desk,
     Micro,
@@ -33,9 +31,11 @@ from regate_ds.adapters.pipeline_layers import (
     numbered,
     take_apart,
 )
+from regate_ds.adapters.huggingface.gates.gates import has_tower
+from regate_ds.adapters.huggingface.gates.support import require_language_model, require_supported
 from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
-from regate_ds.adapters.support import require_language_model, require_supported
+from regate_ds.adapters.session_state import Difficulty, open_session
 from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.select import plan_dense
 from regate_ds.config import RegateConfig

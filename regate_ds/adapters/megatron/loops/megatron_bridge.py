@@ -16,8 +16,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from regate_ds.adapters.megatron.host_tokens import Numbered
-from regate_ds.adapters.megatron.hosted import Hosted, HostSettings
+from regate_ds.adapters.megatron.loops.deferred import Hosted, HostSettings
+from regate_ds.adapters.megatron.samples import Numbered
 from regate_ds.algorithm.batch import TokenBatch
 
 
