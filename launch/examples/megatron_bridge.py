@@ -18,8 +18,8 @@ from megatron.bridge.training.pretrain import pretrain
 
 from regate_ds.adapters.megatron.loops.deferred import HostSettings
 from regate_ds.adapters.megatron.loops.megatron_bridge import installed
-from regate_ds.training.section_reader import read_section
-from regate_ds.training.yaml_reader import read_yaml
+from regate_ds.recipe.config.reader import read_section
+from regate_ds.recipe.config.yaml import read_yaml
 
 
 def main(file: str, recipe: str) -> None:

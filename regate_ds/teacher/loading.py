@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from regate_ds.training.student import readable_weights
+from regate_ds.recipe.students.student import readable_weights
 
 GGUF = ".gguf"
 

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 300
 
-PRELOADED = ["deepspeed", "transformers.models.llava.modeling_llava", "regate_ds.training.trainer"]
+PRELOADED = ["deepspeed", "transformers.models.llava.modeling_llava", "regate_ds.recipe.trainer"]
 """What ranks need not import each: eight seconds a process."""
 
 Failures = dict[str, list[str]]

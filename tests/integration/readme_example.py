@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.job.process import start_process
-from regate_ds.training.configuration import load_config
-from regate_ds.training.student import text_backbone
-from regate_ds.training.task import build_task
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.students.student import text_backbone
 
 DS = {
     "train_micro_batch_size_per_gpu": 2,

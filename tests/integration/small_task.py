@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from regate_ds.training.digits import build_digits
-from regate_ds.training.student import build_llava, save_student
-from regate_ds.training.tokenizer import train_tokenizer
+from regate_ds.recipe.students.student import build_llava, save_student
+from regate_ds.recipe.tasks.digits.scenes import build_digits
+from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 
 TEXT = {
     "model_type": "llama",

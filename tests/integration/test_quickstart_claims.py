@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from regate_ds.data.llava.records import read_records
+from regate_ds.recipe.students.student import text_backbone
+from regate_ds.recipe.tasks.digits.scenes import build_digits
+from regate_ds.recipe.tasks.digits.student import (
+    PretrainConfig,
+    StageConfig,
+    encoder_of,
+    learn_text,
+)
 from regate_ds.teacher.scoring import score_samples
-from regate_ds.training.digits import build_digits
-from regate_ds.training.pretrain import PretrainConfig, StageConfig, encoder_of, learn_text
-from regate_ds.training.student import text_backbone
 from tests.integration.small_task import TEXT, VISION
 
 TOP_SHARE = 0.9

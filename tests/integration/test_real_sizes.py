@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from regate_ds.adapters.huggingface.gates.gates import attach_model
 
-from regate_ds.training.configuration import load_config
-from regate_ds.training.digits import build_digits
-from regate_ds.training.plan_only import walk_plan
-from regate_ds.training.preflight import judge_run
-from regate_ds.training.task import build_task
-from regate_ds.training.tokenizer import train_tokenizer
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.estimate.plan_walk import walk_plan
+from regate_ds.recipe.preflight import judge_run
+from regate_ds.recipe.tasks.digits.scenes import build_digits
+from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -8,8 +8,8 @@ import torch
 from megatron.core import parallel_state as mpu
 from torch.nn import functional as F
 
-from regate_ds.training.megatron.student import gpt_chunk, transformer_config
-from regate_ds.training.megatron.weights import (
+from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
+from regate_ds.recipe.engines.megatron.weights import (
     from_megatron,
     gather_whole,
     load_whole,

@@ -13,13 +13,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_ds.job.process import Process
-from regate_ds.training.checkpoint import save_model
-from regate_ds.training.configuration import load_config
-from regate_ds.training.megatron import fits, student
-from regate_ds.training.megatron.host import MegatronHost, forward_step
-from regate_ds.training.preflight import judge_run
-from regate_ds.training.task import build_task
-from regate_ds.training.trainer import Trainer
+from regate_ds.recipe.checkpoint import save_model
+from regate_ds.recipe.config import megatron_limits as fits
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.engines.megatron import decoder as student
+from regate_ds.recipe.engines.megatron.engine import MegatronHost, forward_step
+from regate_ds.recipe.preflight import judge_run
+from regate_ds.recipe.trainer import Trainer
 from tests.megatron.checks import dismantle
 from tests.megatron.shim import layer_spec
 

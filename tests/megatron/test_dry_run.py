@@ -10,8 +10,8 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 import torch.distributed as dist
 
-from regate_ds.adapters.megatron import dry_run
-from regate_ds.adapters.megatron.dry_run import World
+from regate_ds.recipe.estimate import megatron_world as dry_run
+from regate_ds.recipe.estimate.megatron_world import World
 
 
 def test_every_rank_of_4096_knows_its_shapes_and_bytes_in_seconds():

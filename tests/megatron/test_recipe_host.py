@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
-from regate_ds.training.compare import compare_runs
+from regate_ds.recipe.reports.compare import compare_runs
 from tests.megatron.pool import Pool
 from tests.megatron.recipe_reference import STEPS
 from tests.megatron.recipe_runs import Run, train, train_plainly, train_with_own_attention

@@ -5,8 +5,12 @@ import sys
 import pytest
 
 from regate_ds import cli
+from regate_ds.commands import output as runner
 from regate_ds.job.preemption import EXIT_CODE, Preempted
-from regate_ds.training import bench, compare, digits, doctor, runner
+from regate_ds.recipe.bench import step as bench
+from regate_ds.recipe.doctor import examine as doctor
+from regate_ds.recipe.reports import compare
+from regate_ds.recipe.tasks.digits import scenes as digits
 
 COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "doctor"]
 

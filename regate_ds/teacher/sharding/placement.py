@@ -16,6 +16,9 @@ from regate_ds.job.process import Process
 from regate_ds.job.ranks import announce
 from regate_ds.parallel.collectives import broadcast_text, max_tensor, sum_over
 from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
+from regate_ds.recipe.config.sections import TeacherConfig
+from regate_ds.recipe.corpus import Task
+from regate_ds.recipe.students.student import text_backbone
 from regate_ds.teacher.identity import id_of_weights, teacher_id
 from regate_ds.teacher.loading import load_teacher, load_teacher_config
 from regate_ds.teacher.sharding.tensor_parallel import (
@@ -26,9 +29,6 @@ from regate_ds.teacher.sharding.tensor_parallel import (
 )
 from regate_ds.teacher.sharding.weights import LoadedWeights, SavedWeights, Weights
 from regate_ds.teacher.sharding.zero3 import fill_partitioned, partitioned_teacher
-from regate_ds.training.sections import TeacherConfig
-from regate_ds.training.student import text_backbone
-from regate_ds.training.task import Task
 
 
 @dataclass(frozen=True)

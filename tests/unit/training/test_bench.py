@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regate_ds.training.bench_parts import LiveBytes
-from regate_ds.training.bench_teacher import TeacherCase, run_teacher_bench
+from regate_ds.recipe.bench.harness import LiveBytes
+from regate_ds.recipe.bench.teacher import TeacherCase, run_teacher_bench
 
 
 def test_bytes_are_those_of_tensors_alive_at_once():

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.job.process import Process
-from regate_ds.training.checkpoint import (
+from regate_ds.recipe.checkpoint import (
     COMPLETE,
     Done,
     latest,
@@ -17,7 +17,7 @@ from regate_ds.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from regate_ds.training.deepspeed_host import DeepSpeedHost
+from regate_ds.recipe.engines.deepspeed import DeepSpeedHost
 from tests.unit.data.power import Disk, PowerFailure, copy_of
 
 ALONE = Process(0, 1, torch.device("cpu"))

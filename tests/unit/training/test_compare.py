@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from regate_ds.training.compare import compare_runs, table
-from regate_ds.training.metrics import RunFolder
+from regate_ds.recipe.reports.compare import compare_runs, table
+from regate_ds.recipe.run_folder import RunFolder
 
 SUMMARY = {
     "accuracy_visual": 0.6125,

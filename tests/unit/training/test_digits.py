@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from regate_ds.data.llava.records import read_records
-from regate_ds.training.digit_questions import COLUMNS, COUNTS, DIGITS, ROWS, Answer, fill
-from regate_ds.training.digits import (
+from regate_ds.recipe.tasks.digits.questions import COLUMNS, COUNTS, DIGITS, ROWS, Answer, fill
+from regate_ds.recipe.tasks.digits.scenes import (
     BACKGROUND,
     CELL,
     COLOURS,

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.job.ranks import Ranks
-from regate_ds.training import doctor
-from regate_ds.training.finding import Finding
+from regate_ds.recipe.doctor import examine as doctor
+from regate_ds.recipe.doctor.check import Finding
 
 FUSED_ADAM = "class FusedAdam: pass\n"
 

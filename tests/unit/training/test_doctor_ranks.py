@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from regate_ds.job.process import Process
-from regate_ds.training import doctor_ranks
-from regate_ds.training.doctor_ranks import examine_together, groups_of
-from regate_ds.training.finding import Finding
+from regate_ds.recipe.doctor import ranks as doctor_ranks
+from regate_ds.recipe.doctor.check import Finding
+from regate_ds.recipe.doctor.ranks import examine_together, groups_of
 from tests.distributed.ranks import run_ranks
 
 EIGHT = ["a"] * 4 + ["b"] * 4

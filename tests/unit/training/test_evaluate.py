@@ -10,13 +10,7 @@ from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.template import Template
 from regate_ds.job.process import Process
-from regate_ds.training.evaluate import (
-    HeldOut,
-    evaluate,
-    share_of,
-    tally_words,
-    words_of,
-)
+from regate_ds.recipe.evaluation.words import HeldOut, evaluate, share_of, tally_words, words_of
 
 ALONE = Process(0, 1, torch.device("cpu"))
 

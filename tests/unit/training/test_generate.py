@@ -11,7 +11,7 @@ from tiny_students import make_image, make_llava, make_qwen2_vl
 
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.records import Turn
-from regate_ds.training.generate import (
+from regate_ds.recipe.evaluation.generation import (
     _answers,
     _in_common,
     _left_padded,

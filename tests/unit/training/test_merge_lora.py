@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import peft
 import torch
 
-from regate_ds.training.checkpoint import full_weights, merge_lora
+from regate_ds.recipe.checkpoint import full_weights, merge_lora
 from tests.models import causal_lm
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from regate_ds.training.metrics import RunFolder, totals
+from regate_ds.recipe.run_folder import RunFolder, totals
 
 
 @pytest.fixture

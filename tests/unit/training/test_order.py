@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from regate_ds.training.order import Order
+from regate_ds.recipe.order import Order
 
 ORDER = Order(
     num_samples=29,

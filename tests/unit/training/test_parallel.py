@@ -8,12 +8,12 @@ import torch
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Batch
-from regate_ds.training.configuration import load_config
-from regate_ds.training.megatron import fits
-from regate_ds.training.megatron.fits import require_decoder, require_ranks, require_student
-from regate_ds.training.megatron.window import windows
-from regate_ds.training.plan_only import data_ranks_of
-from regate_ds.training.sections import ParallelConfig
+from regate_ds.recipe.config import megatron_limits as fits
+from regate_ds.recipe.config.megatron_limits import require_decoder, require_ranks, require_student
+from regate_ds.recipe.config.sections import ParallelConfig
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.engines.megatron.padding import windows
+from regate_ds.recipe.estimate.plan_walk import data_ranks_of
 from tests.batches import random_batch
 
 CONFIG = """
@@ -100,7 +100,7 @@ def test_what_is_not_installed_is_named(monkeypatch, missing, parallel, message)
 
 def test_without_a_gpu_the_way_out_is_named(monkeypatch):
     pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
-    from regate_ds.training.megatron.groups import require_device
+    from regate_ds.recipe.engines.megatron.groups import require_device
 
     def none():
         raise AssertionError("Torch not compiled with CUDA enabled")

@@ -4,7 +4,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from regate_ds.training.plots import TokenMark, plot_accuracy, plot_sample
+from regate_ds.recipe.reports.plots import TokenMark, plot_accuracy, plot_sample
 
 EVALS = {
     name: [

@@ -4,15 +4,10 @@ import pytest
 import torch
 
 from regate_ds.job.process import Process
-from regate_ds.training import preflight
-from regate_ds.training.configuration import dump_config, load_config
-from regate_ds.training.metrics import RunFolder
-from regate_ds.training.preflight import (
-    describe_run,
-    judge_run,
-    judge_teacher,
-    require_one_data_set,
-)
+from regate_ds.recipe import preflight
+from regate_ds.recipe.config.tree import dump_config, load_config
+from regate_ds.recipe.preflight import describe_run, judge_run, judge_teacher, require_one_data_set
+from regate_ds.recipe.run_folder import RunFolder
 
 CONFIG = """
 model: {path: student}

@@ -6,7 +6,7 @@ import torch
 
 from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Record, Turn
-from regate_ds.training.realmodel import words_in_upper_half
+from regate_ds.recipe.tasks.digits.realmodel import words_in_upper_half
 
 
 def test_a_word_is_found_by_its_hardest_token():

@@ -10,15 +10,15 @@ import torch
 
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.records import read_records
-from regate_ds.training import scene_stages as s
-from regate_ds.training.align import align_student, notes
-from regate_ds.training.digit_questions import DIGITS, Shown
-from regate_ds.training.digits import Part, handwritten
-from regate_ds.training.pretrain import encoder_of
-from regate_ds.training.scene_stages import learn_words
-from regate_ds.training.stages import StageConfig, finished_stage, optimise
-from regate_ds.training.student import Student, build_llava, load_student
-from regate_ds.training.tokenizer import train_tokenizer
+from regate_ds.recipe.students.student import Student, build_llava, load_student
+from regate_ds.recipe.tasks.digits import tower as s
+from regate_ds.recipe.tasks.digits.alignment import align_student, notes
+from regate_ds.recipe.tasks.digits.phase import StageConfig, finished_stage, optimise
+from regate_ds.recipe.tasks.digits.questions import DIGITS, Shown
+from regate_ds.recipe.tasks.digits.scenes import Part, handwritten
+from regate_ds.recipe.tasks.digits.student import encoder_of
+from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.digits.tower import learn_words
 from tests.integration.small_task import TEXT, VISION, make_task
 
 PART = Part("train", handwritten("train"), 0, None)

@@ -11,9 +11,9 @@ import torch
 
 from regate_ds import cli
 from regate_ds.data.llava.records import Turn
+from regate_ds.recipe.reports.store import word_losses
 from regate_ds.stores.reference.manifest import shard_path
 from regate_ds.teacher.precompute import precompute
-from regate_ds.training.store_report import word_losses
 from tests.unit.teacher.plain_job import make_plain_job
 from tests.unit.teacher.reference_job import NUM_SAMPLES, make_job
 

@@ -12,15 +12,15 @@ from tiny_students import (
     make_tokenizer,
 )
 
-from regate_ds.training.sections import LoraConfig, ModelConfig
-from regate_ds.training.student import (
+from regate_ds.recipe.config.sections import LoraConfig, ModelConfig
+from regate_ds.recipe.corpus import make_student, trainable
+from regate_ds.recipe.students.student import (
     build_llava,
     load_student,
     save_student,
     text_backbone,
     vision_tower,
 )
-from regate_ds.training.task import make_student, trainable
 
 each_student = pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
 

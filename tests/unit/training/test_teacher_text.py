@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from regate_ds.job.process import Process
+from regate_ds.recipe.config.tree import RunConfig, load_config
+from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.online_teacher import open_online
+from regate_ds.recipe.teacher import teacher_text
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.scoring import score_samples
-from regate_ds.training.configuration import RunConfig, load_config
-from regate_ds.training.online_teacher import open_online
-from regate_ds.training.task import build_task
-from regate_ds.training.teacher_text import teacher_text
 from tests.integration.small_task import make_task
 from tests.models import causal_lm
 from tests.unit.teacher.two_tokenizers import by_pieces

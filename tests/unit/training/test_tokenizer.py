@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from regate_ds.data.llava.records import read_records
 from regate_ds.data.llava.template import Template, text_segments
-from regate_ds.training.digits import build_digits
-from regate_ds.training.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.digits.scenes import build_digits
+from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 
 TEXTS = ["The number seven is red.", "The number two is red, it is small."] * 3
 

@@ -5,7 +5,7 @@ import torch
 from tiny_students import STUDENTS, make_image, make_llava, make_qwen2_vl
 from transformers import CLIPImageProcessorPil, LlavaConfig, ViTImageProcessorPil
 
-from regate_ds.training.vision_inputs import (
+from regate_ds.recipe.students.vision_inputs import (
     LlavaVision,
     clip_processor,
     qwen2_vl_processor,

@@ -5,7 +5,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from regate_ds.training.student import Student, build_llava, build_qwen2_vl
+from regate_ds.recipe.students.student import Student, build_llava, build_qwen2_vl
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<image>"]
 SENTENCE = "what is shown ? a red blue 3 7 digit at the top : USER ASSISTANT"

@@ -1,0 +1,124 @@
+"""The configuration of a run: one frozen tree, read from YAML and judged before anything is loaded.
+
+    model: {path: models/student}
+    data: {train: scenes/train.json, test: scenes/test.json}
+    run: {out: runs/first, steps: 400}
+
+docs/configuration.md lists every key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from regate_ds.recipe.config.megatron_limits import require_settings
+from regate_ds.recipe.config.reader import plain_values, read_section
+from regate_ds.recipe.config.sections import (
+    DataConfig,
+    ElisionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunSection,
+    TeacherConfig,
+)
+from regate_ds.recipe.config.yaml import read_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run; two runs with equal trees on equal data are the same run."""
+
+    model: ModelConfig
+    data: DataConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    elision: ElisionConfig = field(default_factory=ElisionConfig)
+    parallel: ParallelConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunSection
+
+    def __post_init__(self) -> None:
+        if self.run.steps is not None:
+            self.elision.judge_length(self.run.steps)
+        if self.parallel is not None:
+            require_settings(self)
+        if self.run.plan_only and not self.elision.enabled:
+            raise ValueError(
+                "run.plan_only=True: with elision.enabled=false nothing is planned; set "
+                "elision.enabled=true"
+            )
+        if self.selects and self.teacher.mode == "store" and self.teacher.store is None:
+            raise ValueError(
+                "teacher.store=None: elision ranks tokens by the teacher's losses; name the folder "
+                "that `regate teacher` writes, set teacher.mode=online, or elision.keep_share=1.0"
+            )
+        if self.run.eval_every and self.data.test is None:
+            raise ValueError(
+                f"run.eval_every={self.run.eval_every}: there is nothing to evaluate on; "
+                "set data.test, or run.eval_every=0"
+            )
+
+    @property
+    def scores_online(self) -> bool:
+        """True if the teacher runs inside the training job."""
+        return self.selects and self.teacher.mode == "online"
+
+    @property
+    def selects(self) -> bool:
+        """True if some step may elide tokens, so that scores are needed."""
+        return self.elision.enabled and self.elision.keep_share < 1.0
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply overrides (``section.key=value``, values in YAML), judge the result.
+
+    ValueError is one line with the file, the key, its value and what is allowed.
+    """
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return read_section(RunConfig, tree, where="")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole tree as YAML, defaults included; ``load_config`` gives back an equal one."""
+    return yaml.safe_dump(plain_values(config), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds a {type(tree).__name__}; it must hold sections with keys")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = read_yaml(text)
+    except ValueError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, key = name.split(".")
+    node = tree
+    for depth, parent in enumerate(parents, start=1):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {'.'.join(parents[:depth])} has no keys")
+    node[key] = value

@@ -1,0 +1,159 @@
+"""What the ranks of a job find out together: each other, the time of a sum, and a shared folder."""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from regate_ds.job.process import Process
+from regate_ds.recipe.doctor.check import Finding
+
+_MEBIBYTES = 16
+_REPEATS = 5
+
+SECONDS_TO_SEE = 20.0
+"""Network file systems may show a new file later on other machines."""
+
+
+def examine_together(
+    process: Process, node: str, own: Sequence[Finding], axes: dict[str, int], folder: Path
+) -> list[Finding]:
+    """Add to each rank's own findings what only all can know. Collective; alike on all ranks.
+
+    axes: sizes of tensor, context and pipeline groups, as Megatron-core lays them out.
+    """
+    nodes: list[str] = _gathered(node, process)
+    findings = _merged(_gathered(list(own), process))
+    text = f"{process.world_size} on {len(set(nodes))} nodes"
+    findings.append(Finding("ranks", text, True, True))
+    for name, groups in groups_of(nodes, axes).items():
+        findings.append(_timed(name, groups, process))
+    findings.append(_shared(folder, process))
+    return findings
+
+
+def groups_of(nodes: Sequence[str], axes: dict[str, int]) -> dict[str, list[list[int]]]:
+    """Ranks that sum together, by axis: the world, each node, and each axis above 1.
+
+    ValueError if the axes do not divide the ranks.
+    """
+    count = len(nodes)
+    groups = {
+        "world": [list(range(count))],
+        "node": [[r for r in range(count) if nodes[r] == node] for node in dict.fromkeys(nodes)],
+    }
+    sizes = {"tensor": 1, "context": 1, "pipeline": 1} | axes
+    together = sizes["tensor"] * sizes["context"] * sizes["pipeline"]
+    if count % together:
+        text = ", ".join(f"parallel.{name}={size}" for name, size in axes.items())
+        raise ValueError(f"{text}: {count} ranks are no multiple of {together}")
+    # From the innermost to the outermost.
+    order = ("tensor", "context", "data", "pipeline")
+    sizes["data"] = count // together
+    stride = 1
+    for name in order:
+        size = sizes[name]
+        if size > 1 and together > 1:
+            starts = [r for r in range(count) if r // stride % size == 0]
+            groups[name] = [[start + i * stride for i in range(size)] for start in starts]
+        stride *= size
+    return groups
+
+
+def _timed(name: str, groups: list[list[int]], process: Process) -> Finding:
+    """Sum over this rank's group at once with all other groups of the axis."""
+    mine, group = groups[0], None
+    for members in groups:
+        made = dist.new_group(members)
+        if process.rank in members:
+            mine, group = members, made
+    seconds, right = [], True
+    for _ in range(_REPEATS + 1):
+        values = torch.full((_MEBIBYTES * 2**18,), float(process.rank), device=process.device)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(values, group=group)
+        # Waits for the device.
+        right = right and float(values[-1]) == sum(mine)
+        seconds.append(time.perf_counter() - start)
+    slowest = max(_gathered(statistics.median(seconds[1:]), process))
+    wrong = [rank for rank, fine in enumerate(_gathered(right, process)) if not fine]
+    text = f"{len(groups)} x {len(mine)} ranks: {_MEBIBYTES} MiB in {slowest * 1e3:.1f} ms"
+    advice = f"the sum is wrong on ranks {_listed(wrong)}" if wrong else ""
+    return Finding(f"sum over {name}", text, True, not wrong, advice)
+
+
+def _shared(folder: Path, process: Process) -> Finding:
+    """Every rank writes a file, and looks for those of all others."""
+    token = _gathered(secrets.token_hex(8), process)[0]
+    paths = [folder / f".regate-doctor-{token}-{rank}" for rank in range(process.world_size)]
+    problem = ""
+    try:
+        paths[process.rank].write_text(f"{token} {process.rank}")
+        lacks = _lacking(paths, token)
+        if lacks:
+            problem = f"does not see what ranks {_listed(lacks)} wrote"
+    except OSError as error:
+        problem = str(error)
+    problems = _gathered(problem, process)
+    paths[process.rank].unlink(missing_ok=True)
+    dist.barrier()
+    bad = [rank for rank, text in enumerate(problems) if text]
+    if not bad:
+        return Finding("shared folder", f"{folder}: all ranks see all", True, True)
+    advice = f"rank {bad[0]} {problems[bad[0]]}: runs need a folder that all nodes share"
+    return Finding("shared folder", f"{folder}", True, False, advice)
+
+
+def _lacking(paths: list[Path], token: str) -> list[int]:
+    """Ranks whose file has not come, or holds something else."""
+    end = time.monotonic() + SECONDS_TO_SEE
+    while True:
+        lacks = [rank for rank, path in enumerate(paths) if _text(path) != f"{token} {rank}"]
+        if not lacks or time.monotonic() > end:
+            return lacks
+        time.sleep(0.1)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _merged(by_rank: list[list[Finding]]) -> list[Finding]:
+    """The first rank's findings; where another's is worse or another, that it is so."""
+    return [_merged_one([findings[i] for findings in by_rank]) for i in range(len(by_rank[0]))]
+
+
+def _merged_one(found: list[Finding]) -> Finding:
+    first = found[0]
+    if not first.is_fine:
+        return first
+    for rank, other in enumerate(found):
+        if not other.is_fine:
+            advice = f"on rank {rank}: {other.advice or other.found}"
+            return Finding(first.name, other.found, first.is_required, False, advice)
+        if first.is_version and other.found != first.found:
+            advice = f"{other.found} on rank {rank}: install one version everywhere"
+            return Finding(first.name, first.found, first.is_required, False, advice)
+    return first
+
+
+def _gathered(value: Any, process: Process) -> list[Any]:
+    values: list[Any] = [None] * process.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    text = ", ".join(map(str, ranks[:8]))
+    return text if len(ranks) <= 8 else f"{text} and {len(ranks) - 8} more"

@@ -1,0 +1,100 @@
+"""A run's steps through a DeepSpeed engine around the Hugging Face student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from regate_ds.adapters.deepspeed.loop.loop import DeepSpeedRegate, Window, attach
+from regate_ds.data.collate import Batch
+from regate_ds.job.process import Process
+from regate_ds.recipe.config.deepspeed_json import deepspeed_config
+from regate_ds.recipe.corpus import trainable
+from regate_ds.recipe.engines.choose import Setup
+from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
+
+
+class DeepSpeedHost:
+    """ZeRO stages 0 to 3; every rank is a data rank."""
+
+    def __init__(self, engine: Any, regate: DeepSpeedRegate, process: Process) -> None:
+        self.engine, self.regate, self._process = engine, regate, process
+
+    @classmethod
+    def build(cls, setup: Setup) -> DeepSpeedHost:
+        import deepspeed
+
+        config = setup.config
+        model = trainable(setup.task.student, config.model, seed=config.run.seed)
+        regate = attach(model, setup.knobs, reference=setup.reference)
+        optimizer = make_optimizer(model, config.optimizer)
+        engine = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=make_lr_schedule(optimizer, config.optimizer, setup.total_steps),
+            config=deepspeed_config(config, setup.process.world_size),
+        )[0]
+        return cls(engine, regate, setup.process)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.module
+
+    @property
+    def lr(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def windows(self, loader: Iterable[Batch]) -> Iterator[Window]:
+        return self.regate.windows(loader, self.engine)
+
+    def run_step(self, window: Window) -> list[Tensor]:
+        losses = []
+        for inputs, plan in window:
+            output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
+            loss = self.regate.loss(output, plan)
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return losses
+
+    def end_step(self) -> None:
+        self.regate.step(applied=self.engine.was_step_applied())
+
+    def counts(self) -> dict[str, Any] | None:
+        return None if self.regate.plan is None else self.regate.metrics()
+
+    def grad_norm(self) -> float | None:
+        """None without ZeRO: deepspeed 0.19.8 does not tell there."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        yield self.engine.module
+
+    def save(self, checkpoint: Path, done: dict[str, Any]) -> None:
+        folder, tag = str(checkpoint.parent), checkpoint.name
+        self.engine.save_checkpoint(folder, tag=tag, client_state=done, save_latest=False)
+        self.regate.save(checkpoint)
+
+    def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
+        """ZeRO cuts the optimizer's state by rank."""
+        stage, num_ranks = self.engine.zero_optimization_stage(), self._process.world_size
+        if stage >= 1 and num_saved != num_ranks:
+            raise ValueError(
+                f"{checkpoint} is of {num_saved} ranks under ZeRO stage {stage}, this job has "
+                f"{num_ranks}; resume with {num_saved} ranks"
+            )
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        path, done = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None:
+            raise FileNotFoundError("it lacks the engine's files")
+        return done
+
+    def load_method(self, checkpoint: Path) -> None:
+        self.regate.load(checkpoint, self.engine)

@@ -1,0 +1,168 @@
+"""The recipe's student as Megatron-core's model chunks: tower and projector before a GPTModel.
+
+The tower and the projector are the Hugging Face student's own modules, whole on every tensor rank
+of the first stage: each computes the same features, and gets the whole gradient of them.
+
+Shapes: B rows, T positions, I images, P features of an image, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from torch import Tensor, nn
+
+from regate_ds.parallel.resharding import Cut
+from regate_ds.recipe.config.sections import ModelConfig, ParallelConfig
+from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
+from regate_ds.recipe.engines.megatron.weights import load_whole, to_megatron
+from regate_ds.recipe.students.student import Student, text_backbone
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+class StudentChunk(MegatronModule):
+    """One part of the decoder; the first has tower and projector."""
+
+    def __init__(self, gpt: GPTModel, vision: nn.Module | None, image_id: int) -> None:
+        super().__init__(config=gpt.config)
+        self.gpt, self.vision, self._image_id = gpt, vision, image_id
+        # What Megatron's schedules and its finalisation of gradients ask a model for.
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = gpt.pre_process, gpt.post_process
+        self.vp_stage = gpt.vp_stage
+        self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
+
+    def forward(
+        self, ids_BT: Tensor, pixel_values: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Losses [B, T] of the labels, or what the next part takes; of this context rank's part of
+        T, as are the labels."""
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        decoder_input = None
+        if self.pre_process:
+            decoder_input = self._embedded(ids_BT, positions_BT, pixel_values)
+        ids_BT, positions_BT = context_part(ids_BT, 1), context_part(positions_BT, 1)
+        return self.gpt(ids_BT, positions_BT, None, decoder_input=decoder_input, labels=labels)
+
+    def _embedded(self, ids_BT: Tensor, positions_BT: Tensor, pixels: Tensor | None) -> Tensor:
+        """[T, B, H], or this rank's part of T under context and sequence parallelism."""
+        words_TBH = self.gpt.embedding(input_ids=ids_BT, position_ids=positions_BT)
+        if pixels is not None:
+            assert self.vision is not None
+            words_BTH = words_TBH.transpose(0, 1)
+            features_IPH = torch.stack(list(_features(self.vision, pixels.to(words_BTH.dtype))))
+            is_image_BT1 = (ids_BT == self._image_id).unsqueeze(-1)
+            merged_BTH = words_BTH.masked_scatter(is_image_BT1, features_IPH.to(words_BTH.dtype))
+            words_TBH = merged_BTH.transpose(0, 1).contiguous()
+        words_TBH = context_part(words_TBH, 0)
+        if self.config.sequence_parallel:
+            # Backward gathers: every tensor rank has the gradient of the whole sequence.
+            words_TBH = scatter_to_sequence_parallel_region(words_TBH)
+        return words_TBH
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        self.gpt.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        return self.gpt.shared_embedding_or_output_weight()
+
+
+def context_part(x: Tensor, dim: int) -> Tensor:
+    """This context rank's part of the sequence along ``dim``."""
+    size = mpu.get_context_parallel_world_size()
+    if size == 1:
+        return x
+    held = Cut(size).held(x.shape[dim])[mpu.get_context_parallel_rank()]
+    return x.index_select(dim, held.to(x.device))
+
+
+def _features(vision: Any, pixels: Tensor) -> Sequence[Tensor]:
+    return vision.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+
+
+def host_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's settings for the student's decoder under these axes."""
+    return transformer_config(
+        text,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Batched transfers are CUDA's.
+        batch_p2p_comm=torch.cuda.is_available(),
+        deallocate_pipeline_outputs=True,
+        finalize_model_grads_func=finalize_model_grads,
+        **_RECOMPUTE[parallel.recompute],
+    )
+
+
+def build_chunks(
+    student: Student, model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+) -> list[DistributedDataParallel]:
+    """This rank's part of the student with its weights, wrapped; the student is left as it is."""
+    backbone = text_backbone(student.model)
+    config = host_config(backbone.config, parallel, dtype)
+    weights = to_megatron(backbone.state_dict(), backbone.config)
+    chunks = []
+    for number in range(parallel.virtual):
+        gpt = gpt_chunk(backbone.config, config, number if parallel.virtual > 1 else None)
+        load_whole([gpt], weights)
+        vision = _vision(student, model) if gpt.pre_process else None
+        chunk = StudentChunk(gpt, vision, student.model.config.image_token_id).train()
+        chunks.append(_wrapped(chunk, config, parallel))
+    return chunks
+
+
+def _vision(student: Student, config: ModelConfig) -> nn.Module:
+    """A copy of the student without its decoder."""
+    inner: Any = student.model.model
+    decoder, inner.language_model = inner.language_model, None
+    try:
+        vision = copy.deepcopy(inner)
+    finally:
+        inner.language_model = decoder
+    if config.freeze_vision:
+        vision.vision_tower.requires_grad_(False)
+    return vision
+
+
+def _wrapped(
+    chunk: nn.Module, config: TransformerConfig, parallel: ParallelConfig
+) -> DistributedDataParallel:
+    chunk = chunk.to("cuda" if torch.cuda.is_available() else "cpu")
+    inner = Float16Module(config, chunk) if config.bf16 else chunk
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return DistributedDataParallel(config, settings, inner)
+
+
+def student_chunks(chunks: Sequence[nn.Module]) -> list[StudentChunk]:
+    """Below what wraps them."""
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, StudentChunk)]

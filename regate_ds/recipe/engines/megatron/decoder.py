@@ -1,0 +1,91 @@
+"""A Llama-shaped decoder as Megatron-core's GPTModel, under the axes that are set up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch.nn import functional as F
+
+from regate_ds.recipe.config.megatron_limits import require_decoder
+from regate_ds.recipe.engines.megatron.norm import RootMeanSquareNorm
+from regate_ds.recipe.engines.megatron.weights import head_size
+
+try:
+    import transformer_engine  # noqa: F401
+except ImportError:
+    HAS_ENGINE = False
+else:
+    HAS_ENGINE = True
+
+
+def transformer_config(text: Any, **more: Any) -> TransformerConfig:
+    """Megatron's settings for a Hugging Face decoder config. ValueError names what differs."""
+    require_decoder(text)
+    settings = {
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_query_groups": text.num_key_value_heads,
+        "kv_channels": head_size(text),
+        "ffn_hidden_size": text.intermediate_size,
+        "layernorm_epsilon": text.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": text.model_type == "qwen2",
+        "hidden_dropout": 0.0,
+        "attention_dropout": text.attention_dropout,
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "calculate_per_token_loss": True,
+        # The weights are the student's: what initialises them does not matter.
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
+        "context_parallel_size": mpu.get_context_parallel_world_size(),
+        "pipeline_model_parallel_size": mpu.get_pipeline_model_parallel_world_size(),
+    }
+    return TransformerConfig(**{**settings, **more})
+
+
+def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
+    """This rank's part of the decoder with its output layer."""
+    return GPTModel(
+        config,
+        get_gpt_layer_with_transformer_engine_spec() if HAS_ENGINE else _plain_layers(config),
+        text.vocab_size,
+        text.max_position_embeddings,
+        pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type="rope",
+        rotary_base=text.rope_parameters["rope_theta"],
+        share_embeddings_and_output_weights=text.tie_word_embeddings,
+        scatter_embedding_sequence_parallel=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _plain_layers(config: TransformerConfig) -> Any:
+    """This rank's layers of torch's own operations."""
+    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RootMeanSquareNorm
+    num_parts = config.pipeline_model_parallel_size * (
+        config.virtual_pipeline_model_parallel_size or 1
+    )
+    return TransformerBlockSubmodules(
+        [layer] * (config.num_layers // num_parts), RootMeanSquareNorm
+    )

@@ -1,0 +1,224 @@
+"""A run's steps through Megatron-core: its model, its schedule and its optimizer.
+
+All ranks of a replica read their data rank's samples; the plan is made and sent as in a training
+loop of a user's own (regate_ds/adapters/megatron/attach.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from regate_ds.adapters.megatron import MegatronRegate, attach
+from regate_ds.data.collate import Batch
+from regate_ds.parallel.resharding import Cut
+from regate_ds.recipe.config.megatron_limits import require_student
+from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.engines.choose import Setup
+from regate_ds.recipe.engines.megatron.checkpoint import load_rank, save_rank
+from regate_ds.recipe.engines.megatron.chunks import build_chunks, context_part, student_chunks
+from regate_ds.recipe.engines.megatron.export import fill_student
+from regate_ds.recipe.engines.megatron.groups import Replica
+from regate_ds.recipe.engines.megatron.padding import windows
+from regate_ds.recipe.optimizer import lr_share
+from regate_ds.teacher.online import OnlineReference
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class StepResult:
+    """What the last step ended in."""
+
+    applied: bool = False
+    grad_norm: float | None = None
+    counts: dict[str, Any] | None = None
+
+
+class MegatronHost:
+    """One rank's part in the run."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        chunks: list[DistributedDataParallel],
+        regate: MegatronRegate,
+        optimizer: Any,
+    ) -> None:
+        self.chunks, self.regate, self.optimizer = chunks, regate, optimizer
+        self._setup, self._replica = setup, Replica.of_this_rank()
+        self._schedule = regate.wrap(get_forward_backward_func())
+        self._lr_share = lr_share(setup.config.optimizer, setup.total_steps)
+        self._num_done, self._last = 0, StepResult()
+
+    @classmethod
+    def build(cls, setup: Setup) -> MegatronHost:
+        config, student = setup.config, setup.task.student
+        assert config.parallel is not None
+        assert not isinstance(setup.reference, OnlineReference)
+        model: Any = student.model
+        require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
+        dtype = _DTYPES[config.run.precision]
+        chunks = build_chunks(student, config.model, config.parallel, dtype)
+        # From here on it is only filled, to be evaluated or written.
+        model.to(dtype)
+        layout = "thd" if config.parallel.layout == "ragged" else "sbhd"
+        regate = attach(chunks, setup.knobs, reference=setup.reference, layout=layout)
+        optimizer = get_megatron_optimizer(
+            optimizer_settings(config), [*chunks], use_gloo_process_groups=False
+        )
+        for group in optimizer.param_groups:
+            # Megatron leaves it to its own scheduler to apply this.
+            group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
+        return cls(setup, chunks, regate, optimizer)
+
+    @property
+    def lr(self) -> float:
+        return self._setup.config.optimizer.lr * self._lr_share(self._num_done)
+
+    def windows(self, loader: Iterable[Batch]) -> Iterator[list[Batch]]:
+        config = self._setup.config
+        assert config.parallel is not None
+        parallel = config.parallel
+        return windows(
+            loader,
+            config.run.accumulation,
+            pad_id=self._setup.task.student.pad_id,
+            multiple=Cut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple,
+        )
+
+    def run_step(self, window: list[Batch]) -> list[Tensor]:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        reports = self._run_schedule(window)
+        applied, norm, _ = self.optimizer.step()
+        clips = self._setup.config.optimizer.grad_clip is not None
+        losses, counts = self._replica.tell(self._figures(reports))
+        self._last = StepResult(bool(applied), float(norm) if clips else None, counts)
+        self._num_done += 1
+        return list(torch.tensor(losses, dtype=torch.float64))
+
+    def _run_schedule(self, window: list[Batch]) -> Sequence[dict[str, Tensor]]:
+        several = len(self.chunks) > 1
+        on_device = [batch.to(self._setup.process.device) for batch in window]
+        iterators = [iter(on_device) for _ in self.chunks]
+        rows, length = window[0].tokens.segment_BT.shape
+        return self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if several else iterators[0],
+            model=self.chunks if several else self.chunks[0],
+            num_microbatches=len(window),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=False,
+        )
+
+    def _figures(
+        self, reports: Sequence[dict[str, Tensor]]
+    ) -> tuple[list[float], dict[str, Any] | None] | None:
+        """Each micro-batch's share in the step's loss, and the plan's counts; on the last stage.
+
+        A share times the number of micro-batches and data ranks: their mean is the loss.
+        """
+        if not reports:
+            return None
+        sums_M2 = torch.stack([report["lm loss"] for report in reports]).double()
+        if mpu.get_context_parallel_world_size() > 1:
+            # Each context rank has the targets of its own positions.
+            dist.all_reduce(sums_M2, group=mpu.get_context_parallel_group())
+        num_targets, data = sums_M2[:, 1].sum(), self._setup.data
+        if data.group is not None:
+            dist.all_reduce(num_targets, group=data.group)
+        scale = len(reports) * data.world_size / num_targets
+        return (sums_M2[:, 0] * scale).tolist(), self.regate.metrics()
+
+    def end_step(self) -> None:
+        self.regate.step(applied=self._last.applied)
+
+    def counts(self) -> dict[str, Any] | None:
+        return self._last.counts
+
+    def grad_norm(self) -> float | None:
+        """None where nothing is clipped: Megatron does not measure it then."""
+        return self._last.grad_norm
+
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        student = self._setup.task.student
+        fill_student(student, student_chunks(self.chunks))
+        model: Any = student.model
+        yield model.to(self._setup.process.device)
+        model.to("cpu")
+
+    def save(self, checkpoint: Path, done: dict[str, Any]) -> None:
+        more = {"done": done, "num_done": self._num_done}
+        save_rank(checkpoint, self.chunks, self.optimizer, more)
+        self.regate.save(checkpoint)
+
+    def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
+        num_ranks = self._setup.process.world_size
+        if num_saved != num_ranks:
+            raise ValueError(
+                f"{checkpoint} is of {num_saved} ranks of Megatron-core, this job has {num_ranks}; "
+                f"resume with {num_saved} ranks"
+            )
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        more = load_rank(checkpoint, self.chunks, self.optimizer)
+        self._num_done = more["num_done"]
+        return more["done"]
+
+    def load_method(self, checkpoint: Path) -> None:
+        self.regate.load(checkpoint)
+
+
+def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
+    """The host's own: the loss of every label position. Elision puts its plan in place of it."""
+    batch = next(iterator)
+    labels_BT = context_part(batch.tokens.labels_BT.to(batch.inputs["input_ids"].device), 1)
+    output = model(
+        batch.inputs["input_ids"],
+        pixel_values=batch.inputs.get("pixel_values"),
+        labels=labels_BT.clamp(min=0),
+    )
+
+    def loss(losses_BT: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        is_label_BT = labels_BT >= 0
+        total, count = (losses_BT.float() * is_label_BT).sum(), is_label_BT.sum()
+        report = torch.stack([total.detach(), count.to(total.dtype)])
+        return total, count.int(), {"lm loss": report}
+
+    return output, loss
+
+
+def optimizer_settings(config: RunConfig) -> OptimizerConfig:
+    """AdamW as under DeepSpeed: vectors do not decay, which is Megatron's own rule, too."""
+    ours, is_half = config.optimizer, config.run.precision == "bf16"
+    assert config.parallel is not None
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=ours.lr,
+        weight_decay=ours.weight_decay,
+        decoupled_weight_decay=True,
+        adam_beta1=ours.betas[0],
+        adam_beta2=ours.betas[1],
+        adam_eps=ours.eps,
+        clip_grad=ours.grad_clip or 0.0,
+        bf16=is_half,
+        params_dtype=_DTYPES[config.run.precision],
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )

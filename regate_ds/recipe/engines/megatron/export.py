@@ -1,0 +1,44 @@
+"""The trained student in the Hugging Face form, put together from all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from regate_ds.recipe.engines.megatron.chunks import StudentChunk
+from regate_ds.recipe.engines.megatron.weights import from_megatron, gather_whole
+from regate_ds.recipe.students.student import Student, text_backbone
+
+
+def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:
+    """Put all trained weights into the student, on the CPU. Collective over the model's ranks."""
+    model: Any = student.model
+    model.to("cpu")
+    backbone = text_backbone(model)
+    decoder = from_megatron(gather_whole([chunk.gpt for chunk in chunks]), backbone.config)
+    vision = _gather_vision(chunks)
+    with torch.no_grad():
+        # The view's weights lie where the student's do.
+        for name, parameter in backbone.named_parameters():
+            parameter.copy_(decoder[name])
+        for name, parameter in model.model.named_parameters():
+            if not name.startswith("language_model."):
+                parameter.copy_(vision[name])
+
+
+def _gather_vision(chunks: Sequence[StudentChunk]) -> dict[str, Tensor]:
+    """Tower and projector, from the first stage."""
+    mine = {
+        name: parameter.detach().cpu()
+        for chunk in chunks
+        if chunk.vision is not None
+        for name, parameter in chunk.vision.named_parameters()
+    }
+    stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
+    return stages[0]

@@ -1,0 +1,69 @@
+"""Megatron's groups for a run, and the one over which a replica's figures are told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from regate_ds.adapters.megatron.groups import rank_table
+from regate_ds.job.process import Process
+from regate_ds.parallel.layout import host_group, replicas
+from regate_ds.recipe.config.tree import RunConfig
+
+
+def join(config: RunConfig, process: Process) -> Process:
+    """Make the groups; this process among the data ranks. Collective over the job."""
+    parallel = config.parallel
+    assert parallel is not None
+    require_device()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(config.run.seed)
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    return Process(rank, size, process.device, mpu.get_data_parallel_group())
+
+
+def require_device() -> None:
+    """ValueError where there is no CUDA device: Megatron-core makes its small tensors on it."""
+    try:
+        torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"parallel.*: Megatron-core needs a GPU, and torch finds none ({error}); set "
+            "parallel=null to train on CPUs"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The ranks of one copy of the model; the planner has the losses."""
+
+    group: dist.ProcessGroup | None
+    planner: int
+    """A rank of the world: last stage, first tensor and context rank."""
+
+    @classmethod
+    def of_this_rank(cls) -> Replica:
+        """Collective over the job."""
+        table = rank_table()
+        groups = replicas([data_rank for data_rank, _ in table])
+        own = next(ranks for ranks in groups if dist.get_rank() in ranks)
+        return cls(host_group(groups), next(rank for rank in own if table[rank][1]))
+
+    def tell(self, value: Any) -> Any:
+        """The planner's value, on all ranks. Collective over the replica."""
+        if self.group is None:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, self.planner, group=self.group)
+        return told[0]

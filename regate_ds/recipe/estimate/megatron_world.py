@@ -1,0 +1,248 @@
+"""A world of thousands of ranks in one process, without a device: groups, plans, shapes, bytes.
+
+    python -m regate_ds.recipe.estimate.megatron_world [--all]
+
+Torch's fake process group stands in for the network and meta tensors for activations: the groups
+are Megatron's, the exchange of plans and the moves of rows are the product's own code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from regate_ds.adapters.megatron.groups import Axes, Table, find_axes
+from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise
+from regate_ds.adapters.plan_wire import encode, share
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.select import ElisionPlan, plan_sparse, widen
+from regate_ds.parallel.layout import replicas
+from regate_ds.parallel.resharding import Cut, move_rows
+from regate_ds.session import StepPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Sizes of the run that is imagined; sequence parallel, constant rows, first_layer 1."""
+
+    tensor: int = 8
+    pipeline: int = 8
+    context: int = 2
+    data: int = 32
+    num_micro: int = 8
+    num_tokens: int = 4096
+    keep_share: float = 0.5
+    hidden: int = 8192
+    num_bytes: int = 2
+    """Of one activation: bf16."""
+
+    num_answer_tokens: int = 1_000_000_000
+    """Answer tokens of the data set, which the stores hold a value for."""
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.context, self.tensor)
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """What one rank holds and moves in an optimizer step."""
+
+    rank: int
+    tensor: int
+    context: int
+    stage: int
+    data: int
+    kept_rows: int
+    """Rows of kept tokens here, summed over micro-batches."""
+
+    plan_bytes: int
+    gather_bytes: int
+    """Rows that leave for another rank of the sequence when the kept ones are cut anew."""
+
+    p2p_bytes: int
+    store_bytes: int
+
+
+def ranks_of(world: World) -> list[tuple[int, int, int, int]]:
+    """(tensor, context, stage, data) of each rank, in Megatron's default order."""
+    generator = mpu.RankGenerator(
+        tp=world.tensor,
+        ep=1,
+        dp=world.data,
+        pp=world.pipeline,
+        cp=world.context,
+        order="tp-cp-ep-dp-pp",
+    )
+    places = [[0, 0, 0, 0] for _ in range(world.size)]
+    for axis, name in enumerate(("tp", "cp", "pp", "dp")):
+        for group in generator.get_ranks(name):
+            for number, rank in enumerate(group):
+                places[rank][axis] = number
+    return [(p[0], p[1], p[2], p[3]) for p in places]
+
+
+def plans_of(world: World, data_rank: int) -> tuple[ElisionPlan, ...]:
+    """Plans of one replica's micro-batches, of random samples; the rows are of one length."""
+    generator = torch.Generator().manual_seed(data_rank)
+    micro = []
+    for number in range(world.num_micro):
+        prompt = int(
+            torch.randint(world.num_tokens // 4, world.num_tokens // 2, (), generator=generator)
+        )
+        labels = torch.randint(100, (1, world.num_tokens), generator=generator)
+        labels[:, :prompt] = labels[:, -1:] = IGNORE
+        batch = TokenBatch(((("set", number),),), torch.zeros_like(labels), labels)
+        scores = torch.rand(world.num_tokens - prompt - 1, generator=generator)
+        micro.append(
+            plan_sparse(
+                batch,
+                scores,
+                keep_share=world.keep_share,
+                align="predictor",
+                token_multiple=world.cut.multiple,
+            )
+        )
+    longest = max(plan.num_slots for plan in micro)
+    return tuple(widen(plan, longest) for plan in micro)
+
+
+def rows_of(world: World) -> list[RankRow]:
+    """One row for each rank, from the plans alone."""
+    places, rows = ranks_of(world), []
+    for data_rank in range(world.data):
+        micro = plans_of(world, data_rank)
+        header, array = encode(0, False, micro)
+        plan_bytes = 4 * (len(header) + len(array))
+        shares = {
+            (tensor, context): [localise(plan, _place(world, tensor, context)) for plan in micro]
+            for tensor in range(world.tensor)
+            for context in range(world.context)
+        }
+        rows += [
+            _row(world, rank, place, shares[place[0], place[1]], plan_bytes)
+            for rank, place in enumerate(places)
+            if place[3] == data_rank
+        ]
+    return sorted(rows, key=lambda row: row.rank)
+
+
+def _place(world: World, tensor: int, context: int) -> Place:
+    return Place(
+        context_size=world.context,
+        context_rank=context,
+        sequence_size=world.tensor,
+        sequence_rank=tensor,
+    )
+
+
+def _row(
+    world: World,
+    rank: int,
+    place: tuple[int, int, int, int],
+    micro: list[LocalPlan],
+    plan_bytes: int,
+) -> RankRow:
+    tensor, context, stage, data = place
+    row_bytes = world.hidden * world.num_bytes
+    kept = sum(local.kept_shape[0] for local in micro)
+    at = context * world.tensor + tensor
+    crossing = sum(local.gather.num_crossing(at) for local in micro if local.gather is not None)
+    last = stage == world.pipeline - 1
+    # Activations onward from all but the last stage, gradients back from all but the first.
+    transfers = (not last) + (stage > 0)
+    plans = last and tensor == 0 and context == 0
+    # fp16 reference, mapped from disk; fp32 difficulty, each data rank its share.
+    stores = 2 * world.num_answer_tokens + 4 * world.num_answer_tokens // world.data
+    return RankRow(
+        rank=rank,
+        tensor=tensor,
+        context=context,
+        stage=stage,
+        data=data,
+        kept_rows=kept,
+        plan_bytes=plan_bytes,
+        gather_bytes=crossing * row_bytes * (stage == 0),
+        p2p_bytes=transfers * kept * row_bytes,
+        store_bytes=stores * plans,
+    )
+
+
+@contextmanager
+def joined(world: World, rank: int) -> Iterator[Axes]:
+    """Megatron's groups and ours as ``rank`` of the world sees them, over the fake network."""
+    places = ranks_of(world)
+    table: Table = [(data, (t, c, s) == (0, 0, world.pipeline - 1)) for t, c, s, data in places]
+    dist.init_process_group("fake", rank=rank, world_size=world.size, store=FakeStore())
+    try:
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=world.tensor,
+            pipeline_model_parallel_size=world.pipeline,
+            context_parallel_size=world.context,
+            create_gloo_process_groups=False,
+        )
+        found = (
+            mpu.get_tensor_model_parallel_rank(),
+            mpu.get_context_parallel_rank(),
+            mpu.get_pipeline_model_parallel_rank(),
+            mpu.get_data_parallel_rank(),
+        )
+        assert found == places[rank], f"rank {rank} is {found}, expected {places[rank]}"
+        config: Any = SimpleNamespace(
+            sequence_parallel=True, tensor_model_parallel_size=world.tensor
+        )
+        yield find_axes(config, ragged=False, ends_early=False, table=table)
+    finally:
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def exchange(world: World, axes: Axes) -> tuple[int, ...]:
+    """Send the plan as the rank that plans would, and move meta rows by it; their shape."""
+    micro = plans_of(world, mpu.get_data_parallel_rank())
+    counts: dict[str, int] = {}
+    planned = StepPlan(0, False, micro, micro[0].num_targets, counts)
+    sent = share(planned, axes.planner, axes.replica)
+    local = localise(sent.micro[0], axes.place).to("meta")
+    assert local.gather is not None
+    full = torch.empty(*local.full_shape, world.hidden, dtype=torch.bfloat16, device="meta")
+    return tuple(move_rows(full, local.gather, local.kept_shape, axes.split).shape)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="print every rank, not a choice")
+    world, start = World(), time.monotonic()
+    every = parser.parse_args().all
+    rows = rows_of(world)
+    groups = replicas([data for *_, data in ranks_of(world)])
+    planner = next(row.rank for row in rows if row.store_bytes)
+    with joined(world, planner) as axes:
+        shape = exchange(world, axes)
+    names = [field.name for field in fields(RankRow)]
+    print(" ".join(f"{name:>13}" for name in names))
+    for row in rows:
+        if every or (row.data in (0, world.data - 1) and row.tensor == 0):
+            print(" ".join(f"{getattr(row, name):>13,}" for name in names))
+    print(f"{world.size:,} ranks, {len(groups)} replicas of {len(groups[0])}; kept rows of a")
+    print(f"micro-batch at rank {planner}: {shape}; {time.monotonic() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

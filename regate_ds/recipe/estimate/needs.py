@@ -1,0 +1,98 @@
+"""What a run needs of memory and disk, as far as its configuration tells, against what is free.
+
+    memory of a rank    weights + gradients + optimizer, without activations and buffers
+    weights             4 bytes for each parameter, 2 in bf16; cut over the ranks by ZeRO-3
+    gradients           as many for each trained parameter; cut by ZeRO-2 and 3
+    optimizer           8 bytes for each trained parameter, 12 in bf16; cut by ZeRO-1, 2 and 3
+    disk                each checkpoint that is kept, and the one that is being written: weights and
+                        optimizer; and the finished model: weights
+
+Megatron-core keeps gradients in 4 bytes. Its tensor and pipeline ranks each hold their part of the
+decoder, and those of the first stage, which is meant here, tower and projector whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from regate_ds.job.ranks import Ranks, ranks_on_node
+from regate_ds.recipe.config.deepspeed_json import deepspeed_config
+from regate_ds.recipe.config.tree import RunConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes."""
+
+    memory: int
+    """Of each rank."""
+
+    disk: int
+    """Of the whole run."""
+
+
+def estimate(config: RunConfig, num_ranks: int) -> Needs:
+    """What ``num_ranks`` ranks need for a run; the student is made without weights."""
+    from regate_ds.recipe.corpus import make_student, trainable
+
+    student = make_student(config.model, seed=None)
+    model = trainable(student, config.model, seed=0)
+    is_bf16, parts = config.run.precision == "bf16", 1
+    weights, gradients, optimizer = (2, 2, 12) if is_bf16 else (4, 4, 8)
+    if config.parallel is not None:
+        gradients, parts = 4, config.parallel.weight_parts
+    cut, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
+    per_weight = weights / (cut if stage >= 3 else 1)
+    per_trained = gradients / (cut if stage >= 2 else 1) + optimizer / (cut if stage >= 1 else 1)
+    memory, disk, checkpoints = 0.0, 0, _num_checkpoints(config) + 1
+    for name, parameter in model.named_parameters():
+        size, is_trained = parameter.numel(), parameter.requires_grad
+        memory += size * (per_weight + per_trained * is_trained) / _parts(name, parts)
+        disk += size * (checkpoints * (weights + optimizer * is_trained) + weights)
+    return Needs(int(memory), disk)
+
+
+def _parts(name: str, weight_parts: int) -> int:
+    """Ranks that share a weight of the student."""
+    return weight_parts if "language_model." in name or "lm_head." in name else 1
+
+
+def free_memory(ranks: Ranks) -> int:
+    """Bytes for this rank: of its GPU, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(ranks.local_rank)[0]
+    import psutil
+
+    return psutil.virtual_memory().available // ranks_on_node(ranks)
+
+
+def free_disk(folder: Path) -> int:
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def _zero_stage(config: RunConfig, num_ranks: int) -> int:
+    if config.parallel is not None:
+        return 1 if config.parallel.distributed_optimizer else 0
+    zero = deepspeed_config(config, num_ranks).get("zero_optimization", {})
+    return int(zero.get("stage", 0))
+
+
+def _num_checkpoints(config: RunConfig) -> int:
+    run = config.run
+    if run.keep_checkpoints is not None:
+        return run.keep_checkpoints
+    return 1 if not run.save_every or run.steps is None else -(-run.steps // run.save_every)

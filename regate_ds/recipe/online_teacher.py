@@ -1,0 +1,56 @@
+"""The recipe's teacher inside the training job, as `teacher.mode: online` asks for."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+from regate_ds.data.collate import Batch
+from regate_ds.job.process import Process
+from regate_ds.recipe.config.sections import TeacherConfig
+from regate_ds.recipe.corpus import Task
+from regate_ds.recipe.teacher import TeacherText, teacher_text
+from regate_ds.teacher.online import OnlineReference, Read, WindowScorer, samples_of
+from regate_ds.teacher.scoring import score_samples
+from regate_ds.teacher.sharding.placement import place_teacher, teacher_source
+from regate_ds.teacher.tokenizers.other import TwiceWritten
+
+
+def open_online(section: TeacherConfig, task: Task, process: Process) -> OnlineReference:
+    """Build the teacher, before the student's engine is. Collective over all ranks.
+
+    The student's own backbone is copied, weights and all, as it is before training.
+    """
+    text = teacher_text(section, task)
+    source = teacher_source(section, task)
+    if section.path is None:
+        backbone = source.load
+        source = replace(source, load=lambda: deepcopy(backbone()))
+    teacher = place_teacher(section, source, text.pad_id, process)
+    scorer = WindowScorer(
+        score=partial(score_samples, teacher.model, pad_id=text.pad_id),
+        tokens_per_batch=section.tokens_per_batch,
+        replica=teacher.layout.replica,
+        in_step=teacher.in_step,
+        device=process.device,
+    )
+    return OnlineReference(
+        text.scores(scorer),
+        _reader(text, task),
+        teacher_id=text.name(teacher.id),
+        index=task.index,
+        model=teacher.model,
+    )
+
+
+def _reader(text: TeacherText, task: Task) -> Read:
+    """By the ids of a micro-batch; a teacher with a tokenizer of its own goes by the records."""
+    if text.tokenizer is None:
+        return partial(samples_of, image_token_id=task.student.model.config.image_token_id)
+
+    def read(batch: Batch) -> list[TwiceWritten]:
+        rows = task.index.rows(batch.tokens.flat_keys)
+        return [text.writer.write(task.train_records[row]) for row in rows]
+
+    return read

@@ -1,0 +1,85 @@
+"""`regate compare`: runs side by side, as a table, as compare.json, and as pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regate_ds.recipe.reports.plots import plot_accuracy
+from regate_ds.recipe.run_folder import RunFolder
+from regate_ds.stores.atomic_file import write_atomically
+
+COLUMNS = (
+    ("accuracy_visual", "image words", "{:.3f}"),
+    ("accuracy_plain", "other words", "{:.3f}"),
+    ("answer_tokens_processed", "answer tok.", "{:.0f}"),
+    ("tokens_processed", "tokens", "{:.0f}"),
+    ("step_seconds_dense", "s/dense", "{:.3f}"),
+    ("step_seconds_sparse", "s/sparse", "{:.3f}"),
+    ("train_seconds", "train s", "{:.1f}"),
+    ("train_cpu_seconds", "train CPU s", "{:.1f}"),
+    ("peak_memory_bytes", "peak MB", "{:.0f}"),
+)
+"""Key of a run's summary, heading, and how the value is printed."""
+
+
+_OWN = {"run.out", "run.resume"}
+"""Settings that may differ between runs that are the same."""
+
+
+def compare_runs(folders: Sequence[Path], *, out: Path | None = None) -> str:
+    """The table of finished runs; with ``out``, compare.json and the pictures go there too."""
+    runs = [RunFolder(folder) for folder in folders]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs are named by their folders, and {names} holds a name twice")
+    summaries = {run.name: run.summary() for run in runs}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"runs": summaries}, indent=2) + "\n"
+        write_atomically(out / "compare.json", content.encode())
+        evals = {run.name: rows for run in runs if len(rows := run.evals()) > 1}
+        if evals:
+            plot_accuracy(evals, out)
+    return "\n".join([table(summaries), *differences(runs, summaries)])
+
+
+def differences(runs: Sequence[RunFolder], summaries: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each setting, besides the method's own, in which the runs are not alike."""
+    settings = {
+        run.name: {**run.settings(), "world_size": summaries[run.name].get("world_size")}
+        for run in runs
+    }
+    # In the order of the configuration, as the first run that has the key has it.
+    keys = dict.fromkeys(key for own in settings.values() for key in own)
+    lines = []
+    for key in keys:
+        values = {name: own.get(key) for name, own in settings.items()}
+        if key.startswith("elision.") or key in _OWN or len(set(map(repr, values.values()))) == 1:
+            continue
+        lines.append(f"note: {key} differs: {', '.join(f'{n} {v}' for n, v in values.items())}")
+    return lines
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> str:
+    """One row for each run; a value that a run does not have is a dash."""
+    cells = [["run", *(heading for _, heading, _ in COLUMNS)]]
+    for name, summary in summaries.items():
+        cells.append([name, *(_cell(key, form, summary) for key, _, form in COLUMNS)])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(key: str, form: str, summary: dict[str, Any]) -> str:
+    value = summary.get(key)
+    if value is None:
+        return "-"
+    return form.format(value / 1e6 if key == "peak_memory_bytes" else value)

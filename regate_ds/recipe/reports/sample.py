@@ -1,0 +1,54 @@
+"""One training sample with its scores and its plan, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from regate_ds.algorithm.select import fuse_scores, plan_sparse
+from regate_ds.data.collate import Collator, LoadedSample
+from regate_ds.data.llava.records import Record
+from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.reports.plots import TokenMark, plot_sample
+from regate_ds.stores.reference.reader import ReferenceStore
+
+
+def picture_sample(config: RunConfig, path: Path) -> None:
+    """Plan the first sample of one turn as in its first sparse step (difficulty 0), and draw it."""
+    assert config.teacher.store is not None
+    task = build_task(config)
+    number = next((i for i, r in enumerate(task.train_records) if len(r.turns) == 1), 0)
+    record, encoded = task.train_records[number], task.train.encode(number)
+    reference_N = ReferenceStore(config.teacher.store).read([encoded.key])
+    knobs = config.elision.knobs(1)
+    score_N = fuse_scores(
+        reference_N,
+        reference_N * 0.0,
+        reference_weight=knobs.reference_weight,
+        fusion=knobs.fusion,
+    )
+    batch = Collator(pad_id=0, vision=None)([LoadedSample(encoded, ())]).tokens
+    plan = plan_sparse(batch, score_N, keep_share=knobs.keep_share, align=knobs.align)
+    kept = set(plan.label_position_L.tolist())
+    positions = batch.is_label_BT[0].nonzero().squeeze(1).tolist()
+    tokens = [
+        TokenMark(
+            text=_text(record, *span) or "<eos>",
+            score=float(score),
+            is_kept=position in kept,
+            is_gold=_is_gold(record, *span),
+        )
+        for span, score, position in zip(encoded.char_spans, score_N, positions, strict=True)
+    ]
+    with Image.open(record.images[0]) as image:
+        plot_sample(image.convert("RGB"), record.turns[0].question, tokens, path)
+
+
+def _text(record: Record, turn: int, start: int, end: int) -> str:
+    return record.turns[turn].answer[start:end]
+
+
+def _is_gold(record: Record, turn: int, start: int, end: int) -> bool:
+    return any(a < end and start < b for a, b in record.turns[turn].gold_spans)

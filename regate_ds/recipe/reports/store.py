@@ -1,0 +1,116 @@
+"""`regate store`: what the teacher's losses look like.
+
+info STORE      counts, and a histogram of the losses
+verify STORE    compare every byte of every file with its checksum
+show CONFIG     the words that the teacher finds hardest and easiest
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.records import Record
+from regate_ds.job.progress import progress
+from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.evaluation.words import counted_words
+from regate_ds.stores.reference.manifest import APPEND_NAME, Manifest, shard_path
+from regate_ds.stores.reference.reader import ReferenceStore, Verify
+
+EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, float("inf"))
+"""Of the histogram's bins, in nats."""
+
+_BAR = 40
+
+
+def info(path: Path, verify: Verify = "quick") -> str:
+    """Counts and histogram of a finished store. ValueError if it is damaged or unfinished."""
+    store = ReferenceStore(path, verify=verify)
+    index, values_N = store.index, store.read(store.index.keys)
+    num_answerless = int((index.num_labels == 0).sum())
+    rows = [
+        ("teacher", store.teacher_id),
+        ("data", store.fingerprint),
+        ("samples", f"{index.num_samples} ({num_answerless} without an answer)"),
+        ("answer tokens", f"{index.num_tokens}"),
+        ("all tokens", f"{int(index.num_positions.sum())}"),
+        ("on disk", f"{sum(f.stat().st_size for f in path.iterdir())} bytes"),
+        ("shards", f"{store.num_shards}"),
+    ]
+    rows += _to_come(path, index.num_samples)
+    lines = [f"{name:<14}{value}" for name, value in rows]
+    if len(values_N):
+        middle = f"mean {float(values_N.mean()):.3f}, median {float(values_N.median()):.3f} nats"
+        lines += [f"{'losses':<14}{middle}", "", *_histogram(values_N)]
+    return "\n".join(lines)
+
+
+def _to_come(path: Path, num_samples: int) -> list[tuple[str, str]]:
+    """What a job that was cut short has begun to add."""
+    if not (path / APPEND_NAME).exists():
+        return []
+    shards = Manifest.load(path, APPEND_NAME).shards
+    num_new = sum(shard.num_rows for shard in shards) - num_samples
+    left = sum(not shard_path(path, number).exists() for number in range(len(shards)))
+    text = f"{num_new} samples are being added, {left} shards are still to compute"
+    return [("to come", f"{text}: run `regate teacher` on that data again")]
+
+
+def _histogram(values_N: Tensor) -> Iterator[str]:
+    edges = torch.tensor(EDGES[1:-1])
+    counts = torch.bincount(torch.bucketize(values_N, edges, right=True), minlength=len(EDGES) - 1)
+    for low, high, count in zip(EDGES, EDGES[1:], counts.tolist()):
+        share = count / len(values_N)
+        yield f"{low:>5g} to {high:<5g}{share:>7.1%} {'#' * round(_BAR * share)}".rstrip()
+
+
+def verify(path: Path) -> str:
+    """ValueError names the first file that is missing or has a wrong byte."""
+    store = ReferenceStore(path, verify="full")
+    return f"{path}: {store.num_shards} shards, {store.index.num_tokens} values, all as written"
+
+
+def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
+    """Words of the training answers by the mean over their uses of the teacher's summed loss.
+
+    Words used fewer than ``least`` times are left out.
+    """
+    if config.teacher.store is None:
+        raise ValueError("teacher.store=None: name the folder of the store")
+    store = ReferenceStore(config.teacher.store, verify=config.teacher.verify)
+    task = build_task(config, weights=False)
+    store.require(task.index.fingerprint)
+    losses: dict[str, list[float]] = defaultdict(list)
+    with progress(len(task.train_records), desc="words", unit="sample") as bar:
+        for number, record in enumerate(task.train_records):
+            sample = task.train.encode(number)
+            for word, loss in word_losses(record, sample, store.read([sample.key])):
+                losses[word].append(loss)
+            bar.update()
+    means = {w: sum(x) / len(x) for w, x in losses.items() if len(x) >= least}
+    order = sorted(means, key=lambda word: (-means[word], word))
+    hardest, easiest = order[:num_words], order[::-1][:num_words]
+    parts = [("hardest", hardest), ("easiest", easiest)]
+    return "\n\n".join(_table(name, words, means, losses) for name, words in parts)
+
+
+def word_losses(
+    record: Record, sample: EncodedSample, losses_N: Tensor
+) -> Iterator[tuple[str, float]]:
+    """Each word of the answers with the summed loss, in nats, of the tokens that overlap it."""
+    for number, turn in enumerate(record.turns):
+        for word, tokens in counted_words(turn, number, sample):
+            yield turn.answer[word.start : word.end], float(losses_N[tokens].sum())
+
+
+def _table(
+    name: str, words: list[str], means: dict[str, float], losses: dict[str, list[float]]
+) -> str:
+    rows = [f"{word:<20}{means[word]:>8.3f}{len(losses[word]):>8}" for word in words]
+    return "\n".join([f"{name:<20}{'nats':>8}{'uses':>8}", *rows])

@@ -1,0 +1,177 @@
+"""What a run writes down: one JSON object per optimizer step, one per evaluation, and a summary.
+
+config.yaml      as resolved
+metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
+                 filled, padded, step_seconds, cpu_seconds, lr, grad_norm; with an online
+                 teacher, teacher_seconds: scoring this step's samples, one step before
+evals.jsonl      step, accuracies, and the totals of all steps so far
+summary.json     the final figures
+checkpoints/     see checkpoint.py; model/ is the trained student
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from regate_ds.recipe.config.yaml import read_yaml
+from regate_ds.stores.atomic_file import make_folder, write_atomically
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """The files of one run; one process writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self._metrics, self._evals = path / "metrics.jsonl", path / "evals.jsonl"
+        self._summary = path / "summary.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def begin(self, config: str, *, may_hold_unsaved: bool = False) -> None:
+        """Start a new run; ValueError if the folder holds one already.
+
+        may_hold_unsaved: what a run has left that ended before its first checkpoint is forgotten.
+        """
+        if not may_hold_unsaved:
+            self.require_new()
+        make_folder(self.path)
+        write_atomically(self.config, config.encode())
+        for path in (self._metrics, self._evals):
+            write_atomically(path, b"")
+
+    def resumes(self, resume: bool | str) -> bool:
+        """What `run.resume` comes to: "auto" goes on where there is a checkpoint."""
+        return (self.checkpoints / "latest").is_file() if resume == "auto" else bool(resume)
+
+    def require_new(self) -> None:
+        """Refuse, by ValueError, a folder in which something would be overwritten."""
+        if (self.checkpoints / "latest").is_file():
+            raise ValueError(
+                f"run.out={self.path} holds a run with checkpoints already; set run.resume=true to "
+                "go on with it, or choose another folder"
+            )
+        results = [self._summary, self.model, self._metrics]
+        found = [p.name for p in results if p.exists() and (p.is_dir() or p.stat().st_size)]
+        if found:
+            raise ValueError(
+                f"run.out={self.path} holds a run already ({', '.join(found)}); choose another "
+                "folder, or delete this one"
+            )
+
+    def require_unfinished(self) -> None:
+        """Refuse, by ValueError, results without the checkpoint that would go with them."""
+        found = [path.name for path in (self._summary, self.model) if path.exists()]
+        if found:
+            raise ValueError(
+                f"run.out={self.path} has no checkpoint, but {', '.join(found)}: choose another "
+                "folder, or delete this one"
+            )
+
+    def append_metrics(self, row: Row) -> None:
+        _append(self._metrics, row)
+
+    def append_eval(self, row: Row) -> None:
+        """Write an evaluation down; it takes the place of an earlier one after the same step."""
+        others = self.evals()
+        kept = [other for other in others if other["step"] != row["step"]]
+        if len(kept) < len(others):
+            _rewrite(self._evals, kept)
+        _append(self._evals, row)
+
+    def metrics(self) -> list[Row]:
+        return _read_lines(self._metrics)
+
+    def evals(self) -> list[Row]:
+        return _read_lines(self._evals)
+
+    def forget_after(self, done: int) -> None:
+        """Drop what came after the checkpoint of ``done`` steps, so that no step stands twice."""
+        _rewrite(self._metrics, [row for row in self.metrics() if row["step"] < done])
+        _rewrite(self._evals, [row for row in self.evals() if row["step"] <= done])
+
+    def require_run(self) -> None:
+        """ValueError if there is no run in this folder."""
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} has no config.yaml: not the folder of a run")
+
+    def settings(self) -> Row:
+        """The configuration's dotted keys and values; none where it was not written down."""
+        if not self.config.is_file():
+            return {}
+        return dict(leaves(read_yaml(self.config.read_text(encoding="utf-8")) or {}))
+
+    def write_summary(self, summary: Row) -> None:
+        write_atomically(self._summary, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def summary(self) -> Row:
+        """Final figures; ValueError if the run is not finished."""
+        if not self._summary.is_file():
+            raise ValueError(f"{self.path} has no summary.json: not a run, or not finished")
+        try:
+            return json.loads(self._summary.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self._summary} is not JSON: {error}") from None
+
+
+def leaves(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; an empty mapping is a value."""
+    for key, value in tree.items():
+        name = f"{where}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def totals(rows: Sequence[Row], gated_share: float) -> Row:
+    """Sums and medians over steps.
+
+    ``tokens_processed`` is the mean over layers of the positions that ran, padding excluded: of
+    the gated layers the kept, of the others all.
+    """
+    dense = [row["step_seconds"] for row in rows if row["dense"]]
+    sparse = [row["step_seconds"] for row in rows if not row["dense"]]
+    scored = [row["teacher_seconds"] for row in rows if "teacher_seconds" in row]
+    return {
+        "tokens_processed": _processed(rows, "tokens", gated_share),
+        "answer_tokens_processed": _processed(rows, "answer", gated_share),
+        "train_seconds": sum(row["step_seconds"] for row in rows),
+        "train_cpu_seconds": sum(row["cpu_seconds"] for row in rows),
+        "step_seconds_dense": statistics.median(dense) if dense else None,
+        "step_seconds_sparse": statistics.median(sparse) if sparse else None,
+        **({"teacher_seconds": sum(scored)} if scored else {}),
+    }
+
+
+def _processed(rows: Sequence[Row], kind: str, gated_share: float) -> float:
+    total = sum(row[f"{kind}_total"] for row in rows)
+    kept = sum(row[f"{kind}_kept"] for row in rows)
+    return (1.0 - gated_share) * total + gated_share * kept
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _rewrite(path: Path, rows: list[Row]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _read_lines(path: Path) -> list[Row]:
+    """Whole lines only: a killed run may have left half of one at the end."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,123 @@
+"""What a training step is measured by: loss, counts, seconds, memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.data.collate import Batch
+from regate_ds.job.process import Process
+from regate_ds.parallel.collectives import sum_over
+from regate_ds.recipe.engines.choose import Host
+
+
+class StepFigures:
+    """Figures of one optimizer step after the other; collective over all ranks."""
+
+    def __init__(self, host: Host, process: Process, data: Process) -> None:
+        """data: this process among those that read different samples."""
+        self._host, self._process, self._data = host, process, data
+        self._seen: list[TokenBatch] = []
+        self._num_micro = 0
+        self.must_stop = False
+        """Whether any rank had been asked to end the run when the last loss was averaged."""
+        self.lap()
+
+    def watch(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Hand on the micro-batches, and remember the tokens of the open step."""
+        for batch in loader:
+            self._seen.append(batch.tokens)
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Wall and CPU seconds of this process since the last lap."""
+        now = time.perf_counter(), time.process_time()
+        last, self._last = getattr(self, "_last", now), now
+        return now[0] - last[0], now[1] - last[1]
+
+    def mean_loss(self, step: int, losses: list[Tensor], *, is_asked_to_stop: bool) -> float:
+        """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
+        # Waits for the device, so that the next lap holds the step's own work.
+        self._num_micro = len(losses)
+        here = float(torch.stack(losses).sum() / len(losses))
+        pair = torch.tensor([here, float(is_asked_to_stop)], dtype=torch.float64)
+        loss, share_asked = self._mean(pair).tolist()
+        self.must_stop = share_asked > 0
+        if math.isfinite(loss):
+            return loss
+        bad = zip(losses, self._seen)
+        found = [key for one, batch in bad if not math.isfinite(one) for key in batch.flat_keys]
+        everywhere: list[Any] = [found]
+        if self._process.world_size > 1:
+            everywhere = [None] * self._process.world_size
+            dist.all_gather_object(everywhere, found)
+        # Ranks that hold one copy of the model together have read the same samples.
+        found = dict.fromkeys(sum(everywhere, []))
+        names = ", ".join(f"{name} record {number}" for name, number in found)
+        raise RuntimeError(
+            f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}; "
+            "nothing of this step is saved: look at them, or resume from a checkpoint and lower "
+            "optimizer.lr"
+        )
+
+    def row(self, step: int, loss_mean: float) -> dict[str, Any]:
+        seconds, cpu_seconds = self.lap()
+        (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
+        counts = self._counts()
+        # An online teacher has read on into the next step.
+        del self._seen[: self._num_micro]
+        return {
+            "step": step,
+            "loss": loss_mean,
+            **counts,
+            "step_seconds": seconds,
+            "cpu_seconds": cpu_mean * self._process.world_size,
+            "grad_norm": self._host.grad_norm(),
+        }
+
+    def _counts(self) -> dict[str, Any]:
+        """Counts of the step over all data ranks; the host's own run keeps all it has."""
+        counts = self._host.counts()
+        if counts is not None:
+            return {k: v for k, v in counts.items() if k != "step"}
+        tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
+        padded = sum(batch.segment_BT.numel() for batch in self._seen) - tokens
+        labels = sum(int(batch.is_label_BT.sum()) for batch in self._seen)
+        data = self._data
+        tokens, labels, padded = sum_over([tokens, labels, padded], data.group, data.device)
+        return {
+            "dense": True,
+            "tokens_total": tokens,
+            "tokens_kept": tokens,
+            "answer_total": labels,
+            "answer_kept": labels,
+            "filled": 0,
+            "padded": padded,
+        }
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Mean over ranks, and so over data ranks: as many ranks belong to each of them."""
+        value = value.to(self._process.device)
+        if self._process.world_size > 1:
+            dist.all_reduce(value)
+        return value / self._process.world_size
+
+
+def peak_memory(process: Process) -> int:
+    """Largest memory of any rank, in bytes: of the GPU, or of the process on a CPU."""
+    if process.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(process.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = torch.tensor(float(peak), dtype=torch.float64, device=process.device)
+    if process.world_size > 1:
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+    return int(peaks)

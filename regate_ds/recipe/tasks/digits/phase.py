@@ -1,0 +1,87 @@
+"""What the stages of a student share: a cache of finished folders, and an optimiser loop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regate_ds.job.progress import progress
+from regate_ds.recipe.config.sections import OptimizerConfig
+from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
+
+UNFINISHED = ".unfinished-"
+"""Begins the name of a folder in the making; one left by a killed job may be deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Length of one stage."""
+
+    steps: int
+    batch: int
+    lr: float
+    """Highest learning rate, after a twentieth of the steps; a cosine ends it at 0."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.lr <= 0:
+            raise ValueError(f"steps and batch must be at least 1 and lr above 0, got {self}")
+
+
+def finished_stage(cache: Path, name: str, basis: list[Any], make: Callable[[Path], None]) -> Path:
+    """The folder of a stage, named by a hash of ``basis``: made now, or found in ``cache``.
+
+    ``basis`` is JSON and holds all that decides the result. ``make`` fills the folder it is given;
+    that gets its name only when it is whole, so that a killed stage leaves nothing that looks done.
+    """
+    digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+    folder = cache / f"{name}-{digest[:12]}"
+    if folder.is_dir():
+        return folder
+    unfinished = cache / f"{UNFINISHED}{folder.name}-{uuid.uuid4().hex[:8]}"
+    unfinished.mkdir(parents=True)
+    try:
+        make(unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """One hash over the content of files, in the order given."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def optimise(
+    name: str, model: nn.Module, loss: Callable[[Random], Tensor], stage: StageConfig, seed: int
+) -> None:
+    """AdamW on what of ``model`` is not frozen; ``loss`` draws its batch from the generator."""
+    config = OptimizerConfig(lr=stage.lr, betas=(0.9, 0.98), warmup_steps=0.05)
+    optimizer = make_optimizer(model, config)
+    schedule = make_lr_schedule(optimizer, config, stage.steps)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    rng = Random(seed)
+    with progress(stage.steps, desc=name, unit="step") as bar:
+        for step in range(stage.steps):
+            value = loss(rng)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{float(value.detach()):.3f}")
+            bar.update()

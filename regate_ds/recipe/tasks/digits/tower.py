@@ -1,0 +1,163 @@
+"""The stages of a student that learn from digit scenes whose content is known.
+
+    tower    tell the digit, colour, size and place of each cell of the grid
+    words    bring each cell's features to where the backbone tells the words for it apart
+
+Scenes are drawn on the way, from the training part's digits, and are more crowded than those of the
+data set: nearly every cell teaches something.
+
+Shapes: B scenes, C cells, P patches of an image, F features of the tower, H hidden, N patches.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regate_ds.recipe.students.student import Student
+from regate_ds.recipe.tasks.digits.phase import StageConfig, optimise
+from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown
+from regate_ds.recipe.tasks.digits.scenes import (
+    COLOURS,
+    SIZES,
+    Part,
+    Placed,
+    draw_scene,
+    handwritten,
+    render,
+)
+
+_CHOICES = (DIGITS, tuple(COLOURS), tuple(SIZES), ROWS, COLUMNS)
+"""What is told of each cell; an empty cell is one more choice of each but the last two."""
+
+_PLACES = [(row, column) for row in ROWS for column in COLUMNS]
+"""Of the cells 0 to 8."""
+
+_MOST_SCENES = 5
+"""So many scenes are laid over each other; where two have a digit, the later one stays."""
+
+Cells = dict[int, Placed]
+"""A scene: what stands in each of the cells 0 to 8 that is not empty."""
+
+
+def learn_scenes(student: Student, stage: StageConfig, *, seed: int) -> None:
+    """Train the tower on what stands in each cell, told by throw-away heads on its patches."""
+    tower = student.model.model.vision_tower.train()
+    config = student.model.config.vision_config
+    side = config.image_size // config.patch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        num_features = config.hidden_size * (side // 3) ** 2
+        heads = nn.ModuleList(nn.Linear(num_features, len(words) + 1) for words in _CHOICES)
+    part = Part("train", handwritten("train"), seed, None)
+
+    def loss(rng: Random) -> Tensor:
+        scenes = [crowded_scene(part, rng) for _ in range(stage.batch)]
+        cells_BCF = _by_cell(_features(student, scenes), side)
+        truth_BCX = torch.tensor([_truth(cells) for cells in scenes])
+        losses = [
+            F.cross_entropy(head(cells_BCF).flatten(0, 1), truth_BCX[..., x].flatten())
+            for x, head in enumerate(heads)
+        ]
+        return torch.stack(losses).sum()
+
+    optimise("vision tower", nn.ModuleList([tower, heads]), loss, stage, seed)
+
+
+def learn_words(student: Student, stage: StageConfig, *, num_scenes: int, seed: int) -> None:
+    """Train the projector alone: a patch becomes the sum of the words' directions of its cell.
+
+    ``stage.batch`` counts patches. The tower runs once over each of ``num_scenes`` scenes.
+    """
+    config = student.model.config.vision_config
+    side = config.image_size // config.patch_size
+    part = Part("train", handwritten("train"), seed, None)
+    rng = Random(seed)
+    scenes = [crowded_scene(part, rng) for _ in range(num_scenes)]
+    with torch.no_grad():
+        batches = [scenes[i : i + 64] for i in range(0, num_scenes, 64)]
+        features_NF = torch.cat([_features(student, batch).flatten(0, 1) for batch in batches])
+        wanted_NH = torch.cat([_words(student, cells, side) for cells in scenes])
+    size = wanted_NH.square().sum(dim=1).mean()
+    projector = student.model.model.multi_modal_projector
+
+    def loss(rng: Random) -> Tensor:
+        rows = torch.tensor(rng.choices(range(len(features_NF)), k=stage.batch))
+        error_NH = projector(features_NF[rows]) - wanted_NH[rows]
+        return error_NH.square().sum(dim=1).mean() / size
+
+    optimise("projector on words", projector, loss, stage, seed)
+
+
+def crowded_scene(part: Part, rng: Random) -> Cells:
+    cells: Cells = {}
+    for _ in range(rng.randint(1, _MOST_SCENES)):
+        for placed in draw_scene(part, rng):
+            cells[_cell(placed.shown)] = placed
+    return cells
+
+
+def _cell(shown: Shown) -> int:
+    return 3 * ROWS.index(shown.row) + COLUMNS.index(shown.column)
+
+
+def _features(student: Student, scenes: list[Cells]) -> Tensor:
+    """Patch features of the tower [B, P, F], the class token left out."""
+    images: list[Image.Image] = [render(list(cells.values())) for cells in scenes]
+    tower: Any = student.model.model.vision_tower
+    return tower(**student.vision.pixels(images)).last_hidden_state[:, 1:]
+
+
+def _by_cell(patches_BPF: Tensor, side: int) -> Tensor:
+    """Join the features of the patches of each of the 3 x 3 cells: [B, 9, patches * F]."""
+    batch, _, features = patches_BPF.shape
+    in_cell = side // 3
+    grid = patches_BPF.view(batch, 3, in_cell, 3, in_cell, features)
+    return grid.transpose(2, 3).reshape(batch, 9, in_cell * in_cell * features)
+
+
+def _truth(cells: Cells) -> list[list[int]]:
+    """The number of each cell's choices: of the first three, the last stands for an empty cell."""
+    nothing = [len(words) for words in _CHOICES[:3]]
+    truth = [[*nothing, *divmod(cell, 3)] for cell in range(9)]
+    for cell, placed in cells.items():
+        truth[cell] = [words.index(word) for words, word in zip(_CHOICES, placed.shown)]
+    return truth
+
+
+def _words(student: Student, cells: Cells, side: int) -> Tensor:
+    """For each patch of a scene, the sum of its cell's words' directions: [P, H].
+
+    An empty cell tells its place. As a target of nothing, its token is noise that the decoder's
+    first norm makes as large as any other token.
+    """
+    directions = _directions(student)
+    words_CH = torch.stack([directions[row] + directions[column] for row, column in _PLACES])
+    for cell, placed in cells.items():
+        for word in placed.shown[:3]:
+            words_CH[cell] += directions[word]
+    in_cell = side // 3
+    grid = words_CH.view(3, 1, 3, 1, -1).expand(3, in_cell, 3, in_cell, -1)
+    return grid.reshape(side * side, -1)
+
+
+def _directions(student: Student) -> dict[str, Tensor]:
+    """What sets each word's embedding apart from the other words of its kind, as long as a word.
+
+    Text alone hardly tells the words of a kind apart: most of an embedding is what they share.
+    """
+    embedding = student.model.get_input_embeddings().weight.detach()
+    length = embedding.norm(dim=1).mean()
+    directions: dict[str, Tensor] = {}
+    for words in _CHOICES:
+        # With its space, as inside a sentence; a word of several tokens is their mean.
+        ids = [student.tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in words]
+        own = torch.stack([embedding[tokens].mean(dim=0) for tokens in ids])
+        own = F.normalize(own - own.mean(dim=0), dim=1) * length
+        directions |= dict(zip(words, own))
+    return directions

@@ -1,0 +1,78 @@
+"""How the teacher reads the samples of a task: by the student's token ids, or in its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from torch import Tensor
+
+from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.recipe.config.sections import TeacherConfig
+from regate_ds.recipe.corpus import Task
+from regate_ds.teacher.loading import load_teacher_tokenizer
+from regate_ds.teacher.precompute import Score
+from regate_ds.teacher.scoring import choose_pad_id, require_same_tokens
+from regate_ds.teacher.tokenizers.other import (
+    OtherTokenizer,
+    TwiceWritten,
+    score_twice_written,
+    tokenizer_id,
+)
+
+
+@dataclass(frozen=True)
+class TeacherText:
+    """A task's samples as the teacher reads them; made by ``teacher_text``."""
+
+    task: Task
+
+    pad_id: int
+    """The teacher's token that stands for images."""
+
+    tokenizer: Any = None
+    """The teacher's own; None reads the student's ids."""
+
+    @cached_property
+    def writer(self) -> OtherTokenizer:
+        return OtherTokenizer(self.task.encoder, self.tokenizer, pad_id=self.pad_id)
+
+    def encode(self, row: int) -> EncodedSample | TwiceWritten:
+        """The sample of a row of the task's index, for ``scores``."""
+        if self.tokenizer is None:
+            return self.task.train.encode(row)
+        return self.writer.write(self.task.train_records[row])
+
+    def scores(self, score: Score) -> Score:
+        """Losses of the student's labels, from what scores samples in the teacher's own ids."""
+        return score if self.tokenizer is None else partial(_score_written, score)
+
+    def name(self, teacher_id: str) -> str:
+        """The teacher's name: another tokenizer of the same model gives other losses."""
+        return (
+            teacher_id if self.tokenizer is None else f"{teacher_id}-{tokenizer_id(self.tokenizer)}"
+        )
+
+
+def teacher_text(config: TeacherConfig, task: Task) -> TeacherText:
+    """ValueError names the first difference of tokenizers that have to be the same."""
+    own = task.student.tokenizer
+    if config.path is None:
+        return TeacherText(task, choose_pad_id(own))
+    theirs = load_teacher_tokenizer(config.path)
+    pad_id = choose_pad_id(theirs)
+    if config.tokenizer == "own":
+        return TeacherText(task, pad_id, theirs)
+    require_same_tokens(own, theirs, placeholder_ids=[task.student.model.config.image_token_id])
+    return TeacherText(task, pad_id)
+
+
+def own_samples(samples: Sequence[TwiceWritten]) -> list[EncodedSample]:
+    """What a teacher of another tokenizer reads."""
+    return [sample.teacher for sample in samples]
+
+
+def _score_written(score: Score, samples: Sequence[Any]) -> Tensor:
+    return score_twice_written(score, samples)

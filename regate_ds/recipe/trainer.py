@@ -1,0 +1,256 @@
+"""One training run: built in order, then a loop over windows, with evaluations along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from regate_ds.data.collate import Batch
+from regate_ds.job.preemption import Preempted, StopRequest, leave_to_parent, listening
+from regate_ds.job.process import Process
+from regate_ds.job.progress import progress
+from regate_ds.parallel.collectives import sum_over
+from regate_ds.recipe.checkpoint import (
+    Done,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    save_model,
+)
+from regate_ds.recipe.config.tree import RunConfig, dump_config
+from regate_ds.recipe.corpus import HostLabels, Task
+from regate_ds.recipe.engines.choose import Setup, data_ranks, make_host
+from regate_ds.recipe.evaluation.words import HeldOut, evaluate
+from regate_ds.recipe.order import Order
+from regate_ds.recipe.preflight import describe_run, require_one_data_set
+from regate_ds.recipe.run_folder import RunFolder, totals
+from regate_ds.recipe.step_figures import StepFigures, peak_memory
+from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.online import OnlineReference
+
+
+class Trainer:
+    """Builds the run in order; ``run`` trains it to its end."""
+
+    def __init__(self, config: RunConfig, task: Task, process: Process) -> None:
+        self.config, self.task, self.process = config, task, process
+        self.data = data_ranks(config, process)
+        require_one_data_set(task.index.fingerprint, process)
+        self.order = make_order(config, len(task.train_records), self.data)
+        config.elision.judge_length(self.order.total_steps)
+        self.knobs = config.elision.knobs(self.order.total_steps)
+        self.folder = RunFolder(config.run.out)
+        self.reference = self._open_reference()
+        self.host = make_host(
+            Setup(
+                config=config,
+                task=task,
+                process=process,
+                data=self.data,
+                knobs=self.knobs,
+                total_steps=self.order.total_steps,
+                reference=self.reference,
+            )
+        )
+        self._figures = StepFigures(self.host, process, self.data)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, from the newest checkpoint if the configuration says so."""
+        if self.process.is_first:
+            teacher = None if self.reference is None else self.reference.teacher_id
+            total = self.order.total_steps
+            print(describe_run(self.config, self.knobs, total, teacher), flush=True)
+        torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
+        start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
+        total, show = self.order.total_steps, self.process.is_first
+        name = self.config.run.out.name
+        bar = progress(total, desc=name, unit="step", start=start, show=show)
+        with bar, listening(self.config.run.grace_seconds) as stop:
+            windows = self.host.windows(self._loader(start))
+            self._figures.lap()
+            for step, window in enumerate(windows, start):
+                row = self._step(step, window, stop)
+                bar.update()
+                if step % self.config.run.log_every == 0:
+                    bar.set_postfix(**shown(row))
+                if self._figures.must_stop and step + 1 < total:
+                    self._stop(step + 1)
+                self._after(step + 1)
+        return self._finish(start)
+
+    def _begin(self) -> int:
+        if self.process.is_first:
+            is_again = self.config.run.resume == "auto"
+            self.folder.begin(dump_config(self.config), may_hold_unsaved=is_again)
+        if self.config.run.eval_every:
+            self._evaluate(0)
+        return 0
+
+    def _open_reference(self) -> ReferenceStore | OnlineReference | None:
+        """The teacher's losses, refused if they were computed for other data; or the teacher."""
+        if not self.config.selects:
+            return None
+        if self.config.scores_online:
+            # It stands on deepspeed, which a run through Megatron-core does without.
+            from regate_ds.recipe.online_teacher import open_online
+
+            return open_online(self.config.teacher, self.task, self.process)
+        assert self.config.teacher.store is not None
+        store = ReferenceStore(self.config.teacher.store, verify=self.config.teacher.verify)
+        store.require(self.task.index.fingerprint)
+        return store
+
+    def _loader(self, start: int) -> Iterator[Batch]:
+        """This rank's micro-batches from a step on."""
+        host_only = not self.knobs.enabled
+        loader = DataLoader(
+            self.task.train,
+            batch_sampler=replace(self.order, start_step=start),  # type: ignore[arg-type]
+            collate_fn=HostLabels(self.task.collator) if host_only else self.task.collator,
+            num_workers=self.config.data.num_workers,
+            # Without one of its own, the loader would draw a seed from the run's random state.
+            generator=torch.Generator(),
+            worker_init_fn=leave_to_parent,
+        )
+        return self._figures.watch(loader)
+
+    def _step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
+        lr = self.host.lr
+        losses = self.host.run_step(window)
+        loss_mean = self._figures.mean_loss(step, losses, is_asked_to_stop=stop.is_asked)
+        self.host.end_step()
+        row = {**self._figures.row(step, loss_mean), "lr": lr}
+        if self.process.is_first:
+            self.folder.append_metrics(row)
+        return row
+
+    def _stop(self, done: int) -> NoReturn:
+        """All ranks together, after the step in which one of them was asked."""
+        self._save(done)
+        text = (
+            f"asked to end: saved {self.folder.checkpoints} after {done} of "
+            f"{self.order.total_steps} steps; go on with run.resume=true"
+        )
+        raise Preempted(text if self.process.is_first else "")
+
+    def _after(self, done: int) -> None:
+        run, last = self.config.run, self.order.total_steps
+        # First saved, then evaluated: an evaluation that fails loses nothing.
+        if run.save_every and done % run.save_every == 0 and done < last:
+            self._save(done)
+        if self._evaluates_after(done):
+            self._evaluate(done)
+        self._figures.lap()
+
+    def _evaluates_after(self, done: int) -> bool:
+        every = self.config.run.eval_every
+        return bool(every) and done % every == 0 and done < self.order.total_steps
+
+    def _save(self, done: int) -> None:
+        checkpoints = self.folder.checkpoints
+        state = Done(done, self.task.index.fingerprint)
+        save_checkpoint(checkpoints, state, self.host, self.process)
+        if self.process.is_first:
+            prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
+
+    def _resume(self) -> int:
+        found = load_checkpoint(self.folder.checkpoints, self.host, self.process)
+        found.require(self.task.index.fingerprint)
+        done = found.step
+        lacks_eval = False
+        if self.process.is_first:
+            self.folder.forget_after(done)
+            lacks_eval = all(row["step"] != done for row in self.folder.evals())
+        (lacks_eval,) = sum_over([int(lacks_eval)], self.process.group, self.process.device)
+        if lacks_eval and self._evaluates_after(done):
+            self._evaluate(done)
+        return done
+
+    def _evaluate(self, done: int) -> dict[str, Any]:
+        """Dense evaluation on the held-out samples; its time does not count as training."""
+        if not self.task.test_records:
+            return {}
+        with self.host.whole_model() as model:
+            return self._evaluate_whole(model, done)
+
+    def _evaluate_whole(self, model: nn.Module, done: int) -> dict[str, Any]:
+        if not self.task.test_records:
+            return {}
+        scores = evaluate(model, held_out(self.task, self.config), self.process)
+        if self.process.is_first:
+            self.folder.append_eval({"step": done, **scores, **self._totals()})
+        return scores
+
+    def _totals(self) -> dict[str, Any]:
+        """Sums over all steps so far, as the metrics file has them; first rank only."""
+        return totals(self.folder.metrics(), self._gated_share())
+
+    def _gated_share(self) -> float:
+        """Gated layers among all layers of the decoder."""
+        depth = self.task.student.model.get_decoder().config.num_hidden_layers
+        if not self.knobs.enabled:
+            return 0.0
+        return ((self.knobs.last_layer or depth) - self.knobs.first_layer) / depth
+
+    def _finish(self, start: int) -> dict[str, Any]:
+        total = self.order.total_steps
+        if start < total:
+            self._save(total)
+        with self.host.whole_model() as model:
+            save_model(self.folder.model, self.task.student, model, self.process)
+            scores = self._evaluate_whole(model, total)
+        peak = peak_memory(self.process)
+        if not self.process.is_first:
+            return {}
+        origin: dict[str, Any] = {}
+        if self.reference is not None:
+            fingerprint = self.task.index.fingerprint
+            origin = {"teacher_id": self.reference.teacher_id, "data_fingerprint": fingerprint}
+        summary = {
+            **scores,
+            **self._totals(),
+            "peak_memory_bytes": peak,
+            "steps": total,
+            "world_size": self.process.world_size,
+            **origin,
+        }
+        self.folder.write_summary(summary)
+        return summary
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """What the progress bar says of a step."""
+    cost = {}
+    if "teacher_seconds" in row:
+        cost = {"teacher": f"{row['teacher_seconds']:.2f} of {row['step_seconds']:.2f} s"}
+    return {"loss": f"{row['loss']:.3f}", "dense": row["dense"], **cost}
+
+
+def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
+    """A data rank's order of samples, and through it the run's length."""
+    run = config.run
+    order = Order(
+        num_samples=num_samples,
+        micro_batch=run.micro_batch,
+        accumulation=run.accumulation,
+        rank=data.rank,
+        world_size=data.world_size,
+        seed=run.seed,
+        total_steps=0,
+    )
+    return replace(order, total_steps=run.steps or run.epochs * order.steps_per_epoch)
+
+
+def held_out(task: Task, config: RunConfig) -> HeldOut:
+    return HeldOut(
+        records=task.test_records,
+        encoder=task.encoder,
+        tokenizer=task.student.tokenizer,
+        vision=task.student.vision,
+        num_workers=config.data.num_workers,
+    )
