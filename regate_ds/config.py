@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from regate_ds.algorithm.schedule import Schedule
+
 Align = Literal["predictor", "target", "both"]
 Fusion = Literal["additive", "convex"]
 
@@ -132,3 +134,20 @@ def _is_whole(value: object, key: str) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not _is_bool(value) and math.isfinite(value)
+
+
+def schedule_of(config: RegateConfig) -> Schedule:
+    """The schedule in steps that a configuration means."""
+    return Schedule(
+        total_steps=config.total_steps,
+        warmup_steps=config.num_warmup_steps,
+        cycle_steps=config.cycle_steps,
+        cycle_dense_steps=config.cycle_dense_steps,
+        final_dense_steps=config.num_final_dense_steps,
+    )
+
+
+def require(section: object, key: str, holds: bool, problem: str) -> None:
+    """Refuse the value of ``section.key``, naming it, unless ``holds``."""
+    if not holds:
+        raise ValueError(f"{key}={getattr(section, key)!r}: {problem}")

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.algorithm.difficulty import update_difficulty
-from regate_ds.algorithm.schedule import Schedule
-from regate_ds.algorithm.select import (
-    ElisionPlan,
-    fuse_scores,
-    plan_dense,
-    plan_ragged,
-    plan_sparse,
-    widen,
-)
-from regate_ds.config import RegateConfig
+from regate_ds.algorithm.counts import COUNTS, _count
+from regate_ds.algorithm.difficulty import _updated
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, widen
+from regate_ds.algorithm.select import fuse_scores, plan_ragged, plan_sparse
+from regate_ds.config import RegateConfig, schedule_of
 from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout
 
@@ -44,24 +38,6 @@ class MutableValues(Values, Protocol):
     def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
 
 
-COUNTS = ("tokens_total", "tokens_kept", "answer_total", "answer_kept", "filled", "padded")
-"""What is counted in a step."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """The decision for all micro-batches of one optimizer step, on this data rank."""
-
-    step: int
-    is_dense: bool
-    micro: tuple[ElisionPlan, ...]
-    num_targets_global: int
-    """Targets of the step over all data ranks: what the summed loss is divided by."""
-
-    counts: dict[str, int]
-    """Over all data ranks, by the names of COUNTS."""
-
-
 @dataclass
 class _Open:
     """A step between its plan and its end."""
@@ -70,17 +46,6 @@ class _Open:
     window: Sequence[TokenBatch]
     difficulty: list[Tensor]
     losses: dict[int, Tensor] = field(default_factory=dict)
-
-
-def schedule_of(config: RegateConfig) -> Schedule:
-    """The schedule in steps that a configuration means."""
-    return Schedule(
-        total_steps=config.total_steps,
-        warmup_steps=config.num_warmup_steps,
-        cycle_steps=config.cycle_steps,
-        cycle_dense_steps=config.cycle_dense_steps,
-        final_dense_steps=config.num_final_dense_steps,
-    )
 
 
 class Regate:
@@ -287,44 +252,3 @@ class Regate:
             )
         ]
         return torch.cat(updated)
-
-
-def _count(
-    window: Sequence[TokenBatch],
-    micro: Sequence[ElisionPlan],
-    padding: Callable[[ElisionPlan], int],
-) -> list[int]:
-    """In the order of COUNTS."""
-    return [
-        sum(int((batch.segment_BT >= 0).sum()) for batch in window),
-        sum(plan.num_kept for plan in micro),
-        sum(int(batch.is_label_BT.sum()) for batch in window),
-        sum(plan.num_targets for plan in micro),
-        sum(plan.num_filled for plan in micro),
-        sum(map(padding, micro)),
-    ]
-
-
-def _updated(
-    batch: TokenBatch, plan: ElisionPlan, old_N: Tensor, losses_L: Tensor, decay: float
-) -> Tensor:
-    """Difficulty of the micro-batch's label positions [N] after its kept targets' losses."""
-    number_P = batch.is_label_BT.reshape(-1).long().cumsum(0) - 1
-    seen_L = number_P[plan.label_position_L]
-    fresh_L = losses_L.to("cpu", torch.float32)
-    _require_finite(batch, plan, fresh_L)
-    return old_N.index_copy(0, seen_L, update_difficulty(old_N[seen_L], fresh_L, decay=decay))
-
-
-def _require_finite(batch: TokenBatch, plan: ElisionPlan, losses_L: Tensor) -> None:
-    bad_L = (~losses_L.isfinite()).nonzero().squeeze(1)
-    if len(bad_L) == 0:
-        return
-    where = int(plan.label_position_L[bad_L[0]])
-    name, number = batch.flat_keys[int(batch.sample_BT.reshape(-1)[where])]
-    row, position = divmod(where, plan.num_tokens)
-    raise RuntimeError(
-        f"step {plan.step}: the loss of sample {name!r} record {number} at position {position} of "
-        f"row {row} is {float(losses_L[bad_L[0]])}; the run has diverged: resume from an earlier "
-        "checkpoint with a lower learning rate"
-    )

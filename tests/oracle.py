@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin [T, D] of one sample's positions."""

@@ -16,7 +16,7 @@ from questions import Questions, parser
 from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, attach, score_dataset
-from regate_ds.recipe.students.student import text_backbone
+from regate_ds.teacher.backbone import text_backbone
 
 EPOCHS = 2
 DS = {

@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
 from regate_ds.data.keyed import HostCollate
-from regate_ds.recipe.students.student import text_backbone
+from regate_ds.teacher.backbone import text_backbone
 
 STAGES, STEPS = 2, 4
 DS = {

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, TrainingArguments
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
 from regate_ds.adapters.trainers.hf_trainer import RegateTrainer
-from regate_ds.recipe.students.student import text_backbone
+from regate_ds.teacher.backbone import text_backbone
 
 STEPS = 4
 DS = {

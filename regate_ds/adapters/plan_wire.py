@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from regate_ds.algorithm.select import ElisionPlan, Slots, assemble_plan
+from regate_ds.algorithm.plan import ElisionPlan, Slots, StepPlan, assemble_plan
 from regate_ds.parallel.collectives import broadcast_integers
-from regate_ds.session import StepPlan
 
 HEADER = 5
 _PLANNED, _FAILED = 0, 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.data.collate import Batch, moved
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 
 
 def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:

@@ -240,3 +240,8 @@ def _whole(environment: Mapping[str, str], name: str, default: str | None = None
     if text is None or not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"{name}={text}: must be a whole number, as launchers set it")
     return int(text)
+
+
+def _is_first() -> bool:
+    """Before, or without, a process group: as the launcher says."""
+    return os.environ.get("RANK", "0") == "0"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regate_ds.job.process import Process
-from regate_ds.recipe.engines.choose import Host
+from regate_ds.recipe.engines.base import Host
 from regate_ds.recipe.students.student import Student
 from regate_ds.stores.atomic_file import sync_files, write_atomically
 

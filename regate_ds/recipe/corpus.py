@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoTokenizer
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import BadRecord, Record, SampleError, read_records
 from regate_ds.job.progress import progress
-from regate_ds.recipe.config.sections import DataConfig, LoraConfig, ModelConfig
+from regate_ds.job.ranks import _is_first
+from regate_ds.recipe.config.sections import DataConfig
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.students.student import (
-    Student,
-    build_llava,
-    build_qwen2_vl,
-    load_student,
-    vision_tower,
-)
+from regate_ds.recipe.evaluation.words import HeldOut
+from regate_ds.recipe.students.load import make_student
+from regate_ds.recipe.students.student import Student
 from regate_ds.stores.answer_index import AnswerIndex
-
-_BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
-
-_HOST_REFUSALS = (
-    StrictDataclassError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-)
-"""What building a model ends in where a value of the user's own config dicts is of a wrong kind."""
 
 
 @dataclass(frozen=True)
@@ -94,48 +72,6 @@ def build_task(config: RunConfig, *, weights: bool = True) -> Task:
     return Task(student, train, test, bad + bad_test, index, encoder, collator)
 
 
-def make_student(config: ModelConfig, *, seed: int | None) -> Student:
-    """Load the student from a directory, or make it from `text` and `vision` with fresh weights.
-
-    With ``seed`` None the model is on "meta", without weights.
-    """
-    if config.path is not None:
-        attention = config.attn_implementation
-        return load_student(config.path, attention=attention, weights=seed is not None)
-    if config.tokenizer is None:
-        raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
-    if not Path(config.tokenizer).is_dir():
-        raise ValueError(f"model.tokenizer={config.tokenizer}: no such folder")
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
-    build, parts = _BUILDERS[config.kind], {"text": config.text, "vision": config.vision}
-    try:
-        student = build(tokenizer, **parts, seed=seed)
-    except _HOST_REFUSALS as error:
-        raise ValueError(
-            f"model.kind={config.kind}: transformers makes no model of {parts}: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    student.model.set_attn_implementation(config.attn_implementation)
-    return student
-
-
-def trainable(student: Student, config: ModelConfig, *, seed: int) -> nn.Module:
-    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked.
-
-    Adapters get their weights from ``seed`` alone.
-    """
-    model: nn.Module = student.model
-    if config.freeze_vision:
-        vision_tower(student.model).requires_grad_(False)
-    if config.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = _with_lora(student, config.lora)
-    return model.train()
-
-
 class HostLabels:
     """Gives the host its own labels (the token *at* t), for runs without elision."""
 
@@ -179,32 +115,33 @@ def _encoded(
             bar.update()
 
 
-def _with_lora(student: Student, config: LoraConfig) -> Any:
-    import peft
-
-    _require_targets(student, config.target_modules)
-    modules = "|".join(map(re.escape, config.target_modules))
-    adapters = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type] (a float scales as well)
-        lora_dropout=config.dropout,
-        # The vision tower has layers of the same names; adapters belong to the text backbone.
-        target_modules=rf".*language_model.*\.({modules})",
+def held_out(task: Task, config: RunConfig) -> HeldOut:
+    return HeldOut(
+        records=task.test_records,
+        encoder=task.encoder,
+        tokenizer=task.student.tokenizer,
+        vision=task.student.vision,
+        num_workers=config.data.num_workers,
     )
-    student.model.enable_input_require_grads()
-    return peft.get_peft_model(student.model, adapters)
 
 
-def _require_targets(student: Student, targets: Sequence[str]) -> None:
-    """peft itself is content if one of several targets is found."""
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in student.model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model." in name
-    }
-    for target in targets:
-        if target not in linear:
-            raise ValueError(
-                f"model.lora.target_modules: the text backbone has no linear layer {target!r}; it "
-                f"has {', '.join(sorted(linear))}"
-            )
+def _task(config: RunConfig, *, weights: bool = True) -> Task:
+    """The student and its data; the first rank says what was left out."""
+    task = build_task(config, weights=weights)
+    if task.bad and _is_first():
+        print(f"data.skip_bad left out {len(task.bad)} bad records:")
+        print("\n".join(f"  {bad}" for bad in task.bad), flush=True)
+    if _is_first():
+        tell_cut(task, config.data.max_length)
+    return task
+
+
+def tell_cut(task: Task, max_length: int) -> None:
+    """Say how many training samples are as long as a sample may be: their ends may be missing."""
+    num_full = int((task.index.num_positions >= max_length).sum())
+    if num_full:
+        print(
+            f"{num_full} of {task.index.num_samples} training samples fill data.max_length="
+            f"{max_length}: what was longer is cut",
+            flush=True,
+        )

@@ -8,12 +8,12 @@ from functools import partial
 
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
-from regate_ds.recipe.config.sections import TeacherConfig
 from regate_ds.recipe.corpus import Task
-from regate_ds.recipe.teacher import TeacherText, teacher_text
+from regate_ds.recipe.teacher import TeacherText, teacher_source, teacher_text
+from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.online import OnlineReference, Read, WindowScorer, samples_of
 from regate_ds.teacher.scoring import score_samples
-from regate_ds.teacher.sharding.placement import place_teacher, teacher_source
+from regate_ds.teacher.sharding.placement import place_teacher
 from regate_ds.teacher.tokenizers.other import TwiceWritten
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from regate_ds.recipe.config.sections import OptimizerConfig
+from regate_ds.config import require
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -45,3 +47,44 @@ def lr_share(config: OptimizerConfig, total_steps: int) -> Callable[[int], float
         return config.min_lr_share + (1.0 - config.min_lr_share) * falling
 
     return share
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up."""
+
+    lr: float = 2e-5
+    """Highest learning rate."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
+
+    eps: float = 1e-8
+    """Added to the root of the second mean."""
+
+    warmup_steps: float = 0.03
+    """Steps of linear warm-up: a count, or a share of the run's steps below 1."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+
+    min_lr_share: float = 0.0
+    """Share of `lr` that a cosine ends at."""
+
+    grad_clip: float | None = 1.0
+    """Largest norm of the whole gradient; null does not clip."""
+
+    def __post_init__(self) -> None:
+        require(self, "lr", self.lr > 0, "must be above 0")
+        require(self, "weight_decay", self.weight_decay >= 0, "must be 0 or more")
+        require(self, "betas", all(0 <= b < 1 for b in self.betas), "must be in [0, 1)")
+        require(self, "eps", self.eps > 0, "must be above 0")
+        require(self, "warmup_steps", self.warmup_steps >= 0, "must be 0 or more")
+        whole = self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
+        require(self, "warmup_steps", whole, "must be a whole number, or a share below 1")
+        require(self, "min_lr_share", 0 <= self.min_lr_share <= 1, "must be in [0, 1]")
+        clips = self.grad_clip is None or self.grad_clip > 0
+        require(self, "grad_clip", clips, "must be above 0; null does not clip")

@@ -7,9 +7,12 @@ permutation; what does not fill a step at the end of an epoch is left out of tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from regate_ds.job.process import Process
+from regate_ds.recipe.config.tree import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +60,18 @@ class Order:
     def _permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.num_samples, generator=generator).tolist()
+
+
+def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
+    """A data rank's order of samples, and through it the run's length."""
+    run = config.run
+    order = Order(
+        num_samples=num_samples,
+        micro_batch=run.micro_batch,
+        accumulation=run.accumulation,
+        rank=data.rank,
+        world_size=data.world_size,
+        seed=run.seed,
+        total_steps=0,
+    )
+    return replace(order, total_steps=run.steps or run.epochs * order.steps_per_epoch)

@@ -16,7 +16,7 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
-from regate_ds.recipe.engines.choose import Host
+from regate_ds.recipe.engines.base import Host
 
 
 class StepFigures:
@@ -121,3 +121,11 @@ def peak_memory(process: Process) -> int:
     if process.world_size > 1:
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     return int(peaks)
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """What the progress bar says of a step."""
+    cost = {}
+    if "teacher_seconds" in row:
+        cost = {"teacher": f"{row['teacher_seconds']:.2f} of {row['step_seconds']:.2f} s"}
+    return {"loss": f"{row['loss']:.3f}", "dense": row["dense"], **cost}

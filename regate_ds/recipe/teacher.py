@@ -10,17 +10,19 @@ from typing import Any
 from torch import Tensor
 
 from regate_ds.data.llava.encode import EncodedSample
-from regate_ds.recipe.config.sections import TeacherConfig
 from regate_ds.recipe.corpus import Task
+from regate_ds.teacher.backbone import text_backbone
+from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.loading import load_teacher_tokenizer
 from regate_ds.teacher.precompute import Score
-from regate_ds.teacher.scoring import choose_pad_id, require_same_tokens
+from regate_ds.teacher.sharding.placement import TeacherSource, source_at
 from regate_ds.teacher.tokenizers.other import (
     OtherTokenizer,
     TwiceWritten,
     score_twice_written,
     tokenizer_id,
 )
+from regate_ds.teacher.tokenizers.same import choose_pad_id, require_same_tokens
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,11 @@ def own_samples(samples: Sequence[TwiceWritten]) -> list[EncodedSample]:
 
 def _score_written(score: Score, samples: Sequence[Any]) -> Tensor:
     return score_twice_written(score, samples)
+
+
+def teacher_source(section: TeacherConfig, task: Task) -> TeacherSource:
+    """The model that `teacher.path` names, or the student's own backbone, on its very weights."""
+    if section.path is not None:
+        return source_at(section.path)
+    backbone = text_backbone(task.student.model)
+    return TeacherSource(backbone.config, lambda: backbone)

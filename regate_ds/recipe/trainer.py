@@ -23,13 +23,14 @@ from regate_ds.recipe.checkpoint import (
     save_model,
 )
 from regate_ds.recipe.config.tree import RunConfig, dump_config
-from regate_ds.recipe.corpus import HostLabels, Task
-from regate_ds.recipe.engines.choose import Setup, data_ranks, make_host
-from regate_ds.recipe.evaluation.words import HeldOut, evaluate
-from regate_ds.recipe.order import Order
+from regate_ds.recipe.corpus import HostLabels, Task, held_out
+from regate_ds.recipe.engines.base import Setup
+from regate_ds.recipe.engines.choose import data_ranks, make_host
+from regate_ds.recipe.evaluation.words import evaluate
+from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
-from regate_ds.recipe.step_figures import StepFigures, peak_memory
+from regate_ds.recipe.step_figures import StepFigures, peak_memory, shown
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 
@@ -221,36 +222,3 @@ class Trainer:
         }
         self.folder.write_summary(summary)
         return summary
-
-
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """What the progress bar says of a step."""
-    cost = {}
-    if "teacher_seconds" in row:
-        cost = {"teacher": f"{row['teacher_seconds']:.2f} of {row['step_seconds']:.2f} s"}
-    return {"loss": f"{row['loss']:.3f}", "dense": row["dense"], **cost}
-
-
-def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
-    """A data rank's order of samples, and through it the run's length."""
-    run = config.run
-    order = Order(
-        num_samples=num_samples,
-        micro_batch=run.micro_batch,
-        accumulation=run.accumulation,
-        rank=data.rank,
-        world_size=data.world_size,
-        seed=run.seed,
-        total_steps=0,
-    )
-    return replace(order, total_steps=run.steps or run.epochs * order.steps_per_epoch)
-
-
-def held_out(task: Task, config: RunConfig) -> HeldOut:
-    return HeldOut(
-        records=task.test_records,
-        encoder=task.encoder,
-        tokenizer=task.student.tokenizer,
-        vision=task.student.vision,
-        num_workers=config.data.num_workers,
-    )

@@ -16,12 +16,15 @@ from torch import nn
 
 from regate_ds.data.keyed import HostCollate, Keyed
 from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.job.process import start_process
 from regate_ds.parallel.layout import ProcessGroup, num_ranks, size_of
 from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
 from regate_ds.teacher.precompute import TeacherJob, Throughput, precompute
 from regate_ds.teacher.scoring import score_samples
+from regate_ds.teacher.sharding.placement import place_teacher, source_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +126,31 @@ def _require_group(teacher: Teacher, group: ProcessGroup | None) -> None:
             f"all {num_ranks()} ranks of the job hold this teacher together, and all must score: "
             "give group=torch.distributed.group.WORLD"
         )
+
+
+def open_teacher(
+    config: TeacherConfig, *, pad_id: int, image_token_id: int | None = None
+) -> Teacher:
+    """The model at ``config.path``, on the ranks of the job as ``config.sharding`` says.
+
+    Collective over all ranks; before the student's engine is built. ``pad_id`` and
+    ``image_token_id`` are those of ``Teacher``.
+
+    ValueError for a teacher, or a number of ranks, that the sharding does not go with.
+    """
+    if config.path is None or config.tokenizer != "same":
+        raise ValueError(
+            f"teacher.path={config.path}, tokenizer={config.tokenizer}: outside the recipe a "
+            "teacher is a model of its own that reads the student's token ids; name its folder or "
+            "GGUF file, and leave tokenizer out"
+        )
+    placed = place_teacher(config, source_at(config.path), pad_id, start_process())
+    return Teacher(
+        model=placed.model,
+        pad_id=pad_id,
+        image_token_id=image_token_id,
+        tokens_per_batch=config.tokens_per_batch,
+        name=placed.id,
+        replica=placed.layout.replica,
+        in_step=placed.in_step,
+    )

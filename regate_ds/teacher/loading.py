@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from regate_ds.recipe.students.student import readable_weights
 
 GGUF = ".gguf"
 
@@ -113,3 +114,14 @@ def _require_causal_config(config: Any, path: Path) -> None:
             f"teacher.path={path}: is a {config.model_type} model, not a causal language model; "
             "give one, or null for the student's own text backbone"
         )
+
+
+@contextmanager
+def readable_weights(folder: Path) -> Iterator[None]:
+    """Name the folder whose weights are damaged: safetensors' own error names no file."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {folder} cannot be read ({error}); copy or download them again"
+        ) from error

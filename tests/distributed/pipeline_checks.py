@@ -23,10 +23,11 @@ from regate_ds.adapters.huggingface.gates.gates import attach_model
 from torch import nn
 
 from regate_ds.algorithm.batch import host_labels
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import start_process
-from regate_ds.session import Regate, StepPlan
+from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.distributed.zero_cases import ZeroCase
 from tests.distributed.zero_checks import TOLERANCE, reference_of, run_named

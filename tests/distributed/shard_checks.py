@@ -17,13 +17,12 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
 from regate_ds.data.keyed import HostCollate, Keyed
 from regate_ds.job.process import Process, start_process
-from regate_ds.recipe.config.sections import TeacherConfig
 from regate_ds.stores.reference.reader import ReferenceStore
-from regate_ds.teacher.api import Teacher, score_dataset
+from regate_ds.teacher.api import Teacher, open_teacher, score_dataset
+from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.head_loss import HeadPart
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher
-from regate_ds.teacher.own_teacher import open_teacher
 from regate_ds.teacher.precompute import Score, TeacherJob, precompute
 from regate_ds.teacher.scoring import ScoredSample, score_samples
 from regate_ds.teacher.sharding.placement import PlacedTeacher, TeacherSource, place_teacher

@@ -16,7 +16,7 @@ from regate_ds.algorithm.batch import host_labels
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import build_task
-from regate_ds.recipe.students.student import text_backbone
+from regate_ds.teacher.backbone import text_backbone
 
 DS = {
     "train_micro_batch_size_per_gpu": 2,

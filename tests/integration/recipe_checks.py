@@ -17,15 +17,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from regate_ds.algorithm.batch import host_labels
+from regate_ds.config import schedule_of
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import build_task
 from regate_ds.recipe.preflight import judge_run
-from regate_ds.recipe.students.student import text_backbone
 from regate_ds.recipe.trainer import Trainer
-from regate_ds.session import schedule_of
 from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.scoring import score_samples
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from regate_ds.recipe.students.student import build_llava, save_student
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 

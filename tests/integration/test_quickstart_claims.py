@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from regate_ds.data.llava.records import read_records
-from regate_ds.recipe.students.student import text_backbone
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.student import (
     PretrainConfig,
@@ -13,6 +12,7 @@ from regate_ds.recipe.tasks.digits.student import (
     encoder_of,
     learn_text,
 )
+from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import score_samples
 from tests.integration.small_task import TEXT, VISION
 

@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
-from regate_ds.session import Regate, StepPlan
+from regate_ds.algorithm.plan import StepPlan
+from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.megatron.build import build, fill, host_config, join, named, shard
 from tests.megatron.cases import Case, Item, items

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 from tests.megatron.build import full_weight
 from tests.megatron.cases import EXPERTS, FFN, GROUPS, HEADS, HIDDEN, VOCABULARY, Case, Item
 from tests.megatron.llava import IMAGE_AT, ImageItem, PlainVision

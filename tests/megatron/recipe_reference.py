@@ -14,8 +14,8 @@ import yaml
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import build_task
-from regate_ds.recipe.students.student import text_backbone
 from regate_ds.recipe.trainer import Trainer
+from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.scoring import score_samples
 from tests.integration.small_task import TEXT, make_task

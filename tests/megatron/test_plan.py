@@ -22,7 +22,8 @@ from regate_ds.adapters.megatron.local_plan import (
     require_cut,
 )
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_ragged, plan_sparse
+from regate_ds.algorithm.plan import ElisionPlan, plan_dense
+from regate_ds.algorithm.select import plan_ragged, plan_sparse
 from regate_ds.parallel.resharding import Cut
 from tests.batches import random_batch
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.select import ElisionPlan, fuse_scores, plan_sparse
-from regate_ds.config import RegateConfig
-from regate_ds.session import Regate, StepPlan, schedule_of
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan
+from regate_ds.algorithm.select import fuse_scores, plan_sparse
+from regate_ds.config import RegateConfig, schedule_of
+from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from tests.models import random_batch
 from tests.stores import RandomReference, index_of

@@ -28,11 +28,11 @@ from regate_ds.adapters.huggingface.gates.gates import ElidedOutput, attach_mode
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.session_state import Difficulty, open_session
 from regate_ds.adapters.window import Window, in_steps, require_collated
-from regate_ds.algorithm.select import ElisionPlan
-from regate_ds.config import RegateConfig
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan
+from regate_ds.config import RegateConfig, schedule_of
 from regate_ds.data.keyed import HostCollate, Unkeyed
 from regate_ds.parallel.layout import ParallelLayout, num_ranks
-from regate_ds.session import Regate, StepPlan, schedule_of
+from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 

@@ -37,12 +37,12 @@ from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.session_state import Difficulty, open_session
 from regate_ds.algorithm.batch import TokenBatch, host_labels
-from regate_ds.algorithm.select import plan_dense
+from regate_ds.algorithm.plan import StepPlan, plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout, host_group
-from regate_ds.session import Regate, StepPlan
+from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from regate_ds.adapters.huggingface.gates.empty_image import PIXELS, with_empty_image
 from regate_ds.algorithm.gate import keep
 from regate_ds.algorithm.loss import summed_loss
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 
 Flow = tuple[Tensor, Tensor, Tensor]
 """Stream [B, S, H], its positions [B, S], and the micro-batch's number as a length."""

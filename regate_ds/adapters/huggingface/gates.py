@@ -36,7 +36,7 @@ from regate_ds.adapters.huggingface.gates.support import (
 )
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import summed_loss, token_losses
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 
 SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 """`model_type` of the text models whose layers were tested: causal, and one tensor in and out."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.parallel.resharding import Cut, Route, Rows, plan_route
 
 

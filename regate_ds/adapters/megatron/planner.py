@@ -9,7 +9,8 @@ from torch import Tensor
 
 from regate_ds.adapters.session_state import Difficulty
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.session import Regate, StepPlan
+from regate_ds.algorithm.plan import StepPlan
+from regate_ds.session import Regate
 
 
 class Planner:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regate_ds.recipe.config.sections import OptimizerConfig
 from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.optimizer import OptimizerConfig
 
 AUTO = "auto"
 

@@ -10,76 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require, schedule_of
 from regate_ds.data.llava.template import Template
-from regate_ds.session import schedule_of
-
-
-def require(section: object, key: str, holds: bool, problem: str) -> None:
-    """Refuse the value of ``section.key``, naming it, unless ``holds``."""
-    if not holds:
-        raise ValueError(f"{key}={getattr(section, key)!r}: {problem}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters on the text backbone (peft); everything else is frozen."""
-
-    rank: int = 16
-    """Rank of the update of each adapted matrix."""
-
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-
-    dropout: float = 0.0
-    """Share of the adapter's inputs that is zeroed in training."""
-
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Last part of the names of the linear layers that get an adapter."""
-
-    def __post_init__(self) -> None:
-        require(self, "rank", self.rank >= 1, "must be at least 1")
-        require(self, "alpha", self.alpha > 0, "must be above 0")
-        require(self, "dropout", 0 <= self.dropout < 1, "must be in [0, 1)")
-        require(self, "target_modules", len(self.target_modules) > 0, "must name a module")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The student: a Hugging Face multimodal model, from a directory or made from a config."""
-
-    path: Path | None = None
-    """Directory of a student (weights, tokenizer, image processor); null makes a fresh one."""
-
-    kind: Literal["llava", "qwen2_vl"] = "llava"
-    """Architecture of a fresh student; a directory names its own."""
-
-    text: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Hugging Face config of a fresh student's decoder, with its `model_type`."""
-
-    vision: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Hugging Face config of a fresh student's vision tower, with its `model_type`."""
-
-    tokenizer: Path | None = None
-    """Directory of a fresh student's tokenizer."""
-
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How the decoder computes attention."""
-
-    lora: LoraConfig | None = None
-    """Train low-rank adapters (see `model.lora.*`); null trains all weights."""
-
-    freeze_vision: bool = False
-    """Leave the vision tower as it is; projector and decoder are trained."""
-
-    gradient_checkpointing: bool = False
-    """Recompute the decoder's layers in the backward pass instead of storing their activations."""
-
-    def __post_init__(self) -> None:
-        for key in ("text", "vision", "tokenizer"):
-            given = bool(getattr(self, key))
-            require(self, key, not given or self.path is None, "goes with path=null only")
-            require(self, key, given or self.path is not None, "is needed where path is null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,44 +55,6 @@ class DataConfig:
             f"must be at least max_length={self.max_length}, or null",
         )
         require(self, "num_workers", self.num_workers >= 0, "must be 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The frozen text-only reference, scored once before training, or along with it."""
-
-    path: Path | None = None
-    """Directory or GGUF file of a causal language model; null is the student's text backbone."""
-
-    tokenizer: Literal["same", "own"] = "same"
-    """Of a teacher at `path`: the student's, or refused; `own` aligns losses by characters."""
-
-    mode: Literal["store", "online"] = "store"
-    """Read the losses from `store`, or let the teacher run inside the training job."""
-
-    store: Path | None = None
-    """Folder of the reference losses: written by `regate teacher`, read by `regate train`."""
-
-    tokens_per_batch: int = 16384
-    """Upper limit of padded tokens in one forward pass of the teacher."""
-
-    sharding: Literal["none", "tensor", "zero3"] = "none"
-    """Weights whole on every rank, cut by heads over `tensor` ranks, or in ZeRO-3's pieces."""
-
-    tensor: int = 1
-    """Ranks that hold one teacher together where `sharding` is `tensor`."""
-
-    verify: Literal["quick", "full"] = "quick"
-    """Compare a store's values with their checksums as they are read, or every byte on opening."""
-
-    def __post_init__(self) -> None:
-        require(self, "tokens_per_batch", self.tokens_per_batch >= 1, "must be at least 1")
-        if self.sharding == "tensor":
-            require(self, "tensor", self.tensor >= 2, "sharding=tensor needs at least 2")
-        else:
-            require(self, "tensor", self.tensor == 1, f"sharding={self.sharding} allows 1 only")
-        fits = self.tokenizer == "same" or self.path is not None
-        require(self, "tokenizer", fits, "needs a teacher of its own: name one in teacher.path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,47 +140,6 @@ class ParallelConfig:
     def weight_parts(self) -> int:
         """Ranks that the weights of one copy of the model are cut over."""
         return self.tensor * self.pipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with warm-up."""
-
-    lr: float = 2e-5
-    """Highest learning rate."""
-
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; biases, norms and other vectors have none."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-
-    eps: float = 1e-8
-    """Added to the root of the second mean."""
-
-    warmup_steps: float = 0.03
-    """Steps of linear warm-up: a count, or a share of the run's steps below 1."""
-
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-
-    min_lr_share: float = 0.0
-    """Share of `lr` that a cosine ends at."""
-
-    grad_clip: float | None = 1.0
-    """Largest norm of the whole gradient; null does not clip."""
-
-    def __post_init__(self) -> None:
-        require(self, "lr", self.lr > 0, "must be above 0")
-        require(self, "weight_decay", self.weight_decay >= 0, "must be 0 or more")
-        require(self, "betas", all(0 <= b < 1 for b in self.betas), "must be in [0, 1)")
-        require(self, "eps", self.eps > 0, "must be above 0")
-        require(self, "warmup_steps", self.warmup_steps >= 0, "must be 0 or more")
-        whole = self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
-        require(self, "warmup_steps", whole, "must be a whole number, or a share below 1")
-        require(self, "min_lr_share", 0 <= self.min_lr_share <= 1, "must be in [0, 1]")
-        clips = self.grad_clip is None or self.grad_clip > 0
-        require(self, "grad_clip", clips, "must be above 0; null does not clip")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from regate_ds.adapters.deepspeed.loop.loop import DeepSpeedRegate, Window, atta
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
-from regate_ds.recipe.corpus import trainable
-from regate_ds.recipe.engines.choose import Setup
+from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
+from regate_ds.recipe.students.trainable import trainable
 
 
 class DeepSpeedHost:

@@ -26,10 +26,10 @@ from regate_ds.adapters.megatron.groups import Axes, Table, find_axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise
 from regate_ds.adapters.plan_wire import encode, share
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.select import ElisionPlan, plan_sparse, widen
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan, widen
+from regate_ds.algorithm.select import plan_sparse
 from regate_ds.parallel.layout import replicas
 from regate_ds.parallel.resharding import Cut, move_rows
-from regate_ds.session import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ class Needs:
 
 def estimate(config: RunConfig, num_ranks: int) -> Needs:
     """What ``num_ranks`` ranks need for a run; the student is made without weights."""
-    from regate_ds.recipe.corpus import make_student, trainable
+    from regate_ds.recipe.students.load import make_student
+    from regate_ds.recipe.students.trainable import trainable
 
     student = make_student(config.model, seed=None)
     model = trainable(student, config.model, seed=0)

@@ -13,17 +13,16 @@ from dataclasses import astuple, dataclass, replace
 import torch
 
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.select import ElisionPlan, plan_sparse
-from regate_ds.config import RegateConfig
+from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.select import plan_sparse
+from regate_ds.config import RegateConfig, schedule_of
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Task
-from regate_ds.recipe.order import Order
-from regate_ds.recipe.trainer import make_order
-from regate_ds.session import schedule_of
+from regate_ds.recipe.order import Order, make_order
 from regate_ds.stores.reference.reader import ReferenceStore
 
 

@@ -16,9 +16,7 @@ from regate_ds.job.process import Process
 from regate_ds.job.ranks import announce
 from regate_ds.parallel.collectives import broadcast_text, max_tensor, sum_over
 from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
-from regate_ds.recipe.config.sections import TeacherConfig
-from regate_ds.recipe.corpus import Task
-from regate_ds.recipe.students.student import text_backbone
+from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.identity import id_of_weights, teacher_id
 from regate_ds.teacher.loading import load_teacher, load_teacher_config
 from regate_ds.teacher.sharding.tensor_parallel import (
@@ -60,14 +58,6 @@ class PlacedTeacher:
     @property
     def ranks_per_replica(self) -> int:
         return size_of(self.layout.replica)
-
-
-def teacher_source(section: TeacherConfig, task: Task) -> TeacherSource:
-    """The model that `teacher.path` names, or the student's own backbone, on its very weights."""
-    if section.path is not None:
-        return source_at(section.path)
-    backbone = text_backbone(task.student.model)
-    return TeacherSource(backbone.config, lambda: backbone)
 
 
 def source_at(path: Path) -> TeacherSource:

@@ -12,7 +12,8 @@ from regate_ds.adapters.huggingface.gates.gates import attach_model
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_sparse
+from regate_ds.algorithm.plan import ElisionPlan, plan_dense
+from regate_ds.algorithm.select import plan_sparse
 from tests.measure import Gradients, assert_gradients_equal, gradients, relative_error
 from tests.models import packed_positions, random_batch
 from tests.oracle import Rotary, oracle_loss

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.select import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan
 
 
 def wild_batch(rng: random.Random) -> TokenBatch:

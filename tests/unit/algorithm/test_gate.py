@@ -8,7 +8,8 @@ import torch
 from plain_plan import rows_of, wild_batch
 
 from regate_ds.algorithm.gate import keep, restore
-from regate_ds.algorithm.select import ElisionPlan, plan_dense, plan_sparse
+from regate_ds.algorithm.plan import ElisionPlan, plan_dense
+from regate_ds.algorithm.select import plan_sparse
 from tests.models import random_batch
 
 

@@ -10,13 +10,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.teacher.scoring import (
-    choose_pad_id,
-    require_ids_fit,
-    require_same_tokens,
-    score_samples,
-    teacher_inputs,
-)
+from regate_ds.teacher.scoring import require_ids_fit, score_samples, teacher_inputs
+from regate_ds.teacher.tokenizers.same import choose_pad_id, require_same_tokens
 from tests.models import VOCABULARY, causal_lm
 from tests.samples import make_sample, make_samples
 

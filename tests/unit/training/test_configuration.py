@@ -10,7 +10,7 @@ from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
 from regate_ds.recipe.config.sections import ElisionConfig
 from regate_ds.recipe.config.tree import RunConfig, dump_config, load_config
-from regate_ds.recipe.corpus import make_student
+from regate_ds.recipe.students.load import make_student
 from tests.unit.training.config_table import HEAD, rows
 
 ROOT = Path(__file__).parents[3]

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from regate_ds.commands.output import tell_cut
+from regate_ds.recipe.corpus import tell_cut
 from tests.samples import make_index
 
 

@@ -10,7 +10,9 @@ import torch
 
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.records import read_records
-from regate_ds.recipe.students.student import Student, build_llava, load_student
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.load import load_student
+from regate_ds.recipe.students.student import Student
 from regate_ds.recipe.tasks.digits import tower as s
 from regate_ds.recipe.tasks.digits.alignment import align_student, notes
 from regate_ds.recipe.tasks.digits.phase import StageConfig, finished_stage, optimise

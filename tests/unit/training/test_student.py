@@ -12,15 +12,12 @@ from tiny_students import (
     make_tokenizer,
 )
 
-from regate_ds.recipe.config.sections import LoraConfig, ModelConfig
-from regate_ds.recipe.corpus import make_student, trainable
-from regate_ds.recipe.students.student import (
-    build_llava,
-    load_student,
-    save_student,
-    text_backbone,
-    vision_tower,
-)
+from regate_ds.recipe.students.config import LoraConfig, ModelConfig
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.load import load_student, make_student, vision_tower
+from regate_ds.recipe.students.student import save_student
+from regate_ds.recipe.students.trainable import trainable
+from regate_ds.teacher.backbone import text_backbone
 
 each_student = pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
 

@@ -13,8 +13,9 @@ from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher, load_teacher_config, load_teacher_tokenizer
-from regate_ds.teacher.scoring import require_same_tokens, score_samples
+from regate_ds.teacher.scoring import score_samples
 from regate_ds.teacher.sharding.placement import TeacherSource, id_of_source, weights_of
+from regate_ds.teacher.tokenizers.same import require_same_tokens
 from tests.gguf_files import write_gguf
 from tests.models import causal_lm
 from tests.samples import make_samples

@@ -5,12 +5,9 @@ import torch
 from tiny_students import STUDENTS, make_image, make_llava, make_qwen2_vl
 from transformers import CLIPImageProcessorPil, LlavaConfig, ViTImageProcessorPil
 
-from regate_ds.recipe.students.vision_inputs import (
-    LlavaVision,
-    clip_processor,
-    qwen2_vl_processor,
-    vision_of,
-)
+from regate_ds.recipe.students.llava import LlavaVision, clip_processor
+from regate_ds.recipe.students.load import vision_of
+from regate_ds.recipe.students.qwen2_vl import qwen2_vl_processor
 
 SIZES = [(24, 24), (20, 31), (64, 40)]
 

@@ -5,7 +5,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from regate_ds.recipe.students.student import Student, build_llava, build_qwen2_vl
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
+from regate_ds.recipe.students.student import Student
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<image>"]
 SENTENCE = "what is shown ? a red blue 3 7 digit at the top : USER ASSISTANT"

@@ -27,10 +27,12 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
 from regate_ds.parallel.resharding import Cut
-from regate_ds.recipe.config.sections import ModelConfig, ParallelConfig
+from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
 from regate_ds.recipe.engines.megatron.weights import load_whole, to_megatron
-from regate_ds.recipe.students.student import Student, text_backbone
+from regate_ds.recipe.students.config import ModelConfig
+from regate_ds.recipe.students.student import Student
+from regate_ds.teacher.backbone import text_backbone
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},

@@ -25,7 +25,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.parallel.resharding import Cut
 from regate_ds.recipe.config.megatron_limits import require_student
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.engines.choose import Setup
+from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.megatron.checkpoint import load_rank, save_rank
 from regate_ds.recipe.engines.megatron.chunks import build_chunks, context_part, student_chunks
 from regate_ds.recipe.engines.megatron.export import fill_student

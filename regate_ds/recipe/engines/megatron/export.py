@@ -12,7 +12,8 @@ from torch import Tensor
 
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
 from regate_ds.recipe.engines.megatron.weights import from_megatron, gather_whole
-from regate_ds.recipe.students.student import Student, text_backbone
+from regate_ds.recipe.students.student import Student
+from regate_ds.teacher.backbone import text_backbone
 
 
 def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.job.progress import progress
-from regate_ds.recipe.config.sections import OptimizerConfig
-from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
+from regate_ds.recipe.optimizer import OptimizerConfig, make_lr_schedule, make_optimizer
 
 UNFINISHED = ".unfinished-"
 """Begins the name of a folder in the making; one left by a killed job may be deleted."""

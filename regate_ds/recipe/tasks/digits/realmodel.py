@@ -24,7 +24,8 @@ from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Record, read_records
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import build_task
-from regate_ds.recipe.students.student import build_llava, save_student
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.stores.reference.reader import ReferenceStore

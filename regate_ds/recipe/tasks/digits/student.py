@@ -28,17 +28,14 @@ from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import Record, read_records
 from regate_ds.data.llava.template import Template
-from regate_ds.recipe.students.student import (
-    Student,
-    build_llava,
-    load_student,
-    save_student,
-    text_backbone,
-)
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.load import load_student
+from regate_ds.recipe.students.student import Student, save_student
 from regate_ds.recipe.tasks.digits.alignment import align_student
 from regate_ds.recipe.tasks.digits.phase import StageConfig, digest_of, finished_stage, optimise
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_scenes, learn_words
+from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import teacher_inputs
 
 _RECIPE = 4

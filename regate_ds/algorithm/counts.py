@@ -1,0 +1,27 @@
+"""What is counted in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.plan import ElisionPlan
+
+COUNTS = ("tokens_total", "tokens_kept", "answer_total", "answer_kept", "filled", "padded")
+"""What is counted in a step."""
+
+
+def _count(
+    window: Sequence[TokenBatch],
+    micro: Sequence[ElisionPlan],
+    padding: Callable[[ElisionPlan], int],
+) -> list[int]:
+    """In the order of COUNTS."""
+    return [
+        sum(int((batch.segment_BT >= 0).sum()) for batch in window),
+        sum(plan.num_kept for plan in micro),
+        sum(int(batch.is_label_BT.sum()) for batch in window),
+        sum(plan.num_targets for plan in micro),
+        sum(plan.num_filled for plan in micro),
+        sum(map(padding, micro)),
+    ]

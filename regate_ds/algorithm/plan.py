@@ -1,0 +1,189 @@
+"""The plan of a step as data: which positions of each row enter the gated layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+
+
+@dataclass(frozen=True)
+class ElisionPlan:
+    """The kept positions of one micro-batch, and what the decoder and the loss need of them."""
+
+    is_dense: bool
+    """Nothing is elided and nothing moved: slots are positions, padding included."""
+
+    num_tokens: int
+    """T, the length of a row before the gate."""
+
+    kept_BK: Tensor
+    """int64: position of each slot, in reading order; padding slots, at the end, point to 0."""
+
+    segment_BK: Tensor
+    """int64: sample of the row that a slot belongs to; -1 is padding. Attention stays inside."""
+
+    labels_BK: Tensor
+    """int64: target of each slot, IGNORE where it has none. The loss runs on all targets."""
+
+    slot_R: Tensor
+    """int64: real slots as flat indices into [B * K]."""
+
+    position_R: Tensor
+    """int64: the positions of the real slots as flat indices into [B * T]."""
+
+    label_slot_L: Tensor
+    """int64: slots that have a target as flat indices into [B * K]; L of them, in reading order."""
+
+    label_position_L: Tensor
+    """int64: positions of the kept targets as flat indices into [B * T]."""
+
+    run_lengths: tuple[int, ...]
+    """Lengths of the runs of one sample, or of padding, through the flattened [B * K] slots."""
+
+    token_run_lengths: tuple[int, ...]
+    """The same through the flattened [B * T] positions, for layers that see every token."""
+
+    is_packed: bool
+    """Some row holds several samples, so that causal order alone does not bound attention."""
+
+    num_filled: int = 0
+    """Label positions kept only to reach the token multiple."""
+
+    step: int = 0
+    """The optimizer step that this plan is of."""
+
+    micro: int = 0
+    """The micro-batch of that step."""
+
+    @property
+    def num_slots(self) -> int:
+        """K, the length of a packed row."""
+        return self.kept_BK.shape[1]
+
+    @property
+    def num_kept(self) -> int:
+        return len(self.slot_R)
+
+    @property
+    def num_padded(self) -> int:
+        return self.segment_BK.numel() - self.num_kept
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.label_slot_L)
+
+    @property
+    def targets_L(self) -> Tensor:
+        return self.labels_BK.reshape(-1)[self.label_slot_L]
+
+    def to(self, device: torch.device | str) -> ElisionPlan:
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What each slot [B, K] of a micro-batch holds; padding has segment -1 and no label."""
+
+    kept_BK: Tensor
+    segment_BK: Tensor
+    labels_BK: Tensor
+
+
+def plan_dense(batch: TokenBatch) -> ElisionPlan:
+    """Keep everything: what the host itself would compute, padding included."""
+    num_rows, num_tokens = batch.labels_BT.shape
+    return _pack(batch, torch.arange(num_tokens).expand(num_rows, -1), is_dense=True)
+
+
+def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
+    """Select by ``kept_BK`` (T means padding) what the decoder and the loss need."""
+    num_tokens = batch.labels_BT.shape[1]
+    is_real_BK = kept_BK < num_tokens
+    kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
+    slots = Slots(
+        kept_BK,
+        batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1),
+        batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE),
+    )
+    return assemble_plan(
+        slots,
+        num_tokens=num_tokens,
+        is_dense=is_dense,
+        is_packed=any(len(row) > 1 for row in batch.keys),
+        token_run_lengths=_run_lengths(batch.segment_BT),
+    )
+
+
+def assemble_plan(
+    slots: Slots,
+    *,
+    num_tokens: int,
+    is_dense: bool,
+    is_packed: bool,
+    token_run_lengths: tuple[int, ...] = (),
+) -> ElisionPlan:
+    """The whole plan from what its slots hold, as on a rank that was sent only these."""
+    kept_BK, segment_BK, labels_BK = slots.kept_BK, slots.segment_BK, slots.labels_BK
+    slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
+    flat_K = (kept_BK + num_tokens * torch.arange(len(kept_BK))[:, None]).reshape(-1)
+    label_slot_L = (labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1)
+    return ElisionPlan(
+        is_dense=is_dense,
+        num_tokens=num_tokens,
+        kept_BK=kept_BK,
+        segment_BK=segment_BK,
+        labels_BK=labels_BK,
+        slot_R=slot_R,
+        position_R=flat_K[slot_R],
+        label_slot_L=label_slot_L,
+        label_position_L=flat_K[label_slot_L],
+        run_lengths=_run_lengths(segment_BK),
+        token_run_lengths=token_run_lengths,
+        is_packed=is_packed,
+    )
+
+
+def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
+    """The same plan with rows of ``num_slots`` slots: padding at their ends, nothing else kept."""
+    missing = num_slots - plan.num_slots
+    if plan.is_dense or missing == 0:
+        return plan
+
+    def wider(x_BK: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(x_BK, (0, missing), value=value)
+
+    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), wider(plan.labels_BK, IGNORE))
+    wide = assemble_plan(
+        slots,
+        num_tokens=plan.num_tokens,
+        is_dense=False,
+        is_packed=plan.is_packed,
+        token_run_lengths=plan.token_run_lengths,
+    )
+    return replace(wide, num_filled=plan.num_filled, step=plan.step, micro=plan.micro)
+
+
+def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:
+    num_rows, num_slots = segment_BK.shape
+    # Numbered through the rows, so that equal segments of neighbouring rows differ.
+    run_BK = segment_BK + (num_slots + 1) * torch.arange(num_rows)[:, None]
+    return tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist())
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The decision for all micro-batches of one optimizer step, on this data rank."""
+
+    step: int
+    is_dense: bool
+    micro: tuple[ElisionPlan, ...]
+    num_targets_global: int
+    """Targets of the step over all data ranks: what the summed loss is divided by."""
+
+    counts: dict[str, int]
+    """Over all data ranks, by the names of COUNTS."""

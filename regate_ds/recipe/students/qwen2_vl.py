@@ -1,0 +1,86 @@
+"""A Qwen2-VL student made on the spot, and how it takes images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from regate_ds.recipe.students.student import (
+    Student,
+    _fresh_model,
+    _require_size,
+    _token_id,
+    _vocabulary,
+)
+
+
+def build_qwen2_vl(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    seed: int | None,
+    image_token: str = "<image>",
+) -> Student:
+    """Make a Qwen2-VL with fresh weights; ``vision["max_pixels"]`` bounds an image's tokens.
+
+    With ``seed`` None the model is on "meta": it can be asked, but not run.
+    ``text["rope_parameters"]`` needs an ``mrope_section`` that sums to half the head size.
+    """
+    _require_size("model.vision", vision, "max_pixels")
+    _require_size("model.text", text, "hidden_size")
+    vision = dict(vision)
+    max_pixels = int(vision.pop("max_pixels"))
+    config = Qwen2VLConfig(
+        text_config={**text, **_vocabulary(tokenizer)},
+        vision_config={**vision, "hidden_size": text["hidden_size"]},
+        image_token_id=_token_id(tokenizer, image_token),
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+    )
+    inputs = Qwen2VLVision(qwen2_vl_processor(config.vision_config, max_pixels=max_pixels))
+    return Student(_fresh_model(Qwen2VLForConditionalGeneration, config, seed), tokenizer, inputs)
+
+
+@dataclass(frozen=True)
+class Qwen2VLVision:
+    """An image becomes as many tokens as its size asks for, and positions have three axes."""
+
+    processor: Qwen2VLImageProcessorPil
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        width, height = size
+        num_patches = self.processor.get_number_of_image_patches(height, width)
+        return num_patches // self.processor.merge_size**2
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Make ``pixel_values`` [P, 3 * frames * patch^2] and ``image_grid_thw`` [I, 3]."""
+        return dict(self.processor(list(images), return_tensors="pt"))
+
+    def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
+        """Mark text (0) and image (1): the model derives its three position axes from it.
+
+        A text-only micro-batch needs no marks, and the model then counts plain positions.
+        """
+        if not bool(is_placeholder_BT.any()):
+            return {}
+        return {"mm_token_type_ids": is_placeholder_BT.to(torch.int32)}
+
+
+def qwen2_vl_processor(vision: Any, *, max_pixels: int) -> Qwen2VLImageProcessorPil:
+    """Make the processor of a small Qwen2-VL's vision config; larger images are shrunk."""
+    smallest = (vision.patch_size * vision.spatial_merge_size) ** 2
+    if max_pixels < smallest:
+        raise ValueError(f"max_pixels must be at least one merged patch ({smallest}): {max_pixels}")
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": smallest, "longest_edge": max_pixels},
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+    )

@@ -1,0 +1,62 @@
+"""What of a student is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from regate_ds.recipe.students.config import LoraConfig, ModelConfig
+from regate_ds.recipe.students.load import vision_tower
+from regate_ds.recipe.students.student import Student
+
+
+def trainable(student: Student, config: ModelConfig, *, seed: int) -> nn.Module:
+    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked.
+
+    Adapters get their weights from ``seed`` alone.
+    """
+    model: nn.Module = student.model
+    if config.freeze_vision:
+        vision_tower(student.model).requires_grad_(False)
+    if config.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _with_lora(student, config.lora)
+    return model.train()
+
+
+def _with_lora(student: Student, config: LoraConfig) -> Any:
+    import peft
+
+    _require_targets(student, config.target_modules)
+    modules = "|".join(map(re.escape, config.target_modules))
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type] (a float scales as well)
+        lora_dropout=config.dropout,
+        # The vision tower has layers of the same names; adapters belong to the text backbone.
+        target_modules=rf".*language_model.*\.({modules})",
+    )
+    student.model.enable_input_require_grads()
+    return peft.get_peft_model(student.model, adapters)
+
+
+def _require_targets(student: Student, targets: Sequence[str]) -> None:
+    """peft itself is content if one of several targets is found."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in student.model.named_modules()
+        if isinstance(module, nn.Linear) and "language_model." in name
+    }
+    for target in targets:
+        if target not in linear:
+            raise ValueError(
+                f"model.lora.target_modules: the text backbone has no linear layer {target!r}; it "
+                f"has {', '.join(sorted(linear))}"
+            )

@@ -1,0 +1,52 @@
+"""The default teacher: a student's own decoder and head, as a causal language model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2VLConfig,
+)
+
+_ONLY_MROPE = {"architectures", "mrope_section", "model_type", "transformers_version"}
+"""Keys of a Qwen2-VL text config that its plain-position view does not take over."""
+
+
+def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """View the student's decoder and head as a causal LM, without copying a weight.
+
+    The parameters are new objects on the same storage: freezing the view does not freeze the
+    student, training the student changes the view. On text it gives the student's logits. For a
+    Qwen2-VL it counts plain positions, to which three equal axes amount.
+    """
+    config = _text_config(model)
+    with torch.device("meta"):
+        view = AutoModelForCausalLM.from_config(
+            config, attn_implementation=model.config._attn_implementation
+        )
+    decoder = model.model.language_model
+    weights = {f"model.{name}": value for name, value in decoder.state_dict().items()}
+    weights["lm_head.weight"] = model.lm_head.weight.detach()
+    view.load_state_dict(weights, strict=True, assign=True)
+    # Where head and embedding are one parameter, an optimiser must see one.
+    view.tie_weights()
+    # The rotary table is no weight: it is computed from the config, and was left on "meta".
+    view.model.rotary_emb = type(view.model.rotary_emb)(config=config).to(model.device)
+    return view.eval()
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    config = model.config.get_text_config()
+    fields = config.to_dict()
+    if isinstance(model.config, Qwen2VLConfig):
+        fields = {name: value for name, value in fields.items() if name not in _ONLY_MROPE}
+        rope = fields["rope_parameters"]
+        fields["rope_parameters"] = {k: v for k, v in rope.items() if k not in _ONLY_MROPE}
+        config_class = Qwen2Config
+    else:
+        config_class = type(config)
+    fields["tie_word_embeddings"] = model.config.tie_word_embeddings
+    return config_class(**{**fields, "dtype": model.dtype})
