@@ -9,16 +9,28 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from regate_ds.commands.bench import _add_bench
-from regate_ds.commands.compare import _add_compare
-from regate_ds.commands.data import _add_data
-from regate_ds.commands.doctor import _add_doctor
-from regate_ds.commands.evaluate import _add_eval
-from regate_ds.commands.store import _add_store
-from regate_ds.commands.teacher import _add_teacher
-from regate_ds.commands.train import _add_train
-from regate_ds.job.errors import USER_ERRORS, tell
-from regate_ds.job.preemption import EXIT_CODE, Preempted, heed
+from regate_ds.commands.bench import add_bench
+from regate_ds.commands.compare import add_compare
+from regate_ds.commands.data import add_data
+from regate_ds.commands.doctor import add_doctor
+from regate_ds.commands.evaluate import add_eval
+from regate_ds.commands.store import add_store
+from regate_ds.commands.teacher import add_teacher
+from regate_ds.commands.train import add_train
+from regate_ds.job.errors import USER_ERRORS, print_error
+from regate_ds.job.preemption import EXIT_CODE, Preempted, restore_signals
+
+COMMANDS = (
+    add_data,
+    add_teacher,
+    add_store,
+    add_train,
+    add_eval,
+    add_compare,
+    add_bench,
+    add_doctor,
+)
+"""In the order of --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     75 is a training run that was asked to end and has saved.
     """
-    heed()
+    restore_signals()
     args, rest = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args, rest)
@@ -40,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.debug:
             raise
-        tell(args.command, error)
+        print_error(args.command, error)
         return 1
 
 
@@ -66,17 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="regate", description="Train multimodal LLMs on the tokens that still teach them."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_data,
-        _add_teacher,
-        _add_store,
-        _add_train,
-        _add_eval,
-        _add_compare,
-        _add_bench,
-    ):
+    for add in COMMANDS:
         add(commands, debug)
-    _add_doctor(commands, debug)
     return parser
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.algorithm.counts import COUNTS, _count
-from regate_ds.algorithm.difficulty import _updated
+from regate_ds.algorithm.counts import COUNTS, count_step
+from regate_ds.algorithm.difficulty import updated_difficulty
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, widen
 from regate_ds.algorithm.select import fuse_scores, plan_ragged, plan_sparse
 from regate_ds.config import RegateConfig, schedule_of
@@ -109,7 +109,7 @@ class Regate:
         dense = self.is_dense(self.step)
         with all_or_none(self._layout.data, self._device, num_values=len(COUNTS)) as totals:
             micro = self._plan(batches, difficulty, dense=dense)
-            totals += _count(batches, micro, self.padding)
+            totals += count_step(batches, micro, self.padding)
         counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
         if counts["answer_kept"] == 0:
             raise ValueError(
@@ -246,7 +246,7 @@ class Regate:
     def _updated(self, current: _Open) -> Tensor:
         """Difficulty of all label positions of the window after the step."""
         updated = [
-            _updated(batch, plan, old_N, current.losses[plan.micro], self.config.decay)
+            updated_difficulty(batch, plan, old_N, current.losses[plan.micro], self.config.decay)
             for batch, plan, old_N in zip(
                 current.window, current.plan.micro, current.difficulty, strict=True
             )

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
-from regate_ds.data.keyed import HostCollate
+from regate_ds.data.keyed import KeyedCollate
 from regate_ds.teacher.backbone import text_backbone
 
 STAGES, STEPS = 2, 4
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     engine, *_ = deepspeed.initialize(model=student, model_parameters=weights, config=DS)
     regate = attach_pipeline(engine, reference=None if args.dense else ReferenceStore(store))
-    batches = micro_batches(data, HostCollate(collate), engine.grid)
+    batches = micro_batches(data, KeyedCollate(collate), engine.grid)
     losses = [float(regate.train_batch(batches)) for _ in range(STEPS)]
     engine.save_checkpoint(str(args.out), tag="last")
     regate.save(args.out / "last")

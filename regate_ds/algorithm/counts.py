@@ -11,7 +11,7 @@ COUNTS = ("tokens_total", "tokens_kept", "answer_total", "answer_kept", "filled"
 """What is counted in a step."""
 
 
-def _count(
+def count_step(
     window: Sequence[TokenBatch],
     micro: Sequence[ElisionPlan],
     padding: Callable[[ElisionPlan], int],

@@ -17,7 +17,7 @@ def update_difficulty(old_N: Tensor, loss_N: Tensor, *, decay: float) -> Tensor:
     return torch.lerp(loss_N.to(old_N.dtype), old_N, decay)
 
 
-def _updated(
+def updated_difficulty(
     batch: TokenBatch, plan: ElisionPlan, old_N: Tensor, losses_L: Tensor, decay: float
 ) -> Tensor:
     """Difficulty of the micro-batch's label positions [N] after its kept targets' losses."""

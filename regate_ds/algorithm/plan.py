@@ -97,10 +97,10 @@ class Slots:
 def plan_dense(batch: TokenBatch) -> ElisionPlan:
     """Keep everything: what the host itself would compute, padding included."""
     num_rows, num_tokens = batch.labels_BT.shape
-    return _pack(batch, torch.arange(num_tokens).expand(num_rows, -1), is_dense=True)
+    return pack(batch, torch.arange(num_tokens).expand(num_rows, -1), is_dense=True)
 
 
-def _pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
+def pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
     """Select by ``kept_BK`` (T means padding) what the decoder and the loss need."""
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens

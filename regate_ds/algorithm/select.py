@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import ABSENT, ALWAYS, ELIDABLE, TokenBatch
-from regate_ds.algorithm.plan import ElisionPlan, _pack
+from regate_ds.algorithm.plan import ElisionPlan, pack
 
 
 def fuse_scores(
@@ -50,7 +50,7 @@ def plan_sparse(
     row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
     fill_BT = _fill(batch, keep_BT, score_BT, row_BT, token_multiple)
     kept_BK = _positions(keep_BT | fill_BT, token_multiple)
-    return replace(_pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
+    return replace(pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
 
 
 def plan_ragged(
@@ -62,7 +62,7 @@ def plan_ragged(
     keep_BT = _kept(batch, score_BT, keep_share, align)
     fill_BT = _fill(batch, keep_BT, score_BT, torch.zeros_like(batch.labels_BT), token_multiple)
     kept_BK = _positions(keep_BT | fill_BT, 1)
-    return replace(_pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
+    return replace(pack(batch, kept_BK, is_dense=False), num_filled=int(fill_BT.sum()))
 
 
 def _checked(batch: TokenBatch, score_N: Tensor) -> Tensor:

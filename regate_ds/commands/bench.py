@@ -1,19 +1,19 @@
-"""`regate bench`"""
+"""`regate bench`: speed and memory against baselines."""
 
 from __future__ import annotations
 
 import argparse
 
 
-def _add_bench(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
+def add_bench(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
     bench = commands.add_parser(
         "bench", parents=[debug], add_help=False, help="measure speed and memory against baselines"
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_run)
 
 
-def _bench(_: argparse.Namespace, rest: list[str]) -> int:
-    from regate_ds.recipe.bench import step as bench
+def _run(_: argparse.Namespace, rest: list[str]) -> int:
+    from regate_ds.recipe.bench import step
 
-    bench.main(rest)
+    step.main(rest)
     return 0

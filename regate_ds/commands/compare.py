@@ -1,4 +1,4 @@
-"""`regate compare`"""
+"""`regate compare RUN RUN ...`: runs side by side."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import argparse
 from pathlib import Path
 
 
-def _add_compare(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
+def add_compare(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
     text = "put runs side by side: quality, tokens, time, memory"
     compare = commands.add_parser("compare", parents=[debug], help=text, description=text)
     compare.add_argument("run_folders", type=Path, nargs="+", metavar="RUN")
     compare.add_argument("--out", type=Path, help="folder for compare.json and the pictures")
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run=_run)
 
 
-def _compare(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.recipe.reports.compare import compare_runs
+def _run(args: argparse.Namespace, _: list[str]) -> int:
+    from regate_ds.recipe.reports import compare
 
-    print(compare_runs(args.run_folders, out=args.out))
+    print(compare.compare_runs(args.run_folders, out=args.out))
     return 0

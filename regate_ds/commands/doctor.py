@@ -1,31 +1,31 @@
-"""`regate doctor`"""
+"""`regate doctor [CONFIG]`: what this machine has of what the package needs."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from regate_ds.commands.config_argument import read_config
+from regate_ds.job.ranks import is_first_rank
 
-def _add_doctor(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
+
+def add_doctor(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
     text = "show versions, devices and what is missing; fails only if something required is"
     doctor = commands.add_parser("doctor", parents=[debug], help=text, description=text)
     doctor.add_argument(
         "config", type=Path, nargs="?", metavar="CONFIG", help="also judge memory, disk and groups"
     )
     doctor.add_argument("overrides", nargs="*", metavar="key=value", help="as of train")
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+    doctor.set_defaults(run=_run)
 
 
-def _doctor(args: argparse.Namespace, _: list[str]) -> int:
-    from regate_ds.recipe.config.tree import load_config
+def _run(args: argparse.Namespace, _: list[str]) -> int:
+    config = None if args.config is None else read_config(args)
 
-    config = None if args.config is None else load_config(args.config, args.overrides)
-
-    from regate_ds.job.ranks import discover
     from regate_ds.recipe.doctor import examine as doctor
 
-    findings = doctor.examine(config)
-    if discover().rank == 0:
-        print(doctor.as_json(findings) if args.json else doctor.as_text(findings))
-    return 1 if doctor.lacks_required(findings) else 0
+    checks = doctor.examine(config)
+    if is_first_rank():
+        print(doctor.as_json(checks) if args.json else doctor.as_text(checks))
+    return 1 if doctor.lacks_required(checks) else 0

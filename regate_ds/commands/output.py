@@ -1,15 +1,16 @@
-"""What the commands `regate train`, `regate teacher` and `regate eval` do."""
+"""Figures of a run, as commands print them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from regate_ds.job.ranks import _is_first
+from regate_ds.job.ranks import is_first_rank
 
 
-def _print_on_first(figures: dict[str, Any]) -> dict[str, Any]:
-    if _is_first():
-        for name, value in figures.items():
-            text = f"{value:.4f}" if isinstance(value, float) else value
-            print(f"{name:<26}{'-' if text is None else text}")
-    return figures
+def print_figures(figures: dict[str, Any]) -> None:
+    """One line for each figure, on the first rank only."""
+    if not is_first_rank():
+        return
+    for name, value in figures.items():
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:<26}{'-' if text is None else text}")

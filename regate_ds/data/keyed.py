@@ -43,7 +43,7 @@ class Keyed(Dataset[dict[str, Any]]):
         return {**item, KEY: (self._name, number)}
 
 
-class HostCollate:
+class KeyedCollate:
     """Takes keys off the items, lets the host collate the rest, and reads labels and padding.
 
     The labels leave the batch, as the plan has them.
@@ -71,7 +71,7 @@ class HostCollate:
         return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT)))
 
 
-class Unkeyed:
+class PlainCollate:
     """Takes keys off the items and leaves all else to the host: for runs without elision."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:

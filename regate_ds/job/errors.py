@@ -17,16 +17,16 @@ _FIRST_SPEAKS_SECONDS = 15.0
 class JobFailed(RuntimeError):
     """A rank has failed, this one or another: the same text on every rank of the job."""
 
-    def __init__(self, text: str, *, is_told: bool) -> None:
-        """is_told: another rank, or another thread, has said it to the user."""
+    def __init__(self, text: str, *, is_printed: bool) -> None:
+        """is_printed: another rank, or another thread, has said it to the user."""
         super().__init__(text)
-        self.is_told = is_told
+        self.is_printed = is_printed
 
 
-def tell(command: str, error: BaseException) -> None:
+def print_error(command: str, error: BaseException) -> None:
     """Print the error, unless another rank of the job does."""
     if isinstance(error, JobFailed):
-        if not error.is_told:
+        if not error.is_printed:
             # The first rank's progress bar has no end of line yet.
             _print(command, error, before="\n")
         return

@@ -95,7 +95,7 @@ def leave_to_parent(_: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def heed() -> None:
+def restore_signals() -> None:
     """End by SIGUSR1 again where launch/ had its launchers ignore it, until training listens."""
     if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)

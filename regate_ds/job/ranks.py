@@ -242,6 +242,6 @@ def _whole(environment: Mapping[str, str], name: str, default: str | None = None
     return int(text)
 
 
-def _is_first() -> bool:
+def is_first_rank() -> bool:
     """Before, or without, a process group: as the launcher says."""
     return os.environ.get("RANK", "0") == "0"

@@ -67,7 +67,7 @@ def watched(process: Process, command: str) -> Iterator[None]:
         # Collectives that wait for a peer which is gone must not hold the process at its exit.
         atexit.register(_leave_at_once)
         if isinstance(error, USER_ERRORS) or failure.rank != process.rank:
-            raise JobFailed(str(failure), is_told=failure.rank != process.rank) from error
+            raise JobFailed(str(failure), is_printed=failure.rank != process.rank) from error
         raise
     else:
         watch.close()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from regate_ds.job.process import Process
-from regate_ds.recipe.engines.base import Host
+from regate_ds.recipe.engines.base import Engine
 from regate_ds.recipe.students.student import Student
 from regate_ds.stores.atomic_file import sync_files, write_atomically
 
@@ -48,7 +48,7 @@ class Done:
             )
 
 
-def save_checkpoint(folder: Path, done: Done, host: Host, process: Process) -> None:
+def save_checkpoint(folder: Path, done: Done, host: Engine, process: Process) -> None:
     """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
     tag = f"step-{done.step:06d}"
     if process.is_first and (folder / tag).exists():
@@ -68,7 +68,7 @@ def save_checkpoint(folder: Path, done: Done, host: Host, process: Process) -> N
         write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(folder: Path, host: Host, process: Process) -> Done:
+def load_checkpoint(folder: Path, host: Engine, process: Process) -> Done:
     """Take over the newest checkpoint and return what it has done. Collective.
 
     ValueError if there is none, or none for these ranks. A rank that the saved run did not have

@@ -12,7 +12,7 @@ from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import BadRecord, Record, SampleError, read_records
 from regate_ds.job.progress import progress
-from regate_ds.job.ranks import _is_first
+from regate_ds.job.ranks import is_first_rank
 from regate_ds.recipe.config.sections import DataConfig
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.evaluation.words import HeldOut
@@ -22,7 +22,7 @@ from regate_ds.stores.answer_index import AnswerIndex
 
 
 @dataclass(frozen=True)
-class Task:
+class Corpus:
     """A student and the data it is trained and tested on."""
 
     student: Student
@@ -46,7 +46,7 @@ class Task:
         return SampleDataset(self.test_records, self.encoder)
 
 
-def build_task(config: RunConfig, *, weights: bool = True) -> Task:
+def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     """Load or make the student, and read the records. Without ``weights`` it is on "meta"."""
     student = make_student(config.model, seed=config.run.seed if weights else None)
     if config.data.pack_length is not None and student.model.config.model_type == "qwen2_vl":
@@ -69,7 +69,7 @@ def build_task(config: RunConfig, *, weights: bool = True) -> Task:
         vision=student.vision,
         pack_length=data.pack_length,
     )
-    return Task(student, train, test, bad + bad_test, index, encoder, collator)
+    return Corpus(student, train, test, bad + bad_test, index, encoder, collator)
 
 
 class HostLabels:
@@ -115,33 +115,33 @@ def _encoded(
             bar.update()
 
 
-def held_out(task: Task, config: RunConfig) -> HeldOut:
+def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
     return HeldOut(
-        records=task.test_records,
-        encoder=task.encoder,
-        tokenizer=task.student.tokenizer,
-        vision=task.student.vision,
+        records=corpus.test_records,
+        encoder=corpus.encoder,
+        tokenizer=corpus.student.tokenizer,
+        vision=corpus.student.vision,
         num_workers=config.data.num_workers,
     )
 
 
-def _task(config: RunConfig, *, weights: bool = True) -> Task:
+def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     """The student and its data; the first rank says what was left out."""
-    task = build_task(config, weights=weights)
-    if task.bad and _is_first():
-        print(f"data.skip_bad left out {len(task.bad)} bad records:")
-        print("\n".join(f"  {bad}" for bad in task.bad), flush=True)
-    if _is_first():
-        tell_cut(task, config.data.max_length)
-    return task
+    corpus = load_corpus(config, weights=weights)
+    if corpus.bad and is_first_rank():
+        print(f"data.skip_bad left out {len(corpus.bad)} bad records:")
+        print("\n".join(f"  {bad}" for bad in corpus.bad), flush=True)
+    if is_first_rank():
+        report_cut(corpus, config.data.max_length)
+    return corpus
 
 
-def tell_cut(task: Task, max_length: int) -> None:
+def report_cut(corpus: Corpus, max_length: int) -> None:
     """Say how many training samples are as long as a sample may be: their ends may be missing."""
-    num_full = int((task.index.num_positions >= max_length).sum())
+    num_full = int((corpus.index.num_positions >= max_length).sum())
     if num_full:
         print(
-            f"{num_full} of {task.index.num_samples} training samples fill data.max_length="
+            f"{num_full} of {corpus.index.num_samples} training samples fill data.max_length="
             f"{max_length}: what was longer is cut",
             flush=True,
         )

@@ -8,7 +8,7 @@ from functools import partial
 
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
-from regate_ds.recipe.corpus import Task
+from regate_ds.recipe.corpus import Corpus
 from regate_ds.recipe.teacher import TeacherText, teacher_source, teacher_text
 from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.online import OnlineReference, Read, WindowScorer, samples_of
@@ -17,13 +17,13 @@ from regate_ds.teacher.sharding.placement import place_teacher
 from regate_ds.teacher.tokenizers.other import TwiceWritten
 
 
-def open_online(section: TeacherConfig, task: Task, process: Process) -> OnlineReference:
+def open_online(section: TeacherConfig, corpus: Corpus, process: Process) -> OnlineReference:
     """Build the teacher, before the student's engine is. Collective over all ranks.
 
     The student's own backbone is copied, weights and all, as it is before training.
     """
-    text = teacher_text(section, task)
-    source = teacher_source(section, task)
+    text = teacher_text(section, corpus)
+    source = teacher_source(section, corpus)
     if section.path is None:
         backbone = source.load
         source = replace(source, load=lambda: deepcopy(backbone()))
@@ -37,20 +37,20 @@ def open_online(section: TeacherConfig, task: Task, process: Process) -> OnlineR
     )
     return OnlineReference(
         text.scores(scorer),
-        _reader(text, task),
+        _reader(text, corpus),
         teacher_id=text.name(teacher.id),
-        index=task.index,
+        index=corpus.index,
         model=teacher.model,
     )
 
 
-def _reader(text: TeacherText, task: Task) -> Read:
+def _reader(text: TeacherText, corpus: Corpus) -> Read:
     """By the ids of a micro-batch; a teacher with a tokenizer of its own goes by the records."""
     if text.tokenizer is None:
-        return partial(samples_of, image_token_id=task.student.model.config.image_token_id)
+        return partial(samples_of, image_token_id=corpus.student.model.config.image_token_id)
 
     def read(batch: Batch) -> list[TwiceWritten]:
-        rows = task.index.rows(batch.tokens.flat_keys)
-        return [text.writer.write(task.train_records[row]) for row in rows]
+        rows = corpus.index.rows(batch.tokens.flat_keys)
+        return [text.writer.write(corpus.train_records[row]) for row in rows]
 
     return read

@@ -110,11 +110,13 @@ def require_one_data_set(fingerprint: str, process: Process) -> None:
         )
 
 
-def describe_run(config: RunConfig, knobs: RegateConfig, steps: int, teacher_id: str | None) -> str:
+def describe_run(
+    config: RunConfig, regate_config: RegateConfig, steps: int, teacher_id: str | None
+) -> str:
     """How much of the run will be sparse, and by whose losses."""
-    schedule = schedule_of(knobs)
+    schedule = schedule_of(regate_config)
     num_sparse = sum(not schedule.is_dense(step) for step in range(steps)) * config.selects
-    share = 1.0 - num_sparse * (1.0 - knobs.keep_share) / steps
+    share = 1.0 - num_sparse * (1.0 - regate_config.keep_share) / steps
     return (
         f"{config.run.out.name}: {steps} steps, {num_sparse} of them sparse, kept share "
         f"{share:.3f} of the answer tokens, teacher {teacher_id or 'none'}"

@@ -16,13 +16,13 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
-from regate_ds.recipe.engines.base import Host
+from regate_ds.recipe.engines.base import Engine
 
 
 class StepFigures:
     """Figures of one optimizer step after the other; collective over all ranks."""
 
-    def __init__(self, host: Host, process: Process, data: Process) -> None:
+    def __init__(self, host: Engine, process: Process, data: Process) -> None:
         """data: this process among those that read different samples."""
         self._host, self._process, self._data = host, process, data
         self._seen: list[TokenBatch] = []

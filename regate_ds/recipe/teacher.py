@@ -1,4 +1,4 @@
-"""How the teacher reads the samples of a task: by the student's token ids, or in its own tokens."""
+"""How the teacher reads the samples of a corpus: by the student's token ids, or in its own tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from regate_ds.data.llava.encode import EncodedSample
-from regate_ds.recipe.corpus import Task
+from regate_ds.recipe.corpus import Corpus
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.loading import load_teacher_tokenizer
@@ -27,9 +27,9 @@ from regate_ds.teacher.tokenizers.same import choose_pad_id, require_same_tokens
 
 @dataclass(frozen=True)
 class TeacherText:
-    """A task's samples as the teacher reads them; made by ``teacher_text``."""
+    """A corpus's samples as the teacher reads them; made by ``teacher_text``."""
 
-    task: Task
+    corpus: Corpus
 
     pad_id: int
     """The teacher's token that stands for images."""
@@ -39,13 +39,13 @@ class TeacherText:
 
     @cached_property
     def writer(self) -> OtherTokenizer:
-        return OtherTokenizer(self.task.encoder, self.tokenizer, pad_id=self.pad_id)
+        return OtherTokenizer(self.corpus.encoder, self.tokenizer, pad_id=self.pad_id)
 
     def encode(self, row: int) -> EncodedSample | TwiceWritten:
-        """The sample of a row of the task's index, for ``scores``."""
+        """The sample of a row of the corpus's index, for ``scores``."""
         if self.tokenizer is None:
-            return self.task.train.encode(row)
-        return self.writer.write(self.task.train_records[row])
+            return self.corpus.train.encode(row)
+        return self.writer.write(self.corpus.train_records[row])
 
     def scores(self, score: Score) -> Score:
         """Losses of the student's labels, from what scores samples in the teacher's own ids."""
@@ -58,17 +58,17 @@ class TeacherText:
         )
 
 
-def teacher_text(config: TeacherConfig, task: Task) -> TeacherText:
+def teacher_text(config: TeacherConfig, corpus: Corpus) -> TeacherText:
     """ValueError names the first difference of tokenizers that have to be the same."""
-    own = task.student.tokenizer
+    own = corpus.student.tokenizer
     if config.path is None:
-        return TeacherText(task, choose_pad_id(own))
+        return TeacherText(corpus, choose_pad_id(own))
     theirs = load_teacher_tokenizer(config.path)
     pad_id = choose_pad_id(theirs)
     if config.tokenizer == "own":
-        return TeacherText(task, pad_id, theirs)
-    require_same_tokens(own, theirs, placeholder_ids=[task.student.model.config.image_token_id])
-    return TeacherText(task, pad_id)
+        return TeacherText(corpus, pad_id, theirs)
+    require_same_tokens(own, theirs, placeholder_ids=[corpus.student.model.config.image_token_id])
+    return TeacherText(corpus, pad_id)
 
 
 def own_samples(samples: Sequence[TwiceWritten]) -> list[EncodedSample]:
@@ -80,9 +80,9 @@ def _score_written(score: Score, samples: Sequence[Any]) -> Tensor:
     return score_twice_written(score, samples)
 
 
-def teacher_source(section: TeacherConfig, task: Task) -> TeacherSource:
+def teacher_source(section: TeacherConfig, corpus: Corpus) -> TeacherSource:
     """The model that `teacher.path` names, or the student's own backbone, on its very weights."""
     if section.path is not None:
         return source_at(section.path)
-    backbone = text_backbone(task.student.model)
+    backbone = text_backbone(corpus.student.model)
     return TeacherSource(backbone.config, lambda: backbone)

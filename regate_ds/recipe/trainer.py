@@ -14,6 +14,8 @@ from regate_ds.data.collate import Batch
 from regate_ds.job.preemption import Preempted, StopRequest, leave_to_parent, listening
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
+from regate_ds.job.ranks import announce
+from regate_ds.job.supervise import join_job
 from regate_ds.parallel.collectives import sum_over
 from regate_ds.recipe.checkpoint import (
     Done,
@@ -23,56 +25,67 @@ from regate_ds.recipe.checkpoint import (
     save_model,
 )
 from regate_ds.recipe.config.tree import RunConfig, dump_config
-from regate_ds.recipe.corpus import HostLabels, Task, held_out
+from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
 from regate_ds.recipe.engines.base import Setup
-from regate_ds.recipe.engines.choose import data_ranks, make_host
+from regate_ds.recipe.engines.choose import data_ranks, make_engine
+from regate_ds.recipe.estimate.plan_walk import walk_plan
 from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
-from regate_ds.recipe.preflight import describe_run, require_one_data_set
+from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
 from regate_ds.recipe.step_figures import StepFigures, peak_memory, shown
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 
 
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train one run and return its figures (empty on ranks other than the first)."""
+    announce()
+    judge_run(config)
+    if config.run.plan_only:
+        return walk_plan(config, open_corpus(config, weights=False))
+    with join_job("train") as process:
+        return Trainer(config, open_corpus(config), process).run()
+
+
 class Trainer:
     """Builds the run in order; ``run`` trains it to its end."""
 
-    def __init__(self, config: RunConfig, task: Task, process: Process) -> None:
-        self.config, self.task, self.process = config, task, process
+    def __init__(self, config: RunConfig, corpus: Corpus, process: Process) -> None:
+        self.config, self.corpus, self.process = config, corpus, process
         self.data = data_ranks(config, process)
-        require_one_data_set(task.index.fingerprint, process)
-        self.order = make_order(config, len(task.train_records), self.data)
+        require_one_data_set(corpus.index.fingerprint, process)
+        self.order = make_order(config, len(corpus.train_records), self.data)
         config.elision.judge_length(self.order.total_steps)
-        self.knobs = config.elision.knobs(self.order.total_steps)
+        self.regate_config = config.elision.for_run(self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self.reference = self._open_reference()
-        self.host = make_host(
+        self.engine = make_engine(
             Setup(
                 config=config,
-                task=task,
+                corpus=corpus,
                 process=process,
                 data=self.data,
-                knobs=self.knobs,
+                regate_config=self.regate_config,
                 total_steps=self.order.total_steps,
                 reference=self.reference,
             )
         )
-        self._figures = StepFigures(self.host, process, self.data)
+        self._figures = StepFigures(self.engine, process, self.data)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
         if self.process.is_first:
             teacher = None if self.reference is None else self.reference.teacher_id
             total = self.order.total_steps
-            print(describe_run(self.config, self.knobs, total, teacher), flush=True)
+            print(describe_run(self.config, self.regate_config, total, teacher), flush=True)
         torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
         start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name
         bar = progress(total, desc=name, unit="step", start=start, show=show)
         with bar, listening(self.config.run.grace_seconds) as stop:
-            windows = self.host.windows(self._loader(start))
+            windows = self.engine.windows(self._loader(start))
             self._figures.lap()
             for step, window in enumerate(windows, start):
                 row = self._step(step, window, stop)
@@ -100,19 +113,19 @@ class Trainer:
             # It stands on deepspeed, which a run through Megatron-core does without.
             from regate_ds.recipe.online_teacher import open_online
 
-            return open_online(self.config.teacher, self.task, self.process)
+            return open_online(self.config.teacher, self.corpus, self.process)
         assert self.config.teacher.store is not None
         store = ReferenceStore(self.config.teacher.store, verify=self.config.teacher.verify)
-        store.require(self.task.index.fingerprint)
+        store.require(self.corpus.index.fingerprint)
         return store
 
     def _loader(self, start: int) -> Iterator[Batch]:
         """This rank's micro-batches from a step on."""
-        host_only = not self.knobs.enabled
+        host_only = not self.regate_config.enabled
         loader = DataLoader(
-            self.task.train,
+            self.corpus.train,
             batch_sampler=replace(self.order, start_step=start),  # type: ignore[arg-type]
-            collate_fn=HostLabels(self.task.collator) if host_only else self.task.collator,
+            collate_fn=HostLabels(self.corpus.collator) if host_only else self.corpus.collator,
             num_workers=self.config.data.num_workers,
             # Without one of its own, the loader would draw a seed from the run's random state.
             generator=torch.Generator(),
@@ -121,10 +134,10 @@ class Trainer:
         return self._figures.watch(loader)
 
     def _step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
-        lr = self.host.lr
-        losses = self.host.run_step(window)
+        lr = self.engine.lr
+        losses = self.engine.run_step(window)
         loss_mean = self._figures.mean_loss(step, losses, is_asked_to_stop=stop.is_asked)
-        self.host.end_step()
+        self.engine.end_step()
         row = {**self._figures.row(step, loss_mean), "lr": lr}
         if self.process.is_first:
             self.folder.append_metrics(row)
@@ -154,14 +167,14 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         checkpoints = self.folder.checkpoints
-        state = Done(done, self.task.index.fingerprint)
-        save_checkpoint(checkpoints, state, self.host, self.process)
+        state = Done(done, self.corpus.index.fingerprint)
+        save_checkpoint(checkpoints, state, self.engine, self.process)
         if self.process.is_first:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
     def _resume(self) -> int:
-        found = load_checkpoint(self.folder.checkpoints, self.host, self.process)
-        found.require(self.task.index.fingerprint)
+        found = load_checkpoint(self.folder.checkpoints, self.engine, self.process)
+        found.require(self.corpus.index.fingerprint)
         done = found.step
         lacks_eval = False
         if self.process.is_first:
@@ -174,15 +187,15 @@ class Trainer:
 
     def _evaluate(self, done: int) -> dict[str, Any]:
         """Dense evaluation on the held-out samples; its time does not count as training."""
-        if not self.task.test_records:
+        if not self.corpus.test_records:
             return {}
-        with self.host.whole_model() as model:
+        with self.engine.full_model() as model:
             return self._evaluate_whole(model, done)
 
     def _evaluate_whole(self, model: nn.Module, done: int) -> dict[str, Any]:
-        if not self.task.test_records:
+        if not self.corpus.test_records:
             return {}
-        scores = evaluate(model, held_out(self.task, self.config), self.process)
+        scores = evaluate(model, held_out(self.corpus, self.config), self.process)
         if self.process.is_first:
             self.folder.append_eval({"step": done, **scores, **self._totals()})
         return scores
@@ -193,24 +206,24 @@ class Trainer:
 
     def _gated_share(self) -> float:
         """Gated layers among all layers of the decoder."""
-        depth = self.task.student.model.get_decoder().config.num_hidden_layers
-        if not self.knobs.enabled:
+        depth = self.corpus.student.model.get_decoder().config.num_hidden_layers
+        if not self.regate_config.enabled:
             return 0.0
-        return ((self.knobs.last_layer or depth) - self.knobs.first_layer) / depth
+        return ((self.regate_config.last_layer or depth) - self.regate_config.first_layer) / depth
 
     def _finish(self, start: int) -> dict[str, Any]:
         total = self.order.total_steps
         if start < total:
             self._save(total)
-        with self.host.whole_model() as model:
-            save_model(self.folder.model, self.task.student, model, self.process)
+        with self.engine.full_model() as model:
+            save_model(self.folder.model, self.corpus.student, model, self.process)
             scores = self._evaluate_whole(model, total)
         peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}
         origin: dict[str, Any] = {}
         if self.reference is not None:
-            fingerprint = self.task.index.fingerprint
+            fingerprint = self.corpus.index.fingerprint
             origin = {"teacher_id": self.reference.teacher_id, "data_fingerprint": fingerprint}
         summary = {
             **scores,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regate_ds.data.keyed import HostCollate, Keyed
+from regate_ds.data.keyed import Keyed, KeyedCollate
 from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.job.process import start_process
 from regate_ds.parallel.layout import ProcessGroup, num_ranks, size_of
@@ -95,7 +95,7 @@ def score_dataset(
     ValueError names the sample, or the store, that does not fit.
     """
     _require_group(teacher, group)
-    collate = HostCollate(collate_fn)
+    collate = KeyedCollate(collate_fn)
 
     def sample(number: int) -> EncodedSample:
         (only,) = samples_of(collate([data[number]]), teacher.image_token_id)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from regate_ds.data.keyed import HostCollate, Keyed
+from regate_ds.data.keyed import Keyed, KeyedCollate
 from regate_ds.job.process import Process, start_process
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.api import Teacher, open_teacher, score_dataset
@@ -171,7 +171,7 @@ def check_own_data(process: Process, models: Path, *, section: TeacherConfig) ->
     torch.testing.assert_close(*values, rtol=2**-10, atol=1e-5)
     mine = [process.rank, 8]
     online = parted.online()
-    online.prepare([HostCollate(collate)([data[number] for number in mine])])
+    online.prepare([KeyedCollate(collate)([data[number] for number in mine])])
     keys = [("set", number) for number in mine]
     torch.testing.assert_close(online.read(keys), store.read(keys), rtol=2**-10, atol=1e-5)
     other, path = replace(whole, name=f"of {process.rank}"), models / "no store"

@@ -1,4 +1,4 @@
-"""Runs README's two examples, word for word, on the small task in the folder it is started in.
+"""Runs README's two examples, word for word, on the small corpus in the folder it is started in.
 
 python -m tests.integration.readme_example README.md on|off
 """
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.teacher.backbone import text_backbone
 
 DS = {
@@ -27,17 +27,17 @@ DS = {
 
 def main(readme: Path, switch: str) -> None:
     start_process()
-    task = build_task(load_config(Path("run.yaml")))
+    corpus = load_corpus(load_config(Path("run.yaml")))
 
     class Data(Dataset[dict[str, Any]]):
         def __len__(self) -> int:
             return 16
 
         def __getitem__(self, number: int) -> dict[str, Any]:
-            return {"sample": task.train[number]}
+            return {"sample": corpus.train[number]}
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = task.collator([item["sample"] for item in items])
+        batch = corpus.collator([item["sample"] for item in items])
         mask = (batch.tokens.segment_BT >= 0).long()
         labels = host_labels(batch.tokens.labels_BT)
         return {**batch.inputs, "labels": labels, "attention_mask": mask}
@@ -48,14 +48,14 @@ def main(readme: Path, switch: str) -> None:
         assert "RegateConfig(total_steps=T)" in code
         code = code.replace("total_steps=T", "total_steps=T, enabled=False")
     names = {
-        "model": task.student.model.train(),
+        "model": corpus.student.model.train(),
         "data": Data(),
         "collate": collate,
         "ds": DS,
         "T": 4,
         "checkpoint_dir": Path("checkpoint"),
-        "image_token_id": task.student.model.config.image_token_id,
-        "text_model": text_backbone(task.student.model),
+        "image_token_id": corpus.student.model.config.image_token_id,
+        "text_model": text_backbone(corpus.student.model),
     }
     exec(score.replace("None", "image_token_id"), names)  # noqa: S102
     exec(code, names)  # noqa: S102 (our own README)

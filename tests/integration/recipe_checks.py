@@ -21,7 +21,7 @@ from regate_ds.config import schedule_of
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.trainer import Trainer
 from regate_ds.stores.reference.reader import ReferenceStore
@@ -53,7 +53,7 @@ def run(folder: Path, out: str, *overrides: str, trainer: type[Trainer] = Traine
     config = config_of(folder, out, *overrides)
     judge_run(config)
     process = start_process()
-    made = trainer(config, build_task(config), process)
+    made = trainer(config, load_corpus(config), process)
     made.run()
     return made
 
@@ -115,7 +115,7 @@ class Diverging(Trainer):
     def _after(self, done: int) -> None:
         super()._after(done)
         if done == 2:
-            for parameter in self.host.model.parameters():
+            for parameter in self.engine.model.parameters():
                 parameter.data.fill_(float("nan"))
 
 
@@ -145,13 +145,13 @@ def check_a_loss_that_is_not_finite_ends_the_run(root: Path) -> None:
 def check_counts_follow_the_plan(root: Path) -> None:
     """Kept targets are the sum of k = ceil(n / 2) over the samples of sparse steps."""
     config = config_of(root, "whole")
-    task = build_task(config)
-    trainer = Trainer(config, task, start_process())
+    corpus = load_corpus(config)
+    trainer = Trainer(config, corpus, start_process())
     world = dist.get_world_size()
     for row in rows(root, "whole"):
         step = replace(trainer.order, start_step=row["step"], total_steps=row["step"] + 1)
         numbers = [n for r in range(world) for micro in replace(step, rank=r) for n in micro]
-        counts = [int((task.train.encode(n).labels_S >= 0).sum()) for n in numbers]
+        counts = [int((corpus.train.encode(n).labels_S >= 0).sum()) for n in numbers]
         expected = sum(counts) if row["dense"] else sum(-(-n // 2) for n in counts)
         assert row["answer_total"] == sum(counts)
         assert row["answer_kept"] == expected + row["filled"]
@@ -162,7 +162,7 @@ def check_counts_follow_the_plan(root: Path) -> None:
 
 def check_share_is_the_schedules(root: Path, trainer: Trainer) -> None:
     """The mean over steps is the expected share, but for k being rounded up in each sample."""
-    share = schedule_of(trainer.knobs).expected_share(trainer.knobs.keep_share)
+    share = schedule_of(trainer.regate_config).expected_share(trainer.regate_config.keep_share)
     found, rounding = 0.0, 0.0
     for row in rows(root, "whole"):
         found += (row["answer_kept"] - row["filled"]) / row["answer_total"] / STEPS
@@ -202,12 +202,12 @@ ONLINE = ["teacher.mode=online", "teacher.store=null", "teacher.tokens_per_batch
 def check_online_is_the_store_without_a_store(root: Path) -> None:
     """Step for step, also after a stop; only sparse steps have a cost, which is told."""
     config, process = config_of(root, "online"), start_process()
-    task = build_task(config)
-    teacher = text_backbone(task.student.model)
-    pad_id = task.student.tokenizer.pad_token_id
+    corpus = load_corpus(config)
+    teacher = text_backbone(corpus.student.model)
+    pad_id = corpus.student.tokenizer.pad_token_id
     job = TeacherJob(
-        index=task.index,
-        encode=task.train.encode,
+        index=corpus.index,
+        encode=corpus.train.encode,
         score=partial(score_samples, teacher, pad_id=pad_id),
         teacher_id="one by one",
         store=root / f"store-{process.world_size}",
@@ -266,8 +266,8 @@ def check_disabled_is_the_plain_loop(root: Path) -> None:
         out = f"off-{stage}"
         config = config_of(root, out, zero, "elision.enabled=false", "run.steps=5")
         ours = run(root, out, zero, "elision.enabled=false", "run.steps=5").host.model
-        task = build_task(config)
-        model = task.student.model.train()
+        corpus = load_corpus(config)
+        model = corpus.student.model.train()
         optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.0},
@@ -284,10 +284,10 @@ def check_disabled_is_the_plain_loop(root: Path) -> None:
             "zero_optimization": {"stage": stage},
         }
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
-        order = Trainer(config, build_task(config), start_process()).order
+        order = Trainer(config, load_corpus(config), start_process()).order
         losses = []
         for numbers in order:
-            batch = task.collator([task.train[n] for n in numbers])
+            batch = corpus.collator([corpus.train[n] for n in numbers])
             labels = host_labels(batch.tokens.labels_BT)
             loss = engine(**batch.inputs, labels=labels).loss
             engine.backward(loss)

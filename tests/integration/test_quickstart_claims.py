@@ -7,8 +7,8 @@ from pathlib import Path
 from regate_ds.data.llava.records import read_records
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.student import (
+    PhaseConfig,
     PretrainConfig,
-    StageConfig,
     encoder_of,
     learn_text,
 )
@@ -25,7 +25,7 @@ def test_the_top_half_by_reference_holds_the_words_that_need_the_image(tmp_path:
     config = PretrainConfig(
         text={**TEXT, "hidden_size": 64, "intermediate_size": 128},
         vision=VISION,
-        text_stage=StageConfig(steps=150, batch=16, lr=4e-3),
+        text_phase=PhaseConfig(steps=150, batch=16, lr=4e-3),
     )
     student = learn_text(records, config)
     encoder = encoder_of(student, 256)

@@ -10,7 +10,7 @@ import pytest
 from regate_ds.adapters.huggingface.gates.gates import attach_model
 
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.plan_walk import walk_plan
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.tasks.digits.scenes import build_digits
@@ -51,14 +51,14 @@ def test_a_named_run_has_the_paper_s_size_and_a_plan(
     overrides += [*small, "run.plan_only=true"]
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
     judge_run(config)
-    task = build_task(config, weights=False)
-    model: Any = task.student.model
+    corpus = load_corpus(config, weights=False)
+    model: Any = corpus.student.model
     assert all(parameter.is_meta for parameter in model.parameters())
     layers = sum(p.numel() for p in model.get_decoder().layers.parameters())
     assert layers / 1e9 == pytest.approx(LAYER_BILLIONS[name], abs=0.01)
     tower = sum(p.numel() for p in model.model.vision_tower.parameters())
     assert tower / 1e6 == pytest.approx(TOWER_MILLIONS, abs=2)
-    figures = walk_plan(config, task)
+    figures = walk_plan(config, corpus)
     assert figures["steps"] == 600
     assert 0.5 <= figures["kept_share_of_answer"] < 0.7
     attach_model(model, first_layer=config.elision.first_layer).remove()

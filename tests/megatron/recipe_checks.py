@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
 from regate_ds.recipe.engines.megatron.weights import (
     from_megatron,
-    gather_whole,
-    load_whole,
+    gather_full,
+    load_full,
     to_megatron,
 )
 from tests.megatron.build import join
@@ -38,9 +38,9 @@ def check_weights(case: BridgeCase) -> float:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     config = transformer_config(model.config, pipeline_dtype=torch.float32)
     chunk = gpt_chunk(model.config, config)
-    load_whole([chunk], to_megatron(model.state_dict(), model.config))
+    load_full([chunk], to_megatron(model.state_dict(), model.config))
 
-    back = from_megatron(gather_whole([chunk]), model.config)
+    back = from_megatron(gather_full([chunk]), model.config)
     for name, weight in model.state_dict().items():
         if name != "lm_head.weight" or not case.tied:
             assert torch.equal(back[name], weight), name

@@ -1,4 +1,4 @@
-"""A small task, its reference losses, and its run on DeepSpeed: what `parallel` must reproduce.
+"""A small corpus, its reference losses, and its run on DeepSpeed: what `parallel` must reproduce.
 
 ``python -m tests.megatron.recipe_reference FOLDER``, a process of its own: no shim is in it.
 """
@@ -13,7 +13,7 @@ import yaml
 
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.trainer import Trainer
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.precompute import TeacherJob, precompute
@@ -40,19 +40,19 @@ def main(folder: Path) -> None:
     # Without ZeRO the engine tells no norm of the gradient.
     zero = "run.deepspeed={zero_optimization: {stage: 1}}"
     config = load_config(folder / "run.yaml", [f"run.out={folder / 'deepspeed'}", zero])
-    process, task = start_process(), build_task(config)
-    pad_id = task.student.pad_id
+    process, corpus = start_process(), load_corpus(config)
+    pad_id = corpus.student.pad_id
     assert config.teacher.store is not None
     job = TeacherJob(
-        index=task.index,
-        encode=task.train.encode,
-        score=partial(score_samples, text_backbone(task.student.model), pad_id=pad_id),
+        index=corpus.index,
+        encode=corpus.train.encode,
+        score=partial(score_samples, text_backbone(corpus.student.model), pad_id=pad_id),
         teacher_id="its own backbone",
         store=config.teacher.store,
         tokens_per_batch=config.teacher.tokens_per_batch,
     )
     precompute(job, process.group, process.device)
-    Trainer(config, task, process).run()
+    Trainer(config, corpus, process).run()
 
 
 if __name__ == "__main__":

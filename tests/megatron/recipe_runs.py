@@ -16,9 +16,9 @@ from regate_ds.job.process import Process
 from regate_ds.recipe.checkpoint import save_model
 from regate_ds.recipe.config import megatron_limits as fits
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.engines.megatron import decoder as student
-from regate_ds.recipe.engines.megatron.engine import MegatronHost, forward_step
+from regate_ds.recipe.engines.megatron.engine import MegatronEngine, forward_step
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.trainer import Trainer
 from tests.megatron.checks import dismantle
@@ -27,7 +27,7 @@ from tests.megatron.shim import layer_spec
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the task in ``folder``; the weights, metrics and checkpoints go to ``out``."""
+    """A run of the corpus in ``folder``; the weights, metrics and checkpoints go to ``out``."""
 
     folder: Path
     out: str
@@ -57,19 +57,19 @@ def trainer_of(run: Run, kind: type[Trainer] = Trainer) -> Trainer:
     )
     judge_run(config)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return kind(config, build_task(config), Process(rank, world_size, torch.device("cpu")))
+    return kind(config, load_corpus(config), Process(rank, world_size, torch.device("cpu")))
 
 
 def train(run: Run) -> None:
     trainer = trainer_of(run, Trainer if run.stop_after is None else KilledTrainer)
-    assert isinstance(trainer.host, MegatronHost)
+    assert isinstance(trainer.engine, MegatronEngine)
     if isinstance(trainer, KilledTrainer):
         trainer.stop_after = run.stop_after
     try:
         trainer.run()
     except Killed:
         assert run.stop_after is not None
-    dismantle(trainer.host.chunks)
+    dismantle(trainer.engine.chunks)
 
 
 def _own_layers(**settings: Any) -> Any:
@@ -88,8 +88,8 @@ def train_with_own_attention(run: Run) -> None:
 def train_plainly(run: Run) -> None:
     """Megatron's own loop over the same micro-batches, without us: the same weights bit for bit."""
     trainer = trainer_of(run)
-    assert isinstance(trainer.host, MegatronHost)
-    host, schedule = trainer.host, get_forward_backward_func()
+    assert isinstance(trainer.engine, MegatronEngine)
+    host, schedule = trainer.engine, get_forward_backward_func()
     assert not any(m._forward_pre_hooks for chunk in host.chunks for m in chunk.modules())
     for step, window in enumerate(host.windows(trainer._loader(0))):
         for chunk in host.chunks:
@@ -107,6 +107,6 @@ def train_plainly(run: Run) -> None:
             forward_only=False,
         )
         host.optimizer.step()
-    with host.whole_model() as model:
-        save_model(trainer.folder.model, trainer.task.student, model, trainer.process)
+    with host.full_model() as model:
+        save_model(trainer.folder.model, trainer.corpus.student, model, trainer.process)
     dismantle(host.chunks)

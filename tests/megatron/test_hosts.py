@@ -31,7 +31,7 @@ from regate_ds.adapters.megatron.samples import (
 )
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
-from regate_ds.data.keyed import HostCollate, Keyed
+from regate_ds.data.keyed import Keyed, KeyedCollate
 from tests.megatron import host_checks
 from tests.megatron.cases import Case
 from tests.megatron.pool import Pool
@@ -308,7 +308,7 @@ def test_labels_around_images_are_llavas_own(pool: Pool):
 @pytest.mark.parametrize("image", [None, IMAGE])
 def test_the_teacher_scores_the_targets_that_the_student_is_planned_by(image):
     data = Samples(8)
-    keyed, collate = Keyed(TeacherItems(data, image), "train"), HostCollate(teacher_batch)
+    keyed, collate = Keyed(TeacherItems(data, image), "train"), KeyedCollate(teacher_batch)
     for number in range(8):
         item = {**Numbered(data)[number]}
         if image is not None:

@@ -42,8 +42,8 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task with its reference losses and a run on DeepSpeed."""
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with its reference losses and a run on DeepSpeed."""
     folder = tmp_path_factory.mktemp("recipe")
     start("tests.megatron.recipe_reference", str(folder))
     return folder
@@ -87,52 +87,52 @@ CUTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "parallel", "more"), CUTS, ids=[c[1] for c in CUTS])
 def test_every_cut_makes_the_run_of_one_deepspeed_rank(
-    pool: Pool, task: Path, world: int, parallel: str, more: tuple[str, ...]
+    pool: Pool, corpus: Path, world: int, parallel: str, more: tuple[str, ...]
 ):
     out = parallel.replace(": ", "").replace(", ", "-")
     kind = train_with_own_attention if "context" in parallel else train
-    pool.run(world, kind, Run(task, out, (f"parallel={{{parallel}}}", *more)), TIMEOUT_SECONDS)
-    require_equal_runs(task / out, task / "deepspeed")
+    pool.run(world, kind, Run(corpus, out, (f"parallel={{{parallel}}}", *more)), TIMEOUT_SECONDS)
+    require_equal_runs(corpus / out, corpus / "deepspeed")
     summaries = [
-        json.loads((task / name / "summary.json").read_text()) for name in (out, "deepspeed")
+        json.loads((corpus / name / "summary.json").read_text()) for name in (out, "deepspeed")
     ]
     assert summaries[0].keys() == summaries[1].keys()
     for key in ("accuracy_visual", "accuracy_plain", "tokens_processed", "num_words_plain"):
         assert summaries[0][key] == summaries[1][key]
     assert summaries[0]["loss"] == pytest.approx(summaries[1]["loss"], rel=1e-6)
-    table = compare_runs([task / out, task / "deepspeed"])
+    table = compare_runs([corpus / out, corpus / "deepspeed"])
     assert "note: parallel." in table
 
 
 @pytest.mark.slow
-def test_ragged_rows_make_the_run_of_rows_of_one_length(pool: Pool, task: Path):
+def test_ragged_rows_make_the_run_of_rows_of_one_length(pool: Pool, corpus: Path):
     # Ragged rows fill their total, the others each row: neither has to here.
     for layout, kind in (("constant", train), ("ragged", train_with_own_attention)):
         parallel = f"parallel={{pipeline: 2, layout: {layout}}}"
-        run = Run(task, layout, (parallel, "elision.token_multiple=1"))
+        run = Run(corpus, layout, (parallel, "elision.token_multiple=1"))
         pool.run(2, kind, run, TIMEOUT_SECONDS)
-    require_equal_runs(task / "ragged", task / "constant")
+    require_equal_runs(corpus / "ragged", corpus / "constant")
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, task: Path):
+def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     parallel = "parallel={pipeline: 2, distributed_optimizer: true}"
     common = (parallel, "run.accumulation=2", "run.save_every=3")
-    pool.run(4, train, Run(task, "whole", common), TIMEOUT_SECONDS)
-    require_equal_runs(task / "whole", task / "deepspeed")
-    pool.run(4, train, Run(task, "resumed", common, stop_after=4), TIMEOUT_SECONDS)
-    pool.run(4, train, Run(task, "resumed", (*common, "run.resume=true")), TIMEOUT_SECONDS)
+    pool.run(4, train, Run(corpus, "whole", common), TIMEOUT_SECONDS)
+    require_equal_runs(corpus / "whole", corpus / "deepspeed")
+    pool.run(4, train, Run(corpus, "resumed", common, stop_after=4), TIMEOUT_SECONDS)
+    pool.run(4, train, Run(corpus, "resumed", (*common, "run.resume=true")), TIMEOUT_SECONDS)
     whole, resumed = (
-        [{k: v for k, v in row.items() if k not in TIMES} for row in rows(task / name)]
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows(corpus / name)]
         for name in ("whole", "resumed")
     )
     assert resumed == whole
-    for name, weight in weights(task / "whole").items():
-        assert torch.equal(weights(task / "resumed")[name], weight), name
+    for name, weight in weights(corpus / "whole").items():
+        assert torch.equal(weights(corpus / "resumed")[name], weight), name
     mine, theirs = (
         [np.load(path)["values"] for path in sorted(last.glob("difficulty-*.npz"))]
         for last in (
-            task / name / "checkpoints" / f"step-{STEPS:06d}" / "regate"
+            corpus / name / "checkpoints" / f"step-{STEPS:06d}" / "regate"
             for name in ("whole", "resumed")
         )
     )
@@ -142,25 +142,28 @@ def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, task: Path):
 
 
 @pytest.mark.slow
-def test_without_elision_the_run_is_megatrons_own_bit_for_bit(pool: Pool, task: Path):
+def test_without_elision_the_run_is_megatrons_own_bit_for_bit(pool: Pool, corpus: Path):
     common = ("parallel.pipeline=2", "elision.enabled=false", "run.steps=2")
-    pool.run(2, train, Run(task, "off", (*common, "optimizer.warmup_steps=3")), TIMEOUT_SECONDS)
+    pool.run(2, train, Run(corpus, "off", (*common, "optimizer.warmup_steps=3")), TIMEOUT_SECONDS)
     pool.run(
-        2, train_plainly, Run(task, "plain", (*common, "optimizer.warmup_steps=3")), TIMEOUT_SECONDS
+        2,
+        train_plainly,
+        Run(corpus, "plain", (*common, "optimizer.warmup_steps=3")),
+        TIMEOUT_SECONDS,
     )
-    for name, weight in weights(task / "plain").items():
-        assert torch.equal(weights(task / "off")[name], weight), name
-    assert [row["dense"] for row in rows(task / "off")] == [True, True]
+    for name, weight in weights(corpus / "plain").items():
+        assert torch.equal(weights(corpus / "off")[name], weight), name
+    assert [row["dense"] for row in rows(corpus / "off")] == [True, True]
 
 
 @pytest.mark.slow
-def test_the_command_trains_in_half_precision(task: Path):
+def test_the_command_trains_in_half_precision(corpus: Path):
     more = ("parallel={tensor: 1}", "run.precision=bf16", "model.freeze_vision=true")
-    out = f"run.out={task / 'half'}"
-    start("tests.megatron.recipe_main", "train", str(task / "run.yaml"), out, *more)
-    found, wanted = rows(task / "half"), rows(task / "deepspeed")
+    out = f"run.out={corpus / 'half'}"
+    start("tests.megatron.recipe_main", "train", str(corpus / "run.yaml"), out, *more)
+    found, wanted = rows(corpus / "half"), rows(corpus / "deepspeed")
     assert [row["answer_kept"] for row in found] == [row["answer_kept"] for row in wanted]
     assert [row["loss"] for row in found] == pytest.approx(
         [row["loss"] for row in wanted], rel=0.02
     )
-    assert all(w.dtype == torch.bfloat16 for w in weights(task / "half").values())
+    assert all(w.dtype == torch.bfloat16 for w in weights(corpus / "half").values())

@@ -160,7 +160,7 @@ def test_wrong_usage_is_exit_code_2(wrong):
 
 @pytest.mark.parametrize(("lacks", "code"), [(False, 0), (True, 1)])
 def test_the_doctor_fails_only_if_something_required_is_missing(lacks, code, monkeypatch, capsys):
-    finding = doctor.Finding("torch", "missing", is_required=lacks, is_fine=False)
-    monkeypatch.setattr(doctor, "examine", lambda _: [finding])
+    check = doctor.Check("torch", "missing", is_required=lacks, is_fine=False)
+    monkeypatch.setattr(doctor, "examine", lambda _: [check])
     assert cli.main(["doctor", "--json"]) == code
     assert json.loads(capsys.readouterr().out)[0]["name"] == "torch"

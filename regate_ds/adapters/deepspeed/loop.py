@@ -30,7 +30,7 @@ from regate_ds.adapters.session_state import Difficulty, open_session
 from regate_ds.adapters.window import Window, in_steps, require_collated
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.config import RegateConfig, schedule_of
-from regate_ds.data.keyed import HostCollate, Unkeyed
+from regate_ds.data.keyed import KeyedCollate, PlainCollate
 from regate_ds.parallel.layout import ParallelLayout, num_ranks
 from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
@@ -99,9 +99,9 @@ class DeepSpeedRegate:
         self._engine: Any = None
         self._teacher_seconds = 0.0
 
-    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> HostCollate | Unkeyed:
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> KeyedCollate | PlainCollate:
         """Wrap a collate function of yours; the items need a ``regate_key`` (see ``Keyed``)."""
-        return HostCollate(collate_fn) if self.config.enabled else Unkeyed(collate_fn)
+        return KeyedCollate(collate_fn) if self.config.enabled else PlainCollate(collate_fn)
 
     def windows(self, loader: Iterable[Any], engine: Any) -> Iterator[Window]:
         """The loader's micro-batches in groups of one optimizer step, with their plans.

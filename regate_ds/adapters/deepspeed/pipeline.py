@@ -6,7 +6,7 @@
     for step in range(T):
         loss = regate.train_batch(iterator)
 
-The iterator yields what ``HostCollate`` or our collator makes (``Batch``: inputs and tokens). As
+The iterator yields what ``KeyedCollate`` or our collator makes (``Batch``: inputs and tokens). As
 DeepSpeed wants it, the first and the last stage of a replica read the same micro-batches.
 """
 

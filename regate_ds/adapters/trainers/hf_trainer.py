@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from regate_ds.adapters.deepspeed.loop.loop import DeepSpeedRegate, attach
 from regate_ds.config import RegateConfig
-from regate_ds.data.keyed import KEY, Unkeyed
+from regate_ds.data.keyed import KEY, PlainCollate
 from regate_ds.stores.reference.reader import ReferenceStore
 
 _PLAN = "regate_plan"
@@ -69,11 +69,11 @@ class RegateMixin:
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._collating(Unkeyed(self.data_collator)):
+        with self._collating(PlainCollate(self.data_collator)):
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._collating(Unkeyed(self.data_collator)):
+        with self._collating(PlainCollate(self.data_collator)):
             return super().get_test_dataloader(*args, **kwargs)
 
     def get_batch_samples(

@@ -66,9 +66,9 @@ class ElisionConfig(RegateConfig):
 
     def __post_init__(self) -> None:
         # Judge the other knobs now: before the data is read, the run's length is not known.
-        self.knobs(num_steps=1_000_000_000)
+        self.for_run(num_steps=1_000_000_000)
 
-    def knobs(self, num_steps: int) -> RegateConfig:
+    def for_run(self, num_steps: int) -> RegateConfig:
         """The method's configuration in a run of ``num_steps`` optimizer steps."""
         own = {f.name: getattr(self, f.name) for f in fields(RegateConfig)}
         if self.total_steps is None:
@@ -77,15 +77,15 @@ class ElisionConfig(RegateConfig):
 
     def judge_length(self, num_steps: int) -> None:
         """ValueError if the schedule is too short for the run, or leaves no step to elide in."""
-        knobs = self.knobs(num_steps)
+        config = self.for_run(num_steps)
         if not self.enabled:
             return
-        if knobs.total_steps < num_steps:
+        if config.total_steps < num_steps:
             raise ValueError(
                 f"elision.total_steps={self.total_steps}: the run has {num_steps} steps; set it to "
                 "at least as many, or to null"
             )
-        schedule = schedule_of(knobs)
+        schedule = schedule_of(config)
         if self.keep_share < 1.0 and all(schedule.is_dense(step) for step in range(num_steps)):
             raise ValueError(
                 f"elision.keep_share={self.keep_share}, but no step of the run's {num_steps} is "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """``advice`` is empty where nothing is to be done."""
 
     name: str

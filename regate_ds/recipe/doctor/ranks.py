@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.job.process import Process
-from regate_ds.recipe.doctor.check import Finding
+from regate_ds.recipe.doctor.check import Check
 
 _MEBIBYTES = 16
 _REPEATS = 5
@@ -23,20 +23,20 @@ SECONDS_TO_SEE = 20.0
 
 
 def examine_together(
-    process: Process, node: str, own: Sequence[Finding], axes: dict[str, int], folder: Path
-) -> list[Finding]:
-    """Add to each rank's own findings what only all can know. Collective; alike on all ranks.
+    process: Process, node: str, own: Sequence[Check], axes: dict[str, int], folder: Path
+) -> list[Check]:
+    """Add to each rank's own checks what only all can know. Collective; alike on all ranks.
 
     axes: sizes of tensor, context and pipeline groups, as Megatron-core lays them out.
     """
     nodes: list[str] = _gathered(node, process)
-    findings = _merged(_gathered(list(own), process))
+    checks = _merged(_gathered(list(own), process))
     text = f"{process.world_size} on {len(set(nodes))} nodes"
-    findings.append(Finding("ranks", text, True, True))
+    checks.append(Check("ranks", text, True, True))
     for name, groups in groups_of(nodes, axes).items():
-        findings.append(_timed(name, groups, process))
-    findings.append(_shared(folder, process))
-    return findings
+        checks.append(_timed(name, groups, process))
+    checks.append(_shared(folder, process))
+    return checks
 
 
 def groups_of(nodes: Sequence[str], axes: dict[str, int]) -> dict[str, list[list[int]]]:
@@ -67,7 +67,7 @@ def groups_of(nodes: Sequence[str], axes: dict[str, int]) -> dict[str, list[list
     return groups
 
 
-def _timed(name: str, groups: list[list[int]], process: Process) -> Finding:
+def _timed(name: str, groups: list[list[int]], process: Process) -> Check:
     """Sum over this rank's group at once with all other groups of the axis."""
     mine, group = groups[0], None
     for members in groups:
@@ -87,10 +87,10 @@ def _timed(name: str, groups: list[list[int]], process: Process) -> Finding:
     wrong = [rank for rank, fine in enumerate(_gathered(right, process)) if not fine]
     text = f"{len(groups)} x {len(mine)} ranks: {_MEBIBYTES} MiB in {slowest * 1e3:.1f} ms"
     advice = f"the sum is wrong on ranks {_listed(wrong)}" if wrong else ""
-    return Finding(f"sum over {name}", text, True, not wrong, advice)
+    return Check(f"sum over {name}", text, True, not wrong, advice)
 
 
-def _shared(folder: Path, process: Process) -> Finding:
+def _shared(folder: Path, process: Process) -> Check:
     """Every rank writes a file, and looks for those of all others."""
     token = _gathered(secrets.token_hex(8), process)[0]
     paths = [folder / f".regate-doctor-{token}-{rank}" for rank in range(process.world_size)]
@@ -107,9 +107,9 @@ def _shared(folder: Path, process: Process) -> Finding:
     dist.barrier()
     bad = [rank for rank, text in enumerate(problems) if text]
     if not bad:
-        return Finding("shared folder", f"{folder}: all ranks see all", True, True)
+        return Check("shared folder", f"{folder}: all ranks see all", True, True)
     advice = f"rank {bad[0]} {problems[bad[0]]}: runs need a folder that all nodes share"
-    return Finding("shared folder", f"{folder}", True, False, advice)
+    return Check("shared folder", f"{folder}", True, False, advice)
 
 
 def _lacking(paths: list[Path], token: str) -> list[int]:
@@ -129,22 +129,22 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _merged(by_rank: list[list[Finding]]) -> list[Finding]:
-    """The first rank's findings; where another's is worse or another, that it is so."""
-    return [_merged_one([findings[i] for findings in by_rank]) for i in range(len(by_rank[0]))]
+def _merged(by_rank: list[list[Check]]) -> list[Check]:
+    """The first rank's checks; where another's is worse or another, that it is so."""
+    return [_merged_one([checks[i] for checks in by_rank]) for i in range(len(by_rank[0]))]
 
 
-def _merged_one(found: list[Finding]) -> Finding:
+def _merged_one(found: list[Check]) -> Check:
     first = found[0]
     if not first.is_fine:
         return first
     for rank, other in enumerate(found):
         if not other.is_fine:
             advice = f"on rank {rank}: {other.advice or other.found}"
-            return Finding(first.name, other.found, first.is_required, False, advice)
+            return Check(first.name, other.found, first.is_required, False, advice)
         if first.is_version and other.found != first.found:
             advice = f"{other.found} on rank {rank}: install one version everywhere"
-            return Finding(first.name, first.found, first.is_required, False, advice)
+            return Check(first.name, first.found, first.is_required, False, advice)
     return first
 
 

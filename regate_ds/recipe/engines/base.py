@@ -14,7 +14,7 @@ from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.corpus import Task
+from regate_ds.recipe.corpus import Corpus
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 
@@ -24,19 +24,19 @@ class Setup:
     """What a host is built from."""
 
     config: RunConfig
-    task: Task
+    corpus: Corpus
     process: Process
     """Among all ranks of the job."""
 
     data: Process
     """Among those ranks that read different samples."""
 
-    knobs: RegateConfig
+    regate_config: RegateConfig
     total_steps: int
     reference: ReferenceStore | OnlineReference | None
 
 
-class Host(Protocol):
+class Engine(Protocol):
     """Takes windows, the micro-batches of one optimizer step, and trains on them."""
 
     def windows(self, loader: Iterable[Batch]) -> Iterator[Any]:
@@ -65,7 +65,7 @@ class Host(Protocol):
         """Before clipping; None where the host does not tell."""
         ...
 
-    def whole_model(self) -> AbstractContextManager[nn.Module]:
+    def full_model(self) -> AbstractContextManager[nn.Module]:
         """The student in the Hugging Face form, to be run or written. Collective."""
         ...
 

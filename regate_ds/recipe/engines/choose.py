@@ -1,14 +1,14 @@
 """What carries out a run's steps; all else of a run is the same under every host.
 
-DeepSpeedHost   an engine around the Hugging Face student (deepspeed_host.py)
-MegatronHost    Megatron-core's schedule and optimizer (megatron/host.py)
+ZeroEngine   an engine around the Hugging Face student (deepspeed_host.py)
+MegatronEngine    Megatron-core's schedule and optimizer (megatron/host.py)
 """
 
 from __future__ import annotations
 
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.engines.base import Host, Setup
+from regate_ds.recipe.engines.base import Engine, Setup
 
 
 def data_ranks(config: RunConfig, process: Process) -> Process:
@@ -20,11 +20,11 @@ def data_ranks(config: RunConfig, process: Process) -> Process:
     return join(config, process)
 
 
-def make_host(setup: Setup) -> Host:
+def make_engine(setup: Setup) -> Engine:
     if setup.config.parallel is None:
-        from regate_ds.recipe.engines.deepspeed import DeepSpeedHost
+        from regate_ds.recipe.engines.deepspeed import ZeroEngine
 
-        return DeepSpeedHost.build(setup)
-    from regate_ds.recipe.engines.megatron.engine import MegatronHost
+        return ZeroEngine.build(setup)
+    from regate_ds.recipe.engines.megatron.engine import MegatronEngine
 
-    return MegatronHost.build(setup)
+    return MegatronEngine.build(setup)

@@ -18,19 +18,19 @@ from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
 from regate_ds.recipe.students.trainable import trainable
 
 
-class DeepSpeedHost:
+class ZeroEngine:
     """ZeRO stages 0 to 3; every rank is a data rank."""
 
     def __init__(self, engine: Any, regate: DeepSpeedRegate, process: Process) -> None:
         self.engine, self.regate, self._process = engine, regate, process
 
     @classmethod
-    def build(cls, setup: Setup) -> DeepSpeedHost:
+    def build(cls, setup: Setup) -> ZeroEngine:
         import deepspeed
 
         config = setup.config
-        model = trainable(setup.task.student, config.model, seed=config.run.seed)
-        regate = attach(model, setup.knobs, reference=setup.reference)
+        model = trainable(setup.corpus.student, config.model, seed=config.run.seed)
+        regate = attach(model, setup.regate_config, reference=setup.reference)
         optimizer = make_optimizer(model, config.optimizer)
         engine = deepspeed.initialize(
             model=model,
@@ -73,7 +73,7 @@ class DeepSpeedHost:
         return None if norm is None else float(norm)
 
     @contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
+    def full_model(self) -> Iterator[nn.Module]:
         yield self.engine.module
 
     def save(self, checkpoint: Path, done: dict[str, Any]) -> None:

@@ -21,20 +21,20 @@ from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.corpus import Task
+from regate_ds.recipe.corpus import Corpus
 from regate_ds.recipe.order import Order, make_order
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
-def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
+def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     """Plan every step of one epoch as if it were sparse; figures over all of them."""
     world_size = data_ranks_of(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
-    order = make_order(config, len(task.train_records), process)
+    order = make_order(config, len(corpus.train_records), process)
     config.elision.judge_length(order.total_steps)
-    _require_layers(config, task)
-    planner = _Planner(config, task, config.elision.knobs(order.total_steps))
+    _require_layers(config, corpus)
+    planner = _Planner(config, corpus, config.elision.for_run(order.total_steps))
     total, imbalance = _Tally(), 0.0
     with progress(order.steps_per_epoch, desc="plan", unit="step", show=show) as bar:
         for step in range(order.steps_per_epoch):
@@ -48,7 +48,9 @@ def walk_plan(config: RunConfig, task: Task) -> dict[str, float]:
     return {
         **total.figures(),
         "imbalance_over_ranks": imbalance / order.steps_per_epoch,
-        "expected_share": schedule_of(planner.knobs).expected_share(planner.knobs.keep_share),
+        "expected_share": schedule_of(planner.regate_config).expected_share(
+            planner.regate_config.keep_share
+        ),
         "steps": order.total_steps,
     }
 
@@ -58,9 +60,9 @@ def data_ranks_of(parallel: ParallelConfig | None, world_size: int) -> int:
     return world_size if parallel is None else world_size // parallel.ranks_per_copy
 
 
-def _require_layers(config: RunConfig, task: Task) -> None:
+def _require_layers(config: RunConfig, corpus: Corpus) -> None:
     """In training, attaching judges this; here nothing is attached."""
-    depth = task.student.model.get_decoder().config.num_hidden_layers
+    depth = corpus.student.model.get_decoder().config.num_hidden_layers
     first, last = config.elision.first_layer, config.elision.last_layer
     if first >= depth or (last or 0) > depth:
         raise ValueError(
@@ -113,15 +115,15 @@ class _Tally:
 
 
 class _Planner:
-    """Plans micro-batches of a task as sparse steps would, difficulty being 0."""
+    """Plans micro-batches of a corpus as sparse steps would, difficulty being 0."""
 
-    def __init__(self, config: RunConfig, task: Task, knobs: RegateConfig) -> None:
-        self.knobs, self._data = knobs, task.train
+    def __init__(self, config: RunConfig, corpus: Corpus, regate_config: RegateConfig) -> None:
+        self.regate_config, self._data = regate_config, corpus.train
         self._collator = Collator(pad_id=0, vision=None, pack_length=config.data.pack_length)
         path = None if config.scores_online else config.teacher.store
         self._store = ReferenceStore(path) if path is not None and path.exists() else None
         if self._store is not None:
-            self._store.require(task.index.fingerprint)
+            self._store.require(corpus.index.fingerprint)
 
     def plan(self, order: Order) -> _Tally:
         """Counts over the micro-batches of one rank's step."""
@@ -139,7 +141,7 @@ class _Planner:
         return plan_sparse(
             batch,
             score_N,
-            keep_share=self.knobs.keep_share,
-            align=self.knobs.align,
-            token_multiple=self.knobs.token_multiple,
+            keep_share=self.regate_config.keep_share,
+            align=self.regate_config.align,
+            token_multiple=self.regate_config.token_multiple,
         )

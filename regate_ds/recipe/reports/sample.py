@@ -10,7 +10,7 @@ from regate_ds.algorithm.select import fuse_scores, plan_sparse
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.reports.plots import TokenMark, plot_sample
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -18,19 +18,21 @@ from regate_ds.stores.reference.reader import ReferenceStore
 def picture_sample(config: RunConfig, path: Path) -> None:
     """Plan the first sample of one turn as in its first sparse step (difficulty 0), and draw it."""
     assert config.teacher.store is not None
-    task = build_task(config)
-    number = next((i for i, r in enumerate(task.train_records) if len(r.turns) == 1), 0)
-    record, encoded = task.train_records[number], task.train.encode(number)
+    corpus = load_corpus(config)
+    number = next((i for i, r in enumerate(corpus.train_records) if len(r.turns) == 1), 0)
+    record, encoded = corpus.train_records[number], corpus.train.encode(number)
     reference_N = ReferenceStore(config.teacher.store).read([encoded.key])
-    knobs = config.elision.knobs(1)
+    regate_config = config.elision.for_run(1)
     score_N = fuse_scores(
         reference_N,
         reference_N * 0.0,
-        reference_weight=knobs.reference_weight,
-        fusion=knobs.fusion,
+        reference_weight=regate_config.reference_weight,
+        fusion=regate_config.fusion,
     )
     batch = Collator(pad_id=0, vision=None)([LoadedSample(encoded, ())]).tokens
-    plan = plan_sparse(batch, score_N, keep_share=knobs.keep_share, align=knobs.align)
+    plan = plan_sparse(
+        batch, score_N, keep_share=regate_config.keep_share, align=regate_config.align
+    )
     kept = set(plan.label_position_L.tolist())
     positions = batch.is_label_BT[0].nonzero().squeeze(1).tolist()
     tokens = [

@@ -18,7 +18,7 @@ from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Record
 from regate_ds.job.progress import progress
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.evaluation.words import counted_words
 from regate_ds.stores.reference.manifest import APPEND_NAME, Manifest, shard_path
 from regate_ds.stores.reference.reader import ReferenceStore, Verify
@@ -84,12 +84,12 @@ def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder of the store")
     store = ReferenceStore(config.teacher.store, verify=config.teacher.verify)
-    task = build_task(config, weights=False)
-    store.require(task.index.fingerprint)
+    corpus = load_corpus(config, weights=False)
+    store.require(corpus.index.fingerprint)
     losses: dict[str, list[float]] = defaultdict(list)
-    with progress(len(task.train_records), desc="words", unit="sample") as bar:
-        for number, record in enumerate(task.train_records):
-            sample = task.train.encode(number)
+    with progress(len(corpus.train_records), desc="words", unit="sample") as bar:
+        for number, record in enumerate(corpus.train_records):
+            sample = corpus.train.encode(number)
             for word, loss in word_losses(record, sample, store.read([sample.key])):
                 losses[word].append(loss)
             bar.update()

@@ -20,10 +20,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from regate_ds.recipe.students.student import (
     Student,
-    _fresh_model,
-    _require_size,
-    _token_id,
-    _vocabulary,
+    fresh_model,
+    require_size,
+    token_id,
+    vocabulary,
 )
 
 
@@ -41,17 +41,17 @@ def build_llava(
     ``text`` and ``vision`` are config dicts with their ``model_type`` (``llama``, ``qwen2``;
     ``clip_vision_model``); vocabulary and special ids come from the tokenizer.
     """
-    _require_size("model.vision", vision, "image_size")
+    require_size("model.vision", vision, "image_size")
     config = LlavaConfig(
-        text_config={**text, **_vocabulary(tokenizer)},
+        text_config={**text, **vocabulary(tokenizer)},
         vision_config=dict(vision),
-        image_token_index=_token_id(tokenizer, image_token),
+        image_token_index=token_id(tokenizer, image_token),
         vision_feature_layer=-1,
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
     )
     inputs = LlavaVision.of(config, clip_processor(vision["image_size"]))
     config.image_seq_length = inputs.num_image_tokens
-    return Student(_fresh_model(LlavaForConditionalGeneration, config, seed), tokenizer, inputs)
+    return Student(fresh_model(LlavaForConditionalGeneration, config, seed), tokenizer, inputs)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.recipe.students.llava import LlavaVision, build_llava
 from regate_ds.recipe.students.qwen2_vl import Qwen2VLVision, build_qwen2_vl
-from regate_ds.recipe.students.student import Student, _fresh_model
+from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.teacher.loading import readable_weights
 
 _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -61,7 +61,7 @@ def load_student(
                 folder, dtype=dtype, attn_implementation=attention, local_files_only=True
             )
     else:
-        model = _fresh_model(model_class, config, seed=None)
+        model = fresh_model(model_class, config, seed=None)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     return Student(model, tokenizer, vision_of(config, processor))

@@ -14,10 +14,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from regate_ds.recipe.students.student import (
     Student,
-    _fresh_model,
-    _require_size,
-    _token_id,
-    _vocabulary,
+    fresh_model,
+    require_size,
+    token_id,
+    vocabulary,
 )
 
 
@@ -34,18 +34,18 @@ def build_qwen2_vl(
     With ``seed`` None the model is on "meta": it can be asked, but not run.
     ``text["rope_parameters"]`` needs an ``mrope_section`` that sums to half the head size.
     """
-    _require_size("model.vision", vision, "max_pixels")
-    _require_size("model.text", text, "hidden_size")
+    require_size("model.vision", vision, "max_pixels")
+    require_size("model.text", text, "hidden_size")
     vision = dict(vision)
     max_pixels = int(vision.pop("max_pixels"))
     config = Qwen2VLConfig(
-        text_config={**text, **_vocabulary(tokenizer)},
+        text_config={**text, **vocabulary(tokenizer)},
         vision_config={**vision, "hidden_size": text["hidden_size"]},
-        image_token_id=_token_id(tokenizer, image_token),
+        image_token_id=token_id(tokenizer, image_token),
         tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
     )
     inputs = Qwen2VLVision(qwen2_vl_processor(config.vision_config, max_pixels=max_pixels))
-    return Student(_fresh_model(Qwen2VLForConditionalGeneration, config, seed), tokenizer, inputs)
+    return Student(fresh_model(Qwen2VLForConditionalGeneration, config, seed), tokenizer, inputs)
 
 
 @dataclass(frozen=True)

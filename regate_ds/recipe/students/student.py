@@ -51,7 +51,7 @@ def save_student(student: Student, folder: Path) -> None:
     student.vision.processor.save_pretrained(folder)
 
 
-def _fresh_model(
+def fresh_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int | None
 ) -> PreTrainedModel:
     """Initialise from ``seed`` alone, leaving the caller's random state as it was."""
@@ -63,7 +63,7 @@ def _fresh_model(
         return model_class(config)
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -72,7 +72,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """Look up one token.
 
     Raises:
@@ -83,7 +83,7 @@ def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return tokenizer.get_vocab()[token]
 
 
-def _require_size(name: str, given: Mapping[str, Any], key: str) -> None:
+def require_size(name: str, given: Mapping[str, Any], key: str) -> None:
     """Look at a size that we read ourselves.
 
     Raises:

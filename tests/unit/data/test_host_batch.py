@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.keyed import HostCollate, Keyed, Unkeyed
+from regate_ds.data.keyed import Keyed, KeyedCollate, PlainCollate
 
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -30,14 +30,14 @@ def test_a_data_set_whose_samples_have_no_number_is_refused():
 
 def test_the_host_collates_what_is_left_without_the_keys():
     seen = []
-    HostCollate(lambda items: seen.extend(items) or stack(items))([item(3), item(4)])
+    KeyedCollate(lambda items: seen.extend(items) or stack(items))([item(3), item(4)])
     assert [set(each) for each in seen] == [{"input_ids", "labels"}] * 2
 
 
 def test_labels_are_shifted_and_padding_is_read_off_the_mask():
     ignored = [IGNORE, 6, IGNORE]
     items = [item(3, attention_mask=[1, 1, 1]), item(4, attention_mask=[1, 1, 0], labels=ignored)]
-    batch = HostCollate(stack)(items)
+    batch = KeyedCollate(stack)(items)
     assert batch.tokens.keys == ((("mine", 3),), (("mine", 4),))
     assert batch.tokens.segment_BT.tolist() == [[0, 0, 0], [0, 0, -1]]
     assert batch.tokens.labels_BT.tolist() == [[6, 7, IGNORE], [6, IGNORE, IGNORE]]
@@ -45,13 +45,13 @@ def test_labels_are_shifted_and_padding_is_read_off_the_mask():
 
 
 def test_without_a_mask_every_position_is_real():
-    assert HostCollate(stack)([item(0)]).tokens.segment_BT.tolist() == [[0, 0, 0]]
+    assert KeyedCollate(stack)([item(0)]).tokens.segment_BT.tolist() == [[0, 0, 0]]
 
 
 def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     items = [item(0), "a text"]
-    assert Unkeyed(list)(items) == [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "a text"]
-    assert Unkeyed(lambda given: None)(items) is None
+    assert PlainCollate(list)(items) == [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "a text"]
+    assert PlainCollate(lambda given: None)(items) is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
 )
 def test_a_batch_that_cannot_be_read_is_refused(items: list[dict], message: str):
     with pytest.raises(ValueError, match=message):
-        HostCollate(stack)(items)
+        KeyedCollate(stack)(items)
 
 
 def test_items_that_are_not_dicts_are_refused():
@@ -75,4 +75,4 @@ def test_items_that_are_not_dicts_are_refused():
 @pytest.mark.parametrize("labels", [None, [[5, 6, 7]]])
 def test_labels_that_are_no_tensor_are_refused(labels):
     with pytest.raises(ValueError, match=f"has labels {type(labels).__name__}, not a tensor"):
-        HostCollate(lambda items: {**stack(items), "labels": labels})([item(3)])
+        KeyedCollate(lambda items: {**stack(items), "labels": labels})([item(3)])

@@ -17,7 +17,7 @@ from regate_ds.recipe.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from regate_ds.recipe.engines.deepspeed import DeepSpeedHost
+from regate_ds.recipe.engines.deepspeed import ZeroEngine
 from tests.unit.data.power import Disk, PowerFailure, copy_of
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -88,7 +88,7 @@ def host(stage, loads=None):
     made: Any = SimpleNamespace(
         zero_optimization_stage=lambda: stage, load_checkpoint=lambda *_, **__: loads
     )
-    return DeepSpeedHost(made, REGATE, ALONE)
+    return ZeroEngine(made, REGATE, ALONE)
 
 
 def test_another_number_of_ranks_is_refused_where_the_optimizer_is_cut_by_rank(tmp_path):
@@ -121,7 +121,7 @@ def alone(monkeypatch):
         save_checkpoint=lambda folder, tag, **_: (Path(folder) / tag).mkdir(parents=True),
         load_checkpoint=lambda folder, tag: (folder, {"step": int(tag[5:]), "fingerprint": "ab"}),
     )
-    return DeepSpeedHost(engine, REGATE, ALONE)
+    return ZeroEngine(engine, REGATE, ALONE)
 
 
 DONE = Done(5, "ab")

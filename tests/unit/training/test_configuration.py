@@ -80,7 +80,7 @@ def test_the_named_configurations_are_valid(path):
 
 
 def test_the_papers_configuration_is_the_papers_setting():
-    knobs = load_config(ROOT / "configs" / "paper.yaml").elision.knobs(num_steps=1000)
+    regate_config = load_config(ROOT / "configs" / "paper.yaml").elision.for_run(num_steps=1000)
     paper = RegateConfig(
         total_steps=1000,
         keep_share=0.5,
@@ -100,8 +100,8 @@ def test_the_elision_section_has_exactly_the_knobs_of_the_method():
 
 
 def test_the_schedule_runs_over_the_run_unless_told_otherwise(small):
-    assert load(small).elision.knobs(num_steps=40).total_steps == 40
-    assert load(small, "elision.total_steps=50").elision.knobs(num_steps=40).total_steps == 50
+    assert load(small).elision.for_run(num_steps=40).total_steps == 40
+    assert load(small, "elision.total_steps=50").elision.for_run(num_steps=40).total_steps == 50
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from regate_ds.job.ranks import Ranks
 from regate_ds.recipe.doctor import examine as doctor
-from regate_ds.recipe.doctor.check import Finding
+from regate_ds.recipe.doctor.check import Check
 
 FUSED_ADAM = "class FusedAdam: pass\n"
 
 
-def examined(name: str) -> Finding:
-    (finding,) = (f for f in doctor.examine() if f.name == name)
-    return finding
+def examined(name: str) -> Check:
+    (check,) = (f for f in doctor.examine() if f.name == name)
+    return check
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def test_a_missing_package_is_required_and_says_how_to_get_it(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(doctor, "import_module", lambda _: None)
-    findings = doctor.examine()
-    assert [f.name for f in findings if f.is_required and not f.is_fine] == ["peft"]
+    checks = doctor.examine()
+    assert [f.name for f in checks if f.is_required and not f.is_fine] == ["peft"]
     assert "pip install" in examined("peft").advice
-    assert doctor.lacks_required(findings)
-    assert doctor.as_text(findings).endswith("something required is missing or broken")
+    assert doctor.lacks_required(checks)
+    assert doctor.as_text(checks).endswith("something required is missing or broken")
 
 
 @pytest.mark.parametrize("kind", ["ImportError", "RuntimeError"])
@@ -150,8 +150,8 @@ def test_the_launcher_and_its_first_rank_are_named():
 
 
 def test_versions_as_tested_share_a_line_and_others_have_their_own():
-    usual = [Finding(n, "1.0", True, True, is_version=True) for n in ("one", "two")]
-    other = Finding("three", "2.0", True, True, "tested with 1.0", is_version=True)
+    usual = [Check(n, "1.0", True, True, is_version=True) for n in ("one", "two")]
+    other = Check("three", "2.0", True, True, "tested with 1.0", is_version=True)
     lines = doctor.as_text([*usual, other]).splitlines()
     assert lines[0] == "ok       one 1.0, two 1.0"
     assert lines[1].split() == ["ok", "three", "2.0", "tested", "with", "1.0"]
@@ -165,7 +165,7 @@ def test_what_a_run_needs_is_compared_with_what_is_free(free, is_fine):
 
 
 def test_the_findings_fit_on_one_screen_and_read_back_from_json():
-    findings = doctor.examine()
-    assert len(doctor.as_text(findings).splitlines()) <= 24
-    names = [finding["name"] for finding in json.loads(doctor.as_json(findings))]
-    assert names == [finding.name for finding in findings]
+    checks = doctor.examine()
+    assert len(doctor.as_text(checks).splitlines()) <= 24
+    names = [check["name"] for check in json.loads(doctor.as_json(checks))]
+    assert names == [check.name for check in checks]

@@ -5,7 +5,7 @@ import torch
 
 from regate_ds.job.process import Process
 from regate_ds.recipe.doctor import ranks as doctor_ranks
-from regate_ds.recipe.doctor.check import Finding
+from regate_ds.recipe.doctor.check import Check
 from regate_ds.recipe.doctor.ranks import examine_together, groups_of
 from tests.distributed.ranks import run_ranks
 
@@ -36,8 +36,8 @@ def test_ranks_that_do_not_fit_a_layout_are_refused():
         groups_of(EIGHT, {"tensor": 3})
 
 
-def version(number: str, *, is_fine: bool = True) -> Finding:
-    return Finding("torch", number, True, is_fine, is_version=True)
+def version(number: str, *, is_fine: bool = True) -> Check:
+    return Check("torch", number, True, is_fine, is_version=True)
 
 
 def check_job(rank: int, folder: str) -> None:
@@ -45,12 +45,12 @@ def check_job(rank: int, folder: str) -> None:
     doctor_ranks.SECONDS_TO_SEE = 0.2
     process, here, node = Process(rank, 2, torch.device("cpu")), Path(folder), f"n{rank}"
 
-    def examine(own: Finding, where: Path = here) -> dict[str, Finding]:
+    def examine(own: Check, where: Path = here) -> dict[str, Check]:
         found = examine_together(process, node, [own], {"tensor": 2}, where)
-        return {finding.name: finding for finding in found}
+        return {check.name: check for check in found}
 
     found = examine(version("1.0"))
-    assert all(finding.is_fine for finding in found.values()), found
+    assert all(check.is_fine for check in found.values()), found
     assert found["ranks"].found == "2 on 2 nodes"
     assert found["sum over world"].found.startswith("1 x 2 ranks: 16 MiB in ")
     assert found["sum over node"].found.startswith("2 x 1 ranks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from regate_ds.job import errors
-from regate_ds.job.errors import JobFailed, tell
+from regate_ds.job.errors import JobFailed, print_error
 
 
 @pytest.fixture
@@ -24,31 +24,31 @@ def set_rank(monkeypatch, rank: int) -> None:
 
 def test_a_process_alone_and_the_first_rank_speak_at_once(monkeypatch, capsys, slept):
     monkeypatch.delenv("RANK", raising=False)
-    tell("train", ValueError("no such\n  key"))
+    print_error("train", ValueError("no such\n  key"))
     set_rank(monkeypatch, 0)
-    tell("train", ValueError("no such\n  key"))
+    print_error("train", ValueError("no such\n  key"))
     assert capsys.readouterr().err == 2 * "regate train: no such key\n"
     assert slept == []
 
 
 def test_another_rank_lets_the_first_speak_before_it(monkeypatch, capsys, slept):
     set_rank(monkeypatch, 3)
-    tell("train", ValueError("only here"))
+    print_error("train", ValueError("only here"))
     assert capsys.readouterr().err == "regate train: rank 3: only here\n"
     assert slept == [15.0]
 
 
 @pytest.mark.parametrize(
-    ("is_told", "expected"), [(True, ""), (False, "\nregate eval: rank 3: no\n")]
+    ("is_printed", "expected"), [(True, ""), (False, "\nregate eval: rank 3: no\n")]
 )
-def test_the_error_of_a_job_is_told_once(monkeypatch, capsys, slept, is_told, expected):
+def test_the_error_of_a_job_is_told_once(monkeypatch, capsys, slept, is_printed, expected):
     set_rank(monkeypatch, 3)
-    tell("eval", JobFailed("rank 3: no", is_told=is_told))
+    print_error("eval", JobFailed("rank 3: no", is_printed=is_printed))
     assert capsys.readouterr().err == expected
     assert slept == []
 
 
 def test_an_error_without_words_is_named(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
-    tell("train", RuntimeError())
+    print_error("train", RuntimeError())
     assert "RuntimeError without a message" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import time
 import pytest
 from torch.utils.data import DataLoader
 
-from regate_ds.job.preemption import SIGNALS, heed, leave_to_parent, listening
+from regate_ds.job.preemption import SIGNALS, leave_to_parent, listening, restore_signals
 
 
 def wait_for(holds, seconds=20.0):
@@ -86,5 +86,5 @@ def test_a_signal_that_launchers_ignore_ends_a_command_that_does_not_listen():
 
 def test_a_users_own_handler_stays():
     before = signal.signal(signal.SIGUSR1, own := lambda *_: None)
-    heed()
+    restore_signals()
     assert signal.signal(signal.SIGUSR1, before) is own

@@ -89,12 +89,12 @@ def test_a_json_that_contradicts_is_refused_before_anything_is_loaded(load, monk
 
 def test_a_run_says_how_much_of_it_is_sparse(load):
     config = load("elision.warmup=2", "elision.final_dense_share=0.2")
-    assert describe_run(config, config.elision.knobs(10), 10, "llama-1") == (
+    assert describe_run(config, config.elision.for_run(10), 10, "llama-1") == (
         "run: 10 steps, 6 of them sparse, kept share 0.700 of the answer tokens, teacher llama-1"
     )
     dense = load("elision.keep_share=1.0")
     assert "0 of them sparse, kept share 1.000" in describe_run(
-        dense, dense.elision.knobs(10), 10, None
+        dense, dense.elision.for_run(10), 10, None
     )
 
 
@@ -129,5 +129,5 @@ def test_a_teacher_inside_the_job_needs_no_store_but_whole_groups_of_ranks(load,
     monkeypatch.setenv("WORLD_SIZE", "4")
     judge_run(shared)
     assert "teacher llama-1, online" in describe_run(
-        shared, shared.elision.knobs(10), 10, "llama-1"
+        shared, shared.elision.for_run(10), 10, "llama-1"
     )

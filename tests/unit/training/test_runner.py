@@ -2,14 +2,14 @@
 
 from types import SimpleNamespace
 
-from regate_ds.recipe.corpus import tell_cut
+from regate_ds.recipe.corpus import report_cut
 from tests.samples import make_index
 
 
 def test_samples_that_fill_the_length_are_told(capsys):
-    task = SimpleNamespace(index=make_index(9))
-    longest = int(task.index.num_positions.max())
-    tell_cut(task, longest + 1)  # type: ignore[arg-type]
+    corpus = SimpleNamespace(index=make_index(9))
+    longest = int(corpus.index.num_positions.max())
+    report_cut(corpus, longest + 1)  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
-    tell_cut(task, longest)  # type: ignore[arg-type]
+    report_cut(corpus, longest)  # type: ignore[arg-type]
     assert f"2 of 9 training samples fill data.max_length={longest}" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student
 from regate_ds.recipe.tasks.digits import tower as s
 from regate_ds.recipe.tasks.digits.alignment import align_student, notes
-from regate_ds.recipe.tasks.digits.phase import StageConfig, finished_stage, optimise
+from regate_ds.recipe.tasks.digits.phase import PhaseConfig, finished_phase, optimise
 from regate_ds.recipe.tasks.digits.questions import DIGITS, Shown
 from regate_ds.recipe.tasks.digits.scenes import Part, handwritten
 from regate_ds.recipe.tasks.digits.student import encoder_of
@@ -34,11 +34,11 @@ def touch(out: Path) -> None:
 
 
 def test_a_finished_stage_is_made_once_for_each_basis(tmp_path: Path):
-    first = finished_stage(tmp_path, "text", [1], touch)
+    first = finished_phase(tmp_path, "text", [1], touch)
     assert (first / "made").exists()
-    again = finished_stage(tmp_path, "text", [1], lambda out: pytest.fail("made again"))
+    again = finished_phase(tmp_path, "text", [1], lambda out: pytest.fail("made again"))
     assert again == first
-    assert finished_stage(tmp_path, "text", [2], touch) != first
+    assert finished_phase(tmp_path, "text", [2], touch) != first
 
 
 def test_a_stage_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path):
@@ -47,15 +47,15 @@ def test_a_stage_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        finished_stage(tmp_path, "text", [1], die)
+        finished_phase(tmp_path, "text", [1], die)
     assert not list(tmp_path.glob("text-*"))
-    assert (finished_stage(tmp_path, "text", [1], touch) / "made").exists()
+    assert (finished_phase(tmp_path, "text", [1], touch) / "made").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}])
 def test_an_empty_stage_is_refused(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="must be at least 1 and lr above 0"):
-        StageConfig(**{"steps": 1, "batch": 1, "lr": 1e-3, **wrong})
+        PhaseConfig(**{"steps": 1, "batch": 1, "lr": 1e-3, **wrong})
 
 
 def test_the_same_seed_trains_the_same_weights():
@@ -66,7 +66,7 @@ def test_the_same_seed_trains_the_same_weights():
         def loss(rng: Random) -> torch.Tensor:
             return (model(torch.tensor([rng.random() for _ in range(3)])) - 1.0).square().sum()
 
-        optimise("test", model, loss, StageConfig(steps=5, batch=1, lr=0.1), seed=1)
+        optimise("test", model, loss, PhaseConfig(steps=5, batch=1, lr=0.1), seed=1)
         return model.weight.detach()
 
     assert torch.equal(trained(), trained())
@@ -77,7 +77,7 @@ def test_the_projector_learns_the_words_of_the_cells_and_nothing_else_moves():
     tokenizer = train_tokenizer([f"a {words} small large top middle bottom left"], vocab_size=320)
     student = build_llava(tokenizer, text=TEXT, vision=FINE, seed=0)
     before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
-    one, many = (StageConfig(steps=n, batch=64, lr=1e-2) for n in (1, 60))
+    one, many = (PhaseConfig(steps=n, batch=64, lr=1e-2) for n in (1, 60))
     early = distance(student, one)
     late = distance(student, many)
     assert late < early
@@ -111,7 +111,7 @@ def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: 
     records, _ = read_records(tmp_path / "data" / "train.json", name="mine")
     texts = SampleDataset(records, encoder_of(student, 256))
     before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
-    stage = StageConfig(steps=3, batch=4, lr=1e-3)
+    stage = PhaseConfig(steps=3, batch=4, lr=1e-3)
     align_student(student, texts, stage, text_share=0.25, seed=0)
     for name, weight in student.model.named_parameters():
         assert weight.requires_grad
@@ -121,7 +121,7 @@ def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: 
             assert not torch.equal(weight, before[name]), name
 
 
-def distance(student: Student, stage: StageConfig) -> float:
+def distance(student: Student, stage: PhaseConfig) -> float:
     """Error of the projector after a stage, relative to the words' size, on the same scenes."""
     learn_words(student, stage, num_scenes=8, seed=0)
     rng = Random(0)

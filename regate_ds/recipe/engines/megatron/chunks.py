@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from regate_ds.parallel.resharding import Cut
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
-from regate_ds.recipe.engines.megatron.weights import load_whole, to_megatron
+from regate_ds.recipe.engines.megatron.weights import load_full, to_megatron
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.recipe.students.student import Student
 from regate_ds.teacher.backbone import text_backbone
@@ -132,7 +132,7 @@ def build_chunks(
     chunks = []
     for number in range(parallel.virtual):
         gpt = gpt_chunk(backbone.config, config, number if parallel.virtual > 1 else None)
-        load_whole([gpt], weights)
+        load_full([gpt], weights)
         vision = _vision(student, model) if gpt.pre_process else None
         chunk = StudentChunk(gpt, vision, student.model.config.image_token_id).train()
         chunks.append(_wrapped(chunk, config, parallel))

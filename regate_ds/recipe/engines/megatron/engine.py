@@ -46,7 +46,7 @@ class StepResult:
     counts: dict[str, Any] | None = None
 
 
-class MegatronHost:
+class MegatronEngine:
     """One rank's part in the run."""
 
     def __init__(
@@ -63,8 +63,8 @@ class MegatronHost:
         self._num_done, self._last = 0, StepResult()
 
     @classmethod
-    def build(cls, setup: Setup) -> MegatronHost:
-        config, student = setup.config, setup.task.student
+    def build(cls, setup: Setup) -> MegatronEngine:
+        config, student = setup.config, setup.corpus.student
         assert config.parallel is not None
         assert not isinstance(setup.reference, OnlineReference)
         model: Any = student.model
@@ -74,7 +74,7 @@ class MegatronHost:
         # From here on it is only filled, to be evaluated or written.
         model.to(dtype)
         layout = "thd" if config.parallel.layout == "ragged" else "sbhd"
-        regate = attach(chunks, setup.knobs, reference=setup.reference, layout=layout)
+        regate = attach(chunks, setup.regate_config, reference=setup.reference, layout=layout)
         optimizer = get_megatron_optimizer(
             optimizer_settings(config), [*chunks], use_gloo_process_groups=False
         )
@@ -94,7 +94,7 @@ class MegatronHost:
         return windows(
             loader,
             config.run.accumulation,
-            pad_id=self._setup.task.student.pad_id,
+            pad_id=self._setup.corpus.student.pad_id,
             multiple=Cut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple,
         )
 
@@ -107,7 +107,7 @@ class MegatronHost:
         reports = self._run_schedule(window)
         applied, norm, _ = self.optimizer.step()
         clips = self._setup.config.optimizer.grad_clip is not None
-        losses, counts = self._replica.tell(self._figures(reports))
+        losses, counts = self._replica.broadcast(self._figures(reports))
         self._last = StepResult(bool(applied), float(norm) if clips else None, counts)
         self._num_done += 1
         return list(torch.tensor(losses, dtype=torch.float64))
@@ -157,8 +157,8 @@ class MegatronHost:
         return self._last.grad_norm
 
     @contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
-        student = self._setup.task.student
+    def full_model(self) -> Iterator[nn.Module]:
+        student = self._setup.corpus.student
         fill_student(student, student_chunks(self.chunks))
         model: Any = student.model
         yield model.to(self._setup.process.device)

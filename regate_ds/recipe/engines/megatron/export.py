@@ -11,7 +11,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
-from regate_ds.recipe.engines.megatron.weights import from_megatron, gather_whole
+from regate_ds.recipe.engines.megatron.weights import from_megatron, gather_full
 from regate_ds.recipe.students.student import Student
 from regate_ds.teacher.backbone import text_backbone
 
@@ -21,7 +21,7 @@ def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:
     model: Any = student.model
     model.to("cpu")
     backbone = text_backbone(model)
-    decoder = from_megatron(gather_whole([chunk.gpt for chunk in chunks]), backbone.config)
+    decoder = from_megatron(gather_full([chunk.gpt for chunk in chunks]), backbone.config)
     vision = _gather_vision(chunks)
     with torch.no_grad():
         # The view's weights lie where the student's do.

@@ -1,4 +1,4 @@
-"""Megatron's groups for a run, and the one over which a replica's figures are told."""
+"""Megatron's groups for a run, and the one over which a replica's figures are values."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Replica:
         own = next(ranks for ranks in groups if dist.get_rank() in ranks)
         return cls(host_group(groups), next(rank for rank in own if table[rank][1]))
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The planner's value, on all ranks. Collective over the replica."""
         if self.group is None:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, self.planner, group=self.group)
-        return told[0]
+        values = [value]
+        dist.broadcast_object_list(values, self.planner, group=self.group)
+        return values[0]

@@ -48,7 +48,7 @@ class Part:
     ours: str
     theirs: tuple[str, ...]
     join: Callable[..., Tensor] = lambda weight: weight
-    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda whole: (whole,)
+    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda full: (full,)
 
 
 def parts_of(config: Any) -> Iterator[Part]:
@@ -73,12 +73,12 @@ def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:
     return {part.ours: part.join(*(weights[name] for name in part.theirs)) for part in present}
 
 
-def from_megatron(whole: Mapping[str, Tensor], config: Any) -> Weights:
+def from_megatron(full: Mapping[str, Tensor], config: Any) -> Weights:
     """The inverse of ``to_megatron``."""
     weights: Weights = {}
     for part in parts_of(config):
-        if part.ours in whole:
-            weights |= dict(zip(part.theirs, part.split(whole[part.ours]), strict=True))
+        if part.ours in full:
+            weights |= dict(zip(part.theirs, part.split(full[part.ours]), strict=True))
     return weights
 
 
@@ -105,16 +105,16 @@ def _join_halves(gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([gate, up])
 
 
-def _split_halves(whole: Tensor) -> tuple[Tensor, ...]:
-    return whole.chunk(2)
+def _split_halves(full: Tensor) -> tuple[Tensor, ...]:
+    return full.chunk(2)
 
 
-def load_whole(chunks: Sequence[nn.Module], whole: Mapping[str, Tensor]) -> None:
+def load_full(chunks: Sequence[nn.Module], full: Mapping[str, Tensor]) -> None:
     """Fill this rank's GPTModel chunks with its cut of every weight."""
     size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            cut = _pieces(name, whole[name], parameter, size)[rank]
+            cut = _pieces(name, full[name], parameter, size)[rank]
             if cut.shape != parameter.shape:
                 raise ValueError(
                     f"{name} has {tuple(parameter.shape)} on this rank, the student's cut is "
@@ -123,7 +123,7 @@ def load_whole(chunks: Sequence[nn.Module], whole: Mapping[str, Tensor]) -> None
             parameter.copy_(cut)
 
 
-def gather_whole(chunks: Sequence[nn.Module]) -> Weights:
+def gather_full(chunks: Sequence[nn.Module]) -> Weights:
     """All weights of the model, on the CPU of every rank. Collective over the model's ranks."""
     size, found = mpu.get_tensor_model_parallel_world_size(), {}
     for name, parameter in named_parameters(chunks):
@@ -141,10 +141,10 @@ def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, nn.Parameter]
     """Parameters of GPTModel chunks by whole names."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            yield _whole_name(chunk, name), parameter
+            yield _full_name(chunk, name), parameter
 
 
-def _whole_name(chunk: Any, name: str) -> str:
+def _full_name(chunk: Any, name: str) -> str:
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     parts = name.split(".")
@@ -156,14 +156,14 @@ def _whole_name(chunk: Any, name: str) -> str:
     )
 
 
-def _pieces(name: str, whole: Tensor, parameter: Any, size: int) -> list[Tensor]:
+def _pieces(name: str, full: Tensor, parameter: Any, size: int) -> list[Tensor]:
     if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return [whole] * size
+        return [full] * size
     if "linear_fc1" in name:
         # Gate and value, each cut over the ranks.
-        gates, values = (half.chunk(size) for half in whole.chunk(2))
+        gates, values = (half.chunk(size) for half in full.chunk(2))
         return [torch.cat(pair) for pair in zip(gates, values, strict=True)]
-    return list(whole.chunk(size, dim=parameter.partition_dim))
+    return list(full.chunk(size, dim=parameter.partition_dim))
 
 
 def _joined(name: str, pieces: list[Tensor], parameter: Any) -> Tensor:

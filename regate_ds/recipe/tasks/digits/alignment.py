@@ -1,4 +1,4 @@
-"""The last stage of a student: projector and backbone learn together to look at the image.
+"""The last phase of a student: projector and backbone learn together to look at the image.
 
 Half-way between a caption and a question: notes on crowded scenes, in which a place or a digit is
 named and what belongs to it must be read from the image. The data set's answers are mixed in as
@@ -22,7 +22,7 @@ from regate_ds.algorithm.batch import IGNORE, shift_labels
 from regate_ds.data.collate import Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.recipe.students.student import Student
-from regate_ds.recipe.tasks.digits.phase import StageConfig, optimise
+from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
 from regate_ds.recipe.tasks.digits.questions import Shown
 from regate_ds.recipe.tasks.digits.scenes import Part, handwritten, render
 from regate_ds.recipe.tasks.digits.tower import Cells, crowded_scene
@@ -35,7 +35,7 @@ _BY_DIGIT = ("digit", "colour", "size", "row", "column")
 
 
 def align_student(
-    student: Student, texts: SampleDataset, stage: StageConfig, *, text_share: float, seed: int
+    student: Student, texts: SampleDataset, phase: PhaseConfig, *, text_share: float, seed: int
 ) -> None:
     """Train projector and backbone on scenes' notes and, for ``text_share`` of a batch, on text.
 
@@ -45,11 +45,11 @@ def align_student(
     collator = Collator(pad_id=student.tokenizer.pad_token_id, vision=student.vision)
     model = student.model.train()
     model.model.vision_tower.requires_grad_(False)
-    num_text = min(round(text_share * stage.batch), len(texts))
+    num_text = min(round(text_share * phase.batch), len(texts))
     tokens_of: dict[str, list[int]] = {}
 
     def loss(rng: Random) -> Tensor:
-        scenes = [crowded_scene(part, rng) for _ in range(stage.batch - num_text)]
+        scenes = [crowded_scene(part, rng) for _ in range(phase.batch - num_text)]
         noted = [_note_sample(student, cells, rng, tokens_of) for cells in scenes]
         drawn = [texts[number] for number in rng.sample(range(len(texts)), num_text)]
         unseen = [_without_image(sample, student.tokenizer.pad_token_id) for sample in drawn]
@@ -58,7 +58,7 @@ def align_student(
         hidden_NH, labels_N = (torch.cat(parts) for parts in zip(*states))
         return F.cross_entropy(model.lm_head(hidden_NH), labels_N)
 
-    optimise("alignment", model, loss, stage, seed)
+    optimise("alignment", model, loss, phase, seed)
     model.requires_grad_(True)
 
 

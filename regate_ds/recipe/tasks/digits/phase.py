@@ -1,4 +1,4 @@
-"""What the stages of a student share: a cache of finished folders, and an optimiser loop."""
+"""What the phases of a student share: a cache of finished folders, and an optimiser loop."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """Length of one stage."""
+class PhaseConfig:
+    """Length of one phase."""
 
     steps: int
     batch: int
@@ -36,11 +36,11 @@ class StageConfig:
             raise ValueError(f"steps and batch must be at least 1 and lr above 0, got {self}")
 
 
-def finished_stage(cache: Path, name: str, basis: list[Any], make: Callable[[Path], None]) -> Path:
-    """The folder of a stage, named by a hash of ``basis``: made now, or found in ``cache``.
+def finished_phase(cache: Path, name: str, basis: list[Any], make: Callable[[Path], None]) -> Path:
+    """The folder of a phase, named by a hash of ``basis``: made now, or found in ``cache``.
 
     ``basis`` is JSON and holds all that decides the result. ``make`` fills the folder it is given;
-    that gets its name only when it is whole, so that a killed stage leaves nothing that looks done.
+    that gets its name only when it is whole, so that a killed phase leaves nothing that looks done.
     """
     digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     folder = cache / f"{name}-{digest[:12]}"
@@ -65,16 +65,16 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def optimise(
-    name: str, model: nn.Module, loss: Callable[[Random], Tensor], stage: StageConfig, seed: int
+    name: str, model: nn.Module, loss: Callable[[Random], Tensor], phase: PhaseConfig, seed: int
 ) -> None:
     """AdamW on what of ``model`` is not frozen; ``loss`` draws its batch from the generator."""
-    config = OptimizerConfig(lr=stage.lr, betas=(0.9, 0.98), warmup_steps=0.05)
+    config = OptimizerConfig(lr=phase.lr, betas=(0.9, 0.98), warmup_steps=0.05)
     optimizer = make_optimizer(model, config)
-    schedule = make_lr_schedule(optimizer, config, stage.steps)
+    schedule = make_lr_schedule(optimizer, config, phase.steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     rng = Random(seed)
-    with progress(stage.steps, desc=name, unit="step") as bar:
-        for step in range(stage.steps):
+    with progress(phase.steps, desc=name, unit="step") as bar:
+        for step in range(phase.steps):
             value = loss(rng)
             value.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -63,7 +63,7 @@ RUNS = {
 
 
 def main() -> int:
-    """Run all stages; the exit code is that of the first one that fails."""
+    """Run all of it; the exit code is that of the first one that fails."""
     begin = time.monotonic()
     # Matrices this small gain nothing from more, and on a busy machine threads wait for each other.
     torch.set_num_threads(1)
@@ -74,11 +74,11 @@ def main() -> int:
     overrides = _overrides(student)
     with _timed("teacher"):
         _launch(["teacher", str(CONFIG), *overrides])
-    for name, knobs in RUNS.items():
+    for name, settings in RUNS.items():
         with _timed(f"training, {name}"):
             out = ROOT / name
             shutil.rmtree(out, ignore_errors=True)
-            _launch(["train", str(CONFIG), *overrides, *knobs, f"run.out={out}"])
+            _launch(["train", str(CONFIG), *overrides, *settings, f"run.out={out}"])
     picture_sample(load_config(CONFIG, overrides), ROOT / "sample.png")
     print(f"\n{compare_runs([ROOT / name for name in RUNS], out=ROOT)}")
     print(f"\n{ROOT}: compare.json, accuracy_over_tokens.png, accuracy_over_time.png, sample.png")
@@ -109,11 +109,11 @@ def _launch(arguments: list[str]) -> None:
 
 
 @contextmanager
-def _timed(stage: str) -> Iterator[None]:
+def _timed(part: str) -> Iterator[None]:
     begin = time.monotonic()
-    print(f"== {stage}", flush=True)
+    print(f"== {part}", flush=True)
     yield
-    print(f"== {stage}: {time.monotonic() - begin:.0f} s", flush=True)
+    print(f"== {part}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

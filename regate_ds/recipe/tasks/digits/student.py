@@ -6,8 +6,8 @@
     align    projector and backbone learn from scenes' notes and text, mixed
 
 What comes out knows what the answers sound like and how to look at a place or for a digit, but has
-never answered a question with an image: that is what fine-tuning is for. Each stage is cached; see
-``finished_stage``.
+never answered a question with an image: that is what fine-tuning is for. Each phase is cached; see
+``finished_phase``.
 
 Shapes: B samples, T positions, N label positions, V vocabulary.
 """
@@ -32,14 +32,14 @@ from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student, save_student
 from regate_ds.recipe.tasks.digits.alignment import align_student
-from regate_ds.recipe.tasks.digits.phase import StageConfig, digest_of, finished_stage, optimise
+from regate_ds.recipe.tasks.digits.phase import PhaseConfig, digest_of, finished_phase, optimise
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_scenes, learn_words
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import teacher_inputs
 
 _RECIPE = 4
-"""Part of every cache name: counts up when a stage's code changes its result."""
+"""Part of every cache name: counts up when a phase's code changes its result."""
 
 _POOL = 8
 """Text batches are cut from so many batches' worth of samples sorted by length: little padding."""
@@ -47,7 +47,7 @@ _POOL = 8
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Sizes of the student and length of each stage."""
+    """Sizes of the student and length of each phase."""
 
     text: dict[str, Any]
     """Hugging Face config of the backbone, with ``model_type``."""
@@ -58,15 +58,15 @@ class PretrainConfig:
     vocab_size: int = 448
     max_length: int = 256
     seed: int = 0
-    text_stage: StageConfig = StageConfig(steps=150, batch=32, lr=2e-3)
-    tower_stage: StageConfig = StageConfig(steps=500, batch=64, lr=4e-3)
-    words_stage: StageConfig = StageConfig(steps=800, batch=512, lr=1e-2)
+    text_phase: PhaseConfig = PhaseConfig(steps=150, batch=32, lr=2e-3)
+    tower_phase: PhaseConfig = PhaseConfig(steps=500, batch=64, lr=4e-3)
+    words_phase: PhaseConfig = PhaseConfig(steps=800, batch=512, lr=1e-2)
     words_scenes: int = 1536
-    """Scenes that the projector's stage learns from."""
+    """Scenes that the projector's phase learns from."""
 
-    align_stage: StageConfig = StageConfig(steps=400, batch=32, lr=3e-3)
+    align_phase: PhaseConfig = PhaseConfig(steps=400, batch=32, lr=3e-3)
     align_text_share: float = 0.25
-    """Share of the last stage's samples that are answers of the data set, without their image."""
+    """Share of the last phase's samples that are answers of the data set, without their image."""
 
 
 def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
@@ -76,7 +76,7 @@ def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
     settings = asdict(config)
     words = {k: v for k, v in settings.items() if k.startswith("words")}
     align = {k: v for k, v in settings.items() if k.startswith("align")}
-    tower = {"tower_stage": settings["tower_stage"]}
+    tower = {"tower_phase": settings["tower_phase"]}
     text = {k: v for k, v in settings.items() if k not in words | align | tower}
 
     def make_text(out: Path) -> None:
@@ -84,27 +84,27 @@ def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
 
     def make_tower(out: Path) -> None:
         student = load_student(first)
-        learn_scenes(student, config.tower_stage, seed=config.seed)
+        learn_scenes(student, config.tower_phase, seed=config.seed)
         save_student(student, out)
 
     def make_words(out: Path) -> None:
         student = load_student(second)
-        stage, number = config.words_stage, config.words_scenes
-        learn_words(student, stage, num_scenes=number, seed=config.seed)
+        phase, number = config.words_phase, config.words_scenes
+        learn_words(student, phase, num_scenes=number, seed=config.seed)
         save_student(student, out)
 
     def make_aligned(out: Path) -> None:
         student = load_student(third)
         texts = SampleDataset(records, encoder_of(student, config.max_length))
-        stage, share = config.align_stage, config.align_text_share
-        align_student(student, texts, stage, text_share=share, seed=config.seed)
+        phase, share = config.align_phase, config.align_text_share
+        align_student(student, texts, phase, text_share=share, seed=config.seed)
         save_student(student, out)
 
     data = digest_of([train, *images])
-    first = finished_stage(cache, "text", [_RECIPE, data, text], make_text)
-    second = finished_stage(cache, "tower", [first.name, tower], make_tower)
-    third = finished_stage(cache, "words", [second.name, words], make_words)
-    return finished_stage(cache, "student", [third.name, align], make_aligned)
+    first = finished_phase(cache, "text", [_RECIPE, data, text], make_text)
+    second = finished_phase(cache, "tower", [first.name, tower], make_tower)
+    third = finished_phase(cache, "words", [second.name, words], make_words)
+    return finished_phase(cache, "student", [third.name, align], make_aligned)
 
 
 def encoder_of(student: Student, max_length: int) -> Encoder:
@@ -130,7 +130,7 @@ def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
 
     def loss(rng: Random) -> Tensor:
         if not pool:
-            pool.extend(_batches_of_like_length(samples, config.text_stage.batch, rng))
+            pool.extend(_batches_of_like_length(samples, config.text_phase.batch, rng))
         batch = pool.pop()
         ids_BT = teacher_inputs(
             [s.input_ids_S for s in batch],
@@ -142,7 +142,7 @@ def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
         hidden_BTH = backbone.model(input_ids=ids_BT, use_cache=False).last_hidden_state
         return _answer_loss(backbone, hidden_BTH, labels_BT)
 
-    optimise("text backbone", backbone, loss, config.text_stage, config.seed)
+    optimise("text backbone", backbone, loss, config.text_phase, config.seed)
     return student
 
 

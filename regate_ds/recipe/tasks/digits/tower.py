@@ -1,4 +1,4 @@
-"""The stages of a student that learn from digit scenes whose content is known.
+"""The phases of a student that learn from digit scenes whose content is known.
 
     tower    tell the digit, colour, size and place of each cell of the grid
     words    bring each cell's features to where the backbone tells the words for it apart
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regate_ds.recipe.students.student import Student
-from regate_ds.recipe.tasks.digits.phase import StageConfig, optimise
+from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
 from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown
 from regate_ds.recipe.tasks.digits.scenes import (
     COLOURS,
@@ -45,7 +45,7 @@ Cells = dict[int, Placed]
 """A scene: what stands in each of the cells 0 to 8 that is not empty."""
 
 
-def learn_scenes(student: Student, stage: StageConfig, *, seed: int) -> None:
+def learn_scenes(student: Student, phase: PhaseConfig, *, seed: int) -> None:
     """Train the tower on what stands in each cell, told by throw-away heads on its patches."""
     tower = student.model.model.vision_tower.train()
     config = student.model.config.vision_config
@@ -57,7 +57,7 @@ def learn_scenes(student: Student, stage: StageConfig, *, seed: int) -> None:
     part = Part("train", handwritten("train"), seed, None)
 
     def loss(rng: Random) -> Tensor:
-        scenes = [crowded_scene(part, rng) for _ in range(stage.batch)]
+        scenes = [crowded_scene(part, rng) for _ in range(phase.batch)]
         cells_BCF = _by_cell(_features(student, scenes), side)
         truth_BCX = torch.tensor([_truth(cells) for cells in scenes])
         losses = [
@@ -66,13 +66,13 @@ def learn_scenes(student: Student, stage: StageConfig, *, seed: int) -> None:
         ]
         return torch.stack(losses).sum()
 
-    optimise("vision tower", nn.ModuleList([tower, heads]), loss, stage, seed)
+    optimise("vision tower", nn.ModuleList([tower, heads]), loss, phase, seed)
 
 
-def learn_words(student: Student, stage: StageConfig, *, num_scenes: int, seed: int) -> None:
+def learn_words(student: Student, phase: PhaseConfig, *, num_scenes: int, seed: int) -> None:
     """Train the projector alone: a patch becomes the sum of the words' directions of its cell.
 
-    ``stage.batch`` counts patches. The tower runs once over each of ``num_scenes`` scenes.
+    ``phase.batch`` counts patches. The tower runs once over each of ``num_scenes`` scenes.
     """
     config = student.model.config.vision_config
     side = config.image_size // config.patch_size
@@ -87,11 +87,11 @@ def learn_words(student: Student, stage: StageConfig, *, num_scenes: int, seed: 
     projector = student.model.model.multi_modal_projector
 
     def loss(rng: Random) -> Tensor:
-        rows = torch.tensor(rng.choices(range(len(features_NF)), k=stage.batch))
+        rows = torch.tensor(rng.choices(range(len(features_NF)), k=phase.batch))
         error_NH = projector(features_NF[rows]) - wanted_NH[rows]
         return error_NH.square().sum(dim=1).mean() / size
 
-    optimise("projector on words", projector, loss, stage, seed)
+    optimise("projector on words", projector, loss, phase, seed)
 
 
 def crowded_scene(part: Part, rng: Random) -> Cells:

@@ -1,0 +1,41 @@
+"""What `regate eval` does: measure a finished run's model on its held-out questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from regate_ds.job.supervise import join_job
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.corpus import held_out, open_corpus
+from regate_ds.recipe.evaluation.generation import evaluate_generated
+from regate_ds.recipe.evaluation.words import evaluate
+from regate_ds.recipe.run_folder import RunFolder
+
+NUM_GENERATED = 100
+"""Held-out questions that `regate eval` also answers freely."""
+
+
+def evaluate_run(folder: Path) -> dict[str, Any]:
+    """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
+    run = RunFolder(folder)
+    run.require_run()
+    if not run.model.is_dir():
+        raise ValueError(f"{folder} has no model/: the run is not finished")
+    config = load_config(run.config)
+    if config.data.test is None:
+        raise ValueError(
+            f"data.test=None in {run.config}: there is nothing to evaluate on; name held-out "
+            "samples there"
+        )
+    model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
+    with join_job("eval") as process:
+        corpus = open_corpus(replace(config, model=model))
+        student = corpus.student.model.to(process.device)  # type: ignore[arg-type]
+        questions = held_out(corpus, config)
+        scores = {
+            **evaluate(student, questions, process),
+            **evaluate_generated(student, questions, process, num_samples=NUM_GENERATED),
+        }
+        return scores
