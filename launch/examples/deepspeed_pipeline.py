@@ -15,11 +15,11 @@ from typing import Any
 import deepspeed
 import torch
 from questions import Questions, parser
-from regate_ds.adapters.deepspeed.loop.pipeline import attach_pipeline, pipeline_student
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
+from regate_ds.adapters.deepspeed.pipeline import attach_pipeline, pipeline_student
 from regate_ds.data.keyed import KeyedCollate
 from regate_ds.teacher.backbone import text_backbone
 

@@ -1,5 +1,9 @@
 """The plan of a step as data: which positions of each row enter the gated layers."""
 
+# torch's own types have gaps.
+# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

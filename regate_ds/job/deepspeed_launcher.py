@@ -1,6 +1,8 @@
 """Run a regate command on several ranks of this machine, by the deepspeed launcher.
 
-``python -m regate_ds.job.deepspeed_launcher RANKS COMMAND [ARGUMENT ...]``; launch/local.sh is the same.
+    python -m regate_ds.job.deepspeed_launcher RANKS COMMAND [ARGUMENT ...]
+
+launch/local.sh is the same.
 """
 
 from __future__ import annotations

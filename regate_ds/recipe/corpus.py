@@ -11,6 +11,7 @@ from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import BadRecord, Record, SampleError, read_records
+from regate_ds.families.table import family_of
 from regate_ds.job.progress import progress
 from regate_ds.job.ranks import is_first_rank
 from regate_ds.recipe.config.sections import DataConfig
@@ -49,10 +50,12 @@ class Corpus:
 def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     """Load or make the student, and read the records. Without ``weights`` it is on "meta"."""
     student = make_student(config.model, seed=config.run.seed if weights else None)
-    if config.data.pack_length is not None and student.model.config.model_type == "qwen2_vl":
+    family = family_of(student.model)
+    if config.data.pack_length is not None and not family.packs:
         raise ValueError(
-            f"data.pack_length={config.data.pack_length}: a qwen2_vl student has three position "
-            "axes, which packed rows do not carry; set it to null"
+            f"data.pack_length={config.data.pack_length}: a {family.model_type} student has "
+            f"{family.num_position_axes} position axes, which packed rows do not carry; set it to "
+            "null"
         )
     data = config.data
     encoder = Encoder(

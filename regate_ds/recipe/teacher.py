@@ -1,4 +1,4 @@
-"""How the teacher reads the samples of a corpus: by the student's token ids, or in its own tokens."""
+"""How the teacher reads the samples of a corpus: by the student's token ids, or by its own."""
 
 from __future__ import annotations
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2VLConfig,
 )
 
+from regate_ds.families.table import find_family
+
 _ONLY_MROPE = {"architectures", "mrope_section", "model_type", "transformers_version"}
-"""Keys of a Qwen2-VL text config that its plain-position view does not take over."""
+"""Keys of a decoder's config with several rotary axes that its view of plain text goes without."""
 
 
 def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
@@ -20,14 +23,15 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
 
     The parameters are new objects on the same storage: freezing the view does not freeze the
     student, training the student changes the view. On text it gives the student's logits. For a
-    Qwen2-VL it counts plain positions, to which three equal axes amount.
+    family with several rotary axes it counts plain positions, to which equal axes amount.
     """
     config = _text_config(model)
     with torch.device("meta"):
         view = AutoModelForCausalLM.from_config(
             config, attn_implementation=model.config._attn_implementation
         )
-    decoder = model.model.language_model
+    family = find_family(model)
+    decoder: Any = model.model.language_model if family is None else family.decoder_of(model)
     weights = {f"model.{name}": value for name, value in decoder.state_dict().items()}
     weights["lm_head.weight"] = model.lm_head.weight.detach()
     view.load_state_dict(weights, strict=True, assign=True)
@@ -41,12 +45,12 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
 def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = model.config.get_text_config()
     fields = config.to_dict()
-    if isinstance(model.config, Qwen2VLConfig):
+    family = find_family(model)
+    config_class = type(config)
+    if family is not None and family.plain_text is not None:
         fields = {name: value for name, value in fields.items() if name not in _ONLY_MROPE}
         rope = fields["rope_parameters"]
         fields["rope_parameters"] = {k: v for k, v in rope.items() if k not in _ONLY_MROPE}
-        config_class = Qwen2Config
-    else:
-        config_class = type(config)
+        config_class = CONFIG_MAPPING[family.plain_text]
     fields["tie_word_embeddings"] = model.config.tie_word_embeddings
     return config_class(**{**fields, "dtype": model.dtype})

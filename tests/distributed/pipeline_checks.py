@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from regate_ds.adapters.deepspeed.loop.pipeline import (
+from torch import nn
+
+from regate_ds.adapters.deepspeed.pipeline import (
     PipelineRegate,
     attach_pipeline,
     pipeline_student,
 )
-from regate_ds.adapters.huggingface.gates.gates import attach_model
-from torch import nn
-
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig

@@ -12,9 +12,9 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
-from regate_ds.adapters.deepspeed.loop.loop import attach
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 
+from regate_ds.adapters.deepspeed.loop import attach
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore

@@ -11,10 +11,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from regate_ds.adapters.deepspeed.loop.loop import attach
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 from torch import Tensor
 
+from regate_ds.adapters.deepspeed.loop import attach
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.adapters.saved_state import STATE_FOLDER
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.plan_walk import walk_plan

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface.gates.gates import ElidedOutput, attach_model, has_tower
+from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model, has_tower
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.session_state import Difficulty, open_session
 from regate_ds.adapters.window import Window, in_steps, require_collated

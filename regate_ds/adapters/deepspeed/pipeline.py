@@ -23,7 +23,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from regate_ds.adapters.deepspeed.loop.pipeline_layers import (
+from regate_ds.adapters.deepspeed.pipeline_layers import (
     Decoder,
     Desk,
     Micro,
@@ -31,8 +31,8 @@ from regate_ds.adapters.deepspeed.loop.pipeline_layers import (
     numbered,
     take_apart,
 )
-from regate_ds.adapters.huggingface.gates.gates import has_tower
-from regate_ds.adapters.huggingface.gates.support import require_language_model, require_supported
+from regate_ds.adapters.huggingface.gates import has_tower
+from regate_ds.adapters.huggingface.support import require_language_model, require_supported
 from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share
 from regate_ds.adapters.saved_state import load_state, save_state
 from regate_ds.adapters.session_state import Difficulty, open_session
@@ -40,6 +40,7 @@ from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan, plan_dense
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
+from regate_ds.families.text_decoders import TEXT_DECODERS
 from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout, host_group
 from regate_ds.session import Regate
@@ -106,7 +107,7 @@ def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
             "the model ties its input and output embeddings, which lie on two stages; untie them "
             "(tie_word_embeddings=False) or train without a pipeline"
         )
-    if "mrope_section" in (getattr(decoder.config, "rope_parameters", None) or {}):
+    if TEXT_DECODERS[decoder.config.model_type].num_position_axes > 1:
         raise ValueError(
             f"decoder {decoder.config.model_type!r} has rotary positions of several axes, which "
             "the pipeline does not carry; train it without a pipeline"

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.adapters.huggingface.gates.empty_image import PIXELS, with_empty_image
+from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
 from regate_ds.algorithm.gate import keep
 from regate_ds.algorithm.loss import summed_loss
 from regate_ds.algorithm.plan import ElisionPlan

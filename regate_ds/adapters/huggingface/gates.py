@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface.gates.attention import (
+from regate_ds.adapters.huggingface.attention import (
     BOUNDARIES,
     attention_inputs,
     ungated_attention_inputs,
 )
-from regate_ds.adapters.huggingface.gates.empty_image import PIXELS, with_empty_image
-from regate_ds.adapters.huggingface.gates.support import (
+from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
+from regate_ds.adapters.huggingface.support import (
     require_language_model,
     require_plain_call,
     require_rows,

@@ -7,9 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regate_ds.algorithm.plan import ElisionPlan
-
-SUPPORTED_DECODERS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
-"""`model_type` of the text models whose layers were tested: causal, and one tensor in and out."""
+from regate_ds.families.text_decoders import TEXT_DECODERS
 
 _CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -44,9 +42,9 @@ def require_language_model(model: nn.Module, host: Any) -> None:
 def require_supported(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
     """Refuse by name what elision would compute wrongly."""
     config: Any = decoder.config
-    if config.model_type not in SUPPORTED_DECODERS:
+    if config.model_type not in TEXT_DECODERS:
         raise ValueError(
-            f"decoder {config.model_type!r} is not supported; tested are {SUPPORTED_DECODERS}"
+            f"decoder {config.model_type!r} is not supported; tested are {tuple(TEXT_DECODERS)}"
         )
     if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
         raise ValueError(

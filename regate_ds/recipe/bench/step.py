@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from regate_ds.adapters.huggingface.gates.gates import attach_model
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.recipe.bench.harness import Sizes, interleaved, text_sample

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-SUPPORTED = ("llama", "qwen2")
-"""`model_type` of the decoders whose weights are known in Megatron's names."""
+from regate_ds.families.table import FAMILIES
+from regate_ds.families.text_decoders import decoders_that
+
+STUDENTS = tuple(name for name, family in FAMILIES.items() if family.in_megatron)
+"""`model_type` of the students whose tower goes before a decoder of Megatron-core."""
 
 Problem = tuple[bool, str]
 """Whether it is one, and what to say."""
@@ -65,9 +68,9 @@ def require_ranks(parallel: Any, world_size: int) -> None:
 
 def require_student(model_type: str, text: Any, parallel: Any) -> None:
     """ValueError if a student cannot be cut so; ``text`` is its decoder's Hugging Face config."""
-    if model_type != "llava":
+    if model_type not in STUDENTS:
         raise ValueError(
-            f"a {model_type} student cannot be trained with parallel.*; use a llava student, or "
+            f"a {model_type} student cannot be trained with parallel.*; use one of {STUDENTS}, or "
             "set parallel=null"
         )
     require_decoder(text)
@@ -100,8 +103,8 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
         f"model.gradient_checkpointing=True {without} false, and parallel.recompute to full",
     )
     yield (
-        model.path is None and model.kind != "llava",
-        f"model.kind={model.kind} {without} llava",
+        model.path is None and model.kind not in STUDENTS,
+        f"model.kind={model.kind} {without} {' or '.join(STUDENTS)}",
     )
     yield (
         config.elision.last_layer is not None and parallel.virtual > 1,
@@ -116,10 +119,11 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
 
 
 def _decoder_problems(text: Any) -> Iterator[Problem]:
+    decoders = decoders_that("in_megatron")
     kind, rope = text.model_type, text.rope_parameters.get("rope_type", "default")
     yield (
-        kind not in SUPPORTED,
-        f"decoder {kind!r} has no counterpart in Megatron-core here; use one of {SUPPORTED}",
+        kind not in decoders,
+        f"decoder {kind!r} has no counterpart in Megatron-core here; use one of {decoders}",
     )
     yield (
         rope != "default",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from regate_ds.families.table import family_of
 from regate_ds.job.ranks import Ranks, ranks_on_node
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
 from regate_ds.recipe.config.tree import RunConfig
@@ -51,17 +52,19 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     cut, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
     per_weight = weights / (cut if stage >= 3 else 1)
     per_trained = gradients / (cut if stage >= 2 else 1) + optimizer / (cut if stage >= 1 else 1)
+    decoder = family_of(student.model).decoder
     memory, disk, checkpoints = 0.0, 0, _num_checkpoints(config) + 1
     for name, parameter in model.named_parameters():
         size, is_trained = parameter.numel(), parameter.requires_grad
-        memory += size * (per_weight + per_trained * is_trained) / _parts(name, parts)
+        shares = parts if _is_of_decoder(name, decoder) else 1
+        memory += size * (per_weight + per_trained * is_trained) / shares
         disk += size * (checkpoints * (weights + optimizer * is_trained) + weights)
     return Needs(int(memory), disk)
 
 
-def _parts(name: str, weight_parts: int) -> int:
-    """Ranks that share a weight of the student."""
-    return weight_parts if "language_model." in name or "lm_head." in name else 1
+def _is_of_decoder(name: str, decoder: str) -> bool:
+    """Whether tensor and pipeline ranks share a weight of the student."""
+    return f"{decoder}." in name or "lm_head." in name
 
 
 def free_memory(ranks: Ranks) -> int:

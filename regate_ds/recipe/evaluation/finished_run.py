@@ -34,8 +34,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         corpus = open_corpus(replace(config, model=model))
         student = corpus.student.model.to(process.device)  # type: ignore[arg-type]
         questions = held_out(corpus, config)
-        scores = {
+        return {
             **evaluate(student, questions, process),
             **evaluate_generated(student, questions, process, num_samples=NUM_GENERATED),
         }
-        return scores

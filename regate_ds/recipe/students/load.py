@@ -7,30 +7,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
 )
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from regate_ds.families.table import FAMILIES, STUDENTS
 from regate_ds.recipe.students.config import ModelConfig
-from regate_ds.recipe.students.llava import LlavaVision, build_llava
-from regate_ds.recipe.students.qwen2_vl import Qwen2VLVision, build_qwen2_vl
+from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.teacher.loading import readable_weights
-
-_MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "llava": LlavaForConditionalGeneration,
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-}
 
 
 def load_student(
@@ -50,11 +38,12 @@ def load_student(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type not in _MODEL_CLASSES:
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.vision_inputs is None:
         raise ValueError(
-            f"{folder} is a {config.model_type} model; students are one of {sorted(_MODEL_CLASSES)}"
+            f"{folder} is a {config.model_type} model; students are one of {sorted(STUDENTS)}"
         )
-    model_class = _MODEL_CLASSES[config.model_type]
+    model_class = family.load_class()
     if weights:
         with readable_weights(folder):
             model = model_class.from_pretrained(
@@ -64,31 +53,8 @@ def load_student(
         model = fresh_model(model_class, config, seed=None)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    return Student(model, tokenizer, vision_of(config, processor))
-
-
-def vision_tower(model: PreTrainedModel) -> nn.Module:
-    """The part that turns pixels into features; a Qwen2-VL's holds its projector as well."""
-    inner: Any = model.model
-    return inner.visual if model.config.model_type == "qwen2_vl" else inner.vision_tower
-
-
-def vision_of(
-    config: LlavaConfig | Qwen2VLConfig, processor: BaseImageProcessor
-) -> LlavaVision | Qwen2VLVision:
-    """Choose by the model's config.
-
-    Raises:
-        ValueError: the image processor does not belong to the model.
-    """
-    if isinstance(config, LlavaConfig):
-        return LlavaVision.of(config, processor)
-    if not isinstance(processor, Qwen2VLImageProcessorPil):
-        raise ValueError(
-            f"image processor {type(processor).__name__} does not fit a {config.model_type} model; "
-            "its folder needs a preprocessor_config.json of a Qwen2VLImageProcessor"
-        )
-    return Qwen2VLVision(processor)
+    vision: Any = family.vision_inputs(config, processor)
+    return Student(model, tokenizer, vision)
 
 
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}

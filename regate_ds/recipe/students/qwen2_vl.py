@@ -1,17 +1,14 @@
-"""A Qwen2-VL student made on the spot, and how it takes images."""
+"""A small Qwen2-VL made on the spot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from regate_ds.families.qwen_vl import Qwen2VLVision
 from regate_ds.recipe.students.student import (
     Student,
     fresh_model,
@@ -46,31 +43,6 @@ def build_qwen2_vl(
     )
     inputs = Qwen2VLVision(qwen2_vl_processor(config.vision_config, max_pixels=max_pixels))
     return Student(fresh_model(Qwen2VLForConditionalGeneration, config, seed), tokenizer, inputs)
-
-
-@dataclass(frozen=True)
-class Qwen2VLVision:
-    """An image becomes as many tokens as its size asks for, and positions have three axes."""
-
-    processor: Qwen2VLImageProcessorPil
-
-    def num_tokens(self, size: tuple[int, int]) -> int:
-        width, height = size
-        num_patches = self.processor.get_number_of_image_patches(height, width)
-        return num_patches // self.processor.merge_size**2
-
-    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Make ``pixel_values`` [P, 3 * frames * patch^2] and ``image_grid_thw`` [I, 3]."""
-        return dict(self.processor(list(images), return_tensors="pt"))
-
-    def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
-        """Mark text (0) and image (1): the model derives its three position axes from it.
-
-        A text-only micro-batch needs no marks, and the model then counts plain positions.
-        """
-        if not bool(is_placeholder_BT.any()):
-            return {}
-        return {"mm_token_type_ids": is_placeholder_BT.to(torch.int32)}
 
 
 def qwen2_vl_processor(vision: Any, *, max_pixels: int) -> Qwen2VLImageProcessorPil:

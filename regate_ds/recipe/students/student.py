@@ -1,8 +1,7 @@
 """The student: a multimodal model with its tokenizer and image processor, in one folder.
 
-``LlavaForConditionalGeneration`` (any vision tower with one image size, any Llama-like decoder)
-and ``Qwen2VLForConditionalGeneration`` (multimodal rotary positions), loaded from a local folder
-or made small from two dicts. ``text_backbone`` is the default teacher.
+Its family's record (``families/``) says how images become inputs. ``load.py`` finds it in a folder
+or makes it from two dicts, ``trainable.py`` says what of it is trained.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -19,8 +18,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from regate_ds.recipe.students.llava import LlavaVision
-from regate_ds.recipe.students.qwen2_vl import Qwen2VLVision
+from regate_ds.data.llava.encode import VisionInputs
+
+
+class StudentVision(VisionInputs, Protocol):
+    """A family's vision inputs, on an image processor that is saved with the student."""
+
+    @property
+    def processor(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Student:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    vision: LlavaVision | Qwen2VLVision
+    vision: StudentVision
 
     @property
     def image_token(self) -> str:

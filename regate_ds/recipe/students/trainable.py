@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from regate_ds.families.table import family_of
 from regate_ds.recipe.students.config import LoraConfig, ModelConfig
-from regate_ds.recipe.students.load import vision_tower
 from regate_ds.recipe.students.student import Student
 
 
@@ -21,7 +21,7 @@ def trainable(student: Student, config: ModelConfig, *, seed: int) -> nn.Module:
     """
     model: nn.Module = student.model
     if config.freeze_vision:
-        vision_tower(student.model).requires_grad_(False)
+        family_of(student.model).tower_of(student.model).requires_grad_(False)
     if config.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora is not None:
@@ -41,7 +41,7 @@ def _with_lora(student: Student, config: LoraConfig) -> Any:
         lora_alpha=config.alpha,  # type: ignore[arg-type] (a float scales as well)
         lora_dropout=config.dropout,
         # The vision tower has layers of the same names; adapters belong to the text backbone.
-        target_modules=rf".*language_model.*\.({modules})",
+        target_modules=rf".*{family_of(student.model).decoder}.*\.({modules})",
     )
     student.model.enable_input_require_grads()
     return peft.get_peft_model(student.model, adapters)
@@ -52,7 +52,7 @@ def _require_targets(student: Student, targets: Sequence[str]) -> None:
     linear = {
         name.rpartition(".")[2]
         for name, module in student.model.named_modules()
-        if isinstance(module, nn.Linear) and "language_model." in name
+        if isinstance(module, nn.Linear) and f"{family_of(student.model).decoder}." in name
     }
     for target in targets:
         if target not in linear:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +93,9 @@ def place_teacher(
 
 def _dtype(source: TeacherSource) -> torch.dtype:
     """As transformers loads it: what its configuration says, or what its weights are."""
-    if source.config.dtype is not None:
-        return source.config.dtype
+    dtype: Any = source.config.dtype
+    if dtype is not None:
+        return dtype
     return torch.float32 if source.folder is None else SavedWeights(source.folder).dtype
 
 

@@ -21,12 +21,10 @@ from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
+from regate_ds.families.text_decoders import decoders_that
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.teacher.head_loss import HeadPart
 from regate_ds.teacher.sharding.weights import Cut, Weights
-
-FAMILIES = ("llama", "mistral", "qwen2")
-"""Model types whose layers DeepSpeed cuts right, as our tests have seen."""
 
 SLACK = 1.05
 """Largest number of a rank's parameters, as a multiple of its share by heads; embedding apart."""
@@ -106,10 +104,11 @@ def require_plain_weights(config: Any) -> None:
 
 def require_cuttable(config: Any, num_ranks: int) -> None:
     """ValueError for a teacher that DeepSpeed would cut wrongly, or not at all."""
-    if config.model_type not in FAMILIES:
+    cut_right = decoders_that("shards")
+    if config.model_type not in cut_right:
         raise ValueError(
             f"teacher.sharding=tensor: a {config.model_type} model is not known to be cut right; "
-            f"these are: {', '.join(FAMILIES)}; use teacher.sharding=zero3"
+            f"these are: {', '.join(cut_right)}; use teacher.sharding=zero3"
         )
     if num_ranks > config.num_key_value_heads:
         raise ValueError(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 from torch import Tensor, nn
 
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.select import plan_sparse

@@ -8,11 +8,11 @@ import inspect
 import pytest
 import torch
 from gated_cases import text_case
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 from test_lora import ALL_LINEAR, with_lora
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.huggingface.gates import attach_model
 from tests.models import causal_lm, llava, qwen2_vl
 
 MODELS = {

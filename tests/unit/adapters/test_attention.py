@@ -9,9 +9,9 @@ import pytest
 import torch
 from gated_cases import Case, assert_exact, text_case
 from plain_flash import PlainFlash, uses_flash
-from regate_ds.adapters.huggingface.gates.attention import attention_inputs
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 
+from regate_ds.adapters.huggingface.attention import attention_inputs
+from regate_ds.adapters.huggingface.gates import attach_model
 from tests.models import causal_lm
 
 RAGGED, PACKED = [[20], [13]], [[9, 11], [13, 4, 3]]

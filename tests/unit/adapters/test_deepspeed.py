@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gated_cases import text_case
-from regate_ds.adapters.deepspeed.loop.loop import DeepSpeedRegate, attach
-from regate_ds.adapters.huggingface.gates.gates import ElidedOutput
 from torch import Tensor
 
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, attach
+from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import plan_sparse
 from regate_ds.config import RegateConfig

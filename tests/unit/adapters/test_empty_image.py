@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from gated_cases import Case, text_case
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 from test_oracle_images import PATCH_GRIDS, llava_case, qwen2_vl_case
 from torch import nn
 
+from regate_ds.adapters.huggingface.gates import attach_model
 from tests.measure import gradients
 from tests.models import causal_lm, llava, qwen2_vl
 

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from gated_cases import LOSS_TOLERANCE, Case, text_case
-from regate_ds.adapters.huggingface.gates.gates import ElidedOutput, attach_model
 from test_oracle_images import llava_case
 from torch import nn
 from torch.nn import functional as F
 
+from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
 from tests.measure import assert_gradients_equal, gradients
 from tests.models import causal_lm, llava
 

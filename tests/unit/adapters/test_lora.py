@@ -6,10 +6,10 @@ import pytest
 import torch
 from gated_cases import assert_exact, text_case
 from peft import LoraConfig, get_peft_model
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 from test_oracle_images import embed_llava, llava_case
 from torch import nn
 
+from regate_ds.adapters.huggingface.gates import attach_model
 from tests.measure import gradients
 from tests.models import causal_lm, llava
 

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from gated_cases import Case, text_case
-from regate_ds.adapters.huggingface.gates.gates import attach_model
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
+from regate_ds.adapters.huggingface.gates import attach_model
 from tests.measure import Gradients, assert_gradients_equal, gradients
 from tests.models import causal_lm
 

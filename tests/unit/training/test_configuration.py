@@ -92,10 +92,10 @@ def test_the_papers_configuration_is_the_papers_setting():
         decay=0.9,
         reference_weight=0.5,
     )
-    assert knobs == paper
+    assert regate_config == paper
 
 
-def test_the_elision_section_has_exactly_the_knobs_of_the_method():
+def test_the_elision_section_has_exactly_the_regate_config_of_the_method():
     assert {f.name for f in fields(ElisionConfig)} == {f.name for f in fields(RegateConfig)}
 
 

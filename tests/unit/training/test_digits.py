@@ -1,4 +1,4 @@
-"""The digits set: real digits, held out; answers that print_error the scene; gold words worth the name."""
+"""The digits set: real digits, held out; answers that tell the scene; gold words worth the name."""
 
 from __future__ import annotations
 

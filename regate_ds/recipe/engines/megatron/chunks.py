@@ -26,6 +26,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
+from regate_ds.families.table import family_of
 from regate_ds.parallel.resharding import Cut
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
@@ -141,14 +142,16 @@ def build_chunks(
 
 def _vision(student: Student, config: ModelConfig) -> nn.Module:
     """A copy of the student without its decoder."""
+    family = family_of(student.model)
     inner: Any = student.model.model
-    decoder, inner.language_model = inner.language_model, None
+    decoder = family.decoder_of(student.model)
+    setattr(inner, family.decoder, None)
     try:
         vision = copy.deepcopy(inner)
     finally:
-        inner.language_model = decoder
+        setattr(inner, family.decoder, decoder)
     if config.freeze_vision:
-        vision.vision_tower.requires_grad_(False)
+        getattr(vision, family.tower).requires_grad_(False)
     return vision
 
 

@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch.nn import functional as F
 
+from regate_ds.families.text_decoders import TEXT_DECODERS
 from regate_ds.recipe.config.megatron_limits import require_decoder
 from regate_ds.recipe.engines.megatron.norm import RootMeanSquareNorm
 from regate_ds.recipe.engines.megatron.weights import head_size
@@ -42,7 +43,7 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": text.model_type == "qwen2",
+        "add_qkv_bias": TEXT_DECODERS[text.model_type].has_qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": text.attention_dropout,
         "apply_rope_fusion": False,

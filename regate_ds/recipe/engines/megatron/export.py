@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from regate_ds.families.table import family_of
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
 from regate_ds.recipe.engines.megatron.weights import from_megatron, gather_full
 from regate_ds.recipe.students.student import Student
@@ -28,7 +29,7 @@ def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:
         for name, parameter in backbone.named_parameters():
             parameter.copy_(decoder[name])
         for name, parameter in model.model.named_parameters():
-            if not name.startswith("language_model."):
+            if not name.startswith(f"{family_of(model).decoder}."):
                 parameter.copy_(vision[name])
 
 

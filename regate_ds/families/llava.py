@@ -1,0 +1,77 @@
+"""LLaVA: a tower with one image size, a projector, and any Llama-like decoder.
+
+Shapes: I images of a micro-batch, B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regate_ds.families.family import Family, transformers_class
+
+
+@dataclass(frozen=True)
+class LlavaVision:
+    """Every image becomes the same number of tokens, whatever its size."""
+
+    processor: Any
+    num_image_tokens: int
+
+    @classmethod
+    def of(cls, config: Any, processor: Any) -> LlavaVision:
+        """Find the number of tokens by asking the tower itself, on no memory at all."""
+        height, width = _fixed_size(processor)
+        with torch.device("meta"):
+            tower = transformers_class("AutoModel").from_config(config.vision_config)
+            features = tower(torch.zeros(1, 3, height, width)).last_hidden_state
+        # "default" cuts the class token off, which stands first; "full" keeps every feature.
+        num_cut = 1 if config.vision_feature_select_strategy == "default" else 0
+        return cls(processor, int(features.shape[1]) - num_cut)
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        return self.num_image_tokens
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Make ``pixel_values`` [I, 3, H, W] of RGB images."""
+        return {"pixel_values": self.processor(list(images), return_tensors="pt")["pixel_values"]}
+
+    def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+def _fixed_size(processor: Any) -> tuple[int, int]:
+    """Height and width that images of any shape are brought to.
+
+    ValueError if they are not brought to one size, so that images differ in their number of tokens.
+    """
+    wide, tall = (
+        tuple(processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape)
+        for size in ((64, 32), (32, 64))
+    )
+    if len(wide) != 4 or wide != tall:
+        raise ValueError(
+            f"{type(processor).__name__} makes pixel values {wide} of a wide and {tall} of a tall "
+            "image; LLaVA students need a processor with one crop size (such as CLIP's or SigLIP's)"
+        )
+    return wide[-2], wide[-1]
+
+
+def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
+    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+    return {"pixel_values": like.new_zeros(shape)}
+
+
+LLAVA = Family(
+    model_type="llava",
+    model_class="LlavaForConditionalGeneration",
+    tower="vision_tower",
+    empty_image=_empty_image,
+    vision_inputs=LlavaVision.of,
+    in_megatron=True,
+)

@@ -1,0 +1,81 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size, and rotary positions of three axes.
+
+Shapes: I images of a micro-batch, P pixel patches of all its images, B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regate_ds.families.family import Family
+
+_PROCESSORS = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
+
+
+@dataclass(frozen=True)
+class Qwen2VLVision:
+    """An image becomes as many tokens as its size asks for, and positions have three axes."""
+
+    processor: Any
+
+    @classmethod
+    def of(cls, config: Any, processor: Any) -> Qwen2VLVision:
+        """ValueError if the image processor does not belong to the model."""
+        if type(processor).__name__ not in _PROCESSORS:
+            raise ValueError(
+                f"image processor {type(processor).__name__} does not fit a {config.model_type} "
+                "model; its folder needs a preprocessor_config.json of a Qwen2VLImageProcessor"
+            )
+        return cls(processor)
+
+    def num_tokens(self, size: tuple[int, int]) -> int:
+        width, height = size
+        num_patches = self.processor.get_number_of_image_patches(height, width)
+        return num_patches // self.processor.merge_size**2
+
+    def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Make ``pixel_values`` [P, 3 * frames * patch^2] and ``image_grid_thw`` [I, 3]."""
+        return dict(self.processor(list(images), return_tensors="pt"))
+
+    def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
+        """Mark text (0) and image (1): the model derives its three position axes from it.
+
+        A text-only micro-batch needs no marks, and the model then counts plain positions.
+        """
+        if not bool(is_placeholder_BT.any()):
+            return {}
+        return {"mm_token_type_ids": is_placeholder_BT.to(torch.int32)}
+
+
+def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
+    """One merged patch."""
+    side = vision.spatial_merge_size
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    grid = torch.tensor([[1, side, side]], device=like.device)
+    return {"pixel_values": like.new_zeros(side * side, size), "image_grid_thw": grid}
+
+
+QWEN2_VL = Family(
+    model_type="qwen2_vl",
+    model_class="Qwen2VLForConditionalGeneration",
+    tower="visual",
+    plain_text="qwen2",
+    num_position_axes=3,
+    empty_image=_empty_image,
+    vision_inputs=Qwen2VLVision.of,
+)
+
+QWEN2_5_VL = Family(
+    model_type="qwen2_5_vl",
+    model_class="Qwen2_5_VLForConditionalGeneration",
+    tower="visual",
+    plain_text="qwen2",
+    num_position_axes=3,
+    empty_image=_empty_image,
+)
