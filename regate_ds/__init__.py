@@ -13,9 +13,9 @@ _HOME = {
     "Keyed": "regate_ds.data.keyed",
     "Teacher": "regate_ds.teacher.api",
     "score_dataset": "regate_ds.teacher.api",
-    "TeacherConfig": "regate_ds.recipe.config.sections",
-    "open_teacher": "regate_ds.teacher.own_teacher",
-    "attach": "regate_ds.adapters.deepspeed.loop",
+    "TeacherConfig": "regate_ds.teacher.config",
+    "open_teacher": "regate_ds.teacher.api",
+    "attach": "regate_ds.adapters.deepspeed.attach",
     "attach_model": "regate_ds.adapters.huggingface.gates",
 }
 

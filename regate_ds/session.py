@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import SampleKey, TokenBatch
+from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.counts import COUNTS, count_step
 from regate_ds.algorithm.difficulty import updated_difficulty
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, widen
@@ -22,20 +22,7 @@ from regate_ds.algorithm.select import fuse_scores, plan_ragged, plan_sparse
 from regate_ds.config import RegateConfig, schedule_of
 from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout
-
-
-class Values(Protocol):
-    """What a store offers to read: one fp32 value for each label position of the samples."""
-
-    def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
-
-
-class MutableValues(Values, Protocol):
-    def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Hear which samples are read and written next; ValueError if they are not the store's."""
-        ...
-
-    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
+from regate_ds.stores.values import MutableValues, Values
 
 
 @dataclass

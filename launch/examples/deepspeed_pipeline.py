@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlavaForConditionalGeneration
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
-from regate_ds.adapters.deepspeed.pipeline import attach_pipeline, pipeline_student
+from regate_ds.adapters.deepspeed.pipeline import attach_pipeline
+from regate_ds.adapters.deepspeed.pipeline_student import pipeline_student
 from regate_ds.data.keyed import KeyedCollate
 from regate_ds.teacher.backbone import text_backbone
 

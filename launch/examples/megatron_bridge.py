@@ -17,7 +17,7 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
 from regate_ds.adapters.megatron.loops.deferred import HostSettings
-from regate_ds.adapters.megatron.loops.megatron_bridge import installed
+from regate_ds.adapters.megatron.loops.megatron_bridge import installed_in_bridge
 from regate_ds.recipe.config.reader import read_section
 from regate_ds.recipe.config.yaml import read_yaml
 
@@ -32,7 +32,7 @@ def main(file: str, recipe: str) -> None:
     # Rotary positions are those of kept tokens.
     config.model.apply_rope_fusion = False
     config.train.train_iters = settings.elision.total_steps
-    with installed(settings) as callback:
+    with installed_in_bridge(settings) as callback:
         pretrain(config, forward_step, callbacks=[callback])
 
 

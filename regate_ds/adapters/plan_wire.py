@@ -81,7 +81,7 @@ def decode(header: Tensor, array: Tensor) -> Sent:
     return Sent(step, bool(dense), tuple(micro))
 
 
-def share(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | None) -> Sent:
+def share_plan(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | None) -> Sent:
     """Give every rank of the replica the plan of the rank ``planner`` of the world.
 
     Collective over the replica; a RuntimeError on all other ranks where that one could not plan.

@@ -1,12 +1,19 @@
-"""The session of a run and the difficulty it remembers, opened alike by every adapter."""
+"""The session of a run and the difficulty it remembers: opened, saved and read alike everywhere.
+
+In a checkpoint the schedule is one file, the difficulty one a rank.
+"""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import torch
 
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate
+from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
 from regate_ds.stores.reference.reader import ReferenceStore
@@ -35,3 +42,45 @@ def open_session(
         config, reference=reference, difficulty=difficulty, layout=layout, device=device
     )
     return session, difficulty
+
+
+STATE_FOLDER = "regate"
+"""Where it lies inside a checkpoint."""
+
+
+def save_state(
+    checkpoint_dir: str | Path,
+    session: Regate,
+    difficulty: Difficulty | None,
+    *,
+    is_first: bool,
+) -> None:
+    """Every data rank calls it, each with its part; the first writes what all share."""
+    folder = Path(checkpoint_dir) / STATE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    state = session.state_dict()
+    if difficulty is not None:
+        difficulty.save(folder)
+        state |= {"num_files": difficulty.num_ranks, "num_writes": difficulty.num_writes}
+    if is_first:
+        write_atomically(folder / "state.json", json.dumps(state).encode())
+
+
+def load_state(checkpoint_dir: str | Path, session: Regate, difficulty: Difficulty | None) -> None:
+    """Take over what ``save_state`` wrote, with any number of data ranks."""
+    folder = Path(checkpoint_dir) / STATE_FOLDER
+    if not (folder / "state.json").is_file():
+        raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
+    state = json.loads((folder / "state.json").read_text())
+    session.load_state_dict(state)
+    if difficulty is None:
+        return
+    if "num_files" not in state:
+        raise ValueError(f"{folder} is of a dense run without difficulty; set keep_share=1.0")
+    difficulty.load(folder, num_ranks=state["num_files"])
+    if difficulty.num_writes != state["num_writes"]:
+        raise ValueError(
+            f"{folder}: the difficulty was written {difficulty.num_writes} times, its "
+            f"state.json says {state['num_writes']}: a save over an older one was cut short; "
+            "resume from another checkpoint, and save each into a folder of its own"
+        )

@@ -34,7 +34,7 @@ _PROBES = (
 )
 """A machine that does not answer is given up after half a minute."""
 
-Exchange = Callable[[Sequence[int]], list[int]]
+SumOverRanks = Callable[[Sequence[int]], list[int]]
 """Sums integers over all ranks."""
 
 
@@ -56,7 +56,7 @@ class Watch:
         self,
         rank: int,
         addresses: Sequence[str],
-        exchange: Exchange,
+        exchange: SumOverRanks,
         notify: Callable[[Failure], None],
     ) -> None:
         """Every rank makes one at the same time.

@@ -22,7 +22,7 @@ from regate_ds.parallel.collectives import exchange_tensors
 
 
 @dataclass(frozen=True)
-class Cut:
+class SequenceCut:
     """How a sequence is divided over a group whose rank is context_rank * tensor_size + tensor."""
 
     context_size: int = 1

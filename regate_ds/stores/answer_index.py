@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,33 +20,10 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.digests import IndexedSample, as_words, digest_of, hash_labels
 
-FORMAT = 3
+INDEX_FORMAT = 3
 """Version of the saved form and of the fingerprint."""
-
-_PLACEHOLDER = -1
-"""Stands for every image position in the digests."""
-
-_DIGEST_WORDS = 2
-"""int64 words of a sample's digest."""
-
-
-class IndexedSample(Protocol):
-    """What the index needs of a sample; ``EncodedSample`` has it."""
-
-    @property
-    def key(self) -> SampleKey: ...
-
-    @property
-    def input_ids_S(self) -> Tensor: ...
-
-    @property
-    def labels_S(self) -> Tensor:
-        """int64, one per position: the token at t+1 where it belongs to an answer, else IGNORE."""
-        ...
-
-    @property
-    def is_placeholder_S(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +61,7 @@ class AnswerIndex:
             num_labels.append(label_ids_N.numel())
             num_positions.append(sample.labels_S.numel())
             hashes.append(hash_labels(label_ids_N))
-            digests.append(_digest(sample))
+            digests.append(digest_of(sample))
         _require_unique(keys)
         offsets = torch.tensor([0, *num_labels], dtype=torch.int64).cumsum(0)
         return cls(
@@ -93,8 +69,10 @@ class AnswerIndex:
             offsets,
             torch.tensor(num_positions, dtype=torch.int64),
             torch.tensor(hashes, dtype=torch.int64),
-            _as_words(digests),
-            hashlib.sha256(b"regate answer index %d" % FORMAT + b"".join(digests)).hexdigest(),
+            as_words(digests),
+            hashlib.sha256(
+                b"regate answer index %d" % INDEX_FORMAT + b"".join(digests)
+            ).hexdigest(),
         )
 
     @property
@@ -146,7 +124,7 @@ class AnswerIndex:
 
     def holds(self, sample: IndexedSample, row: int) -> bool:
         """Whether the row is of this very sample: its key, token ids and labels."""
-        return torch.equal(_as_words([_digest(sample)])[0], self.digests[row])
+        return torch.equal(as_words([digest_of(sample)])[0], self.digests[row])
 
     def save(self, path: Path) -> None:
         """Write one npz file, atomically."""
@@ -158,7 +136,7 @@ class AnswerIndex:
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            format=np.int64(FORMAT),
+            format=np.int64(INDEX_FORMAT),
             names=names.astype(str),
             name_numbers=name_numbers.astype(np.int32),
             record_numbers=np.array([number for _, number in self.keys], dtype=np.int64),
@@ -180,8 +158,10 @@ class AnswerIndex:
             raise ValueError(
                 f"cannot read the answer index {path}: {error}; build it again"
             ) from error
-        if (found := int(saved.get("format", 0))) != FORMAT:
-            raise ValueError(f"{path} has index format {found}, need {FORMAT}; build it again")
+        if (found := int(saved.get("format", 0))) != INDEX_FORMAT:
+            raise ValueError(
+                f"{path} has index format {found}, need {INDEX_FORMAT}; build it again"
+            )
         names = [str(name) for name in saved["names"]]
         numbers = zip(saved["name_numbers"].tolist(), saved["record_numbers"].tolist())
         return cls(
@@ -212,32 +192,6 @@ def spans(starts: Tensor, lengths: Tensor) -> Tensor:
     first = starts - (lengths.cumsum(0) - lengths)
     total = int(lengths.sum())
     return first.repeat_interleave(lengths, output_size=total) + torch.arange(total)
-
-
-def hash_labels(label_ids_N: Tensor) -> int:
-    """64 bits, signed, over the label token ids of one sample in order."""
-    digest = hashlib.blake2b(_bytes_of(label_ids_N), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _digest(sample: IndexedSample) -> bytes:
-    """Hash what counts of a sample; lengths are in it, so that no two samples read alike."""
-    name, number = sample.key
-    encoded = name.encode()
-    # The text that the teacher reads: which id a student has for images does not change it.
-    ids_S = sample.input_ids_S.masked_fill(sample.is_placeholder_S, _PLACEHOLDER)
-    header = np.array([len(encoded), number, ids_S.numel()], dtype="<i8").tobytes()
-    content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
-    return hashlib.blake2b(content, digest_size=8 * _DIGEST_WORDS).digest()
-
-
-def _as_words(digests: Sequence[bytes]) -> Tensor:
-    words = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
-    return torch.from_numpy(words).view(-1, _DIGEST_WORDS)
-
-
-def _bytes_of(ids: Tensor) -> bytes:
-    return ids.cpu().numpy().astype("<i8", copy=False).tobytes()
 
 
 def _require_unique(keys: Sequence[SampleKey]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.stores.answer_index import AnswerIndex, hash_labels
+from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.digests import hash_labels
 
 _WAYS_OUT = (
     "compute the store again for this data, or, where augmentation changes it, let the teacher run "
@@ -29,7 +30,7 @@ def require_as_indexed(window: Sequence[TokenBatch], index: AnswerIndex) -> None
             index.num_positions[rows].tolist(),
         )
         for (key, labels_N, num_positions, at_end), (num_known, hash_known, length) in zip(
-            samples_of(batch), known, strict=True
+            labelled_samples(batch), known, strict=True
         ):
             if len(labels_N) != num_known:
                 fault = f"{len(labels_N)} answer tokens here, but {num_known}"
@@ -44,7 +45,7 @@ def require_as_indexed(window: Sequence[TokenBatch], index: AnswerIndex) -> None
             )
 
 
-def samples_of(batch: TokenBatch) -> Iterator[tuple[SampleKey, Tensor, int, bool]]:
+def labelled_samples(batch: TokenBatch) -> Iterator[tuple[SampleKey, Tensor, int, bool]]:
     """Each sample's key, label ids, number of positions, and whether it reaches its row's end."""
     keys = batch.flat_keys
     labels = batch.labels_BT[batch.is_label_BT].split(batch.num_labels_per_sample)

@@ -17,7 +17,7 @@ LARGEST_SHARD = 16
 FEWEST_SHARDS = 64
 """Shards of a job that has as many batches, so that they spread evenly over the ranks."""
 
-Batch = list[int]
+RowBatch = list[int]
 """Rows of the answer index that the teacher reads in one forward pass."""
 
 
@@ -26,11 +26,13 @@ def by_length(rows_R: Tensor, num_positions: Tensor) -> list[int]:
     return rows_R[num_positions[rows_R].argsort(descending=True, stable=True)].tolist()
 
 
-def cut_batches(rows: Sequence[int], num_positions: Tensor, tokens_per_batch: int) -> list[Batch]:
+def cut_batches(
+    rows: Sequence[int], num_positions: Tensor, tokens_per_batch: int
+) -> list[RowBatch]:
     """Rows, which come from long to short, one after the other into batches of at most that many
     padded tokens. A row that is longer than that is a batch of its own."""
     lengths = num_positions[rows].tolist()
-    batches: list[Batch] = []
+    batches: list[RowBatch] = []
     widest = 0
     for row, length in zip(rows, lengths):
         # A batch is as wide as its first row.
@@ -51,7 +53,7 @@ def plan_shards(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) ->
     return [[row for batch in part for row in batch] for part in parts]
 
 
-def padded_tokens(batches: list[Batch], num_positions: Tensor) -> int:
+def padded_tokens(batches: list[RowBatch], num_positions: Tensor) -> int:
     """What a forward pass over each of the batches costs, padding included."""
     return sum(len(batch) * int(num_positions[batch].max()) for batch in batches)
 

@@ -24,7 +24,7 @@ from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.lifecycle import await_store, begin_store, is_complete
 from regate_ds.stores.reference.writer import ReferenceWriter
-from regate_ds.teacher.batching import Batch, cut_batches, padded_tokens, plan_shards, share_out
+from regate_ds.teacher.batching import RowBatch, cut_batches, padded_tokens, plan_shards, share_out
 from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
@@ -73,7 +73,7 @@ class TeacherJob:
         plan = partial(plan_shards, num_positions=lengths, tokens_per_batch=limit)
         begin_store(self.store, self.index, self.teacher_id, plan, limit)
 
-    def batches(self, rows: Sequence[int]) -> list[Batch]:
+    def batches(self, rows: Sequence[int]) -> list[RowBatch]:
         """What is read together of a shard's rows."""
         return cut_batches(rows, self.index.num_positions, self.tokens_per_batch)
 
@@ -181,7 +181,11 @@ def _score_missing(
 
 
 def _score_shards(
-    job: TeacherJob, writer: ReferenceWriter | None, shards: dict[int, list[Batch]], *, show: bool
+    job: TeacherJob,
+    writer: ReferenceWriter | None,
+    shards: dict[int, list[RowBatch]],
+    *,
+    show: bool,
 ) -> float:
     lengths = job.index.num_positions.tolist()
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
@@ -201,10 +205,10 @@ def _score_shards(
     return busy
 
 
-def _read_ahead(job: TeacherJob, batches: list[Batch]) -> Iterator[list[ScoredSample]]:
+def _read_ahead(job: TeacherJob, batches: list[RowBatch]) -> Iterator[list[ScoredSample]]:
     """The samples of each batch; the next ones are read while one is scored."""
 
-    def read(batch: Batch) -> list[ScoredSample]:
+    def read(batch: RowBatch) -> list[ScoredSample]:
         return [job.read(row) for row in batch]
 
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -216,7 +220,7 @@ def _read_ahead(job: TeacherJob, batches: list[Batch]) -> Iterator[list[ScoredSa
             yield samples
 
 
-def _keep_up(job: TeacherJob, parts: list[dict[int, list[Batch]]], replica: int) -> None:
+def _keep_up(job: TeacherJob, parts: list[dict[int, list[RowBatch]]], replica: int) -> None:
     """Score, for no one, until this rank has scored as often as the one with most batches."""
     num_batches = [sum(map(len, part.values())) for part in parts]
     shortest = [int(job.index.num_positions.argmin())]

@@ -16,11 +16,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
-from regate_ds.adapters.deepspeed.pipeline import (
-    PipelineRegate,
-    attach_pipeline,
-    pipeline_student,
-)
+from regate_ds.adapters.deepspeed.pipeline import PipelineRegate, attach_pipeline
+from regate_ds.adapters.deepspeed.pipeline_student import pipeline_student
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.algorithm.plan import StepPlan

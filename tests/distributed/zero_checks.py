@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from regate_ds.adapters.deepspeed.loop import attach
+from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate

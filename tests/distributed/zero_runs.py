@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_ds.adapters.deepspeed.loop import attach
+from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
-from regate_ds.adapters.saved_state import STATE_FOLDER
+from regate_ds.adapters.session_state import STATE_FOLDER
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch

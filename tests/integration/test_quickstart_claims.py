@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regate_ds.data.llava.records import read_records
+from regate_ds.data.llava.read import read_records
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.student import (
     PhaseConfig,

@@ -49,6 +49,6 @@ def test_the_products_own_groups_and_exchange_fit_that_world(rank: int):
         assert axes.is_planner == (axes.planner == rank)
     with dry_run.joined(world, planner) as axes:
         assert axes.is_planner
-        shape = dry_run.exchange(world, axes)
+        shape = dry_run.exchange_plans(world, axes)
     assert shape[1:] == (1, world.hidden)
     assert 0 < shape[0] < world.num_tokens // 16

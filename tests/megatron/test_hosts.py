@@ -180,7 +180,7 @@ def bridged(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_bridges_training_items_say_their_number(bridged):
     pretrain = bridged.training.pretrain
     host = pretrain.get_dataset_provider
-    with bridge.installed(SETTINGS):
+    with bridge.installed_in_bridge(SETTINGS):
         provider = pretrain.get_dataset_provider("config")
         assert [*inspect.signature(provider).parameters] == ["num_samples", "config", "tokenizer"]
         train, valid, test = provider([{}, {}], "config")
@@ -221,7 +221,7 @@ def test_bridges_callback_ends_steps(bridged, monkeypatch):
         train_state=SimpleNamespace(step=5),
         cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt", async_save=True)),
     )
-    with bridge.installed(SETTINGS) as callback:
+    with bridge.installed_in_bridge(SETTINGS) as callback:
         assert train.get_forward_backward_func is not host
         with pytest.raises(ValueError, match="async_save=True"):
             callback.on_train_start(SimpleNamespace(state=state))

@@ -15,16 +15,12 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
 from regate_ds.adapters.megatron.groups import row_multiple
-from regate_ds.adapters.megatron.local_plan import (
-    Place,
-    localise,
-    ragged_padding,
-    require_cut,
-)
+from regate_ds.adapters.megatron.local_plan import localise, ragged_padding
+from regate_ds.adapters.megatron.place import Place, require_cut
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.select import plan_ragged, plan_sparse
-from regate_ds.parallel.resharding import Cut
+from regate_ds.parallel.resharding import SequenceCut
 from tests.batches import random_batch
 
 
@@ -123,7 +119,7 @@ def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int
     starts = [0, *accumulate(lengths)][:3]
     for row, (start, num) in enumerate(zip(starts, kept, strict=True)):
         assert torch.equal(positions[start : start + num], plan.kept_BK[row, :num])
-    first, second = Cut(2).held(*lengths)
+    first, second = SequenceCut(2).held(*lengths)
     for start, length in zip(starts, lengths):
         whole = torch.arange(start, start + length).chunk(4)
         assert set(torch.cat([whole[0], whole[3]]).tolist()) <= set(first.tolist())

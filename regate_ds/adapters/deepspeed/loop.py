@@ -14,67 +14,26 @@ A window is the micro-batches of one optimizer step: they are planned together.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model, has_tower
-from regate_ds.adapters.saved_state import load_state, save_state
-from regate_ds.adapters.session_state import Difficulty, open_session
+from regate_ds.adapters.deepspeed.checks import require_elided
+from regate_ds.adapters.huggingface.gates import ElidedOutput
+from regate_ds.adapters.session_state import Difficulty, load_state, open_session, save_state
 from regate_ds.adapters.window import Window, in_steps, require_collated
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
-from regate_ds.config import RegateConfig, schedule_of
+from regate_ds.config import RegateConfig
 from regate_ds.data.keyed import KeyedCollate, PlainCollate
-from regate_ds.parallel.layout import ParallelLayout, num_ranks
+from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
-
-_log = logging.getLogger(__name__)
-
-
-def attach(
-    model: nn.Module,
-    config: RegateConfig,
-    *,
-    reference: ReferenceStore | OnlineReference | None = None,
-    own_loss: bool = False,
-) -> DeepSpeedRegate:
-    """Make the model accept plans. Call it before ``deepspeed.initialize``.
-
-    reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
-    them while training; not needed with keep_share=1.0.
-    own_loss: allow ``token_losses``, for users who weigh the losses themselves.
-
-    ValueError names what is not supported. With enabled=False nothing is touched.
-    """
-    if reference is not None and not hasattr(reference, "read"):
-        raise ValueError(
-            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore, or "
-            "Teacher(...).online()"
-        )
-    if isinstance(reference, OnlineReference):
-        reference.require_frozen(model)
-    _warn_if_never_sparse(config)
-    attachment, several_ranks = Attachment(), num_ranks() > 1
-    if config.enabled:
-        attachment = attach_model(
-            model,
-            first_layer=config.first_layer,
-            last_layer=config.last_layer,
-            own_loss=own_loss,
-            run_tower_without_image=several_ranks,
-        )
-    unwatched = not several_ranks and has_tower(model)
-    return DeepSpeedRegate(
-        config, reference, attachment, own_loss=own_loss, tower_unwatched=unwatched
-    )
 
 
 class DeepSpeedRegate:
@@ -158,7 +117,7 @@ class DeepSpeedRegate:
         """
         if plan is None:
             return output.loss
-        _require_elided(output)
+        require_elided(output)
         self._open_session().record(plan, output.losses)
         loss = output.loss_sum * self._scale()
         return loss if output.aux_loss is None else loss + output.aux_loss
@@ -170,7 +129,7 @@ class DeepSpeedRegate:
         """
         if not self._own_loss:
             raise RuntimeError("token_losses needs attach(..., own_loss=True)")
-        _require_elided(output)
+        require_elided(output)
         assert output.losses is not None
         self._open_session().record(plan, output.losses)
         return output.losses, torch.full_like(output.losses, self._scale())
@@ -262,25 +221,6 @@ class DeepSpeedRegate:
         engine = self._engine
         undone = engine.dp_world_size * engine.gradient_accumulation_steps()
         return undone / self.plan.num_targets_global
-
-
-def _warn_if_never_sparse(config: RegateConfig) -> None:
-    schedule = schedule_of(config)
-    sparse = any(not schedule.is_dense(step) for step in range(config.total_steps))
-    if config.enabled and config.keep_share < 1.0 and not sparse:
-        _log.warning(
-            "all of the %d steps are dense: warmup, cycles and final_dense_share leave none "
-            "between them",
-            config.total_steps,
-        )
-
-
-def _require_elided(output: Any) -> None:
-    if not isinstance(output, ElidedOutput):
-        raise ValueError(
-            f"the model returned {type(output).__name__}, without a plan; call it as "
-            "engine(**batch, regate_plan=plan)"
-        )
 
 
 def _rank() -> int:

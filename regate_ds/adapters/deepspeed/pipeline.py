@@ -18,100 +18,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.deepspeed.pipeline_layers import (
-    Decoder,
-    Desk,
     Micro,
     names_and_tensors,
     numbered,
-    take_apart,
 )
-from regate_ds.adapters.huggingface.gates import has_tower
-from regate_ds.adapters.huggingface.support import require_language_model, require_supported
-from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share
-from regate_ds.adapters.saved_state import load_state, save_state
-from regate_ds.adapters.session_state import Difficulty, open_session
+from regate_ds.adapters.deepspeed.pipeline_student import PipelineStudent
+from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share_plan
+from regate_ds.adapters.session_state import Difficulty, load_state, open_session, save_state
 from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan, plan_dense
-from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
-from regate_ds.families.text_decoders import TEXT_DECODERS
 from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout, host_group
 from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
-
-
-class PipelineStudent(PipelineModule):
-    """A model in pipeline stages whose layers take plans; made by ``pipeline_student``."""
-
-    def __init__(self, config: RegateConfig, desk: Desk, host: Any, **options: Any) -> None:
-        # Not the ends: integers go into the first layer, and the last one is small.
-        options.setdefault("checkpointable_layers", [Decoder.__name__])
-        super().__init__(loss_fn=self._loss, dynamic_shape=True, **options)
-        self.regate_config, self.desk = config, desk
-        self.scale, self.losses = 1.0, dict[int, Tensor]()
-        self._host_loss = host.loss_function
-        self._vocab_size = host.config.get_text_config().vocab_size
-
-    def _loss(self, output: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Averaged over micro-batches and data ranks, as the engine does, the mean over targets."""
-        value, losses_L, number = output
-        if self.desk.of(number).plan is None:
-            return self._host_loss(value, labels, self._vocab_size)
-        self.losses[len(number) - 1] = losses_L.detach()
-        return value * self.scale
-
-
-def pipeline_student(
-    model: nn.Module, config: RegateConfig, *, num_stages: int, **options: Any
-) -> PipelineStudent:
-    """Take a Hugging Face model apart into stages; it cannot be used on its own any more.
-
-    options: of ``deepspeed.pipe.PipelineModule``, such as ``partition_method`` and
-        ``activation_checkpoint_interval``.
-
-    ValueError names what is not supported.
-    """
-    require_language_model(model, model)
-    host: Any = model
-    decoder = host.get_decoder()
-    _require_pipeline(host, decoder, config)
-    desk = Desk()
-    several = dist.get_world_size() > num_stages
-    layers = take_apart(
-        host,
-        desk,
-        first_layer=config.first_layer if config.enabled else -1,
-        needs_tower=several and has_tower(host),
-    )
-    return PipelineStudent(config, desk, host, layers=layers, num_stages=num_stages, **options)
-
-
-def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
-    depth = len(decoder.layers)
-    last = depth if config.last_layer is None else config.last_layer
-    require_supported(host, decoder, config.first_layer, last)
-    if last < depth:
-        raise ValueError(
-            f"last_layer={last} ends before the depth of {depth}: stages of a pipeline carry kept "
-            "tokens to the end; set last_layer to null"
-        )
-    if host.get_output_embeddings().weight is host.get_input_embeddings().weight:
-        raise ValueError(
-            "the model ties its input and output embeddings, which lie on two stages; untie them "
-            "(tie_word_embeddings=False) or train without a pipeline"
-        )
-    if TEXT_DECODERS[decoder.config.model_type].num_position_axes > 1:
-        raise ValueError(
-            f"decoder {decoder.config.model_type!r} has rotary positions of several axes, which "
-            "the pipeline does not carry; train it without a pipeline"
-        )
 
 
 def attach_pipeline(engine: Any, *, reference: ReferenceStore | None = None) -> PipelineRegate:
@@ -189,7 +113,7 @@ class PipelineRegate:
             with failing_together(self.planner, self.replica):
                 planned = self.plan = self._session.plan_step(lambda: self._whole_step(window))
             self._student.scale = self._scale(planned.num_targets_global)
-        return share(planned, self.planner, self.replica)
+        return share_plan(planned, self.planner, self.replica)
 
     def _dense_plans(self, window: list[Batch] | None) -> Sent:
         planned = None
@@ -201,7 +125,7 @@ class PipelineRegate:
                     total.append(sum(plan.num_targets for plan in micro))
             planned = Sent(self._session.step, True, micro)
             self._student.scale = self._scale(max(1, *total))
-        return share(planned, self.planner, self.replica)
+        return share_plan(planned, self.planner, self.replica)
 
     def _scale(self, num_targets: int) -> float:
         return self._engine.dp_world_size * self._engine.micro_batches / num_targets

@@ -31,7 +31,7 @@ from regate_ds.adapters.huggingface.support import (
     require_language_model,
     require_plain_call,
     require_rows,
-    require_supported,
+    require_supported_decoder,
     require_window,
 )
 from regate_ds.algorithm.gate import keep, restore
@@ -101,7 +101,7 @@ def attach_model(
     decoder = host.get_decoder()
     depth = len(decoder.layers)
     last_layer = depth if last_layer is None else last_layer
-    require_supported(host, decoder, first_layer, last_layer)
+    require_supported_decoder(host, decoder, first_layer, last_layer)
     attachment = Attachment()
     ends_early = last_layer < depth
     gate = _ModelGate(host, packed_at_end=not ends_early)

@@ -39,7 +39,7 @@ def require_language_model(model: nn.Module, host: Any) -> None:
         )
 
 
-def require_supported(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
+def require_supported_decoder(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
     """Refuse by name what elision would compute wrongly."""
     config: Any = decoder.config
     if config.model_type not in TEXT_DECODERS:

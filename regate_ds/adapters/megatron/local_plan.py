@@ -9,49 +9,15 @@ that index i of row b is the flattened row i * B + b.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.adapters.megatron.place import Place
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.parallel.resharding import Cut, Route, Rows, plan_route
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """What a rank must know of its place to read a plan."""
-
-    context_size: int = 1
-    context_rank: int = 0
-    sequence_size: int = 1
-    """Tensor-parallel size under sequence parallelism, else 1."""
-
-    sequence_rank: int = 0
-    ragged: bool = False
-    """Kept rows of a micro-batch lie behind one another (thd), not in rows of one length (sbhd)."""
-
-    ends_early: bool = False
-    """The gated range ends before the last layer: full sequences leave the decoder."""
-
-    row_multiple: int = 1
-    """What the kept rows of each rank must be a multiple of: 16 for most kinds of fp8."""
-
-    @property
-    def cut(self) -> Cut:
-        return Cut(self.context_size, self.sequence_size)
-
-    @property
-    def multiple(self) -> int:
-        """What a length of kept rows must be a multiple of, before it is cut."""
-        return math.lcm(self.cut.multiple, self.row_multiple * self.cut.size)
-
-    @property
-    def rank(self) -> int:
-        return self.context_rank * self.sequence_size + self.sequence_rank
+from regate_ds.parallel.resharding import Route, Rows, SequenceCut, plan_route
 
 
 @dataclass(frozen=True)
@@ -115,24 +81,6 @@ class LocalPlan:
         if self.packing is not None:
             moved["packing"] = replace(self.packing, cumulative=self.packing.cumulative.to(device))
         return replace(self, **moved)
-
-
-def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
-    """Refuse rows that cannot be cut over the ranks, or whose samples would be mixed."""
-    for batch in window:
-        place.cut.owners(batch.labels_BT.shape[1])
-        if all(len(row) <= 1 for row in batch.keys):
-            continue
-        if not place.ragged:
-            raise ValueError(
-                "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
-                "layout='thd', or give one sample a row"
-            )
-        if place.context_size > 1:
-            raise ValueError(
-                "a row holds several samples, which is not supported with context parallelism; "
-                "give one sample a row"
-            )
 
 
 def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
@@ -231,7 +179,7 @@ def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
     """Rows that have a target, cut anew over the tensor ranks: at least one for each of them."""
     size = place.sequence_size
     length = max(1, math.ceil(len(targets_L) / size)) * size
-    rank_P, index_P = Cut(1, size).owners(length)
+    rank_P, index_P = SequenceCut(1, size).owners(length)
     before = Rows(rows.rank_N % size, rows.row_N)
     after = Rows(rank_P[: len(targets_L)], index_P[: len(targets_L)])
     targets_P = torch.nn.functional.pad(targets_L, (0, length - len(targets_L)))
@@ -241,7 +189,7 @@ def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
 def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
     """Positions in the sample, which starts anew wherever a row holds several."""
     if ragged is None:
-        held_K = Cut(place.context_size).held(plan.num_slots)[place.context_rank]
+        held_K = SequenceCut(place.context_size).held(plan.num_slots)[place.context_rank]
         return plan.kept_BK[:, held_K].T.contiguous()
     # A sample's first position is always kept, and is the first of its slots.
     first_R = plan.position_R[ragged.kept.cumsum(0) - ragged.kept].repeat_interleave(ragged.kept)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import nn
 
 from regate_ds.config import RegateConfig
-
-TESTED = ("0.16.1", "0.19.2")
 
 _UNEVEN = (
     "num_layers_in_first_pipeline_stage",
@@ -25,44 +21,7 @@ _UNEVEN = (
 """What gives stages different numbers of layers."""
 
 
-def find_chunks(models: Sequence[nn.Module]) -> list[nn.Module]:
-    """The GPTModel of each chunk, through whatever wraps it."""
-    chunks = []
-    for model in models:
-        found = [m for m in model.modules() if isinstance(m, GPTModel)]
-        if len(found) != 1:
-            raise ValueError(
-                f"{type(model).__name__} holds {len(found)} GPTModels, but one is needed; attach "
-                "to the list of model chunks as the schedule gets it"
-            )
-        chunks.append(found[0])
-    return chunks
-
-
-def require_free(chunks: Sequence[nn.Module], is_ours: Callable[[Any], bool]) -> None:
-    for gpt in chunks:
-        if any(is_ours(hook) for hook in gpt._forward_pre_hooks.values()):
-            raise RuntimeError(
-                "regate is already attached to this model; remove() the other attachment first"
-            )
-
-
-def require_undivided(models: Sequence[nn.Module]) -> None:
-    """Refuse wrappers that divide gradients by themselves, as ours are divided by targets."""
-    for module in [m for model in models for m in model.modules()]:
-        # Of Megatron's DDP, whose `buffers` is a list of its own.
-        if not hasattr(module, "expert_parallel_buffers"):
-            continue
-        wrapper: Any = module
-        buffers = [*wrapper.buffers, *wrapper.expert_parallel_buffers]
-        if any(buffer.gradient_scaling_factor != 1.0 for buffer in buffers):
-            raise ValueError(
-                f"{type(module).__name__} was built with calculate_per_token_loss=False: it "
-                "divides gradients by the data ranks; set it True before the model is wrapped"
-            )
-
-
-def require_supported(
+def require_supported_chunks(
     chunks: Sequence[nn.Module], config: RegateConfig, *, ragged: bool, ends_early: bool
 ) -> None:
     """Refuse by name what elision would compute wrongly. The first problem is told."""
@@ -230,23 +189,3 @@ def _range_problems(
             "interleaving the gather must be in it; lower first_layer",
         ),
     ]
-
-
-def require_finalized(config: Any) -> None:
-    """Refuse a step whose gradients nobody would divide by the number of targets."""
-    if config.finalize_model_grads_func is None:
-        raise ValueError(
-            "config.finalize_model_grads_func is None, but it divides by the step's targets; set "
-            "it to megatron.core.distributed.finalize_model_grads before the first step"
-        )
-
-
-def require_schedule(schedule: Callable[..., Any]) -> None:
-    """Refuse a schedule that does not take what we must give it."""
-    parameters = inspect.signature(schedule).parameters
-    missing = [name for name in ("p2p_communicator", "pg_collection") if name not in parameters]
-    if missing:
-        raise ValueError(
-            f"{getattr(schedule, '__name__', schedule)} takes no {', '.join(missing)}; give what "
-            f"get_forward_backward_func of megatron-core {TESTED[0]} or newer returns"
-        )

@@ -29,7 +29,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, attach
+from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.config import RegateConfig
 from regate_ds.data.keyed import KEY, PlainCollate
 from regate_ds.stores.reference.reader import ReferenceStore

@@ -12,7 +12,7 @@ from typing import Any
 from regate_ds.families.table import FAMILIES
 from regate_ds.families.text_decoders import decoders_that
 
-STUDENTS = tuple(name for name, family in FAMILIES.items() if family.in_megatron)
+MEGATRON_STUDENTS = tuple(name for name, family in FAMILIES.items() if family.in_megatron)
 """`model_type` of the students whose tower goes before a decoder of Megatron-core."""
 
 Problem = tuple[bool, str]
@@ -68,10 +68,10 @@ def require_ranks(parallel: Any, world_size: int) -> None:
 
 def require_student(model_type: str, text: Any, parallel: Any) -> None:
     """ValueError if a student cannot be cut so; ``text`` is its decoder's Hugging Face config."""
-    if model_type not in STUDENTS:
+    if model_type not in MEGATRON_STUDENTS:
         raise ValueError(
-            f"a {model_type} student cannot be trained with parallel.*; use one of {STUDENTS}, or "
-            "set parallel=null"
+            f"a {model_type} student cannot be trained with parallel.*; use one of "
+            f"{MEGATRON_STUDENTS}, or set parallel=null"
         )
     require_decoder(text)
     _refuse(_size_problems(text, parallel))
@@ -103,8 +103,8 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
         f"model.gradient_checkpointing=True {without} false, and parallel.recompute to full",
     )
     yield (
-        model.path is None and model.kind not in STUDENTS,
-        f"model.kind={model.kind} {without} {' or '.join(STUDENTS)}",
+        model.path is None and model.kind not in MEGATRON_STUDENTS,
+        f"model.kind={model.kind} {without} {' or '.join(MEGATRON_STUDENTS)}",
     )
     yield (
         config.elision.last_layer is not None and parallel.virtual > 1,

@@ -24,7 +24,7 @@ from regate_ds.recipe.doctor.check import Check
 from regate_ds.recipe.doctor.ranks import examine_together
 from regate_ds.recipe.estimate.needs import GIB, estimate, existing, free_disk, free_memory
 
-TESTED = {
+TESTED_PACKAGES = {
     "torch": "2.13.0",
     "transformers": "5.24.0",
     "deepspeed": "0.19.8",
@@ -59,7 +59,7 @@ def examine(config: RunConfig | None = None) -> list[Check]:
     ranks = discover()
     checks = [
         Check("python", platform.python_version(), True, True, is_version=True),
-        *(_package(name, tested) for name, tested in TESTED.items()),
+        *(_package(name, tested) for name, tested in TESTED_PACKAGES.items()),
         _megatron(),
         _device(),
         *(_backend(name) for name in ("gloo", "nccl")),

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, Window, attach
+from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, Window
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config

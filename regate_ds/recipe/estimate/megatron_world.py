@@ -23,13 +23,14 @@ from megatron.core import parallel_state as mpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from regate_ds.adapters.megatron.groups import Axes, Table, find_axes
-from regate_ds.adapters.megatron.local_plan import LocalPlan, Place, localise
-from regate_ds.adapters.plan_wire import encode, share
+from regate_ds.adapters.megatron.local_plan import LocalPlan, localise
+from regate_ds.adapters.megatron.place import Place
+from regate_ds.adapters.plan_wire import encode, share_plan
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan, widen
 from regate_ds.algorithm.select import plan_sparse
 from regate_ds.parallel.layout import replicas
-from regate_ds.parallel.resharding import Cut, move_rows
+from regate_ds.parallel.resharding import SequenceCut, move_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class World:
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.context, self.tensor)
+    def cut(self) -> SequenceCut:
+        return SequenceCut(self.context, self.tensor)
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,12 @@ def joined(world: World, rank: int) -> Iterator[Axes]:
         dist.destroy_process_group()
 
 
-def exchange(world: World, axes: Axes) -> tuple[int, ...]:
+def exchange_plans(world: World, axes: Axes) -> tuple[int, ...]:
     """Send the plan as the rank that plans would, and move meta rows by it; their shape."""
     micro = plans_of(world, mpu.get_data_parallel_rank())
     counts: dict[str, int] = {}
     planned = StepPlan(0, False, micro, micro[0].num_targets, counts)
-    sent = share(planned, axes.planner, axes.replica)
+    sent = share_plan(planned, axes.planner, axes.replica)
     local = localise(sent.micro[0], axes.place).to("meta")
     assert local.gather is not None
     full = torch.empty(*local.full_shape, world.hidden, dtype=torch.bfloat16, device="meta")
@@ -233,7 +234,7 @@ def main() -> int:
     groups = replicas([data for *_, data in ranks_of(world)])
     planner = next(row.rank for row in rows if row.store_bytes)
     with joined(world, planner) as axes:
-        shape = exchange(world, axes)
+        shape = exchange_plans(world, axes)
     names = [field.name for field in fields(RankRow)]
     print(" ".join(f"{name:>13}" for name in names))
     for row in rows:

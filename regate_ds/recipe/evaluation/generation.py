@@ -28,7 +28,7 @@ from regate_ds.recipe.evaluation.words import (
     Scores,
     counted_words,
     dense_inference,
-    share,
+    ratio,
     share_of,
 )
 
@@ -61,7 +61,7 @@ def evaluate_generated(
                 num_words += words * is_counted
     num_right, num_words = sum_over([num_right, num_words], process.group, process.device)
     return {
-        "accuracy_generated": share(num_right, num_words),
+        "accuracy_generated": ratio(num_right, num_words),
         "num_words_generated": num_words,
     }
 

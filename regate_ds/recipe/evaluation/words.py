@@ -95,15 +95,15 @@ def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> Scores:
             tally = tally + found if is_counted else tally
     total = Tally(*sum_over(tally.counts, process.group, process.device))
     return {
-        "accuracy_visual": share(total.right_visual, total.num_visual),
-        "accuracy_plain": share(total.right_plain, total.num_plain),
+        "accuracy_visual": ratio(total.right_visual, total.num_visual),
+        "accuracy_plain": ratio(total.right_plain, total.num_plain),
         "loss": total.micro_nats / _MICRO / max(1, total.num_tokens),
         "num_words_visual": total.num_visual,
         "num_words_plain": total.num_plain,
     }
 
 
-def share(part: int, whole: int) -> float | None:
+def ratio(part: int, whole: int) -> float | None:
     """None of nothing: no accuracy is measured where nothing was counted."""
     return part / whole if whole else None
 

@@ -11,7 +11,7 @@ from regate_ds.recipe.reports.plots import plot_accuracy
 from regate_ds.recipe.run_folder import RunFolder
 from regate_ds.stores.atomic_file import write_atomically
 
-COLUMNS = (
+TABLE_COLUMNS = (
     ("accuracy_visual", "image words", "{:.3f}"),
     ("accuracy_plain", "other words", "{:.3f}"),
     ("answer_tokens_processed", "answer tok.", "{:.0f}"),
@@ -65,9 +65,9 @@ def differences(runs: Sequence[RunFolder], summaries: dict[str, dict[str, Any]])
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """One row for each run; a value that a run does not have is a dash."""
-    cells = [["run", *(heading for _, heading, _ in COLUMNS)]]
+    cells = [["run", *(heading for _, heading, _ in TABLE_COLUMNS)]]
     for name, summary in summaries.items():
-        cells.append([name, *(_cell(key, form, summary) for key, _, form in COLUMNS)])
+        cells.append([name, *(_cell(key, form, summary) for key, _, form in TABLE_COLUMNS)])
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = [
         "  ".join(

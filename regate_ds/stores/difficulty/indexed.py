@@ -23,10 +23,10 @@ from regate_ds.stores.answer_index import AnswerIndex, spans
 from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.same_samples import require_as_indexed
 
-FORMAT = 1
+SIDECAR_FORMAT = 1
 """Version of the sidecar files."""
 
-STEM = "difficulty"
+SIDECAR_STEM = "difficulty"
 """What their names begin with."""
 
 
@@ -89,14 +89,14 @@ class DifficultyStore:
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            format=np.int64(FORMAT),
+            format=np.int64(SIDECAR_FORMAT),
             fingerprint=np.array(self.index.fingerprint),
             num_writes=np.int64(self._num_writes),
             values=self._values.numpy(),
         )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{STEM}-{self._rank}-of-{self._size}.npz"
+        name = f"{SIDECAR_STEM}-{self._rank}-of-{self._size}.npz"
         write_atomically(folder / name, buffer.getvalue())
 
     @property
@@ -114,10 +114,10 @@ class DifficultyStore:
 
         ``num_ranks``: of the save that is meant, where the folder may hold several.
         """
-        paths = find_sidecars(Path(folder), num_ranks, stem=STEM)
+        paths = find_sidecars(Path(folder), num_ranks, stem=SIDECAR_STEM)
         values, moments = torch.zeros_like(self._values), {}
         for rank, path in enumerate(paths):
-            saved = read_sidecar(path, FORMAT)
+            saved = read_sidecar(path, SIDECAR_FORMAT)
             self._require_own(saved, path)
             moments[path.name] = int(saved["num_writes"])
             rows_R = torch.arange(rank, self.index.num_samples, len(paths))

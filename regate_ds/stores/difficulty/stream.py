@@ -22,15 +22,16 @@ from torch import Tensor
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.parallel.collectives import exchange, exchange_counts
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
-from regate_ds.stores.answer_index import hash_labels, spans
+from regate_ds.stores.answer_index import spans
 from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.difficulty.indexed import find_sidecars, read_sidecar, require_one_moment
-from regate_ds.stores.same_samples import samples_of
+from regate_ds.stores.digests import hash_labels
+from regate_ds.stores.same_samples import labelled_samples
 
-FORMAT = 1
+STREAM_FORMAT = 1
 """Version of the sidecar files."""
 
-STEM = "stream-difficulty"
+STREAM_STEM = "stream-difficulty"
 """What their names begin with."""
 
 
@@ -69,7 +70,7 @@ class StreamDifficulty:
         """
         self._admitted = {}
         for batch in window:
-            for key, labels_N, _, _ in samples_of(batch):
+            for key, labels_N, _, _ in labelled_samples(batch):
                 row = _hash_key(key), hash_labels(labels_N), len(labels_N)
                 if self._admitted.setdefault(key, row) != row:
                     raise ValueError(
@@ -121,7 +122,7 @@ class StreamDifficulty:
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            format=np.int64(FORMAT),
+            format=np.int64(STREAM_FORMAT),
             num_writes=np.int64(self._num_writes),
             keys=np.array(keys, dtype=np.int64),
             labels=np.array(labels, dtype=np.int64),
@@ -130,15 +131,15 @@ class StreamDifficulty:
         )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{STEM}-{self._rank}-of-{self._size}.npz"
+        name = f"{STREAM_STEM}-{self._rank}-of-{self._size}.npz"
         write_atomically(folder / name, buffer.getvalue())
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
         """Take over what any number of ranks saved; this store is unchanged if it fails."""
         known: dict[int, tuple[int, np.ndarray]] = {}
         moments: dict[str, int] = {}
-        for path in find_sidecars(Path(folder), num_ranks, stem=STEM):
-            saved = read_sidecar(path, FORMAT)
+        for path in find_sidecars(Path(folder), num_ranks, stem=STREAM_STEM):
+            saved = read_sidecar(path, STREAM_FORMAT)
             moments[path.name] = int(saved["num_writes"])
             values = np.split(saved["values"], saved["num_labels"].cumsum()[:-1])
             for key, labels, value in zip(saved["keys"].tolist(), saved["labels"].tolist(), values):

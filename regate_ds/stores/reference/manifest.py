@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+STORE_FORMAT = 2
 """Version of the manifest and of the shard files."""
 
 MANIFEST_NAME, APPEND_NAME = "manifest.json", "append.json"
@@ -55,7 +55,7 @@ class Manifest:
     index_sha256: str
     rows_sha256: str
     shards: tuple[Shard, ...]
-    format: int = FORMAT
+    format: int = STORE_FORMAT
 
     @property
     def is_finished(self) -> bool:
@@ -81,9 +81,9 @@ class Manifest:
             raise damaged(path, f"it is not JSON ({error})") from error
         if not isinstance(fields, dict) or _sealed(fields) != content:
             raise damaged(path, "its text does not match its checksum")
-        if fields["format"] != FORMAT:
+        if fields["format"] != STORE_FORMAT:
             raise ValueError(
-                f"{path} has store format {fields['format']}, this version reads {FORMAT}; "
+                f"{path} has store format {fields['format']}, this version reads {STORE_FORMAT}; "
                 "compute the store again"
             )
         del fields["sha256"]

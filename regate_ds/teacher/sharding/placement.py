@@ -26,7 +26,7 @@ from regate_ds.teacher.sharding.tensor_parallel import (
     fill_cut,
     is_tied,
 )
-from regate_ds.teacher.sharding.weights import LoadedWeights, SavedWeights, Weights
+from regate_ds.teacher.sharding.weights import LoadedWeights, SavedWeights, WeightSource
 from regate_ds.teacher.sharding.zero3 import fill_partitioned, partitioned_teacher
 
 
@@ -135,19 +135,19 @@ def _own_turn(source: TeacherSource, process: Process) -> Iterator[None]:
         sum_over([0], process.group, process.device)
 
 
-def weights_of(source: TeacherSource) -> Weights:
+def weights_of(source: TeacherSource) -> WeightSource:
     """Its files, or the whole of it, loaded."""
     if source.folder is not None:
         return SavedWeights(source.folder)
     return LoadedWeights(source.load().state_dict())
 
 
-def id_of_source(source: TeacherSource, weights: Weights, pad_id: int) -> str:
+def id_of_source(source: TeacherSource, weights: WeightSource, pad_id: int) -> str:
     """The teacher's name, as ``teacher_id`` has it of the whole model, tensor by tensor."""
     return id_of_weights(source.config, _in_order(source, weights), pad_id=pad_id)
 
 
-def _in_order(source: TeacherSource, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+def _in_order(source: TeacherSource, weights: WeightSource) -> Iterator[tuple[str, Tensor]]:
     """What the whole model's state would hold, one at a time."""
     dtype = _dtype(source)
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from transformers import AutoModel, PreTrainedConfig
 from regate_ds.families.text_decoders import decoders_that
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.teacher.head_loss import HeadPart
-from regate_ds.teacher.sharding.weights import Cut, Weights
+from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
 SLACK = 1.05
 """Largest number of a rank's parameters, as a multiple of its share by heads; embedding apart."""
@@ -81,7 +81,7 @@ def cut_teacher(
 
 
 @torch.no_grad()
-def fill_cut(teacher: ShardedTeacher, weights: Weights) -> None:
+def fill_cut(teacher: ShardedTeacher, weights: WeightSource) -> None:
     """Read this rank's part of a ``cut_teacher``. No collective: ranks may take turns."""
     for whole_name, module, name in teacher.weights_by_name():
         part = weights.read(whole_name, _cut_of(module, name))
@@ -199,10 +199,10 @@ def _part(total: int, replica: ProcessGroup) -> tuple[int, int]:
     return start, start + size + (rank < more)
 
 
-def _cut_of(module: nn.Module, name: str) -> Cut | None:
+def _cut_of(module: nn.Module, name: str) -> WeightCut | None:
     """Which part of the whole tensor a module of DeepSpeed's, or a head, holds; None for all."""
     if isinstance(module, HeadPart):
-        return Cut(0, module.first_id, module.first_id + module.get_parameter(name).shape[0])
+        return WeightCut(0, module.first_id, module.first_id + module.get_parameter(name).shape[0])
     if isinstance(module, LinearLayer):
         dim = 0
     elif isinstance(module, LinearAllreduce) and name == "weight":
@@ -210,7 +210,7 @@ def _cut_of(module: nn.Module, name: str) -> Cut | None:
     else:
         return None
     sizes, rank = module._partition_sizes, module.tp_index
-    return Cut(dim, sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    return WeightCut(dim, sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
 def renew_rotary(decoder: Any, config: Any, device: torch.device | str) -> None:

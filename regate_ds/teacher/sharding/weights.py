@@ -15,7 +15,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-class Cut(NamedTuple):
+class WeightCut(NamedTuple):
     """Rows (dim 0) or columns (dim 1) of a tensor."""
 
     dim: int
@@ -23,12 +23,12 @@ class Cut(NamedTuple):
     stop: int
 
 
-class Weights(Protocol):
+class WeightSource(Protocol):
     """Where weights are read from, by the names that the whole model gives them."""
 
     def __contains__(self, name: object) -> bool: ...
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         """The tensor, or that part of it, on the CPU."""
         ...
 
@@ -42,7 +42,7 @@ class LoadedWeights:
     def __contains__(self, name: object) -> bool:
         return name in self._state
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         tensor = self._state[name].detach().cpu()
         return tensor if cut is None else tensor.narrow(cut.dim, cut.start, cut.stop - cut.start)
 
@@ -63,7 +63,7 @@ class SavedWeights:
         """Of the first tensor by name."""
         return self.read(min(self._files)).dtype
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         """The tensor, or that part of it. ValueError if it is not there, or cannot be read."""
         if name not in self._files:
             raise ValueError(

@@ -18,7 +18,7 @@ from regate_ds.teacher.sharding.tensor_parallel import (
     renew_rotary,
     require_plain_weights,
 )
-from regate_ds.teacher.sharding.weights import Weights
+from regate_ds.teacher.sharding.weights import WeightSource
 
 
 def partitioned_teacher(
@@ -45,7 +45,7 @@ def partitioned_teacher(
 
 
 @torch.no_grad()
-def fill_partitioned(teacher: ShardedTeacher, weights: Weights | None) -> None:
+def fill_partitioned(teacher: ShardedTeacher, weights: WeightSource | None) -> None:
     """Read a ``partitioned_teacher`` tensor by tensor; the world's first rank gives the weights,
     the others None. Collective over the world."""
     for whole_name, module, name in teacher.weights_by_name():

@@ -14,7 +14,8 @@ import torch
 from gated_cases import text_case
 from torch import Tensor
 
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, attach
+from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.select import plan_sparse

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_deepspeed import batches, config, engine, run
 
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, attach
+from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.stores.answer_index import AnswerIndex

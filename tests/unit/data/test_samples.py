@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from regate_ds.data.llava.records import SampleError, Turn, read_records
+from regate_ds.data.llava.read import read_records
+from regate_ds.data.llava.records import SampleError, Turn
 
 
 def said(*texts: str) -> list[dict[str, str]]:

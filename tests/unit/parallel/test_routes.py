@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from regate_ds.parallel.layout import replicas
-from regate_ds.parallel.resharding import Cut, Route, Rows, move_rows, plan_route
+from regate_ds.parallel.resharding import Route, Rows, SequenceCut, move_rows, plan_route
 
-CUTS = [Cut(), Cut(2), Cut(1, 4), Cut(2, 2), Cut(4, 2)]
+CUTS = [SequenceCut(), SequenceCut(2), SequenceCut(1, 4), SequenceCut(2, 2), SequenceCut(4, 2)]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_every_index_has_one_owner(cut: Cut):
+def test_every_index_has_one_owner(cut: SequenceCut):
     length = 2 * cut.multiple
     rank, place = cut.owners(length)
     held = cut.held(length)
@@ -22,7 +22,7 @@ def test_every_index_has_one_owner(cut: Cut):
 
 
 def test_context_ranks_hold_a_chunk_of_each_end_and_tensor_ranks_cut_it_in_order():
-    held = Cut(2, 2).held(16)
+    held = SequenceCut(2, 2).held(16)
     assert [part.tolist() for part in held] == [
         [0, 1, 2, 3],
         [12, 13, 14, 15],
@@ -32,7 +32,7 @@ def test_context_ranks_hold_a_chunk_of_each_end_and_tensor_ranks_cut_it_in_order
 
 
 def test_samples_behind_one_another_are_each_in_zigzag():
-    assert [part.tolist() for part in Cut(2, 2).held(4, 8, 4)] == [
+    assert [part.tolist() for part in SequenceCut(2, 2).held(4, 8, 4)] == [
         [0, 3, 4, 5],
         [10, 11, 12, 15],
         [1, 2, 6, 7],
@@ -43,7 +43,7 @@ def test_samples_behind_one_another_are_each_in_zigzag():
 @pytest.mark.parametrize("lengths", [(12,), (2, 6)])
 def test_a_length_that_does_not_divide_is_refused(lengths: tuple[int, ...]):
     with pytest.raises(ValueError, match="multiple of 8"):
-        Cut(2, 2).owners(*lengths)
+        SequenceCut(2, 2).owners(*lengths)
 
 
 def routes(before: Rows, after: Rows, size: int) -> list[Route]:

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regate_ds.teacher.sharding.weights import Cut, LoadedWeights, SavedWeights
+from regate_ds.teacher.sharding.weights import LoadedWeights, SavedWeights, WeightCut
 from tests.models import causal_lm
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -20,9 +20,9 @@ def test_whole_tensors_and_parts_of_them_are_read(tmp_path, largest_file, loaded
     weights = LoadedWeights(model.state_dict()) if loaded else SavedWeights(tmp_path)
     state: dict[str, Tensor] = model.state_dict()
     assert all(torch.equal(weights.read(name), tensor) for name, tensor in state.items())
-    assert torch.equal(weights.read(NAME, Cut(0, 3, 10)), state[NAME][3:10])
-    assert torch.equal(weights.read(NAME, Cut(1, 3, 10)), state[NAME][:, 3:10])
-    assert torch.equal(weights.read(BIAS, Cut(0, 2, 4)), state[BIAS][2:4])
+    assert torch.equal(weights.read(NAME, WeightCut(0, 3, 10)), state[NAME][3:10])
+    assert torch.equal(weights.read(NAME, WeightCut(1, 3, 10)), state[NAME][:, 3:10])
+    assert torch.equal(weights.read(BIAS, WeightCut(0, 2, 4)), state[BIAS][2:4])
 
 
 def test_the_number_format_is_that_of_the_files(tmp_path):

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regate_ds.data.llava.records import read_records
-from regate_ds.recipe.tasks.digits.questions import COLUMNS, COUNTS, DIGITS, ROWS, Answer, fill
+from regate_ds.data.llava.read import read_records
+from regate_ds.recipe.tasks.digits.questions import COLUMNS, COUNT_WORDS, DIGITS, ROWS, Answer, fill
 from regate_ds.recipe.tasks.digits.scenes import (
     BACKGROUND,
     CELL,
     COLOURS,
     SIZES,
-    Part,
+    Split,
     build_digits,
     draw_scene,
     handwritten,
@@ -35,7 +35,7 @@ WORDS = {
     "column": COLUMNS,
 }
 PROPERTY = {word: name for name, words in WORDS.items() for word in words}
-SEEN_WORDS = {*PROPERTY, *COUNTS}
+SEEN_WORDS = {*PROPERTY, *COUNT_WORDS}
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_counts_are_those_of_the_scene(pictures: Path):
     for record, question, answer in exchanges(load(pictures / "train.json")):
         if "How many" in question:
             num_large = sum(shown["size"] == "large" for shown in record["scene"])
-            expected = [COUNTS[len(record["scene"])], COUNTS[num_large]]
+            expected = [COUNT_WORDS[len(record["scene"])], COUNT_WORDS[num_large]]
             assert gold_words(answer) == expected[: 1 + ("large" in question)]
             num_seen += 1
     assert num_seen > 50
@@ -228,7 +228,7 @@ def test_a_question_fixes_every_word_of_its_answer_but_the_seen_ones(pictures: P
     answers = defaultdict(set)
     for _, question, answer in exchanges(load(pictures / "train.json")):
         asked = skeleton(question.removeprefix("<image>\n"))
-        num_told = sum(word in COUNTS for word in gold_words(answer)[:1])
+        num_told = sum(word in COUNT_WORDS for word in gold_words(answer)[:1])
         length = gold_words(answer)[0] if num_told and "digits" in answer["value"] else ""
         answers[asked, length].add(skeleton(answer["value"]))
     assert {len(found) for found in answers.values()} == {1}
@@ -258,7 +258,7 @@ def test_no_gold_word_is_nearly_known_from_the_words_before_it(tmp_path: Path):
 
 @pytest.mark.parametrize("num_frames", [None, 4])
 def test_every_digit_is_drawn_in_its_cell_with_its_colour_and_size(num_frames: int | None):
-    part = Part("test", handwritten("test"), 0, num_frames)
+    part = Split("test", handwritten("test"), 0, num_frames)
     rng = Random(0)
     for _ in range(30):
         scene = draw_scene(part, rng)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from regate_ds.data.collate import SampleDataset
-from regate_ds.data.llava.records import read_records
+from regate_ds.data.llava.read import read_records
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student
@@ -17,13 +17,13 @@ from regate_ds.recipe.tasks.digits import tower as s
 from regate_ds.recipe.tasks.digits.alignment import align_student, notes
 from regate_ds.recipe.tasks.digits.phase import PhaseConfig, finished_phase, optimise
 from regate_ds.recipe.tasks.digits.questions import DIGITS, Shown
-from regate_ds.recipe.tasks.digits.scenes import Part, handwritten
+from regate_ds.recipe.tasks.digits.scenes import Split, handwritten
 from regate_ds.recipe.tasks.digits.student import encoder_of
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_words
 from tests.integration.small_task import TEXT, VISION, make_task
 
-PART = Part("train", handwritten("train"), 0, None)
+PART = Split("train", handwritten("train"), 0, None)
 
 FINE = {**VISION, "patch_size": 8}
 """Patches that divide a cell of the grid."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from regate_ds.data.llava.records import read_records
+from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.template import Template, text_segments
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from regate_ds.adapters.megatron.attach import MegatronRegate, attach
+from regate_ds.adapters.megatron.attach import attach
+from regate_ds.adapters.megatron.regate import MegatronRegate
 from regate_ds.adapters.megatron.samples import ImageTokens, read_tokens
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig

@@ -22,7 +22,7 @@ from regate_ds.algorithm.batch import TokenBatch
 
 
 @contextmanager
-def installed(
+def installed_in_bridge(
     settings: HostSettings,
     tokens: Callable[[Any], TokenBatch] | None = None,
     resume: Path | None = None,

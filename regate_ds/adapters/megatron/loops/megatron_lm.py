@@ -21,7 +21,7 @@ from regate_ds.adapters.megatron.loops.deferred import Hosted, HostSettings
 from regate_ds.adapters.megatron.samples import Numbered
 from regate_ds.algorithm.batch import TokenBatch
 
-TESTED = ("0.19.2",)
+TESTED_MEGATRON_LM = ("0.19.2",)
 """Versions whose loop was run. Those from 0.16.1 have the same signatures."""
 
 _EXPECTED = {
@@ -65,14 +65,15 @@ def _require_known(training: Any) -> None:
         host = getattr(training, name, None)
         if host is None:
             raise ValueError(
-                f"megatron.training.training has no {name}; megatron-core {TESTED[-1]} is tested"
+                f"megatron.training.training has no {name}; megatron-core "
+                f"{TESTED_MEGATRON_LM[-1]} is tested"
             )
         known = inspect.signature(host).parameters
         missing = [parameter for parameter in parameters if parameter not in known]
         if missing:
             raise ValueError(
                 f"megatron.training.training.{name} takes no {', '.join(missing)}; megatron-core "
-                f"{TESTED[-1]} is tested"
+                f"{TESTED_MEGATRON_LM[-1]} is tested"
             )
 
 

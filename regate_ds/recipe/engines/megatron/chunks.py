@@ -27,7 +27,7 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
 from regate_ds.families.table import family_of
-from regate_ds.parallel.resharding import Cut
+from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
 from regate_ds.recipe.engines.megatron.weights import load_full, to_megatron
@@ -98,7 +98,7 @@ def context_part(x: Tensor, dim: int) -> Tensor:
     size = mpu.get_context_parallel_world_size()
     if size == 1:
         return x
-    held = Cut(size).held(x.shape[dim])[mpu.get_context_parallel_rank()]
+    held = SequenceCut(size).held(x.shape[dim])[mpu.get_context_parallel_rank()]
     return x.index_select(dim, held.to(x.device))
 
 

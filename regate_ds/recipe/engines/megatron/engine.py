@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.data.collate import Batch
-from regate_ds.parallel.resharding import Cut
+from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.engines.base import Setup
@@ -95,7 +95,9 @@ class MegatronEngine:
             loader,
             config.run.accumulation,
             pad_id=self._setup.corpus.student.pad_id,
-            multiple=Cut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple,
+            multiple=SequenceCut(
+                parallel.context, parallel.tensor if parallel.sequence else 1
+            ).multiple,
         )
 
     def run_step(self, window: list[Batch]) -> list[Tensor]:

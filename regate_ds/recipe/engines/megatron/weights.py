@@ -42,7 +42,7 @@ _FUSED_NORMS = {
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightMap:
     """A whole weight of Megatron's, and the host's that it is made of."""
 
     ours: str
@@ -51,20 +51,20 @@ class Part:
     split: Callable[[Tensor], tuple[Tensor, ...]] = lambda full: (full,)
 
 
-def parts_of(config: Any) -> Iterator[Part]:
+def parts_of(config: Any) -> Iterator[WeightMap]:
     """Every weight that a decoder with this Hugging Face config may have."""
     for ours, theirs in _ENDS.items():
-        yield Part(ours, (theirs,))
+        yield WeightMap(ours, (theirs,))
     for number in range(config.num_hidden_layers):
         at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
         for ours, theirs in _PLAIN.items():
-            yield Part(to + ours, (at + theirs,))
+            yield WeightMap(to + ours, (at + theirs,))
         for kind in ("weight", "bias"):
             names = tuple(f"{at}self_attn.{x}_proj.{kind}" for x in "qkv")
             heads = partial(_join_heads, config), partial(_split_heads, config)
-            yield Part(f"{to}self_attention.linear_qkv.{kind}", names, *heads)
+            yield WeightMap(f"{to}self_attention.linear_qkv.{kind}", names, *heads)
         names = tuple(f"{at}mlp.{x}_proj.weight" for x in ("gate", "up"))
-        yield Part(f"{to}mlp.linear_fc1.weight", names, _join_halves, _split_halves)
+        yield WeightMap(f"{to}mlp.linear_fc1.weight", names, _join_halves, _split_halves)
 
 
 def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:

@@ -24,7 +24,7 @@ from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.recipe.students.student import Student
 from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
 from regate_ds.recipe.tasks.digits.questions import Shown
-from regate_ds.recipe.tasks.digits.scenes import Part, handwritten, render
+from regate_ds.recipe.tasks.digits.scenes import Split, handwritten, render
 from regate_ds.recipe.tasks.digits.tower import Cells, crowded_scene
 
 _MOST_NOTES = 6
@@ -41,7 +41,7 @@ def align_student(
 
     The tower stays as it is: the loss of a backbone that does not look yet would wipe it out.
     """
-    part = Part("train", handwritten("train"), seed, None)
+    part = Split("train", handwritten("train"), seed, None)
     collator = Collator(pad_id=student.tokenizer.pad_token_id, vision=student.vision)
     model = student.model.train()
     model.model.vision_tower.requires_grad_(False)

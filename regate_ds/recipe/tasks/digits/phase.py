@@ -56,7 +56,7 @@ def finished_phase(cache: Path, name: str, basis: list[Any], make: Callable[[Pat
     return folder
 
 
-def digest_of(files: Iterable[Path]) -> str:
+def digest_of_files(files: Iterable[Path]) -> str:
     """One hash over the content of files, in the order given."""
     digest = hashlib.sha256()
     for file in files:

@@ -13,7 +13,7 @@ from random import Random
 from typing import NamedTuple
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COUNTS = ("none", "one", "two", "three", "four")
+COUNT_WORDS = ("none", "one", "two", "three", "four")
 ORDINALS = ("first", "second", "third", "fourth")
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "central", "right")
@@ -53,7 +53,7 @@ def fill(template: str, told: dict[str, str], seen: dict[str, str]) -> Answer:
     return answer
 
 
-Exchange = tuple[str, Answer]
+QuestionAnswer = tuple[str, Answer]
 """A question and its answer."""
 
 _DESCRIBE = {
@@ -139,7 +139,7 @@ _COUNT_LARGE = (
 )
 
 
-def ask(scene: list[Shown], medium: str, rng: Random) -> list[Exchange]:
+def ask(scene: list[Shown], medium: str, rng: Random) -> list[QuestionAnswer]:
     """Questions about one scene, one or several turns; ``medium`` is "picture" or "clip".
 
     ``scene`` is in the order in which a description names the digits. Digits differ; all other
@@ -160,15 +160,15 @@ def ask(scene: list[Shown], medium: str, rng: Random) -> list[Exchange]:
     return count + [_about_one(shown, scene, rng) for shown in named]
 
 
-def _describe(scene: list[Shown], medium: str, rng: Random) -> Exchange:
+def _describe(scene: list[Shown], medium: str, rng: Random) -> QuestionAnswer:
     question, opening, sentence = rng.choice(_DESCRIBE[medium])
-    answer = fill(opening, {}, {"count": COUNTS[len(scene)]})
+    answer = fill(opening, {}, {"count": COUNT_WORDS[len(scene)]})
     for ordinal, shown in zip(ORDINALS, scene):
         answer += fill(sentence, {"ordinal": ordinal}, shown._asdict())
     return question, answer
 
 
-def _where_all(scene: list[Shown], rng: Random) -> Exchange:
+def _where_all(scene: list[Shown], rng: Random) -> QuestionAnswer:
     question, sentence = rng.choice(_WHERE_ALL)
     named = rng.sample(scene, len(scene))
     names = [shown.digit for shown in named]
@@ -178,7 +178,7 @@ def _where_all(scene: list[Shown], rng: Random) -> Exchange:
     return question.format(names=", ".join(names[:-1]) + " and " + names[-1]), answer
 
 
-def _about_one(shown: Shown, scene: list[Shown], rng: Random) -> Exchange:
+def _about_one(shown: Shown, scene: list[Shown], rng: Random) -> QuestionAnswer:
     """One question that singles ``shown`` out by its digit, its place or its colour."""
     asks: list[tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = [
         (("digit",), _ABOUT_DIGIT),
@@ -192,8 +192,8 @@ def _about_one(shown: Shown, scene: list[Shown], rng: Random) -> Exchange:
     return question.format(**told), fill(sentence, told, shown._asdict())
 
 
-def _count(phrase: tuple[str, str], scene: list[Shown]) -> Exchange:
+def _count(phrase: tuple[str, str], scene: list[Shown]) -> QuestionAnswer:
     question, sentence = phrase
     num_large = sum(shown.size == "large" for shown in scene)
-    seen = {"count": COUNTS[len(scene)], "large": COUNTS[num_large]}
+    seen = {"count": COUNT_WORDS[len(scene)], "large": COUNT_WORDS[num_large]}
     return question, fill(sentence, {}, seen)

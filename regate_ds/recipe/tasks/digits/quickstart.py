@@ -22,7 +22,7 @@ from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.reports.compare import compare_runs
 from regate_ds.recipe.reports.sample import picture_sample
 from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.student import PretrainConfig, make_student
+from regate_ds.recipe.tasks.digits.student import PretrainConfig, make_digits_student
 
 ROOT = Path("runs/quickstart")
 CONFIG = Path("configs/digits.yaml")
@@ -70,7 +70,7 @@ def main() -> int:
     with _timed("data"):
         build_digits(ROOT / "data", num_train=3000, num_test=300, seed=0)
     with _timed("student"):
-        student = make_student(ROOT / "data" / "train.json", ROOT / "cache", STUDENT)
+        student = make_digits_student(ROOT / "data" / "train.json", ROOT / "cache", STUDENT)
     overrides = _overrides(student)
     with _timed("teacher"):
         _launch(["teacher", str(CONFIG), *overrides])

@@ -44,7 +44,7 @@ _INK = slice(2, 26)
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """What makes one part of the set: its name, its digits, and how its scenes are drawn."""
 
     name: str
@@ -102,7 +102,7 @@ def build_digits(
         if number < 1:
             raise ValueError(f"the {name} part needs at least 1 sample, got {number}")
     for name, number in numbers.items():
-        part = Part(name, handwritten(name), seed, num_frames)
+        part = Split(name, handwritten(name), seed, num_frames)
         records = []
         with progress(number, desc=f"{name} scenes", unit="scene") as bar:
             for i in range(number):
@@ -111,7 +111,7 @@ def build_digits(
         (out / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def _write_sample(out: Path, part: Part, number: int) -> dict[str, Any]:
+def _write_sample(out: Path, part: Split, number: int) -> dict[str, Any]:
     rng = Random(f"{part.seed} {part.name} {number}")
     scene = draw_scene(part, rng)
     stem = f"{part.name}_{number:06d}"
@@ -136,7 +136,7 @@ def _write_sample(out: Path, part: Part, number: int) -> dict[str, Any]:
     return {"id": stem, **media, "conversations": turns, "scene": scene_words}
 
 
-def draw_scene(part: Part, rng: Random) -> list[Placed]:
+def draw_scene(part: Split, rng: Random) -> list[Placed]:
     """Different digits in different cells: in reading order, or in order of appearance."""
     most = MAX_DIGITS if part.num_frames is None else min(MAX_DIGITS, part.num_frames)
     num_digits = rng.randint(2, most)
@@ -147,7 +147,7 @@ def draw_scene(part: Part, rng: Random) -> list[Placed]:
     return [_place(part, digit, cell, rng) for digit, cell in zip(digits, cells)]
 
 
-def _place(part: Part, digit: int, cell: int, rng: Random) -> Placed:
+def _place(part: Split, digit: int, cell: int, rng: Random) -> Placed:
     size = rng.choice(list(SIZES))
     row, column = divmod(cell, 3)
     side = SIZES[size]

@@ -26,13 +26,19 @@ from torch.nn import functional as F
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.encode import EncodedSample, Encoder
-from regate_ds.data.llava.records import Record, read_records
+from regate_ds.data.llava.read import read_records
+from regate_ds.data.llava.records import Record
 from regate_ds.data.llava.template import Template
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student, save_student
 from regate_ds.recipe.tasks.digits.alignment import align_student
-from regate_ds.recipe.tasks.digits.phase import PhaseConfig, digest_of, finished_phase, optimise
+from regate_ds.recipe.tasks.digits.phase import (
+    PhaseConfig,
+    digest_of_files,
+    finished_phase,
+    optimise,
+)
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_scenes, learn_words
 from regate_ds.teacher.backbone import text_backbone
@@ -69,7 +75,7 @@ class PretrainConfig:
     """Share of the last phase's samples that are answers of the data set, without their image."""
 
 
-def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
+def make_digits_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
     """Folder of the student, made from the records in ``train``, or found in ``cache``."""
     records, _ = read_records(train, name="pretrain")
     images = (image for record in records for image in record.images)
@@ -100,7 +106,7 @@ def make_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
         align_student(student, texts, phase, text_share=share, seed=config.seed)
         save_student(student, out)
 
-    data = digest_of([train, *images])
+    data = digest_of_files([train, *images])
     first = finished_phase(cache, "text", [_RECIPE, data, text], make_text)
     second = finished_phase(cache, "tower", [first.name, tower], make_tower)
     third = finished_phase(cache, "words", [second.name, words], make_words)

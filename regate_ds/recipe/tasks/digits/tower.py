@@ -25,8 +25,8 @@ from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown
 from regate_ds.recipe.tasks.digits.scenes import (
     COLOURS,
     SIZES,
-    Part,
     Placed,
+    Split,
     draw_scene,
     handwritten,
     render,
@@ -54,7 +54,7 @@ def learn_scenes(student: Student, phase: PhaseConfig, *, seed: int) -> None:
         torch.manual_seed(seed)
         num_features = config.hidden_size * (side // 3) ** 2
         heads = nn.ModuleList(nn.Linear(num_features, len(words) + 1) for words in _CHOICES)
-    part = Part("train", handwritten("train"), seed, None)
+    part = Split("train", handwritten("train"), seed, None)
 
     def loss(rng: Random) -> Tensor:
         scenes = [crowded_scene(part, rng) for _ in range(phase.batch)]
@@ -76,7 +76,7 @@ def learn_words(student: Student, phase: PhaseConfig, *, num_scenes: int, seed: 
     """
     config = student.model.config.vision_config
     side = config.image_size // config.patch_size
-    part = Part("train", handwritten("train"), seed, None)
+    part = Split("train", handwritten("train"), seed, None)
     rng = Random(seed)
     scenes = [crowded_scene(part, rng) for _ in range(num_scenes)]
     with torch.no_grad():
@@ -94,7 +94,7 @@ def learn_words(student: Student, phase: PhaseConfig, *, num_scenes: int, seed: 
     optimise("projector on words", projector, loss, phase, seed)
 
 
-def crowded_scene(part: Part, rng: Random) -> Cells:
+def crowded_scene(part: Split, rng: Random) -> Cells:
     cells: Cells = {}
     for _ in range(rng.randint(1, _MOST_SCENES)):
         for placed in draw_scene(part, rng):

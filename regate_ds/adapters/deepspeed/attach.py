@@ -1,0 +1,52 @@
+"""Let a model take plans in a training loop of a user's own; what comes back is in loop.py."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.deepspeed.checks import warn_if_never_sparse
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
+from regate_ds.adapters.huggingface.gates import attach_model, has_tower
+from regate_ds.config import RegateConfig
+from regate_ds.parallel.layout import num_ranks
+from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.online import OnlineReference
+
+
+def attach(
+    model: nn.Module,
+    config: RegateConfig,
+    *,
+    reference: ReferenceStore | OnlineReference | None = None,
+    own_loss: bool = False,
+) -> DeepSpeedRegate:
+    """Make the model accept plans. Call it before ``deepspeed.initialize``.
+
+    reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
+    them while training; not needed with keep_share=1.0.
+    own_loss: allow ``token_losses``, for users who weigh the losses themselves.
+
+    ValueError names what is not supported. With enabled=False nothing is touched.
+    """
+    if reference is not None and not hasattr(reference, "read"):
+        raise ValueError(
+            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore, or "
+            "Teacher(...).online()"
+        )
+    if isinstance(reference, OnlineReference):
+        reference.require_frozen(model)
+    warn_if_never_sparse(config)
+    attachment, several_ranks = Attachment(), num_ranks() > 1
+    if config.enabled:
+        attachment = attach_model(
+            model,
+            first_layer=config.first_layer,
+            last_layer=config.last_layer,
+            own_loss=own_loss,
+            run_tower_without_image=several_ranks,
+        )
+    unwatched = not several_ranks and has_tower(model)
+    return DeepSpeedRegate(
+        config, reference, attachment, own_loss=own_loss, tower_unwatched=unwatched
+    )

@@ -1,0 +1,64 @@
+"""What tells one sample from another: hashes over its key, its tokens and its labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import SampleKey
+
+_PLACEHOLDER = -1
+"""Stands for every image position in the digests."""
+
+
+_DIGEST_WORDS = 2
+"""int64 words of a sample's digest."""
+
+
+class IndexedSample(Protocol):
+    """What the index needs of a sample; ``EncodedSample`` has it."""
+
+    @property
+    def key(self) -> SampleKey: ...
+
+    @property
+    def input_ids_S(self) -> Tensor: ...
+
+    @property
+    def labels_S(self) -> Tensor:
+        """int64, one per position: the token at t+1 where it belongs to an answer, else IGNORE."""
+        ...
+
+    @property
+    def is_placeholder_S(self) -> Tensor: ...
+
+
+def hash_labels(label_ids_N: Tensor) -> int:
+    """64 bits, signed, over the label token ids of one sample in order."""
+    digest = hashlib.blake2b(_bytes_of(label_ids_N), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def digest_of(sample: IndexedSample) -> bytes:
+    """Hash what counts of a sample; lengths are in it, so that no two samples read alike."""
+    name, number = sample.key
+    encoded = name.encode()
+    # The text that the teacher reads: which id a student has for images does not change it.
+    ids_S = sample.input_ids_S.masked_fill(sample.is_placeholder_S, _PLACEHOLDER)
+    header = np.array([len(encoded), number, ids_S.numel()], dtype="<i8").tobytes()
+    content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
+    return hashlib.blake2b(content, digest_size=8 * _DIGEST_WORDS).digest()
+
+
+def as_words(digests: Sequence[bytes]) -> Tensor:
+    words = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+    return torch.from_numpy(words).view(-1, _DIGEST_WORDS)
+
+
+def _bytes_of(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().astype("<i8", copy=False).tobytes()
