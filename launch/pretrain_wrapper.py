@@ -13,8 +13,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from regate_ds.recipe.config.reader import read_section
-from regate_ds.recipe.config.yaml import read_yaml
+from regate_ds.settings.section import read_section
+from regate_ds.settings.yaml import read_yaml
 
 FLAG = "--regate-config"
 USAGE = f"usage: pretrain_wrapper.py {FLAG} FILE SCRIPT [ARGUMENT ...]"

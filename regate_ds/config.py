@@ -145,9 +145,3 @@ def schedule_of(config: RegateConfig) -> Schedule:
         cycle_dense_steps=config.cycle_dense_steps,
         final_dense_steps=config.num_final_dense_steps,
     )
-
-
-def require(section: object, key: str, holds: bool, problem: str) -> None:
-    """Refuse the value of ``section.key``, naming it, unless ``holds``."""
-    if not holds:
-        raise ValueError(f"{key}={getattr(section, key)!r}: {problem}")

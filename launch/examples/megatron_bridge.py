@@ -18,8 +18,8 @@ from megatron.bridge.training.pretrain import pretrain
 
 from regate_ds.adapters.megatron.loops.deferred import HostSettings
 from regate_ds.adapters.megatron.loops.megatron_bridge import installed_in_bridge
-from regate_ds.recipe.config.reader import read_section
-from regate_ds.recipe.config.yaml import read_yaml
+from regate_ds.settings.section import read_section
+from regate_ds.settings.yaml import read_yaml
 
 
 def main(file: str, recipe: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 
 def launch(
@@ -54,7 +54,7 @@ def report(code: int, said: str) -> None:
     print(f"exit code {code}{': ' if said else ''}{said}", file=sys.stderr)
 
 
-def _pass_on(errors: BinaryIO) -> str:
+def _pass_on(errors: IO[bytes]) -> str:
     """Show what the ranks write, as they write it (bars have no line ends), and find the error:
     the first, because ranks that lose a peer end in errors of their own.
     """

@@ -14,10 +14,10 @@ from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import is_same_on_all
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
 from regate_ds.recipe.config.megatron_limits import require_packages, require_ranks, require_student
-from regate_ds.recipe.config.reader import plain_values
 from regate_ds.recipe.config.tree import RunConfig, load_config
 from regate_ds.recipe.run_folder import RunFolder, leaves
 from regate_ds.recipe.students.load import make_student
+from regate_ds.settings.section import plain_values
 from regate_ds.teacher.loading import load_teacher_config
 
 MAY_CHANGE = {

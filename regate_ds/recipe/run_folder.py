@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from regate_ds.recipe.config.yaml import read_yaml
+from regate_ds.settings.yaml import read_yaml
 from regate_ds.stores.atomic_file import make_folder, write_atomically
 
 Row = dict[str, Any]

@@ -5,10 +5,11 @@ import sys
 import pytest
 
 from regate_ds import cli
-from regate_ds.commands import output as runner
 from regate_ds.job.preemption import EXIT_CODE, Preempted
+from regate_ds.recipe import teacher_job, trainer
 from regate_ds.recipe.bench import step as bench
 from regate_ds.recipe.doctor import examine as doctor
+from regate_ds.recipe.evaluation import finished_run
 from regate_ds.recipe.reports import compare
 from regate_ds.recipe.tasks.digits import scenes as digits
 
@@ -60,21 +61,21 @@ def test_the_module_can_be_started_as_a_launcher_does(tmp_path):
 )
 def test_training_gets_the_overrides_and_not_what_the_launcher_adds(launcher, config, monkeypatch):
     seen = []
-    monkeypatch.setattr(runner, "train", seen.append)
+    monkeypatch.setattr(trainer, "train", lambda config: seen.append(config) or {})
     assert cli.main([*launcher, "train", str(config), "run.steps=7", "optimizer.lr=1e-3"]) == 0
     assert (seen[0].run.steps, seen[0].optimizer.lr) == (7, 1e-3)
 
 
 def test_the_teacher_gets_the_configuration(config, monkeypatch):
     seen = []
-    monkeypatch.setattr(runner, "run_teacher", seen.append)
+    monkeypatch.setattr(teacher_job, "run_teacher", seen.append)
     assert cli.main(["teacher", str(config), "teacher.tokens_per_batch=64"]) == 0
     assert seen[0].teacher.tokens_per_batch == 64
 
 
 def test_evaluation_gets_the_run_folder(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(runner, "evaluate_run", seen.append)
+    monkeypatch.setattr(finished_run, "evaluate_run", lambda folder: seen.append(folder) or {})
     assert cli.main(["eval", str(tmp_path)]) == 0
     assert seen == [tmp_path]
 
@@ -113,7 +114,7 @@ def test_an_error_of_several_lines_is_put_on_one(config, monkeypatch, capsys):
     def fail(_):
         raise RuntimeError("first\n  second")
 
-    monkeypatch.setattr(runner, "train", fail)
+    monkeypatch.setattr(trainer, "train", fail)
     assert cli.main(["train", str(config)]) == 1
     assert capsys.readouterr().err == "regate train: first second\n"
 
@@ -125,7 +126,7 @@ def test_a_run_that_was_asked_to_end_has_an_exit_code_of_its_own(
     def stop(_):
         raise Preempted(text)
 
-    monkeypatch.setattr(runner, "train", stop)
+    monkeypatch.setattr(trainer, "train", stop)
     assert cli.main(["train", str(config)]) == EXIT_CODE == 75
     assert capsys.readouterr().err == line
 
@@ -144,7 +145,7 @@ def test_our_own_bugs_are_not_hidden(config, monkeypatch):
     def fail(_):
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(runner, "train", fail)
+    monkeypatch.setattr(trainer, "train", fail)
     with pytest.raises(AssertionError):
         cli.main(["train", str(config)])
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "regate_ds"
 ROOMS = (
     "algorithm",
     "parallel",
+    "settings",
     "config",
     "job",
     "stores",

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from regate_ds.config import RegateConfig, require, schedule_of
+from regate_ds.config import RegateConfig, schedule_of
 from regate_ds.data.llava.template import Template
+from regate_ds.settings.refuse import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 
 from regate_ds.recipe.config.megatron_limits import require_settings
-from regate_ds.recipe.config.reader import plain_values, read_section
 from regate_ds.recipe.config.sections import DataConfig, ElisionConfig, ParallelConfig, RunSection
-from regate_ds.recipe.config.yaml import read_yaml
 from regate_ds.recipe.optimizer import OptimizerConfig
 from regate_ds.recipe.students.config import ModelConfig
+from regate_ds.settings.section import plain_values, read_section
+from regate_ds.settings.yaml import read_yaml
 from regate_ds.teacher.config import TeacherConfig
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from regate_ds.config import require
+from regate_ds.settings.refuse import require
 
 
 @dataclass(frozen=True, kw_only=True)

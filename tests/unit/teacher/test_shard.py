@@ -7,14 +7,15 @@ import pytest
 import torch
 from transformers import GemmaConfig, GPT2Config
 
-from regate_ds.teacher.sharding.tensor_parallel import FAMILIES, cut_teacher, require_cuttable
+from regate_ds.families.text_decoders import decoders_that
+from regate_ds.teacher.sharding.tensor_parallel import cut_teacher, require_cuttable
 from regate_ds.teacher.sharding.zero3 import partitioned_teacher, require_partitionable
 from tests.models import text_config
 
 WHERE = {"dtype": torch.float32, "device": "cpu"}
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", decoders_that("shards"))
 def test_known_families_may_be_cut_down_to_one_key_value_head(kind):
     require_cuttable(text_config(kind, heads=(6, 3), hidden_size=36), 3)
 
@@ -41,7 +42,7 @@ def test_a_quantized_teacher_is_not_sharded(build):
         build(config)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", decoders_that("shards"))
 def test_known_families_may_be_partitioned(kind):
     require_partitionable(text_config(kind))
 

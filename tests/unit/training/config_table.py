@@ -12,8 +12,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from regate_ds.recipe.config.reader import plain_values
 from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.settings.section import plain_values
 
 HEAD = "| key | value | default | meaning |\n| --- | --- | --- | --- |"
 

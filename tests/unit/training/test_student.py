@@ -12,9 +12,10 @@ from tiny_students import (
     make_tokenizer,
 )
 
+from regate_ds.families.table import family_of
 from regate_ds.recipe.students.config import LoraConfig, ModelConfig
 from regate_ds.recipe.students.llava import build_llava
-from regate_ds.recipe.students.load import load_student, make_student, vision_tower
+from regate_ds.recipe.students.load import load_student, make_student
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.students.trainable import trainable
 from regate_ds.teacher.backbone import text_backbone
@@ -79,7 +80,7 @@ def test_text_backbone_of_a_tied_student_has_head_and_embedding_in_one():
 @each_student
 def test_a_frozen_tower_is_left_out_of_training_and_the_rest_is_not(make, tmp_path):
     student = make()
-    tower = {id(p) for p in vision_tower(student.model).parameters()}
+    tower = {id(p) for p in family_of(student.model).tower_of(student.model).parameters()}
     assert 0 < len(tower) < len(list(student.model.parameters()))
     model = trainable(student, ModelConfig(path=tmp_path, freeze_vision=True), seed=0)
     for weight in model.parameters():

@@ -6,7 +6,6 @@ from tiny_students import STUDENTS, make_image, make_llava, make_qwen2_vl
 from transformers import CLIPImageProcessorPil, LlavaConfig, ViTImageProcessorPil
 
 from regate_ds.recipe.students.llava import LlavaVision, clip_processor
-from regate_ds.recipe.students.load import vision_of
 from regate_ds.recipe.students.qwen2_vl import qwen2_vl_processor
 
 SIZES = [(24, 24), (20, 31), (64, 40)]
@@ -74,7 +73,7 @@ def test_a_processor_without_one_image_size_is_refused_for_llava():
 
 def test_a_foreign_processor_is_refused_for_qwen2_vl():
     with pytest.raises(ValueError, match="ViTImageProcessorPil does not fit a qwen2_vl model"):
-        vision_of(make_qwen2_vl().model.config, ViTImageProcessorPil())
+        Qwen2VLVision.of(make_qwen2_vl().model.config, ViTImageProcessorPil())
 
 
 def test_a_pixel_limit_below_one_token_is_refused():

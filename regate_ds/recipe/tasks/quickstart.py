@@ -1,4 +1,6 @@
-"""`make quickstart`: the main job from nothing, on two data-parallel ranks of this machine.
+"""`make quickstart`: a task's job from nothing, on two data-parallel ranks of this machine.
+
+    python -m regate_ds.recipe.tasks.quickstart [TASK]
 
 Builds the data and the student, computes the teacher's losses, trains the dense run and the ReGATE
 run from the same weights in the same order, and compares them. All of it lands in runs/quickstart/.
@@ -6,11 +8,12 @@ run from the same weights in the same order, and compares them. All of it lands 
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,38 +24,12 @@ from regate_ds.job.deepspeed_launcher import launch, report
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.reports.compare import compare_runs
 from regate_ds.recipe.reports.sample import picture_sample
-from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.student import PretrainConfig, make_digits_student
+from regate_ds.recipe.run_folder import RunFolder
+from regate_ds.recipe.tasks.table import TASKS
+from regate_ds.recipe.tasks.task import Task
 
 ROOT = Path("runs/quickstart")
-CONFIG = Path("configs/digits.yaml")
 RANKS = 2
-
-STUDENT = PretrainConfig(
-    text={
-        "model_type": "llama",
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        # Words told by the head are the words that the projector learns to say.
-        "tie_word_embeddings": True,
-        "initializer_range": 0.1,
-    },
-    vision={
-        "model_type": "clip_vision_model",
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 48,
-        # A token for each cell: a quarter of a digit does not tell which one it is.
-        "patch_size": 16,
-        "projection_dim": 64,
-    },
-)
 
 RUNS = {
     # A few steps of the host's own loss and head, for its time a step; it is not evaluated.
@@ -62,28 +39,45 @@ RUNS = {
 }
 
 
-def main() -> int:
-    """Run all of it; the exit code is that of the first one that fails."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all of it; the exit code is that of the first part that fails."""
+    parser = argparse.ArgumentParser(description="Train and compare a task's runs from nothing.")
+    parser.add_argument("task", nargs="?", choices=TASKS, default="digits")
+    task = TASKS[parser.parse_args(arguments).task]
     begin = time.monotonic()
     # Matrices this small gain nothing from more, and on a busy machine threads wait for each other.
     torch.set_num_threads(1)
     with _timed("data"):
-        build_digits(ROOT / "data", num_train=3000, num_test=300, seed=0)
+        task.build_data(_data_arguments(task, ROOT / "data"))
     with _timed("student"):
-        student = make_digits_student(ROOT / "data" / "train.json", ROOT / "cache", STUDENT)
+        student = task.make_student(ROOT / "data" / "train.json", ROOT / "cache")
     overrides = _overrides(student)
     with _timed("teacher"):
-        _launch(["teacher", str(CONFIG), *overrides])
+        _launch(["teacher", str(task.config), *overrides])
     for name, settings in RUNS.items():
         with _timed(f"training, {name}"):
             out = ROOT / name
             shutil.rmtree(out, ignore_errors=True)
-            _launch(["train", str(CONFIG), *overrides, *settings, f"run.out={out}"])
-    picture_sample(load_config(CONFIG, overrides), ROOT / "sample.png")
+            _launch(["train", str(task.config), *overrides, *settings, f"run.out={out}"])
+    picture_sample(load_config(task.config, overrides), ROOT / "sample.png")
     print(f"\n{compare_runs([ROOT / name for name in RUNS], out=ROOT)}")
     print(f"\n{ROOT}: compare.json, accuracy_over_tokens.png, accuracy_over_time.png, sample.png")
+    print(f"judged by {task.judged_by}: {_judged(task)}")
     print(f"quickstart: {time.monotonic() - begin:.0f} s")
     return 0
+
+
+def _data_arguments(task: Task, out: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    task.add_arguments(parser)
+    return parser.parse_args([str(out)])
+
+
+def _judged(task: Task) -> str:
+    """The task's own figure of each run that was evaluated."""
+    summaries = {name: RunFolder(ROOT / name).summary() for name in RUNS}
+    found = {name: row[task.judged_by] for name, row in summaries.items() if task.judged_by in row}
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
 
 
 def _overrides(student: Path) -> list[str]:

@@ -1,0 +1,66 @@
+"""The digits as a task: what `regate data digits` takes, and the quickstart's student."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from regate_ds.recipe.tasks.task import Task
+
+TEXT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Words told by the head are the words that the projector learns to say.
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}
+
+VISION: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    # A token for each cell: a quarter of a digit does not tell which one it is.
+    "patch_size": 16,
+    "projection_dim": 64,
+}
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="folder that gets train.json, test.json and images/")
+    parser.add_argument("--train", type=int, default=3000, metavar="N", help="training samples")
+    parser.add_argument("--test", type=int, default=300, metavar="M", help="held-out samples")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--frames", type=int, metavar="F", help="make clips of F frames each")
+
+
+def _build_data(args: Namespace) -> None:
+    from regate_ds.recipe.tasks.digits import scenes
+
+    scenes.build_digits(
+        args.out, num_train=args.train, num_test=args.test, seed=args.seed, num_frames=args.frames
+    )
+
+
+def _make_student(train: Path, cache: Path) -> Path:
+    from regate_ds.recipe.tasks.digits.student import PretrainConfig, make_digits_student
+
+    return make_digits_student(train, cache, PretrainConfig(text=TEXT, vision=VISION))
+
+
+DIGITS_TASK = Task(
+    about="small visual question set from real images of digits, in LLaVA's JSON format",
+    add_arguments=_add_arguments,
+    build_data=_build_data,
+    make_student=_make_student,
+    config=Path("configs/digits.yaml"),
+    judged_by="accuracy_visual",
+)

@@ -1,0 +1,8 @@
+"""All tasks by name: a new one is its record's file and a line here."""
+
+from __future__ import annotations
+
+from regate_ds.recipe.tasks.digits.task import DIGITS_TASK
+from regate_ds.recipe.tasks.task import Task
+
+TASKS: dict[str, Task] = {"digits": DIGITS_TASK}
