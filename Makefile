@@ -29,7 +29,7 @@ test: check
 
 # Random layouts of Megatron-core; SEED=... repeats a run, CASES=... says how many.
 test-stress: setup
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.megatron.stress --cases $(or $(CASES),200) $(if $(SEED),--seed $(SEED))
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.megatron.stress --cases $(or $(CASES),200) $(if $(SEED),--seed $(SEED))
 
 # megatron-core 0.19.2 needs Python 3.12 and an environment of its own.
 PYTHON312 ?= $(shell command -v python3.12 || ls $(HOME)/.pyenv/versions/3.12*/bin/python 2>/dev/null | tail -1)
@@ -43,10 +43,10 @@ $(VENV19)/ready:
 	@touch $@
 
 test-matrix: setup $(VENV19)/ready
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.megatron.matrix run build/matrix-py311.json
-	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.megatron.matrix run build/matrix-py312.json
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py311.json
+	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py312.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/megatron
-	$(BIN)/python -m tests.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
+	$(BIN)/python -m tests.adapters.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.integration.small_task import make_task
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+from tests.support.small_corpus import make_task
 
 STEPS = 300
 """Long enough to be interrupted."""

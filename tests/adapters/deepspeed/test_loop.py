@@ -1,0 +1,343 @@
+"""The loop around an engine: windows, what backward is given, state; with a stand-in engine.
+
+Real engines on several ranks: tests/adapters/deepspeed/test_zero.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gated_cases import text_case
+from torch import Tensor
+
+from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
+from regate_ds.adapters.huggingface.gates import ElidedOutput
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.select import plan_sparse
+from regate_ds.config import RegateConfig
+from regate_ds.data.collate import Batch
+from regate_ds.data.keyed import Keyed
+from tests.support.measure import assert_gradients_equal, gradients
+from tests.support.models import causal_lm, llava
+from tests.support.stores import RandomReference, index_of
+
+NUM_MICRO = 3
+
+
+def engine(num_micro: int = NUM_MICRO, **attributes) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{
+            "device": torch.device("cpu"),
+            "dp_world_size": 1,
+            "sequence_parallel_size": 1,
+            "gradient_accumulation_steps": lambda: num_micro,
+            **attributes,
+        }
+    )
+
+
+def batches(number: int = NUM_MICRO) -> list[Batch]:
+    """Micro-batches of different sizes, so that a mean of means is wrong."""
+    made = []
+    for n in range(number):
+        case = text_case([[24 - 5 * n], [7 + 2 * n]], seed=n)
+        keys = tuple(((f"micro{n}", i),) for i in range(2))
+        tokens = TokenBatch(keys, case.batch.segment_BT, case.batch.labels_BT)
+        made.append(Batch({"input_ids": case.input_ids}, tokens))
+    return made
+
+
+def config(**knobs) -> RegateConfig:
+    return RegateConfig(**{"total_steps": 4, "warmup": 0, "final_dense_share": 0.0, **knobs})
+
+
+def made(loader: list[Batch] | None = None, own_loss: bool = False, **knobs):
+    loader = loader or batches()
+    model = causal_lm()
+    reference = RandomReference(index_of(batch.tokens for batch in loader))
+    return model, attach(model, config(**knobs), reference=reference, own_loss=own_loss)
+
+
+def first_window(regate: DeepSpeedRegate, loader: list[Batch], used: SimpleNamespace | None = None):
+    return next(regate.windows(loader, used or engine()))
+
+
+@pytest.mark.parametrize("knobs", [{}, {"warmup": 1}, {"keep_share": 1.0}])
+def test_what_the_engine_divides_by_is_undone_and_targets_weigh_alike(knobs: dict):
+    model, regate = made(**knobs)
+    total, count = 0.0, 0
+    for inputs, plan in first_window(regate, batches()):
+        output = model(**inputs, regate_plan=plan)
+        # The engine divides what it is given by the accumulation steps.
+        (regate.loss(output, plan) / NUM_MICRO).backward()
+        total, count = total + output.loss_sum.item(), count + plan.num_targets
+    found = gradients(model)
+    other, again = made(**knobs)
+    losses = [
+        other(**inputs, regate_plan=plan).loss_sum
+        for inputs, plan in first_window(again, batches())
+    ]
+    (sum(losses) / count).backward()
+    assert sum(losses).item() == pytest.approx(total)
+    assert_gradients_equal(found, gradients(other), 1e-6)
+
+
+def test_weighted_token_losses_are_the_loss_and_have_its_gradients():
+    results = []
+    for own_loss in (False, True):
+        model, regate = made(own_loss=own_loss)
+        total = 0.0
+        for inputs, plan in first_window(regate, batches()):
+            output = model(**inputs, regate_plan=plan)
+            if own_loss:
+                losses, weights = regate.token_losses(output, plan)
+                total = total + (losses * weights).sum()
+            else:
+                total = total + regate.loss(output, plan)
+        total.backward()
+        regate.step(applied=True)
+        results.append((total.item(), gradients(model)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
+    assert_gradients_equal(results[1][1], results[0][1], 1e-6)
+
+
+def test_token_losses_must_be_asked_for():
+    model, regate = made()
+    inputs, plan = first_window(regate, batches())[0]
+    with pytest.raises(RuntimeError, match=r"token_losses needs attach\(..., own_loss=True\)"):
+        regate.token_losses(model(**inputs, regate_plan=plan), plan)
+
+
+def test_an_auxiliary_loss_is_added_once_and_unscaled():
+    _, regate = made()
+    _, plan = first_window(regate, batches())[1]
+    losses = torch.rand(plan.num_targets)
+    output = ElidedOutput(loss_sum=losses.sum(), losses=losses, aux_loss=torch.tensor(7.0))
+    count = regate.plan.num_targets_global
+    wanted = losses.sum() * NUM_MICRO / count + 7.0
+    assert regate.loss(output, plan).item() == pytest.approx(wanted.item())
+
+
+def run(regate: DeepSpeedRegate, model, loader: list[Batch], used: SimpleNamespace) -> list[Tensor]:
+    kept = []
+    for window in regate.windows(loader, used):
+        for inputs, plan in window:
+            regate.loss(model(**inputs, regate_plan=plan), plan)
+            kept.append(plan.label_position_L)
+        regate.step(applied=True)
+    return kept
+
+
+def test_a_window_is_one_step_and_what_does_not_fill_one_is_left_out_and_said(caplog):
+    loader = batches(5)
+    model, regate = made(loader)
+    with caplog.at_level(logging.WARNING):
+        kept = run(regate, model, loader, engine(num_micro=2))
+    assert len(kept) == 4
+    assert "left out 1 micro-batches at the end of the epoch: a step takes 2" in caplog.text
+    assert regate.metrics()["step"] == 1
+
+
+def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
+    by_memory_alone = {"warmup": 1, "reference_weight": 0.0}
+    model, whole = made(**by_memory_alone)
+    used = engine()
+    run(whole, model, batches(), used)
+    wanted = run(whole, model, batches(), used)
+    other, begun = made(**by_memory_alone)
+    run(begun, other, batches(), engine())
+    begun.save(tmp_path)
+    third, resumed = made(**by_memory_alone)
+    fresh = engine()
+    resumed.load(tmp_path, fresh)
+    found = run(resumed, third, batches(), fresh)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert resumed.metrics() == whole.metrics()
+    for batch, with_memory in zip(batches(), wanted, strict=True):
+        zeros_N = torch.zeros(int(batch.tokens.is_label_BT.sum()))
+        without = plan_sparse(batch.tokens, zeros_N, keep_share=0.5, align="predictor")
+        assert not torch.equal(without.label_position_L, with_memory)
+
+
+def test_a_folder_without_our_state_is_refused(tmp_path):
+    _, regate = made()
+    with pytest.raises(ValueError, match="has no state.json; resume from a checkpoint of regate"):
+        regate.load(tmp_path, engine())
+
+
+def test_nothing_works_before_the_first_window():
+    _, regate = made()
+    with pytest.raises(RuntimeError, match=r"iterate over regate.windows\(loader, engine\)"):
+        regate.loss(ElidedOutput(), text_case([[9]]).plan)
+    with pytest.raises(RuntimeError, match="no step is planned yet"):
+        regate.metrics()
+
+
+def test_a_second_engine_is_refused():
+    _, regate = made()
+    first_window(regate, batches())
+    with pytest.raises(RuntimeError, match="serves another engine already; attach once per run"):
+        first_window(regate, batches(), engine())
+
+
+def test_sequence_parallel_engines_are_refused():
+    _, regate = made()
+    with pytest.raises(ValueError, match="sequence parallel size 2 is not supported"):
+        first_window(regate, batches(), engine(sequence_parallel_size=2))
+
+
+def test_a_step_without_any_answer_is_refused():
+    batch = batches(1)[0]
+    tokens = batch.tokens
+    silent = TokenBatch(tokens.keys, tokens.segment_BT, torch.full_like(tokens.labels_BT, IGNORE))
+    loader = [Batch(batch.inputs, silent)]
+    _, regate = made(loader)
+    with pytest.raises(ValueError, match="step 0 has no answer token on any rank"):
+        first_window(regate, loader, engine(num_micro=1))
+
+
+def test_disabled_touches_neither_model_nor_batch_nor_disk(tmp_path):
+    loader = batches()
+    model, regate = made(loader, enabled=False)
+    assert all("forward" not in vars(module) for module in model.modules())
+    (window,) = regate.windows(loader, engine())
+    assert [plan for _, plan in window] == [None] * NUM_MICRO
+    assert all(inputs == batch.inputs for (inputs, _), batch in zip(window, loader, strict=True))
+    loss = torch.rand(())
+    assert regate.loss(SimpleNamespace(loss=loss), None) is loss
+    regate.step(applied=True)
+    regate.save(tmp_path)
+    regate.load(tmp_path, engine())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_removing_gives_the_model_back():
+    model, regate = made()
+    regate.remove()
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_wrapped_collate_hides_labels_from_an_elided_run_and_leaves_them_to_the_host():
+    ids = torch.tensor([[4, 5, 6]])
+    dataset = Keyed([{"input_ids": ids, "labels": ids}], "mine")
+    batch = made()[1].collate(lambda items: dict(items[0]))([dataset[0]])
+    assert batch.inputs.keys() == {"input_ids"}
+    assert batch.tokens.labels_BT.tolist() == [[5, 6, IGNORE]]
+    host_batch = made(enabled=False)[1].collate(lambda items: dict(items[0]))([dataset[0]])
+    assert host_batch.keys() == {"input_ids", "labels"}
+
+
+def test_disabled_hands_on_whatever_the_loader_gives_and_leaves_nothing_out(caplog):
+    loader = [{"input_ids": torch.ones(1, 2), "names": ["a"]}, None, "b", [3], (4, 5)]
+    _, regate = made(enabled=False)
+    windows = list(regate.windows(loader, engine(num_micro=2)))
+    assert [len(window) for window in windows] == [2, 2, 1]
+    found = [inputs for window in windows for inputs, _ in window]
+    assert torch.equal(found[0]["input_ids"], torch.ones(1, 2))
+    assert found[0]["names"] == ["a"]
+    assert found[1:] == loader[1:]
+    assert caplog.text == ""
+
+
+def test_a_micro_batch_is_moved_when_it_is_taken_not_before():
+    _, regate = made()
+    window = first_window(regate, batches(), engine(device=torch.device("meta")))
+    assert len(window) == NUM_MICRO
+    inputs, plan = window[1]
+    assert inputs["input_ids"].is_meta
+    assert plan.kept_BK.is_meta
+    assert not regate.plan.micro[1].kept_BK.is_meta
+
+
+def test_several_ranks_without_a_launcher_are_refused_where_there_is_a_tower():
+    loader = batches()
+    reference = RandomReference(index_of(batch.tokens for batch in loader))
+    regate = attach(llava(), config(), reference=reference)
+    with pytest.raises(RuntimeError, match=r"2 data ranks.*deepspeed.init_distributed\(\) before"):
+        first_window(regate, loader, engine(dp_world_size=2))
+
+
+def saved(folder: Path, **knobs) -> DeepSpeedRegate:
+    model, regate = made(**knobs)
+    run(regate, model, batches(), engine())
+    regate.save(folder)
+    return regate
+
+
+def test_a_save_cut_short_over_an_older_one_is_noticed(tmp_path):
+    saved(tmp_path)
+    old_state = (tmp_path / "regate" / "state.json").read_bytes()
+    model, regate = made()
+    used = engine()
+    regate.load(tmp_path, used)
+    run(regate, model, batches(), used)
+    regate.save(tmp_path)
+    (tmp_path / "regate" / "state.json").write_bytes(old_state)
+    with pytest.raises(ValueError, match=r"was written 2 times, its state.json says 1"):
+        made()[1].load(tmp_path, engine())
+
+
+def test_of_saves_by_several_numbers_of_ranks_the_last_is_read(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "regate" / "difficulty-0-of-2.npz").write_bytes(b"of an older save")
+    made()[1].load(tmp_path, engine())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"warmup": 1}, "warmup_steps is 1 by this configuration, but 0 in the checkpoint's run"),
+        ({"final_dense_share": 0.5}, "final_dense_steps is 2 by this"),
+        ({"cycle_steps": 2}, "cycle_steps is 2 by this"),
+        ({"total_steps": 5}, "total_steps=5, but the checkpoint's run has 4"),
+    ],
+)
+def test_another_schedule_is_refused(tmp_path, knobs: dict, message: str):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        made(**knobs)[1].load(tmp_path, engine())
+
+
+def test_a_dense_runs_state_does_not_serve_an_elided_one(tmp_path):
+    saved(tmp_path, keep_share=1.0)
+    with pytest.raises(ValueError, match="is of a dense run without difficulty"):
+        made()[1].load(tmp_path, engine())
+
+
+def test_a_call_without_the_plan_is_named():
+    model, regate = made()
+    inputs, plan = first_window(regate, batches())[0]
+    with pytest.raises(ValueError, match="returned CausalLMOutputWithPast, without a plan"):
+        regate.loss(model(**inputs), plan)
+
+
+def test_a_loader_without_our_collate_is_named():
+    _, regate = made()
+    with pytest.raises(ValueError, match=r"yields dict; give it collate_fn=regate.collate"):
+        first_window(regate, [batch.inputs for batch in batches()])  # type: ignore[misc]
+
+
+def test_a_reference_that_is_no_store_is_named():
+    with pytest.raises(ValueError, match="reference='store' is a str; give a ReferenceStore"):
+        attach(causal_lm(), config(), reference="store")  # type: ignore[arg-type]
+
+
+def test_a_run_without_a_sparse_step_is_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        made(warmup=4)
+    assert "all of the 4 steps are dense" in caplog.text
+
+
+def test_an_engine_is_not_attached_to():
+    with pytest.raises(ValueError, match="attach to the model before deepspeed.initialize"):
+        attach(engine(), config())  # type: ignore[arg-type]
+
+
+def test_without_elision_there_are_no_counts():
+    regate = attach(causal_lm(), config(enabled=False))
+    assert regate.metrics() == {}

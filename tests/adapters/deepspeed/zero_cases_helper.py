@@ -1,0 +1,141 @@
+"""What two ranks are given in a step: students and micro-batches of very different sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.config import RegateConfig
+from regate_ds.data.collate import Batch
+from tests.support.models import (
+    IMAGE_TOKEN,
+    causal_lm,
+    llava,
+    packed_positions,
+    qwen2_vl,
+    random_batch,
+    with_images,
+)
+
+RANKS = (0, 1)
+
+
+@dataclass(frozen=True)
+class ZeroCase:
+    """One optimizer step of both ranks. Rank 0 sees images, rank 1 none."""
+
+    family: str = "llava"
+    stage: int = 0
+    accumulation: int = 1
+    rows: tuple[Any, Any] = (((24,), (17,)), ((6,),))
+    """Lengths of the samples in each row, for each rank."""
+
+    targets_of_last_rank: int | None = None
+    """How many targets every micro-batch of rank 1 keeps, where that is the point of the case."""
+
+    recompute: bool = False
+    own_loss: bool = False
+    """The user weighs the per-token losses, instead of taking our sum."""
+
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, ZeRO-{self.stage}, accumulation {self.accumulation}"
+
+    @property
+    def config(self) -> RegateConfig:
+        knobs = {"total_steps": 4, "warmup": 0, "final_dense_share": 0.0, **dict(self.knobs)}
+        return RegateConfig(**knobs)
+
+    def model(self) -> nn.Module:
+        model = FAMILIES[self.family]()
+        if self.recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
+
+    def batches(self, rank: int) -> list[Batch]:
+        """The rank's micro-batches of the step."""
+        return [self._batch(rank, number) for number in range(self.accumulation)]
+
+    def _batch(self, rank: int, number: int) -> Batch:
+        rows = [list(row) for row in self.rows[rank]]
+        ids, tokens = random_batch(rows, seed=10 * rank + number)
+        sizes = [NUM_PLACEHOLDERS[self.family] * (rank == 0) for _ in rows]
+        tokens = with_images(ids, tokens, sizes)
+        keys = tuple(
+            tuple((f"rank{rank}-{number}", i) for _, i in row_keys) for row_keys in tokens.keys
+        )
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if any(len(row) > 1 for row in rows):
+            inputs["position_ids"] = packed_positions(tokens)
+        if sum(sizes):
+            inputs |= _pixels(self.family, ids, seed=number)
+        return Batch(inputs, TokenBatch(keys, tokens.segment_BT, tokens.labels_BT))
+
+
+def llava_with_lora() -> nn.Module:
+    """Adapters on the decoder; tower and head frozen, the projector trained."""
+    torch.manual_seed(5)
+    targets = r".*language_model.*(q_proj|v_proj|down_proj)"
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=["multi_modal_projector"])
+    model = get_peft_model(llava(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    return model.train()
+
+
+FAMILIES = {
+    "llava": llava,
+    "llava with LoRA": llava_with_lora,
+    "qwen2_vl": qwen2_vl,
+    "text": causal_lm,
+    "tied text": partial(causal_lm, tie_word_embeddings=True),
+}
+NUM_PLACEHOLDERS = {"llava": 4, "llava with LoRA": 4, "qwen2_vl": 6, "text": 0, "tied text": 0}
+"""Tokens of an image; 0 for students without eyes."""
+
+
+def _pixels(family: str, ids_BT: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    num_images = len(ids_BT)
+    if family != "qwen2_vl":
+        return {"pixel_values": torch.randn(num_images, 3, 16, 16, generator=generator)}
+    return {
+        "pixel_values": torch.randn(num_images * 24, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 6]] * num_images),
+        "mm_token_type_ids": (ids_BT == IMAGE_TOKEN).int(),
+    }
+
+
+def cases() -> Iterator[tuple[str, ZeroCase]]:
+    """(what is special, case)"""
+    for stage in (0, 1, 2, 3):
+        for accumulation in (1, 3):
+            yield "uneven ranks", ZeroCase(stage=stage, accumulation=accumulation)
+    lonely = ZeroCase(rows=(((24,), (17,)), ((4,),)), targets_of_last_rank=1)
+    silent = ZeroCase(rows=(((24,), (17,)), ((2,),)), targets_of_last_rank=0)
+    for stage in (1, 2, 3):
+        yield "a single kept target", replace(lonely, stage=stage, accumulation=1)
+        yield "no target on a rank", replace(silent, stage=stage)
+        yield "three axes", ZeroCase("qwen2_vl", stage)
+    for stage in (2, 3):
+        yield "adapters", ZeroCase("llava with LoRA", stage, 3)
+        yield "tied head", ZeroCase("tied text", stage)
+        yield "packed rows", ZeroCase(stage=stage, rows=(((14, 9), (17,)), ((6, 5, 3),)))
+        yield "a range in the middle", ZeroCase(stage=stage, knobs=(("last_layer", 2),))
+        yield "a dense step", ZeroCase(stage=stage, accumulation=3, knobs=(("warmup", 1),))
+        yield "own loss", ZeroCase(stage=stage, accumulation=3, own_loss=True)
+        yield "recompute", ZeroCase(stage=stage, accumulation=3, recompute=True)
+
+
+CASES = {f"{what}: {case.name}": case for what, case in cases()}

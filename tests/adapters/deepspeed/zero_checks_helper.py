@@ -1,0 +1,118 @@
+"""Gradients of two ranks with different work against one process on the joint batch."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.job.process import start_process
+from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from tests.adapters.deepspeed.zero_cases_helper import CASES, RANKS, ZeroCase
+from tests.support.measure import Gradients, assert_gradients_equal, gradients
+from tests.support.stores import RandomReference, index_of
+
+TOLERANCE = 1e-5
+
+
+def reference_of(case: ZeroCase) -> RandomReference:
+    """Random losses for every label position of all ranks' samples."""
+    return RandomReference(index_of(b.tokens for rank in RANKS for b in case.batches(rank)))
+
+
+@lru_cache(maxsize=1)
+def joint_gradients(case: ZeroCase) -> Gradients:
+    """The same step in one process: the sum over all micro-batches over the joint count."""
+    store = reference_of(case)
+    session = Regate(case.config, reference=store, difficulty=DifficultyStore(store.index))
+    batches = [batch for rank in RANKS for batch in case.batches(rank)]
+    step = session.plan_step([batch.tokens for batch in batches])
+    model = case.model()
+    config = case.config
+    attach_model(model, first_layer=config.first_layer, last_layer=config.last_layer)
+    for batch, plan in zip(batches, step.micro, strict=True):
+        loss = model(**batch.inputs, regate_plan=plan).loss_sum / step.num_targets_global
+        loss.backward()
+    return gradients(model)
+
+
+def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: float = 0.05) -> Any:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed 0.19.8 clips at 1.0 unless told otherwise; the one process does not clip.
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Allowed beside ZeRO, which would rather know all of its optimizers.
+    settings["zero_allow_untested_optimizer"] = True
+    optimizer = torch.optim.SGD(trained, lr=lr)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+
+def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
+    """What the optimizer of the rank's engine is given, gathered from all ranks."""
+    model = case.model()
+    regate = attach(model, case.config, reference=reference_of(case), own_loss=case.own_loss)
+    engine = start_engine(model, case.stage, case.accumulation)
+    (window,) = regate.windows(case.batches(rank), engine)
+    for number, (inputs, plan) in enumerate(window, start=1):
+        if rank == RANKS[-1] and case.targets_of_last_rank is not None:
+            assert plan.num_targets == case.targets_of_last_rank
+        engine.backward(loss_of(regate, engine(**inputs, regate_plan=plan), plan, case))
+        if number < case.accumulation:
+            engine.step()
+    found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+    found = {name: g.clone() for name, g in found.items() if g is not None}
+    engine.step()
+    regate.step(applied=engine.was_step_applied())
+    engine.destroy()
+    return found
+
+
+def loss_of(regate: Any, output: Any, plan: Any, case: ZeroCase) -> torch.Tensor:
+    if not case.own_loss:
+        return regate.loss(output, plan)
+    losses_L, weights_L = regate.token_losses(output, plan)
+    return (losses_L * weights_L).sum()
+
+
+def check_gradients(rank: int, case: ZeroCase) -> None:
+    found, wanted = engine_gradients(rank, case), joint_gradients(case)
+    # What no loss reaches has no gradient in one process and, under some stages, one of 0 here.
+    names = found.keys() | wanted.keys()
+    zeros = {name: torch.zeros(()) for name in names}
+    shared = found.keys() & wanted.keys()
+    assert not any(bool({**zeros, **found}[name].any()) for name in names - wanted.keys())
+    assert not any(bool({**zeros, **wanted}[name].any()) for name in names - found.keys())
+    assert_gradients_equal(
+        {name: found[name] for name in shared}, {name: wanted[name] for name in shared}, TOLERANCE
+    )
+
+
+def run_named(rank: int, folder: str, checks: dict[str, Callable[[], None]]) -> None:
+    """Write what failed, by name. After a failed assertion the ranks are still in step."""
+    outcome = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except AssertionError:
+            outcome[name] = traceback.format_exc()
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(outcome))
+
+
+def check_all_gradients(rank: int, folder: str) -> None:
+    start_process()
+    checks = {name: lambda case=case: check_gradients(rank, case) for name, case in CASES.items()}
+    run_named(rank, folder, checks)

@@ -1,0 +1,100 @@
+"""A micro-batch without an image runs the vision tower all the same, and changes nothing by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gated_cases import Case, text_case
+from test_oracle_images import PATCH_GRIDS, llava_case, qwen2_vl_case
+from torch import nn
+
+from regate_ds.adapters.huggingface.gates import attach_model
+from tests.support.measure import gradients
+from tests.support.models import causal_lm, llava, qwen2_vl
+
+TEXT = text_case([[20], [13], [7]])
+MODELS = {
+    "llava": (llava, lambda: llava_case([[20], [13]], [1, 1])),
+    "qwen2_vl": (qwen2_vl, lambda: qwen2_vl_case([20, 15], PATCH_GRIDS)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def family(request):
+    """(make a model, make a case with images)"""
+    return MODELS[request.param]
+
+
+def attached(make, **knobs) -> nn.Module:
+    model = make()
+    attach_model(model, **{"run_tower_without_image": True, **knobs})
+    return model
+
+
+def calls_of_tower(model: nn.Module) -> list[str]:
+    """Grows by the tower's class with every call of it."""
+    calls = []
+    tower = model.model.vision_tower if hasattr(model.model, "vision_tower") else model.model.visual
+    tower.register_forward_pre_hook(lambda module, args: calls.append(type(module).__name__))
+    return calls
+
+
+@pytest.mark.parametrize("case", [TEXT, TEXT.dense, text_case([[9, 11], [13]])])
+def test_text_alone_reaches_every_weight_of_the_tower_with_a_gradient_of_zero(family, case: Case):
+    make, with_images = family
+    model, plain, seeing = attached(make), attached(make, run_tower_without_image=False), make()
+    found, wanted = case.run(model).loss_sum, case.run(plain).loss_sum
+    assert torch.equal(found, wanted)
+    found.backward()
+    wanted.backward()
+    found, wanted = gradients(model), gradients(plain)
+    attach_model(seeing)
+    with_images().run(seeing).loss_sum.backward()
+    assert found.keys() == gradients(seeing).keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not any(bool(found[name].any()) for name in found.keys() - wanted.keys())
+
+
+def test_images_of_the_micro_batch_before_leave_text_alone_as_it_is(family):
+    make, with_images = family
+    model, plain = attached(make), attached(make, run_tower_without_image=False)
+    with_images().run(model)
+    for rows in ([[20]], [[20], [13], [7]]):
+        case = text_case(rows)
+        assert torch.equal(case.run(model).loss_sum, case.run(plain).loss_sum)
+
+
+def test_a_micro_batch_with_images_runs_the_tower_once(family):
+    make, with_images = family
+    model = attached(make)
+    calls = calls_of_tower(model)
+    with_images().run(model)
+    assert len(calls) == 1
+
+
+def test_a_micro_batch_with_videos_runs_the_tower_once():
+    model, case = attached(qwen2_vl), qwen2_vl_case([20, 15], PATCH_GRIDS)
+    model.config.video_token_id, model.config.image_token_id = model.config.image_token_id, 0
+    inputs = {
+        "pixel_values_videos": case.inputs["pixel_values"],
+        "video_grid_thw": case.inputs["image_grid_thw"],
+        "mm_token_type_ids": 2 * case.inputs["mm_token_type_ids"],
+    }
+    calls = calls_of_tower(model)
+    replace(case, inputs=inputs).run(model)
+    assert len(calls) == 1
+
+
+def test_without_a_plan_the_tower_does_not_run(family):
+    make, _ = family
+    model = attached(make)
+    calls = calls_of_tower(model)
+    model(input_ids=TEXT.input_ids)
+    assert calls == []
+
+
+def test_a_text_model_has_no_tower_to_run():
+    model, plain = attached(causal_lm), attached(causal_lm, run_tower_without_image=False)
+    assert torch.equal(TEXT.run(model).loss_sum, TEXT.run(plain).loss_sum)

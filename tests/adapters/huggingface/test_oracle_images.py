@@ -1,0 +1,105 @@
+"""Gated multimodal decoders against the per-layer oracle in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gated_cases import Case, assert_exact
+from torch import Tensor, nn
+
+from tests.support.models import IMAGE_TOKEN, llava, qwen2_vl, random_batch, with_images
+from tests.support.oracle import Rotary
+
+TOKENS_OF_LLAVA_IMAGE = 4
+
+
+def llava_case(rows: list[list[int]], num_images: list[int], seed: int = 2, **knobs) -> Case:
+    """Images at the start of the rows that have any, one after the other."""
+    input_ids, batch = random_batch(rows, seed=seed)
+    batch = with_images(input_ids, batch, [TOKENS_OF_LLAVA_IMAGE * n for n in num_images])
+    case = Case.of(input_ids, batch, seed=seed, **knobs)
+    if not sum(num_images):
+        return case
+    pixels = torch.randn(sum(num_images), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return replace(case, inputs={**case.inputs, "pixel_values": pixels})
+
+
+def embed_llava(host: nn.Module, case: Case) -> Tensor:
+    embedded = host.get_input_embeddings()(case.input_ids)
+    if "pixel_values" not in case.inputs:
+        return embedded
+    pixels = case.inputs["pixel_values"].double()
+    features = host.model.get_image_features(pixels, return_dict=True).pooler_output
+    return put_images(embedded, case, torch.cat(tuple(features)))
+
+
+def put_images(embedded: Tensor, case: Case, features: Tensor) -> Tensor:
+    return embedded.masked_scatter((case.input_ids == IMAGE_TOKEN)[..., None], features)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("gated", [range(0, 3), range(1, 3), range(0, 2)])
+@pytest.mark.parametrize(
+    ("rows", "num_images"),
+    [([[20], [13]], [1, 1]), ([[20], [13]], [2, 0]), ([[12, 7], [13]], [1, 1]), ([[9]], [0])],
+)
+def test_llava_is_exact_with_images_without_and_packed(attention, gated, rows, num_images):
+    assert_exact(llava(attention), llava_case(rows, num_images), gated, embed=embed_llava)
+
+
+PATCH_GRIDS = [(1, 4, 6), (1, 4, 4)]
+"""Frames, height and width of each row's image in patches; 2 x 2 of them make a token."""
+
+
+def qwen2_vl_case(lengths: list[int], grids: list[tuple[int, int, int]], seed: int = 4) -> Case:
+    input_ids, batch = random_batch([[n] for n in lengths], seed=seed)
+    batch = with_images(input_ids, batch, [t * h * w // 4 for t, h, w in grids])
+    case = Case.of(input_ids, batch, seed=seed)
+    num_patches = sum(t * h * w for t, h, w in grids)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "pixel_values": torch.randn(num_patches, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor(grids),
+        "mm_token_type_ids": (input_ids == IMAGE_TOKEN).int(),
+    }
+    return replace(case, inputs=inputs)
+
+
+def embed_qwen2_vl(host: nn.Module, case: Case) -> Tensor:
+    pixels, grid = case.inputs["pixel_values"].double(), case.inputs["image_grid_thw"]
+    features = host.model.get_image_features(pixels, grid, return_dict=True).pooler_output
+    return put_images(host.get_input_embeddings()(case.input_ids), case, torch.cat(tuple(features)))
+
+
+def grid_positions(length: int, grid: tuple[int, int, int]) -> Tensor:
+    """[3, T]: frame, row and column count on from the text before; text counts on from the image.
+
+    The image starts at position 1, as ``with_images`` puts it.
+    """
+    _, height, width = (grid[0], grid[1] // 2, grid[2] // 2)
+    image = [(1, 1 + y, 1 + x) for y in range(height) for x in range(width)]
+    after = 1 + max(height, width)
+    text = [(after + i,) * 3 for i in range(length - 1 - len(image))]
+    return torch.tensor([(0, 0, 0), *image, *text]).T
+
+
+def rotary_of(model: nn.Module, lengths: list[int], grids: list[tuple]) -> list[Rotary]:
+    """Each row's cos and sin [T, D] by the host's own table, in fp64."""
+    tables = []
+    for length, grid in zip(lengths, grids, strict=True):
+        positions = grid_positions(length, grid)[:, None]
+        like = torch.zeros(1, dtype=torch.float64)
+        cos, sin = model.model.language_model.rotary_emb(like, positions)
+        tables.append((cos[0], sin[0]))
+    return tables
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("gated", [range(0, 3), range(1, 3), range(0, 1)])
+def test_qwen2_vl_is_exact_with_positions_of_three_axes(attention: str, gated: range):
+    model, lengths = qwen2_vl(attention), [20, 15]
+    rotary_B = rotary_of(model, lengths, PATCH_GRIDS)
+    case = qwen2_vl_case(lengths, PATCH_GRIDS)
+    assert_exact(model, case, gated, embed=embed_qwen2_vl, rotary_B=rotary_B)

@@ -1,0 +1,129 @@
+"""One optimizer step of a Megatron-core model under some layout, and its micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.config import RegateConfig
+from tests.support.batches import random_batch
+
+HIDDEN, HEADS, GROUPS, FFN, EXPERTS = 32, 4, 2, 48, 4
+VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    vpp: int = 1
+    sp: bool = False
+    layout: str = "sbhd"
+    first_layer: int = 1
+    last_layer: int | None = None
+    recompute: str = "none"
+    """none, full, selective"""
+
+    model: str = "gpt"
+    """gpt, tied, moe, llava"""
+
+    num_layers: int = 4
+    num_micro: int = 4
+    rows: int = 2
+    length: int = 24
+    packed: bool = False
+    """The host's own rows hold several samples (thd from the first layer on)."""
+
+    keep_share: float = 0.5
+    dense: bool = False
+    token_multiple: int = 1
+    seed: int = 0
+    one_slice: bool = False
+    """Kept label positions are all at the end: in one slice of the sequence."""
+
+    aux: float = 0.0
+    """Weight of the experts' auxiliary loss."""
+
+    distributed_optimizer: bool = False
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def own_attention(self) -> bool:
+        """Stock attention takes neither packed sequences nor context parallelism."""
+        return self.layout == "thd" or self.cp > 1
+
+    @property
+    def config(self) -> RegateConfig:
+        return RegateConfig(
+            total_steps=4,
+            warmup=1 if self.dense else 0,
+            final_dense_share=0.0,
+            keep_share=self.keep_share,
+            first_layer=self.first_layer,
+            last_layer=self.last_layer,
+            token_multiple=self.token_multiple,
+        )
+
+    def __str__(self) -> str:
+        default = Case()
+        parts = [f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)]
+        return " ".join(parts) or "one process"
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the data iterator yields."""
+
+    ids_BT: Tensor
+    tokens: TokenBatch
+
+
+def items(case: Case, data_rank: int) -> list[Item]:
+    """The micro-batches of a data rank; samples of very different lengths."""
+    made = []
+    for number in range(case.num_micro):
+        seed = 1000 * case.seed + 100 * data_rank + number
+        generator = torch.Generator().manual_seed(seed)
+        lengths = _lengths(case, generator)
+        if case.model == "llava":
+            from tests.adapters.megatron.llava_helper import image_item
+
+            made.append(_named(image_item(case, lengths, seed), f"rank{data_rank}-{number}"))
+            continue
+        ids, tokens = random_batch(lengths, seed=seed, length=case.length)
+        if case.one_slice:
+            labels = tokens.labels_BT.clone()
+            labels[:, : case.length * 3 // 4] = IGNORE
+            tokens = replace(tokens, labels_BT=labels)
+        made.append(_named(Item(ids, tokens), f"rank{data_rank}-{number}"))
+    return made
+
+
+def _named(item: Item, name: str) -> Item:
+    """Keys that no other micro-batch has."""
+    keys = tuple(tuple((name, i) for _, i in row) for row in item.tokens.keys)
+    return replace(item, tokens=replace(item.tokens, keys=keys))
+
+
+def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
+    if case.model == "llava":
+        # Room for the image in every row.
+        sizes = torch.randint(12, case.length + 1, (case.rows,), generator=generator)
+        return [[n] for n in sizes.tolist()]
+    if case.one_slice:
+        return [[case.length]] * case.rows
+    if case.packed:
+        a, b = torch.randint(3, case.length // 3, (2,), generator=generator).tolist()
+        return [[a, b, case.length - a - b]]
+    return [
+        [n] for n in torch.randint(5, case.length + 1, (case.rows,), generator=generator).tolist()
+    ]

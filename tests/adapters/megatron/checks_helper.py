@@ -1,0 +1,226 @@
+"""One optimizer step of a case against the plain reference: losses, gradients, difficulty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from regate_ds.adapters.megatron import MegatronRegate, attach
+from regate_ds.algorithm.plan import StepPlan
+from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from tests.adapters.megatron.build_helper import build, fill, host_config, join, named, shard
+from tests.adapters.megatron.cases_helper import Case, Item, items
+from tests.adapters.megatron.llava_helper import ImageItem, PlainVision
+from tests.adapters.megatron.plain_gpt_helper import PlainModel, balance_loss, batch_losses
+from tests.support.stores import RandomReference, index_of
+
+TOLERANCE, MOST = 1e-5, 5e-5
+"""Relative error of a gradient; where it is larger, twice the plain model's own in single precision
+is allowed (deep models, and what lies below a decoder), up to MOST."""
+
+
+@dataclass
+class Report:
+    """The largest relative errors that a rank found."""
+
+    loss: float = 0.0
+    gradient: float = 0.0
+
+
+def all_items(case: Case) -> list[list[Item]]:
+    return [items(case, data_rank) for data_rank in range(case.dp)]
+
+
+def reference_of(case: Case) -> RandomReference:
+    return RandomReference(index_of(item.tokens for rank in all_items(case) for item in rank))
+
+
+def forward_step(case: Case) -> Any:
+    """A user's forward step: it knows nothing of elision."""
+
+    def step(iterator: Any, model: Any) -> Any:
+        ids, packed = None, None
+        item = next(iterator)
+        ids = cut(item.ids_BT, case.cp)
+        if case.packed:
+            lengths = item.tokens.segment_BT[0].unique_consecutive(return_counts=True)[1]
+            bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+            longest = int(lengths.max())
+            packed = PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        if isinstance(item, ImageItem):
+            output, _ = model(item.images, ids, positions, None)
+            return output, None
+        output = model(ids, positions, None, labels=ids, packed_seq_params=packed)
+        return output, None
+
+    return step
+
+
+def cut(x_BT: Tensor, context_size: int) -> Tensor:
+    """This context rank's zigzag part of rows."""
+    if context_size == 1:
+        return x_BT
+    chunks, rank = x_BT.chunk(2 * context_size, dim=1), mpu.get_context_parallel_rank()
+    return torch.cat([chunks[rank], chunks[2 * context_size - 1 - rank]], dim=1)
+
+
+def run_step(case: Case) -> tuple[MegatronRegate, list[Any]]:
+    """Groups, model, and one step of forward and backward passes."""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    schedule = regate.wrap(get_forward_backward_func())
+    run_chunks(case, chunks, schedule, forward_step(case))
+    return regate, chunks
+
+
+def run_chunks(
+    case: Case, chunks: list[Any], schedule: Any, step: Any, *, forward_only: bool = False
+) -> Any:
+    """One forward and backward pass over the rank's micro-batches; what the schedule returns."""
+    data = items(case, mpu.get_data_parallel_rank())
+    iterators: Any = [iter(data) for _ in chunks]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    return schedule(
+        forward_step_func=step,
+        data_iterator=iterators if case.vpp > 1 else iterators[0],
+        model=chunks if case.vpp > 1 else chunks[0],
+        num_microbatches=case.num_micro,
+        seq_length=case.length,
+        micro_batch_size=1 if case.packed else case.rows,
+        forward_only=forward_only,
+    )
+
+
+def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
+    """The same step planned in one process; fills up to what the case's layout needs."""
+    store = reference_of(case)
+    difficulty = DifficultyStore(store.index)
+    zigzag = 2 * case.cp if case.cp > 1 else 1
+    by_sample = case.layout == "thd" and case.cp > 1
+    multiple = zigzag * (case.tp if case.sp and not by_sample else 1)
+    config = replace(case.config, token_multiple=math.lcm(case.token_multiple, multiple))
+    session = Regate(config, reference=store, difficulty=difficulty)
+    session.one_row = case.layout == "thd" and not by_sample
+    window = [item.tokens for rank in all_items(case) for item in rank]
+    return session, session.plan_step(window), difficulty
+
+
+def check(case: Case) -> Report:
+    """Raises AssertionError with what differs."""
+    regate, chunks = run_step(case)
+    session, plan, difficulty = plans_of(case)
+    model, losses = plain_step(case, plan)
+    report = Report()
+    report.gradient = check_gradients(chunks, model.weights, lambda: own_errors(model, plan))
+    report.loss = check_losses(case, regate, losses)
+    regate.step(applied=True)
+    for micro, losses_L in zip(plan.micro, losses, strict=True):
+        session.record(micro, losses_L.float())
+    session.finish_step(applied=True)
+    check_difficulty(case, regate, difficulty)
+    dismantle(chunks)
+    return report
+
+
+def dismantle(chunks: list[Any]) -> None:
+    """Let go of groups: hooks of DDP on autograd's nodes keep models with experts for ever."""
+    for module in [m for chunk in chunks for m in chunk.modules()]:
+        vars(module).clear()
+
+
+def plain_step(
+    case: Case, plan: StepPlan, dtype: torch.dtype = torch.double
+) -> tuple[PlainModel, list[Tensor]]:
+    """The plain model with its gradients, and each micro-batch's losses."""
+    model = plain_model(case, dtype)
+    flat = [item for rank in all_items(case) for item in rank]
+    losses, balance = [], torch.zeros((), dtype=dtype)
+    for item, micro in zip(flat, plan.micro, strict=True):
+        losses.append(batch_losses(model, item, micro))
+        balance = balance + balance_loss(model)
+    ((torch.cat(losses).sum() + balance) / plan.num_targets_global).backward()
+    return model, losses
+
+
+def plain_model(case: Case, dtype: torch.dtype = torch.double) -> PlainModel:
+    if case.model != "llava":
+        return PlainModel(case, {}, dtype=dtype)
+    vision = PlainVision(host_config(case))
+    fill(vision)
+    weights = dict(vision.to(dtype).named_parameters())
+    return PlainModel(case, weights, vision, dtype)
+
+
+def own_errors(model: PlainModel, plan: StepPlan) -> dict[str, float]:
+    """What single precision alone makes of the plain model's gradients, relative to each."""
+    single, _ = plain_step(model.case, plan, torch.float)
+    return {
+        name: float((single.weights[name].grad.double() - weight.grad).norm() / weight.grad.norm())
+        for name, weight in model.weights.items()
+        if weight.grad is not None and bool(weight.grad.any())
+    }
+
+
+def check_gradients(
+    chunks: list[Any], expected: dict[str, Tensor], own: Callable[[], dict[str, float]]
+) -> float:
+    """own: errors that are rounding, asked for where a gradient is off by more than TOLERANCE."""
+    whole = math.sqrt(
+        sum(float(w.grad.norm()) ** 2 for w in expected.values() if w.grad is not None)
+    )
+    worst, off = 0.0, {}
+    for chunk in chunks:
+        for name, parameter in named(chunk.module).items():
+            wanted = expected[name].grad if name in expected else None
+            wanted = (
+                torch.zeros(parameter.shape) if wanted is None else shard(wanted, parameter, name)
+            )
+            error = float((parameter.main_grad.double() - wanted).norm())
+            size = float(wanted.norm())
+            worst = max(worst, error / (size + 1e-2 * whole))
+            if not error <= TOLERANCE * size + 1e-7 * whole:
+                off[name] = (error, size)
+    rounding = own() if off else {}
+    bad = [
+        f"{name}: {error:.2e} of {size:.2e} (alone {rounding.get(name, 0.0):.2e})"
+        for name, (error, size) in off.items()
+        if not error <= min(2 * rounding.get(name, 0.0), MOST) * size + 1e-7 * whole
+    ]
+    assert not bad, f"{len(bad)} gradients differ: " + "; ".join(bad[:6])
+    return worst
+
+
+def check_losses(case: Case, regate: MegatronRegate, expected: list[Tensor]) -> float:
+    assert regate.run is not None
+    worst = 0.0
+    first = mpu.get_data_parallel_rank() * case.num_micro
+    for number, losses_L in regate.run.losses.items():
+        local = regate.run.micro[number]
+        mine = local.context_L == mpu.get_context_parallel_rank()
+        wanted = expected[first + number].detach()[mine]
+        error = (losses_L.double() - wanted).abs()
+        assert bool((error <= TOLERANCE * (1.0 + wanted)).all()), f"loss off by {error.max():.2e}"
+        worst = max([worst, *error.tolist()])
+    return worst
+
+
+def check_difficulty(case: Case, regate: MegatronRegate, expected: DifficultyStore) -> None:
+    planner = regate._attached.planner
+    if planner is None or planner.difficulty is None:
+        return
+    mine = items(case, mpu.get_data_parallel_rank())
+    keys = [key for item in mine for key in item.tokens.flat_keys]
+    found = planner.difficulty.read(keys)
+    assert torch.allclose(found, expected.read(keys), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,191 @@
+"""The slow, plain reference for GPTModel: one process, one sample at a time, every layer gathers.
+
+Nothing here is shared with the fast path but names and shapes of weights. Double precision.
+
+Shapes: T tokens of a sample, K kept ones, H hidden, N heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.algorithm.plan import ElisionPlan
+from tests.adapters.megatron.build_helper import full_weight
+from tests.adapters.megatron.cases_helper import (
+    EXPERTS,
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    VOCABULARY,
+    Case,
+    Item,
+)
+from tests.adapters.megatron.llava_helper import IMAGE_AT, ImageItem, PlainVision
+
+SIZE = HIDDEN // HEADS
+
+
+@dataclass
+class PlainModel:
+    """Full weights by name, made on first use."""
+
+    case: Case
+    weights: dict[str, Tensor]
+    vision: PlainVision | None = None
+    dtype: torch.dtype = torch.double
+    routed: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Router's logits of a micro-batch's tokens, by layer."""
+
+    def weight(self, name: str, *shape: int) -> Tensor:
+        if name not in self.weights:
+            self.weights[name] = full_weight(name, shape).to(self.dtype).requires_grad_()
+        return self.weights[name]
+
+    @property
+    def gated(self) -> range:
+        last = self.case.last_layer or self.case.num_layers
+        return range(self.case.first_layer, last)
+
+
+def sample_losses(
+    model: PlainModel, embedded_TH: Tensor, kept: list[int], targets: dict[int, int]
+) -> dict[int, Tensor]:
+    """Loss of each kept target of one sample, by position."""
+    x_TH = embedded_TH
+    for number in range(model.case.num_layers):
+        at = kept if number in model.gated else list(range(len(x_TH)))
+        y_KH = _layer(model, number, x_TH[at], torch.tensor(at))
+        x_TH = x_TH.index_copy(0, torch.tensor(at), y_KH)
+    norm = model.weight("decoder.final_layernorm.weight", HIDDEN)
+    head = _head(model)
+    losses = {}
+    for position, target in targets.items():
+        logits_V = head @ _normed(x_TH[position], norm)
+        losses[position] = logits_V.logsumexp(0) - logits_V[target]
+    return losses
+
+
+def embedded(model: PlainModel, item: Item) -> Tensor:
+    """[B, T, H]"""
+    table = model.weight("embedding.word_embeddings.weight", VOCABULARY, HIDDEN)
+    if not isinstance(item, ImageItem):
+        return table[item.ids_BT]
+    assert model.vision is not None
+    images_BPH = model.vision(item.images.to(model.dtype))
+    ids_BT = item.ids_BT.clamp(min=0)
+    before, after = ids_BT[:, :IMAGE_AT], ids_BT[:, IMAGE_AT + 1 :]
+    return torch.cat([table[before], images_BPH, table[after]], dim=1)
+
+
+def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
+    """Losses of the kept targets [L], in reading order. Of the plan only the kept set is used."""
+    embedded_BTH, batch = embedded(model, item), item.tokens
+    real = set(plan.position_R.tolist())
+    num_tokens = embedded_BTH.shape[1]
+    found: list[Tensor] = []
+    for r, row in enumerate(batch.segment_BT.tolist()):
+        for s in range(max(row) + 1):
+            positions = [t for t in range(num_tokens) if row[t] == s]
+            kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
+            labels = batch.labels_BT[r, positions].tolist()
+            targets = {i: labels[i] for i in kept if labels[i] != IGNORE}
+            losses = sample_losses(model, embedded_BTH[r, positions], kept, targets)
+            found += [losses[i] for i in sorted(losses)]
+    return torch.stack(found) if found else torch.zeros(0, dtype=model.dtype)
+
+
+def balance_loss(model: PlainModel) -> Tensor:
+    """The auxiliary loss of the micro-batch that ran last, as Megatron scales it: per token."""
+    total = torch.zeros((), dtype=model.dtype)
+    for parts in model.routed.values():
+        logits_NE = torch.cat(parts)
+        chosen_E = torch.zeros(EXPERTS, dtype=model.dtype)
+        for which in logits_NE.topk(2, dim=-1).indices.reshape(-1).tolist():
+            chosen_E[which] += 1
+        share_E = logits_NE.softmax(-1).mean(0)
+        load_E = chosen_E / (2 * len(logits_NE))
+        total = total + model.case.aux * EXPERTS * (share_E * load_E).sum() * len(logits_NE)
+    model.routed.clear()
+    return total
+
+
+def _head(model: PlainModel) -> Tensor:
+    tied = model.case.model == "tied"
+    name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    return model.weight(name, VOCABULARY, HIDDEN)
+
+
+def _normed(x: Tensor, weight_H: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight_H
+
+
+def _layer(model: PlainModel, number: int, x_KH: Tensor, at_K: Tensor) -> Tensor:
+    name = f"decoder.layers.{number}"
+    x_KH = x_KH + _attention(
+        model, name, _normed(x_KH, model.weight(f"{name}.input_layernorm.weight", HIDDEN)), at_K
+    )
+    h_KH = _normed(x_KH, model.weight(f"{name}.pre_mlp_layernorm.weight", HIDDEN))
+    if model.case.model == "moe":
+        return x_KH + _experts(model, f"{name}.mlp", h_KH)
+    return x_KH + _mlp(model, f"{name}.mlp", h_KH)
+
+
+def _mlp(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
+    gate, value = (h_KH @ model.weight(f"{name}.linear_fc1.weight", 2 * FFN, HIDDEN).T).chunk(
+        2, dim=-1
+    )
+    return (torch.nn.functional.silu(gate) * value) @ model.weight(
+        f"{name}.linear_fc2.weight", HIDDEN, FFN
+    ).T
+
+
+def _experts(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
+    """Each token goes to its two best experts, weighted by the softmax over these two."""
+    logits_KE = h_KH @ model.weight(f"{name}.router.weight", EXPERTS, HIDDEN).T
+    model.routed.setdefault(name, []).append(logits_KE)
+    best, which = logits_KE.topk(2, dim=-1)
+    share = best.softmax(-1)
+    rows = []
+    for k in range(len(h_KH)):
+        chosen = [
+            share[k, i]
+            * _mlp(model, f"{name}.experts.local_experts.{int(which[k, i])}", h_KH[k : k + 1])[0]
+            for i in range(2)
+        ]
+        rows.append(chosen[0] + chosen[1])
+    return torch.stack(rows)
+
+
+def _attention(model: PlainModel, name: str, h_KH: Tensor, at_K: Tensor) -> Tensor:
+    per_group = HEADS // GROUPS
+    qkv = model.weight(
+        f"{name}.self_attention.linear_qkv.weight", GROUPS * (per_group + 2) * SIZE, HIDDEN
+    )
+    mixed = (h_KH @ qkv.T).view(len(h_KH), GROUPS, per_group + 2, SIZE)
+    later = torch.ones(len(h_KH), len(h_KH), dtype=torch.bool).triu(1)
+    heads = []
+    for group in range(GROUPS):
+        key = _rotate(mixed[:, group, per_group], at_K)
+        value = mixed[:, group, per_group + 1]
+        for head in range(per_group):
+            query = _rotate(mixed[:, group, head], at_K)
+            scores = (query @ key.T / math.sqrt(SIZE)).masked_fill(later, -math.inf)
+            heads.append(scores.softmax(-1) @ value)
+    projection = model.weight(f"{name}.self_attention.linear_proj.weight", HIDDEN, HIDDEN)
+    return torch.cat(heads, dim=-1) @ projection.T
+
+
+def _rotate(x_KD: Tensor, at_K: Tensor) -> Tensor:
+    # As Megatron: frequencies in single precision.
+    frequency = 1.0 / (10000 ** (torch.arange(0, SIZE, 2, dtype=torch.float32) / SIZE))
+    angle = torch.outer(at_K.float(), frequency)
+    angle = torch.cat([angle, angle], dim=-1)
+    first, second = x_KD.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x_KD * angle.cos().to(x_KD.dtype) + turned * angle.sin().to(x_KD.dtype)

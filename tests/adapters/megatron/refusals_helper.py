@@ -1,0 +1,201 @@
+"""What is refused, and that a refusal leaves the model as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.enums import AttnMaskType
+from torch import nn
+
+from regate_ds.adapters.megatron import attach
+from tests.adapters.megatron.build_helper import build, join
+from tests.adapters.megatron.cases_helper import Case, items
+from tests.adapters.megatron.checks_helper import dismantle, forward_step, reference_of, run_chunks
+
+HOST = {
+    "calculate_per_token_loss": False,
+    "mtp_num_layers": 1,
+    "multi_latent_attention": True,
+    "apply_rope_fusion": True,
+    "window_size": (8, 0),
+    "heterogeneous_block_specs": True,
+    "fp8_multi_head_attention": True,
+    "overlap_moe_expert_parallel_comm": True,
+    "hybrid_context_parallel": True,
+    "cpu_offloading": True,
+    "fine_grained_activation_offloading": True,
+    "cuda_graph_impl": "local",
+    "tp_comm_overlap": True,
+    "variable_seq_lengths": True,
+    "distribute_saved_activations": True,
+}
+"""Values of the host's configuration of which any one is refused by name."""
+
+
+@contextmanager
+def refused(error: type[Exception], pattern: str) -> Iterator[None]:
+    try:
+        yield
+    except error as problem:
+        text = str(problem)
+        assert re.search(pattern, text), f"{pattern!r} is not in {text!r}"
+        assert "\n" not in text
+        return
+    raise AssertionError(f"nothing was refused about {pattern!r}")
+
+
+@contextmanager
+def changed(target: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    yield
+    setattr(target, name, before)
+
+
+def data_of(case: Case) -> Iterator[Any]:
+    return iter(items(case, mpu.get_data_parallel_rank()))
+
+
+def num_hooks(chunks: list[Any]) -> int:
+    modules: list[nn.Module] = [m for chunk in chunks for m in chunk.modules()]
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+
+
+def check_attach(case: Case) -> None:
+    join(case)
+    chunks = build(case)
+    gpt, before = chunks[0].module, num_hooks(chunks)
+
+    def tried(**changes: Any) -> Any:
+        layout = changes.pop("layout", case.layout)
+        config = replace(case.config, **changes)
+        return attach(chunks, config, reference=reference_of(case), layout=layout)
+
+    for name, value in HOST.items():
+        if hasattr(gpt.config, name):
+            fp8 = changed(gpt.config, "fp8", "hybrid" if "fp8" in name else None)
+            with fp8, changed(gpt.config, name, value), refused(ValueError, name):
+                tried()
+    with changed(gpt, "position_embedding_type", "mrope"), refused(ValueError, "mrope"):
+        tried()
+    gathering = changed(gpt.config, "moe_token_dispatcher_type", "allgather")
+    with changed(gpt.config, "num_moe_experts", 4), gathering, refused(ValueError, "'alltoall'"):
+        tried()
+    attention = gpt.decoder.layers[0].self_attention
+    with changed(attention, "attn_mask_type", AttnMaskType.no_mask), refused(ValueError, "no_mask"):
+        tried()
+    with refused(ValueError, "layout='thd' needs an attention"):
+        tried(layout="thd")
+    divided = changed(chunks[0].buffers[0], "gradient_scaling_factor", 0.5)
+    with divided, refused(ValueError, "before the model is wrapped"):
+        tried()
+    with refused(ValueError, "decoder of 4 layers"):
+        tried(first_layer=4)
+    with refused(ValueError, "holds 0 GPTModels"):
+        attach([nn.Linear(2, 2)], case.config, reference=reference_of(case))
+    assert num_hooks(chunks) == before
+    check_attached(case, chunks, tried)
+    assert num_hooks(chunks) == before
+    dismantle(chunks)
+
+
+def check_attached(case: Case, chunks: list[Any], tried: Callable[..., Any]) -> None:
+    """What is refused once ``tried`` has attached: schedules, items, and steps out of order."""
+    gpt = chunks[0].module
+    with changed(gpt.config, "fp8", "hybrid"):
+        regate = tried()
+    # Its kernels cannot run here: what is planned for them fits.
+    window = [item.tokens for item in items(case, 0)]
+    plan = regate._attached.planner.plan_step(lambda: window)
+    assert all(micro.num_slots % 16 == 0 for micro in plan.micro)
+    regate.remove()
+    regate = tried()
+    with refused(RuntimeError, "already attached"):
+        tried()
+    with refused(ValueError, "p2p_communicator, pg_collection"):
+        regate.wrap(lambda forward_step_func: None)
+    schedule = regate.wrap(get_forward_backward_func())
+    with refused(RuntimeError, "did not call the model"):
+        run_chunks(case, chunks, schedule, lambda iterator, model: (next(iterator), None))
+    assert all(gate.pending is None for gate in regate._attached.gates)
+    with refused(ValueError, "not attached to"):
+        run_chunks(case, build(case), schedule, forward_step(case))
+    with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
+        run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
+    with refused(ValueError, "is a dict without .tokens"):
+        schedule(data_iterator=iter([{}]), num_microbatches=1)
+    longer = replace(case, length=case.length + 4)
+    with refused(ValueError, r"given \(28, 2\) rows .* plan is of \(24, 2\)"):
+        run_chunks(
+            case, chunks, schedule, lambda _, model: forward_step(case)(data_of(longer), model)
+        )
+    unset = changed(gpt.config, "finalize_model_grads_func", None)
+    with unset, refused(ValueError, "finalize_model_grads_func"):
+        run_chunks(case, chunks, schedule, forward_step(case))
+    run_chunks(case, chunks, schedule, forward_step(case))
+    assert regate.run is not None
+    with changed(gpt.config, "pipeline_dtype", None):
+        assert regate.run.expected_bytes() == (0, 0)
+    regate.step(applied=True)
+    with refused(RuntimeError, "no step is planned"):
+        regate.step(applied=True)
+    regate.remove()
+
+
+def check_virtual_range(case: Case) -> None:
+    join(case)
+    chunks = build(case)
+    config, uneven = chunks[0].config, "num_layers_in_first_pipeline_stage"
+    with changed(config, uneven, 2), refused(ValueError, uneven):
+        attach(chunks, case.config, reference=reference_of(case))
+    with refused(ValueError, "last_layer before the depth"):
+        attach(chunks, replace(case.config, last_layer=3), reference=reference_of(case))
+    with refused(ValueError, "first virtual chunk"):
+        attach(chunks, replace(case.config, first_layer=3), reference=reference_of(case))
+    dismantle(chunks)
+
+
+def check_steps(case: Case) -> None:
+    """An error where one replica's plan is made, or its step ends, is one on all ranks, at once."""
+    join(case)
+    chunks = build(case)
+    regate = attach(chunks, case.config, reference=reference_of(case))
+    schedule = regate.wrap(get_forward_backward_func())
+    data_rank = mpu.get_data_parallel_rank()
+    planner = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+    culprit, data = planner and data_rank == 1, items(case, data_rank)
+
+    def run(micro: list[Any]) -> None:
+        schedule(
+            forward_step_func=forward_step(case),
+            data_iterator=iter(micro),
+            model=chunks[0],
+            num_microbatches=case.num_micro,
+            seq_length=case.length,
+            micro_batch_size=case.rows,
+        )
+
+    def failing(error: type[Exception], own: str) -> Any:
+        if culprit:
+            return refused(error, own)
+        return refused(RuntimeError, "1 other data rank" if planner else "has failed")
+
+    with failing(ValueError, "ended after 1 of a step's 4"):
+        run(data[:1] if data_rank == 1 else data)
+    run_chunks(case, chunks, schedule, forward_step(case))
+    with failing(RuntimeError, "not ended"):
+        run(list(reversed(data)) if data_rank == 1 else data)
+    assert regate.run is not None
+    if culprit:
+        regate.run.losses[0].fill_(float("nan"))
+    with failing(RuntimeError, "diverged"):
+        regate.step(applied=True)
+    torch.distributed.barrier()
+    dismantle(chunks)

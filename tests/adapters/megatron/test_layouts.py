@@ -1,0 +1,45 @@
+"""Elided steps under Megatron-core's layouts equal a plain model in one process, per layer."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+
+from tests.adapters.megatron.cases_helper import Case
+from tests.adapters.megatron.checks_helper import check
+from tests.adapters.megatron.pool_helper import Pool
+
+CASES = [
+    Case(first_layer=0, rows=3),
+    Case(layout="thd", packed=True, recompute="selective"),
+    Case(layout="thd", packed=True, first_layer=0, token_multiple=3),
+    Case(model="tied", token_multiple=4),
+    Case(model="moe", aux=0.5, first_layer=0, rows=3),
+    Case(model="llava", first_layer=0),
+    Case(model="llava", pp=2, recompute="full"),
+    Case(tp=2, dp=2, first_layer=2),
+    Case(tp=2, sp=True, one_slice=True, rows=1),
+    Case(tp=2, sp=True, layout="thd", first_layer=0),
+    Case(pp=2, last_layer=2, recompute="full"),
+    Case(tp=2, sp=True, last_layer=3, recompute="full", one_slice=True),
+    Case(pp=2, layout="thd", packed=True, recompute="full"),
+    Case(pp=2, model="tied", dense=True),
+    Case(pp=2, vpp=2, recompute="full", num_micro=6),
+    Case(pp=2, vpp=2, layout="thd", first_layer=0),
+    Case(cp=2, dp=2, one_slice=True),
+    Case(dp=2, model="moe", ep=2, recompute="full", aux=0.5, one_slice=True),
+    Case(tp=2, pp=2, sp=True, layout="thd"),
+    Case(tp=2, cp=2, sp=True, recompute="selective"),
+    Case(pp=4, first_layer=2),
+    Case(pp=4, last_layer=3, layout="thd", recompute="full", num_micro=6),
+    Case(pp=2, cp=2, last_layer=3, first_layer=0, layout="thd"),
+    Case(dp=2, pp=2, num_micro=3),
+]
+"""Each pair of tensor, context, pipeline and data parallelism stands together somewhere."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda c: c.world), ids=str)
+def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
+    pool.run(case.world, check, case)

@@ -1,0 +1,177 @@
+"""A plan on the wire, and as each rank reads it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+
+from regate_ds.adapters import plan_wire as wire
+from regate_ds.adapters.megatron.communicator import micro_order
+from regate_ds.adapters.megatron.groups import row_multiple
+from regate_ds.adapters.megatron.local_plan import localise, ragged_padding
+from regate_ds.adapters.megatron.place import Place, require_cut
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.plan import ElisionPlan, plan_dense
+from regate_ds.algorithm.select import plan_ragged, plan_sparse
+from regate_ds.parallel.resharding import SequenceCut
+from tests.support.batches import random_batch
+
+
+def plans(rows: list[list[int]], *, dense: bool = False, multiple: int = 1) -> list[ElisionPlan]:
+    made = []
+    for seed in range(3):
+        _, batch = random_batch(rows, seed=seed, length=32)
+        scores = torch.rand(
+            int(batch.is_label_BT.sum()), generator=torch.Generator().manual_seed(1)
+        )
+        made.append(
+            plan_dense(batch)
+            if dense
+            else plan_sparse(
+                batch, scores, keep_share=0.5, align="predictor", token_multiple=multiple
+            )
+        )
+    return made
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("rows", [[[20], [31]], [[9, 7, 12]]])
+def test_what_arrives_is_what_was_sent(rows: list[list[int]], dense: bool):
+    sent = plans(rows, dense=dense)
+    header, array = wire.encode(5, dense, sent)
+    assert wire.array_length(header) == len(array)
+    received = wire.decode(header, array)
+    assert (received.step, received.is_dense) == (5, dense)
+    for micro, (mine, theirs) in enumerate(zip(received.micro, sent, strict=True)):
+        assert (mine.micro, mine.is_packed) == (micro, theirs.is_packed)
+        for name in ("kept_BK", "labels_BK", "position_R", "label_slot_L", "label_position_L"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        assert mine.run_lengths == theirs.run_lengths
+
+
+def test_a_failure_is_heard_by_all():
+    with pytest.raises(RuntimeError, match="has failed"):
+        wire.array_length(wire.FAILURE)
+
+
+@pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_ranks_together_hold_each_kept_row_and_each_target_once(context: int, tensor: int):
+    for plan in plans([[20], [31]], multiple=8):
+        locals_ = [
+            localise(
+                plan,
+                Place(context_size=context, context_rank=c, sequence_size=tensor, sequence_rank=t),
+            )
+            for c in range(context)
+            for t in range(tensor)
+        ]
+        assert sum(len(local.gather.placed_N) for local in locals_) == plan.num_kept
+        assert sum(local.num_targets for local in locals_[::tensor]) == plan.num_targets
+        for local in locals_:
+            assert len(local.targets_P) % tensor == 0
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 2)])
+def test_every_rank_holds_a_multiple_of_what_fp8_wants_filled_with_real_tokens(
+    context: int, tensor: int, ragged: bool
+):
+    _, batch = random_batch([[300], [310]], seed=0, length=320)
+    scores = torch.rand(int(batch.is_label_BT.sum()))
+    place = Place(context_size=context, sequence_size=tensor, ragged=ragged, row_multiple=16)
+    planned = plan_ragged if ragged else plan_sparse
+    bare = planned(batch, scores, keep_share=0.5, align="predictor")
+    plan = planned(batch, scores, keep_share=0.5, align="predictor", token_multiple=place.multiple)
+    assert place.multiple == 16 * context * tensor
+    shapes = {
+        localise(plan, replace(place, context_rank=c, sequence_rank=t)).kept_shape
+        for c in range(context)
+        for t in range(tensor)
+    }
+    ((length, _),) = shapes
+    assert length % 16 == 0
+    # Filled, not padded, beyond what rows of different lengths need anyway.
+    assert plan.num_filled == plan.num_kept - bare.num_kept > 0
+    rows = [plan.num_kept] if ragged else (plan.segment_BK >= 0).sum(1).tolist()
+    assert all(n % place.multiple == 0 for n in rows)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int):
+    plan = plans([[20], [31], [5]])[0]
+    place = Place(context_size=2, sequence_size=tensor, ragged=True)
+    local = localise(plan, place)
+    assert local.packing is not None
+    lengths = local.packing.cumulative.diff().tolist()
+    kept = (plan.segment_BK >= 0).sum(1).tolist()
+    assert all(n % 4 == 0 for n in lengths)
+    assert [padded - n < 4 for padded, n in zip(lengths, kept)] == [True] * 3
+    assert sum(lengths) % (4 * tensor) == 0
+    assert ragged_padding(plan, place=place) == sum(lengths) - sum(kept)
+    positions = local.rotary_position[:, 0]
+    starts = [0, *accumulate(lengths)][:3]
+    for row, (start, num) in enumerate(zip(starts, kept, strict=True)):
+        assert torch.equal(positions[start : start + num], plan.kept_BK[row, :num])
+    first, second = SequenceCut(2).held(*lengths)
+    for start, length in zip(starts, lengths):
+        whole = torch.arange(start, start + length).chunk(4)
+        assert set(torch.cat([whole[0], whole[3]]).tolist()) <= set(first.tolist())
+        assert set(torch.cat([whole[1], whole[2]]).tolist()) <= set(second.tolist())
+
+
+@pytest.mark.parametrize("planned", [plan_sparse, plan_ragged])
+@pytest.mark.parametrize("context", [1, 2])
+def test_a_micro_batch_of_padding_alone_is_planned_and_arrives(planned: Any, context: int):
+    nothing = torch.full((2, 16), -1)
+    batch = TokenBatch(((), ()), nothing, torch.full((2, 16), IGNORE))
+    place = Place(context_size=context, ragged=planned is plan_ragged)
+    multiple = place.multiple
+    none = torch.zeros(0)
+    plan = planned(batch, none, keep_share=0.5, align="predictor", token_multiple=multiple)
+    (arrived,) = wire.decode(*wire.encode(0, False, [plan])).micro
+    local = localise(arrived, place)
+    assert (plan.num_kept, local.num_targets) == (0, 0)
+    assert local.kept_shape[0] * context >= multiple
+    assert local.padding_BK is not None
+    assert bool(local.padding_BK.all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "multiple"),
+    [
+        ({}, 1),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, 16),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, 32),
+        ({"fp4": "e2m1", "fp4_recipe": "nvfp4"}, 32),
+    ],
+)
+def test_the_multiple_is_read_off_the_hosts_precision(settings: dict[str, str], multiple: int):
+    found = row_multiple(SimpleNamespace(**settings))
+    assert found % multiple == 0
+    assert (found == 1) == (multiple == 1)
+
+
+def test_rows_of_several_samples_need_thd():
+    _, batch = random_batch([[9, 7, 12]], seed=0, length=32)
+    with pytest.raises(ValueError, match="layout='thd'"):
+        require_cut([batch], Place())
+    require_cut([batch], Place(ragged=True))
+    with pytest.raises(ValueError, match="not supported with context parallelism"):
+        require_cut([batch], Place(ragged=True, context_size=2))
+
+
+def test_without_interleaving_micro_batches_arrive_in_order():
+    assert micro_order(3, 1, 2, 1, 2) == ([0, 1, 2], [0, 1, 2])
+
+
+def test_with_interleaving_the_first_stage_hears_nothing_for_its_first_chunk():
+    arriving, returning = micro_order(4, 0, 2, 2, 2)
+    assert arriving == [0, 1, 2, 3]
+    assert returning == [0, 1, 0, 1, 2, 3, 2, 3]

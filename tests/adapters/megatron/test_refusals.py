@@ -1,0 +1,27 @@
+"""What elision would compute wrongly is refused in one line, on every rank."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+
+from tests.adapters.megatron import refusals_helper as refusals
+from tests.adapters.megatron.cases_helper import Case
+from tests.adapters.megatron.pool_helper import Pool
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_fit_is_refused_by_name_and_left_alone(pool: Pool):
+    pool.run(1, refusals.check_attach, Case())
+
+
+@pytest.mark.slow
+def test_with_interleaving_the_gather_must_be_in_the_first_chunk(pool: Pool):
+    pool.run(2, refusals.check_virtual_range, Case(pp=2, vpp=2, num_layers=8))
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_that_plans_is_an_error_of_all_replicas(pool: Pool):
+    case = Case(pp=2, dp=2)
+    pool.run(case.world, refusals.check_steps, case)

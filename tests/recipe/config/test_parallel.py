@@ -1,0 +1,164 @@
+"""`parallel`: what is refused before anything is loaded, and rows of one length in a window."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.collate import Batch
+from regate_ds.recipe.config import megatron_limits as fits
+from regate_ds.recipe.config.megatron_limits import require_decoder, require_ranks, require_student
+from regate_ds.recipe.config.sections import ParallelConfig
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.engines.megatron.padding import windows
+from regate_ds.recipe.estimate.plan_walk import data_ranks_of
+from tests.support.batches import random_batch
+
+CONFIG = """
+model: {path: student}
+data: {train: train.json}
+teacher: {store: reference}
+run: {steps: 10, out: run, accumulation: 4}
+"""
+
+TEXT: dict[str, Any] = {
+    "model_type": "llama",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "hidden_act": "silu",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 400,
+}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "others", "message"),
+    [
+        ("tensor: 0", (), "parallel.tensor=0: must be at least 1"),
+        ("context: 0", (), "parallel.context=0: must be at least 1"),
+        ("virtual: 2", (), "parallel.virtual=2: needs parallel.pipeline above 1"),
+        ("sequence: true", (), "parallel.sequence=True: needs parallel.tensor above 1"),
+        ("layout: thd", (), "parallel.layout='thd': must be one of constant, ragged"),
+        ("expert: 2", (), "parallel.expert=2: unknown key; known are tensor, pipeline"),
+        ("tensor: 2", ("model.lora={}",), "model.lora cannot be done .* set it to null"),
+        ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be done .* to store"),
+        ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be done"),
+        ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed cannot be done .* set it to null"),
+        (
+            "tensor: 2",
+            ("model.gradient_checkpointing=true",),
+            "model.gradient_checkpointing=True .* parallel.recompute to full",
+        ),
+        (
+            "pipeline: 2, virtual: 2",
+            ("elision.last_layer=3",),
+            "elision.last_layer=3 cannot be done with parallel.virtual=2; set it to null",
+        ),
+        (
+            "pipeline: 3, virtual: 2",
+            (),
+            "run.accumulation=4: with parallel.virtual=2 it must be a multiple of .*pipeline=3",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(tmp_path, parallel, others, message):
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "run.yaml", [f"parallel={{{parallel}}}", *others])
+
+
+def test_a_job_must_hold_whole_copies_of_the_model():
+    require_ranks(ParallelConfig(tensor=2, pipeline=2), 8)
+    require_ranks(ParallelConfig(tensor=2, context=2, pipeline=2), 8)
+    with pytest.raises(ValueError, match="is 4 ranks .* the job has 6; .* a multiple of 4"):
+        require_ranks(ParallelConfig(tensor=2, pipeline=2), 6)
+
+
+@pytest.mark.parametrize(
+    ("missing", "parallel", "message"),
+    [
+        ("megatron", {}, "megatron-core is not installed; pip install"),
+        (
+            "transformer_engine",
+            {"layout": "ragged"},
+            "layout=ragged: .* set parallel.layout=constant",
+        ),
+        ("transformer_engine", {"context": 2}, "context=2: .* set parallel.context=1"),
+    ],
+)
+def test_what_is_not_installed_is_named(monkeypatch, missing, parallel, message):
+    monkeypatch.setattr(fits, "is_installed", lambda package: package != missing)
+    with pytest.raises(ValueError, match=message):
+        fits.require_packages(ParallelConfig(**parallel))
+    monkeypatch.setattr(fits, "is_installed", lambda _: True)
+    fits.require_packages(ParallelConfig(**parallel))
+
+
+def test_without_a_gpu_the_way_out_is_named(monkeypatch):
+    pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+    from regate_ds.recipe.engines.megatron.groups import require_device
+
+    def none():
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch.cuda, "current_device", none)
+    with pytest.raises(ValueError, match="needs a GPU, .* set parallel=null to train on CPUs"):
+        require_device()
+
+
+@pytest.mark.parametrize(
+    ("change", "parallel", "message"),
+    [
+        ({}, ParallelConfig(pipeline=3), "4 layers cannot be cut into 3 equal parts"),
+        ({}, ParallelConfig(pipeline=4, virtual=2), "cut into 8 equal parts"),
+        ({}, ParallelConfig(tensor=4), "num_key_value_heads=2 cannot be cut over .*tensor=4"),
+        ({"vocab_size": 401}, ParallelConfig(tensor=2), "vocab_size=401 cannot be cut"),
+        ({"model_type": "mistral"}, ParallelConfig(), "decoder 'mistral' has no counterpart"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ParallelConfig(), "rope_type='yarn'"),
+        ({"attention_bias": True}, ParallelConfig(), "attention_bias=True in the decoder"),
+        ({"hidden_act": "gelu"}, ParallelConfig(), "hidden_act='gelu' is not supported"),
+    ],
+)
+def test_a_student_that_does_not_fit_is_refused(change, parallel, message):
+    require_student("llava", SimpleNamespace(**TEXT), ParallelConfig(tensor=2, pipeline=2))
+    with pytest.raises(ValueError, match=message):
+        require_student("llava", SimpleNamespace(**TEXT | change), parallel)
+
+
+def test_other_students_than_llava_are_refused():
+    with pytest.raises(ValueError, match="a qwen2_vl student cannot be trained with parallel"):
+        require_student("qwen2_vl", SimpleNamespace(**TEXT), ParallelConfig())
+
+
+def test_a_qwen2_decoder_fits():
+    require_decoder(SimpleNamespace(**TEXT | {"model_type": "qwen2", "use_sliding_window": False}))
+
+
+@pytest.mark.parametrize(("parallel", "size"), [(None, 8), (ParallelConfig(tensor=4), 2)])
+def test_a_plan_is_walked_for_the_data_ranks(parallel, size):
+    assert data_ranks_of(parallel, 8) == size
+
+
+def test_a_windows_rows_get_one_length_that_can_be_cut():
+    batches = []
+    for lengths in ([[5], [7]], [[9], [3]], [[4], [4]], [[6], [2]]):
+        ids_BT, tokens = random_batch(lengths, seed=1)
+        batches.append(Batch({"input_ids": ids_BT, "pixel_values": torch.ones(2)}, tokens))
+    found = list(windows(iter(batches), 2, pad_id=3, multiple=4))
+    assert [[b.inputs["input_ids"].shape[1] for b in window] for window in found] == [
+        [12, 12],
+        [8, 8],
+    ]
+    for before, after in zip(batches, [b for window in found for b in window], strict=True):
+        length = before.tokens.segment_BT.shape[1]
+        assert torch.equal(after.inputs["input_ids"][:, :length], before.inputs["input_ids"])
+        assert (after.inputs["input_ids"][:, length:] == 3).all()
+        assert torch.equal(after.tokens.segment_BT[:, :length], before.tokens.segment_BT)
+        assert (after.tokens.segment_BT[:, length:] == -1).all()
+        assert (after.tokens.labels_BT[:, length:] == IGNORE).all()
+        assert after.tokens.keys == before.tokens.keys
+        assert after.inputs["pixel_values"] is before.inputs["pixel_values"]

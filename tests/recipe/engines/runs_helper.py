@@ -1,0 +1,112 @@
+"""Runs of the recipe with `parallel`, on every rank's worker."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from regate_ds.job.process import Process
+from regate_ds.recipe.checkpoint import save_model
+from regate_ds.recipe.config import megatron_limits as fits
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.corpus import load_corpus
+from regate_ds.recipe.engines.megatron import decoder as student
+from regate_ds.recipe.engines.megatron.engine import MegatronEngine, forward_step
+from regate_ds.recipe.preflight import judge_run
+from regate_ds.recipe.trainer import Trainer
+from tests.adapters.megatron.checks_helper import dismantle
+from tests.megatron.shim import layer_spec
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the corpus in ``folder``; the weights, metrics and checkpoints go to ``out``."""
+
+    folder: Path
+    out: str
+    overrides: tuple[str, ...]
+    stop_after: int | None = None
+    """Steps after which the machine is lost."""
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledTrainer(Trainer):
+    """Stops as a lost machine would: nothing is written."""
+
+    stop_after = 0
+
+    def _after(self, done: int) -> None:
+        super()._after(done)
+        if done == self.stop_after:
+            raise Killed
+
+
+def trainer_of(run: Run, kind: type[Trainer] = Trainer) -> Trainer:
+    config = load_config(
+        run.folder / "run.yaml", [f"run.out={run.folder / run.out}", *run.overrides]
+    )
+    judge_run(config)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return kind(config, load_corpus(config), Process(rank, world_size, torch.device("cpu")))
+
+
+def train(run: Run) -> None:
+    trainer = trainer_of(run, Trainer if run.stop_after is None else KilledTrainer)
+    assert isinstance(trainer.engine, MegatronEngine)
+    if isinstance(trainer, KilledTrainer):
+        trainer.stop_after = run.stop_after
+    try:
+        trainer.run()
+    except Killed:
+        assert run.stop_after is not None
+    dismantle(trainer.engine.chunks)
+
+
+def _own_layers(**settings: Any) -> Any:
+    return layer_spec(get_gpt_layer_local_spec(**settings), own_attention=True)
+
+
+def train_with_own_attention(run: Run) -> None:
+    """Packed rows and context ranks, in the place of Transformer Engine's attention."""
+    with (
+        mock.patch.object(fits, "is_installed", return_value=True),
+        mock.patch.object(student, "get_gpt_layer_local_spec", _own_layers),
+    ):
+        train(run)
+
+
+def train_plainly(run: Run) -> None:
+    """Megatron's own loop over the same micro-batches, without us: the same weights bit for bit."""
+    trainer = trainer_of(run)
+    assert isinstance(trainer.engine, MegatronEngine)
+    host, schedule = trainer.engine, get_forward_backward_func()
+    assert not any(m._forward_pre_hooks for chunk in host.chunks for m in chunk.modules())
+    for step, window in enumerate(host.windows(trainer._loader(0))):
+        for chunk in host.chunks:
+            chunk.zero_grad_buffer()
+        host.optimizer.zero_grad()
+        for group in host.optimizer.param_groups:
+            group["lr"] = 1e-3 * [1 / 3, 2 / 3][step]
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(window),
+            model=host.chunks[0],
+            num_microbatches=len(window),
+            seq_length=window[0].tokens.segment_BT.shape[1],
+            micro_batch_size=2,
+            forward_only=False,
+        )
+        host.optimizer.step()
+    with host.full_model() as model:
+        save_model(trainer.folder.model, trainer.corpus.student, model, trainer.process)
+    dismantle(host.chunks)

@@ -1,0 +1,170 @@
+"""`regate train` with `parallel`: the run of the DeepSpeed host, step by step, under any cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.paths import ROOT
+
+pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
+
+from regate_ds.recipe.reports.compare import compare_runs
+from tests.adapters.megatron.pool_helper import Pool
+from tests.recipe.engines.reference_helper import STEPS
+from tests.recipe.engines.runs_helper import Run, train, train_plainly, train_with_own_attention
+
+TIMES = {"step_seconds", "cpu_seconds"}
+
+TIMEOUT_SECONDS = 400
+"""Of a whole run, its model's loading and its evaluation, on a loaded machine."""
+
+
+def start(*command: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with its reference losses and a run on DeepSpeed."""
+    folder = tmp_path_factory.mktemp("recipe")
+    start("tests.recipe.engines.reference_helper", str(folder))
+    return folder
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def require_equal_runs(found: Path, wanted: Path) -> None:
+    """All counts exactly; loss, norm and weights but for the order of sums in single precision."""
+    rounded = {"loss", "grad_norm", "lr"}
+    for mine, theirs in zip(rows(found), rows(wanted), strict=True):
+        assert mine.keys() == theirs.keys()
+        # Rows are padded to one length in a window, not in each micro-batch.
+        for key in mine.keys() - rounded - TIMES - {"padded"}:
+            assert mine[key] == theirs[key], (key, mine, theirs)
+        for key in rounded:
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-6), (key, mine, theirs)
+    mine, theirs = weights(found), weights(wanted)
+    for name, weight in theirs.items():
+        # The gradient of a key's bias is zero in theory: its steps are made of rounding.
+        if not name.endswith("k_proj.bias"):
+            error = float((mine[name] - weight).norm())
+            assert error <= 1e-5 * float(weight.norm()) + 1e-7, (name, error)
+
+
+CUTS = [
+    (2, "tensor: 2, sequence: true, recompute: selective", ()),
+    (2, "pipeline: 2, virtual: 2", ()),
+    (2, "context: 2, layout: ragged", ()),
+    (4, "tensor: 2, pipeline: 2, sequence: true, recompute: full", ()),
+    (2, "distributed_optimizer: true", ("run.accumulation=2",)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "parallel", "more"), CUTS, ids=[c[1] for c in CUTS])
+def test_every_cut_makes_the_run_of_one_deepspeed_rank(
+    pool: Pool, corpus: Path, world: int, parallel: str, more: tuple[str, ...]
+):
+    out = parallel.replace(": ", "").replace(", ", "-")
+    kind = train_with_own_attention if "context" in parallel else train
+    pool.run(world, kind, Run(corpus, out, (f"parallel={{{parallel}}}", *more)), TIMEOUT_SECONDS)
+    require_equal_runs(corpus / out, corpus / "deepspeed")
+    summaries = [
+        json.loads((corpus / name / "summary.json").read_text()) for name in (out, "deepspeed")
+    ]
+    assert summaries[0].keys() == summaries[1].keys()
+    for key in ("accuracy_visual", "accuracy_plain", "tokens_processed", "num_words_plain"):
+        assert summaries[0][key] == summaries[1][key]
+    assert summaries[0]["loss"] == pytest.approx(summaries[1]["loss"], rel=1e-6)
+    table = compare_runs([corpus / out, corpus / "deepspeed"])
+    assert "note: parallel." in table
+
+
+@pytest.mark.slow
+def test_ragged_rows_make_the_run_of_rows_of_one_length(pool: Pool, corpus: Path):
+    # Ragged rows fill their total, the others each row: neither has to here.
+    for layout, kind in (("constant", train), ("ragged", train_with_own_attention)):
+        parallel = f"parallel={{pipeline: 2, layout: {layout}}}"
+        run = Run(corpus, layout, (parallel, "elision.token_multiple=1"))
+        pool.run(2, kind, run, TIMEOUT_SECONDS)
+    require_equal_runs(corpus / "ragged", corpus / "constant")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
+    parallel = "parallel={pipeline: 2, distributed_optimizer: true}"
+    common = (parallel, "run.accumulation=2", "run.save_every=3")
+    pool.run(4, train, Run(corpus, "whole", common), TIMEOUT_SECONDS)
+    require_equal_runs(corpus / "whole", corpus / "deepspeed")
+    pool.run(4, train, Run(corpus, "resumed", common, stop_after=4), TIMEOUT_SECONDS)
+    pool.run(4, train, Run(corpus, "resumed", (*common, "run.resume=true")), TIMEOUT_SECONDS)
+    whole, resumed = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in rows(corpus / name)]
+        for name in ("whole", "resumed")
+    )
+    assert resumed == whole
+    for name, weight in weights(corpus / "whole").items():
+        assert torch.equal(weights(corpus / "resumed")[name], weight), name
+    mine, theirs = (
+        [np.load(path)["values"] for path in sorted(last.glob("difficulty-*.npz"))]
+        for last in (
+            corpus / name / "checkpoints" / f"step-{STEPS:06d}" / "regate"
+            for name in ("whole", "resumed")
+        )
+    )
+    assert len(mine) == 2
+    assert any(values.any() for values in mine)
+    assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.slow
+def test_without_elision_the_run_is_megatrons_own_bit_for_bit(pool: Pool, corpus: Path):
+    common = ("parallel.pipeline=2", "elision.enabled=false", "run.steps=2")
+    pool.run(2, train, Run(corpus, "off", (*common, "optimizer.warmup_steps=3")), TIMEOUT_SECONDS)
+    pool.run(
+        2,
+        train_plainly,
+        Run(corpus, "plain", (*common, "optimizer.warmup_steps=3")),
+        TIMEOUT_SECONDS,
+    )
+    for name, weight in weights(corpus / "plain").items():
+        assert torch.equal(weights(corpus / "off")[name], weight), name
+    assert [row["dense"] for row in rows(corpus / "off")] == [True, True]
+
+
+@pytest.mark.slow
+def test_the_command_trains_in_half_precision(corpus: Path):
+    more = ("parallel={tensor: 1}", "run.precision=bf16", "model.freeze_vision=true")
+    out = f"run.out={corpus / 'half'}"
+    start("tests.recipe.engines.main_helper", "train", str(corpus / "run.yaml"), out, *more)
+    found, wanted = rows(corpus / "half"), rows(corpus / "deepspeed")
+    assert [row["answer_kept"] for row in found] == [row["answer_kept"] for row in wanted]
+    assert [row["loss"] for row in found] == pytest.approx(
+        [row["loss"] for row in wanted], rel=0.02
+    )
+    assert all(w.dtype == torch.bfloat16 for w in weights(corpus / "half").values())

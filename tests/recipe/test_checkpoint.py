@@ -1,0 +1,200 @@
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from regate_ds.job.process import Process
+from regate_ds.recipe.checkpoint import (
+    COMPLETE,
+    Done,
+    latest,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from regate_ds.recipe.engines.deepspeed import ZeroEngine
+from tests.support.power import Disk, PowerFailure, copy_of
+
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def write(folder, *steps, complete=True):
+    for step in steps:
+        (folder / f"step-{step:06d}").mkdir()
+        if complete:
+            (folder / f"step-{step:06d}" / COMPLETE).touch()
+
+
+def point_to(folder, step):
+    (folder / "latest").write_text(f"step-{step:06d}\n")
+
+
+def steps(folder):
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+
+def test_the_pointer_may_end_in_a_new_line(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    assert latest(tmp_path) == "step-000005"
+
+
+def test_a_pointer_to_a_missing_folder_says_what_is_there(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 6)
+    with pytest.raises(ValueError, match=r"names 'step-000006', .* \(there are: step-000005\)"):
+        latest(tmp_path)
+
+
+def test_old_checkpoints_go_by_the_number_of_their_step(tmp_path):
+    write(tmp_path, 999_998, 999_999, 1_000_000)
+    point_to(tmp_path, 1_000_000)
+    prune_checkpoints(tmp_path, 2)
+    assert steps(tmp_path) == [999_999, 1_000_000]
+
+
+def test_one_that_is_cut_short_does_not_count(tmp_path):
+    write(tmp_path, 2, 4, 8)
+    write(tmp_path, 6, complete=False)
+    point_to(tmp_path, 8)
+    prune_checkpoints(tmp_path, 2)
+    assert steps(tmp_path) == [4, 6, 8]
+
+
+def test_one_whose_deletion_was_cut_short_does_not_count(tmp_path, monkeypatch):
+    write(tmp_path, 2, 4)
+    point_to(tmp_path, 4)
+    monkeypatch.setattr("shutil.rmtree", lambda _: None)
+    prune_checkpoints(tmp_path, 1)
+    assert [path.parent.name for path in tmp_path.glob(f"*/{COMPLETE}")] == ["step-000004"]
+
+
+def test_those_beyond_the_newest_do_not_displace_it(tmp_path):
+    write(tmp_path, 2, 4, 6, 8, 9)
+    point_to(tmp_path, 6)
+    prune_checkpoints(tmp_path, 1)
+    assert steps(tmp_path) == [6, 8, 9]
+
+
+REGATE: Any = SimpleNamespace(save=lambda _: None, load=lambda *_: None)
+
+
+def host(stage, loads=None):
+    made: Any = SimpleNamespace(
+        zero_optimization_stage=lambda: stage, load_checkpoint=lambda *_, **__: loads
+    )
+    return ZeroEngine(made, REGATE, ALONE)
+
+
+def test_another_number_of_ranks_is_refused_where_the_optimizer_is_cut_by_rank(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    for rank in (0, 1):
+        (tmp_path / "step-000005" / f"random-{rank}.pt").touch()
+    with pytest.raises(ValueError, match="of 2 ranks under ZeRO stage 1, this job has 1"):
+        load_checkpoint(tmp_path, host(1), ALONE)
+
+
+def test_a_checkpoint_without_the_engines_files_is_named(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    with pytest.raises(ValueError, match="step-000005 cannot be read .* lacks the engine's files"):
+        load_checkpoint(tmp_path, host(0, (None, None)), ALONE)
+
+
+def test_without_a_checkpoint_the_way_out_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint; to start anew, delete"):
+        load_checkpoint(tmp_path, host(0), ALONE)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A job of one process without a group."""
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    engine: Any = SimpleNamespace(
+        zero_optimization_stage=lambda: 0,
+        save_checkpoint=lambda folder, tag, **_: (Path(folder) / tag).mkdir(parents=True),
+        load_checkpoint=lambda folder, tag: (folder, {"step": int(tag[5:]), "fingerprint": "ab"}),
+    )
+    return ZeroEngine(engine, REGATE, ALONE)
+
+
+DONE = Done(5, "ab")
+
+
+def test_nothing_is_left_of_a_step_that_was_saved_before(tmp_path, alone):
+    write(tmp_path, 5)
+    (tmp_path / "step-000005" / "random-7.pt").touch()
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    assert {p.name for p in (tmp_path / "step-000005").iterdir()} == {"complete", "random-0.pt"}
+    assert latest(tmp_path) == "step-000005"
+
+
+def test_a_rank_that_the_saved_run_did_not_have_keeps_its_random_state(tmp_path, alone):
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert load_checkpoint(tmp_path, alone, Process(1, 2, torch.device("cpu"))) == DONE
+    assert torch.equal(torch.get_rng_state(), before)
+    load_checkpoint(tmp_path, alone, ALONE)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"no pickle"])
+def test_a_damaged_random_file_is_named_with_its_checkpoint(tmp_path, alone, content):
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    (tmp_path / "step-000005" / "random-0.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="step-000005 cannot be read .* name an earlier"):
+        load_checkpoint(tmp_path, alone, ALONE)
+
+
+def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path, alone):
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+
+    def fill(*_, **__):
+        raise RuntimeError("[enforce fail] unexpected pos 8896 vs 8788")
+
+    alone.engine.save_checkpoint = fill
+    with pytest.raises(RuntimeError, match=r"step-000006 cannot be written .* MB are free"):
+        save_checkpoint(tmp_path, replace(DONE, step=6), alone, ALONE)
+    assert latest(tmp_path) == "step-000005"
+
+
+def test_a_run_goes_on_with_its_own_data_only():
+    DONE.require("ab")
+    with pytest.raises(ValueError, match="is of data with fingerprint ab, this job's has cd"):
+        DONE.require("cd")
+
+
+def test_the_newest_checkpoint_is_whole_after_a_power_failure_at_any_step(
+    tmp_path, alone, monkeypatch
+):
+    def save(folder, tag, **_):
+        (Path(folder) / tag).mkdir(parents=True)
+        (Path(folder) / tag / "engine.pt").write_bytes(tag.encode() * 100)
+
+    alone.engine.save_checkpoint = save
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run", DONE, alone, ALONE)
+    found, step = set(), 0
+    while "step-000006" not in found or step < 8:
+        root = copy_of(tmp_path / "run", tmp_path / f"{step}")
+        with monkeypatch.context() as patch, suppress(PowerFailure):
+            disk = Disk(root, patch, fail_at=step)
+            save_checkpoint(root, replace(DONE, step=6), alone, ALONE)
+        for keeps_names in (False, True):
+            place = tmp_path / f"{step} {keeps_names}"
+            left = disk.after_power_failure(place, keeps_names=keeps_names)
+            tag = latest(left)
+            assert tag is not None
+            assert (left / tag / "engine.pt").read_bytes() == tag.encode() * 100
+            assert (left / tag / COMPLETE).is_file()
+            torch.load(left / tag / "random-0.pt")
+            found.add(tag)
+        step += 1
+    assert found == {"step-000005", "step-000006"}

@@ -1,0 +1,143 @@
+"""Small random students for tests, and batches for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from tests.support.batches import VOCABULARY, random_batch
+
+IMAGE_TOKEN = 60
+__all__ = ["VOCABULARY", "random_batch"]
+_CAUSAL = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+
+
+def text_config(
+    kind: str = "llama", *, num_layers: int = 3, heads: tuple[int, int] = (4, 2), **extra
+):
+    config_class, _ = _CAUSAL[kind]
+    if kind == "mistral":
+        extra = {"sliding_window": None, **extra}
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+    return config_class(**{**fields, **extra})
+
+
+def causal_lm(kind: str = "llama", attention: str = "sdpa", **sizes) -> nn.Module:
+    torch.manual_seed(0)
+    config = text_config(kind, **sizes)
+    config._attn_implementation = attention
+    model = _CAUSAL[kind][1](config)
+    return _enlarge(model).train()
+
+
+def llava(attention: str = "sdpa", **sizes) -> nn.Module:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=32,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text_config(**sizes),
+        image_token_index=IMAGE_TOKEN,
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    config._attn_implementation = attention
+    model = LlavaForConditionalGeneration(config)
+    # Not the tower: large weights there would make its own gradients ill-conditioned in fp32.
+    _enlarge(model.model.language_model)
+    return model.train()
+
+
+def qwen2_vl(attention: str = "sdpa", *, num_layers: int = 3) -> nn.Module:
+    """Rotary positions with three axes; an image of h x w merged patches is h * w tokens."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "mrope_section": [1, 1, 2],
+        },
+    }
+    vision = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "hidden_size": 32}
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = attention
+    model = Qwen2VLForConditionalGeneration(config)
+    _enlarge(model.model.language_model)
+    return model.train()
+
+
+def _enlarge(model: nn.Module) -> nn.Module:
+    """Weights large enough that what a token attends to shows in the result."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model
+
+
+def with_images(input_ids_BT: Tensor, batch: TokenBatch, sizes: list[int]) -> TokenBatch:
+    """Write an image of that many placeholders from position 1 of each row; 0 leaves it as text.
+
+    Changes ``input_ids_BT``; returns the batch without targets that are placeholders.
+    """
+    for r, size in enumerate(sizes):
+        input_ids_BT[r, 1 : 1 + size] = IMAGE_TOKEN
+    is_target_BT = input_ids_BT.roll(-1, 1) == IMAGE_TOKEN
+    labels_BT = batch.labels_BT.masked_fill(is_target_BT, IGNORE)
+    return TokenBatch(batch.keys, batch.segment_BT, labels_BT)
+
+
+def packed_positions(batch: TokenBatch) -> Tensor:
+    """Positions that restart in each sample, and in the padding."""
+    positions = torch.zeros_like(batch.segment_BT)
+    for r, row in enumerate(batch.segment_BT.tolist()):
+        for t in range(1, len(row)):
+            positions[r, t] = positions[r, t - 1] + 1 if row[t] == row[t - 1] else 0
+    return positions
