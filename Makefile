@@ -45,7 +45,7 @@ $(VENV19)/ready:
 test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py311.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py312.json
-	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/megatron
+	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/adapters/megatron tests/recipe/engines
 	$(BIN)/python -m tests.adapters.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with

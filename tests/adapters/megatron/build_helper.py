@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from regate_ds.adapters.megatron_on_cpu.modules import Norm, layer_spec
 from tests.adapters.megatron.cases_helper import (
     EXPERTS,
     FFN,
@@ -28,7 +29,6 @@ from tests.adapters.megatron.cases_helper import (
     Case,
 )
 from tests.adapters.megatron.llava_helper import llava
-from tests.megatron.shim import Norm, layer_spec
 
 
 def join(case: Case) -> None:

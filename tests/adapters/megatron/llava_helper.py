@@ -16,9 +16,9 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
+from regate_ds.adapters.megatron_on_cpu.modules import Norm, layer_spec
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from tests.adapters.megatron.cases_helper import VOCABULARY, Case, Item
-from tests.megatron.shim import Norm, layer_spec
 from tests.support.batches import random_batch
 
 IMAGE, PATCH = 8, 4

@@ -1,8 +1,10 @@
 """Every layout with every way to run it, against the plain model; the table of docs/numerics.md.
 
-python -m tests.adapters.megatron.matrix run FILE.json [TEXT]  on each version of megatron-core; only layouts
-                                                      whose name holds the text
-python -m tests.adapters.megatron.matrix write FILE.json...    the table from what was run
+    python -m tests.adapters.megatron.matrix run FILE.json [TEXT]
+    python -m tests.adapters.megatron.matrix write FILE.json...
+
+``run`` on each version of megatron-core, only layouts whose name holds the text; ``write`` makes the
+table from what was run.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ packed sequences (thd), so that the tests bring one; on GPUs Transformer Engine'
 "last_layer n": the gated range ends before layer n of the four, and the full sequence goes on. Of f
 full and k kept rows of a micro-batch, each of e pipeline edges inside the range carries k, and one
 message past the stages between carries f - k: e k + (f - k) rows each way in place of e f. That is
-nothing saved over one edge, and more the more there are (tests/adapters/megatron/test_loop.py counts them).
+nothing saved over one edge, and more the more there are (counted in
+tests/adapters/megatron/test_loop.py).
 A dash is a case that no run reached.
 """
 

@@ -330,7 +330,13 @@ def test_the_example_of_a_loop_runs_as_its_page_says(tmp_path: Path):
     # As docs/megatron_core.md has it; only the shim stands between the command and the script.
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        + ["--nproc-per-node", "2", "-m", "tests.megatron.on_cpu", "launch/megatron_core_loop.py"]
+        + [
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "regate_ds.adapters.megatron_on_cpu",
+            "launch/megatron_core_loop.py",
+        ]
         + ["--pipeline", "2", "--steps", "4", "--out", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

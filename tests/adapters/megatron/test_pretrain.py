@@ -64,7 +64,14 @@ def pretrain(config: Path | None, *more: str, ranks: int = 1) -> dict[int, tuple
     command = [script] if config is None else [wrapper, "--regate-config", str(config), script]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", *launch, "-m", "tests.megatron.on_cpu"]
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            *launch,
+            "-m",
+            "regate_ds.adapters.megatron_on_cpu",
+        ]
         + [*command, *ARGUMENTS, *more],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"},

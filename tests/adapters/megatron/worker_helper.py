@@ -29,7 +29,7 @@ def work(rank: int, pipe: Connection, log_path: str, parent: int) -> None:
         import torch
 
         torch.set_num_threads(1)
-        from tests.megatron.shim import install
+        from regate_ds.adapters.megatron_on_cpu.shim import install
 
         install()
         while True:

@@ -1,4 +1,6 @@
-"""The `regate` command on CPUs with `parallel`: ``python -m tests.recipe.engines.main_helper train ...``.
+"""The `regate` command on CPUs with `parallel`.
+
+    python -m tests.recipe.engines.main_helper train ...
 
 Megatron-core asks for CUDA by name; the shim answers. Ranks are announced by the environment.
 """
@@ -7,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
+from regate_ds.adapters.megatron_on_cpu.shim import install
 from regate_ds.cli import main
-from tests.megatron.shim import install
 
 if __name__ == "__main__":
     install()

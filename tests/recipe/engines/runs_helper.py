@@ -12,6 +12,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from regate_ds.adapters.megatron_on_cpu.modules import layer_spec
 from regate_ds.job.process import Process
 from regate_ds.recipe.checkpoint import save_model
 from regate_ds.recipe.config import megatron_limits as fits
@@ -22,7 +23,6 @@ from regate_ds.recipe.engines.megatron.engine import MegatronEngine, forward_ste
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.trainer import Trainer
 from tests.adapters.megatron.checks_helper import dismantle
-from tests.megatron.shim import layer_spec
 
 
 @dataclass(frozen=True)

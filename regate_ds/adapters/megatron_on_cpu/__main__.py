@@ -1,6 +1,8 @@
-"""Run a script of Megatron-LM's kind on CPUs: python -m tests.megatron.on_cpu SCRIPT [ARGUMENT ...]
+"""Run a script of Megatron-LM's kind on CPUs, to try it.
 
-Adds to the shim what ``megatron.training`` asks of CUDA. Tests only.
+    python -m regate_ds.adapters.megatron_on_cpu SCRIPT [ARGUMENT ...]
+
+Adds to the shim what ``megatron.training`` asks of CUDA.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from typing import Any
 
 import torch
 
-from tests.megatron import shim
+from regate_ds.adapters.megatron_on_cpu import shim
+from regate_ds.adapters.megatron_on_cpu.modules import Norm
 
 
-def install() -> None:
+def install_for_training() -> None:
     shim.install()
     # One device, so that Megatron makes its groups; its name is never used.
     torch.cuda.device_count = lambda: 1
@@ -30,7 +33,7 @@ def install() -> None:
     from megatron.training import initialize, training
 
     # Without Transformer Engine its norm is torch's, which does not take the arguments it is given.
-    CLIPViTModel.__init__ = partialmethod(CLIPViTModel.__init__, ln_pre_impl=shim.Norm)  # type: ignore
+    CLIPViTModel.__init__ = partialmethod(CLIPViTModel.__init__, ln_pre_impl=Norm)  # type: ignore
 
     # The wheel has them compiled, and no makefile.
     initialize._compile_dependencies = lambda: None
@@ -46,6 +49,6 @@ class _Event:
 
 
 if __name__ == "__main__":
-    install()
+    install_for_training()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
