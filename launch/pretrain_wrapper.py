@@ -3,7 +3,7 @@
 
     torchrun ... launch/pretrain_wrapper.py --regate-config FILE pretrain_gpt.py --num-layers 32 ...
 
-FILE (YAML) holds the keys of HostSettings in regate_ds/adapters/megatron/loops/deferred.py;
+FILE (YAML) holds the keys of LoopSettings in regate_ds/adapters/megatron/loops/deferred.py;
 docs/megatron_lm.md has an example. The script is not changed and sees none of this.
 """
 
@@ -44,10 +44,10 @@ def main() -> None:
     # script is the one that it runs with.
     sys.argv = command
     sys.path[0] = str(script.resolve().parent)
-    from regate_ds.adapters.megatron.loops.deferred import HostSettings
+    from regate_ds.adapters.megatron.loops.deferred import LoopSettings
     from regate_ds.adapters.megatron.loops.megatron_lm import installed
 
-    settings = read_section(HostSettings, read_yaml(Path(config).read_text()), where="")
+    settings = read_section(LoopSettings, read_yaml(Path(config).read_text()), where="")
     with installed(settings):
         runpy.run_path(str(script), run_name="__main__")
 

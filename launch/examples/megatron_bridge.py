@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 launch/examples/megatron_bridge.py FILE llama32_1b_pretrain_config
 
-FILE (YAML) holds the keys of HostSettings (regate_ds/adapters/megatron/loops/deferred.py), as for
+FILE (YAML) holds the keys of LoopSettings (regate_ds/adapters/megatron/loops/deferred.py), as for
 launch/pretrain_wrapper.py; a recipe is a function of megatron.bridge.recipes.llama. Its data are
 mock data: to train on your own, set ``config.dataset`` and score it (docs/megatron_bridge.md).
 """
@@ -16,14 +16,14 @@ from megatron.bridge.recipes import llama
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
-from regate_ds.adapters.megatron.loops.deferred import HostSettings
+from regate_ds.adapters.megatron.loops.deferred import LoopSettings
 from regate_ds.adapters.megatron.loops.megatron_bridge import installed_in_bridge
 from regate_ds.settings.section import read_section
 from regate_ds.settings.yaml import read_yaml
 
 
 def main(file: str, recipe: str) -> None:
-    settings = read_section(HostSettings, read_yaml(Path(file).read_text()), where="")
+    settings = read_section(LoopSettings, read_yaml(Path(file).read_text()), where="")
     if not hasattr(llama, recipe):
         sys.exit(f"{recipe}: not in megatron.bridge.recipes.llama; give the name of a recipe there")
     config = getattr(llama, recipe)()

@@ -23,7 +23,7 @@ SampleKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch on the host (CPU): labels shifted once, samples named, padding marked."""
+    """One micro-batch in CPU memory: labels shifted once, samples named, padding marked."""
 
     keys: tuple[tuple[SampleKey, ...], ...]
     """For each row, the samples in it, in reading order (one, unless rows are packed)."""

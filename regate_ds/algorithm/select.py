@@ -1,7 +1,7 @@
 """Turn scores into a plan: which positions of each row enter the gated layers.
 
 Shapes: B rows, T positions, K slots of a packed row, R real (not padding) slots of the whole
-micro-batch, N label positions of the micro-batch in reading order. All of this runs on the host.
+micro-batch, N label positions of the micro-batch in reading order. All of this runs on the CPU.
 """
 
 # torch's own types have gaps.

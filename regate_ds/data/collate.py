@@ -36,7 +36,7 @@ class Batch:
     tokens: TokenBatch
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move the tensors of ``inputs``; ``tokens`` stay on the host, where planning happens."""
+        """Move the tensors of ``inputs``; ``tokens`` stay on the CPU, where planning happens."""
         return Batch(moved(self.inputs, device), self.tokens)
 
     def pin_memory(self) -> Batch:

@@ -39,8 +39,8 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def host_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
-    """Of these groups of ranks the one with this rank, on a backend of the host's memory; ``None``
+def cpu_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
+    """Of these groups of ranks the one with this rank, on a backend of CPU memory; ``None``
     if it is alone. Collective over the world: every rank makes every group, in the same order."""
     # Torch's fake backend, for dry runs, has no groups of another backend.
     return own_group(groups, None if dist.get_backend() == "fake" else "gloo")
@@ -48,7 +48,7 @@ def host_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
 
 def own_group(groups: Sequence[Sequence[int]], backend: str | None = None) -> ProcessGroup | None:
     """Of these groups of ranks the one with this rank; ``None`` if it is alone. Collective over the
-    world, as ``host_group``. backend: ``None`` is the world's own."""
+    world, as ``cpu_group``. backend: ``None`` is the world's own."""
     own: Any = None
     for ranks in groups:
         made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None

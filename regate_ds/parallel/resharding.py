@@ -1,4 +1,4 @@
-"""Move rows between the ranks of a group: who sends what is decided from a plan that all know.
+"""Move rows between the ranks of a group: who sends what is decided from what all ranks know.
 
 A sequence is cut over context ranks in zigzag (rank r of n holds the chunks r and 2n-1-r; of each
 sample, where several lie behind one another) and each piece over tensor ranks in order (Megatron's
@@ -113,7 +113,7 @@ class Route:
         return sum(self.num_sent) - self.num_sent[rank]
 
 
-def plan_route(before: Rows, after: Rows, rank: int, size: int) -> Route:
+def make_route(before: Rows, after: Rows, rank: int, size: int) -> Route:
     """The part of ``rank`` of ``size`` in moving row ``before[i]`` to ``after[i]`` for all i.
 
     Each row moves at most once; a row after the move that nothing arrives at is zero.

@@ -44,7 +44,7 @@ def cut_batches(
     return batches
 
 
-def plan_shards(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) -> list[list[int]]:
+def cut_shards(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) -> list[list[int]]:
     """Cut rows, int64 [R], into shards of whole batches; to ``cut_batches`` a shard gives these
     batches again."""
     batches = cut_batches(by_length(rows_R, num_positions), num_positions, tokens_per_batch)

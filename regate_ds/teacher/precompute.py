@@ -24,7 +24,7 @@ from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.lifecycle import await_store, begin_store, is_complete
 from regate_ds.stores.reference.writer import ReferenceWriter
-from regate_ds.teacher.batching import RowBatch, cut_batches, padded_tokens, plan_shards, share_out
+from regate_ds.teacher.batching import RowBatch, cut_batches, cut_shards, padded_tokens, share_out
 from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
@@ -70,8 +70,8 @@ class TeacherJob:
     def begin(self) -> None:
         """Make the store ready for writers."""
         lengths, limit = self.index.num_positions, self.tokens_per_batch
-        plan = partial(plan_shards, num_positions=lengths, tokens_per_batch=limit)
-        begin_store(self.store, self.index, self.teacher_id, plan, limit)
+        cut = partial(cut_shards, num_positions=lengths, tokens_per_batch=limit)
+        begin_store(self.store, self.index, self.teacher_id, cut, limit)
 
     def batches(self, rows: Sequence[int]) -> list[RowBatch]:
         """What is read together of a shard's rows."""

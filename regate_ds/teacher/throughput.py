@@ -63,7 +63,7 @@ def measure_share(
             run(batch)
         for run in (score, plain):
             begin = time.perf_counter()
-            # Both return values on the host, so that the device has ended its work.
+            # Both return values in CPU memory, so that the device has ended its work.
             run(batch)
             seconds[run] += time.perf_counter() - begin
     return seconds[plain] / seconds[score] if batches else None

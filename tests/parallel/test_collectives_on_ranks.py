@@ -14,7 +14,7 @@ from regate_ds.parallel.collectives import (
     sum_over,
 )
 from regate_ds.parallel.layout import rank_in, size_of
-from regate_ds.parallel.resharding import Rows, move_rows, plan_route
+from regate_ds.parallel.resharding import Rows, make_route, move_rows
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def check_moved_rows(rank: int, world_size: int) -> None:
     before = Rows(source // (2 * rows), source % (2 * rows))
     after = Rows(target // moved, target % moved)
     mine = x[rank].clone().requires_grad_()
-    route = plan_route(before, after, rank, world_size)
+    route = make_route(before, after, rank, world_size)
     out = move_rows(mine, route, (moved, 1), dist.group.WORLD)
     (out * weight[rank]).sum().backward()
     whole = x.clone().requires_grad_()

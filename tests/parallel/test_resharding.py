@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_ds.parallel.layout import replicas
-from regate_ds.parallel.resharding import Route, Rows, SequenceCut, move_rows, plan_route
+from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route, move_rows
 
 CUTS = [SequenceCut(), SequenceCut(2), SequenceCut(1, 4), SequenceCut(2, 2), SequenceCut(4, 2)]
 
@@ -47,7 +47,7 @@ def test_a_length_that_does_not_divide_is_refused(lengths: tuple[int, ...]):
 
 
 def routes(before: Rows, after: Rows, size: int) -> list[Route]:
-    return [plan_route(before, after, rank, size) for rank in range(size)]
+    return [make_route(before, after, rank, size) for rank in range(size)]
 
 
 def test_what_a_rank_sends_is_what_the_other_expects():
@@ -72,7 +72,7 @@ def test_gradients_go_back_the_way_rows_came():
     x = torch.randn(5, 2, 3, dtype=torch.double, requires_grad=True)
     before = Rows(torch.zeros(4, dtype=torch.long), torch.tensor([7, 1, 3, 8]))
     after = Rows(torch.zeros(4, dtype=torch.long), torch.arange(4))
-    route = plan_route(before, after, 0, 1)
+    route = make_route(before, after, 0, 1)
     moved = move_rows(x, route, (3, 2), None)
     assert torch.equal(moved.view(6, 3)[:4], x.view(10, 3)[[7, 1, 3, 8]])
     assert not moved.view(6, 3)[4:].any()

@@ -2,7 +2,7 @@
 
 import torch
 
-from regate_ds.teacher.batching import by_length, cut_batches, padded_tokens, plan_shards, share_out
+from regate_ds.teacher.batching import by_length, cut_batches, cut_shards, padded_tokens, share_out
 
 
 def plan_batches(lengths: torch.Tensor, tokens_per_batch: int) -> list[list[int]]:
@@ -28,8 +28,8 @@ def test_batches_go_from_long_to_short():
 
 def test_few_batches_are_one_shard_each_and_many_are_cut_large():
     rows, ones = torch.arange(70), torch.ones(10_001, dtype=torch.int64)
-    assert plan_shards(rows, ones, 1) == [[i] for i in range(70)]
-    many = plan_shards(torch.arange(10_001), ones, 1)
+    assert cut_shards(rows, ones, 1) == [[i] for i in range(70)]
+    many = cut_shards(torch.arange(10_001), ones, 1)
     assert {len(shard) for shard in many[:-1]} == {16}
     assert [row for shard in many for row in shard] == list(range(10_001))
 
@@ -39,7 +39,7 @@ def test_a_shard_alone_gives_its_batches_again():
     lengths = torch.randint(1, 40, (2000,), generator=generator)
     rows = torch.randperm(2000, generator=generator)[:1500].sort().values
     whole = cut_batches(by_length(rows, lengths), lengths, 60)
-    shards = plan_shards(rows, lengths, 60)
+    shards = cut_shards(rows, lengths, 60)
     assert max(map(len, shards)) > 16
     assert [b for shard in shards for b in cut_batches(shard, lengths, 60)] == whole
 

@@ -33,7 +33,7 @@ from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan, plan_dense
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.collectives import all_or_none
-from regate_ds.parallel.layout import ParallelLayout, host_group
+from regate_ds.parallel.layout import ParallelLayout, cpu_group
 from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -181,11 +181,11 @@ def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
-    """The rank that plans for this rank's replica, and the replica's group in host memory."""
+    """The rank that plans for this rank's replica, and the replica's group on CPU memory."""
     grid = engine.grid
     if grid.model_parallel_size > 1:
         raise ValueError(
             f"a pipeline of {grid.model_parallel_size} tensor slices is not supported; set its "
             "model axis to 1"
         )
-    return grid.stage_to_global(grid.pipe_parallel_size - 1), host_group(grid.pipe_groups)
+    return grid.stage_to_global(grid.pipe_parallel_size - 1), cpu_group(grid.pipe_groups)

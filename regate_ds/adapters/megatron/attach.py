@@ -43,7 +43,7 @@ from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.stores.reference.reader import ReferenceStore
 
-Layout = Literal["sbhd", "thd"]
+RowFormat = Literal["padded", "ragged"]
 
 
 def attach(
@@ -51,12 +51,12 @@ def attach(
     config: RegateConfig,
     *,
     reference: ReferenceStore | None = None,
-    layout: Layout = "sbhd",
+    row_format: RowFormat = "padded",
     tokens: Callable[[Any], TokenBatch] | None = None,
 ) -> MegatronRegate:
     """Put the gates into built model chunks. Collective over all ranks of the world.
 
-    layout: ``sbhd`` keeps equally many rows of every sample in a step; ``thd`` packs what is kept,
+    row_format: ``padded`` keeps equally many rows of every sample; ``ragged`` packs what is kept,
         and needs an attention that takes packed sequences (Transformer Engine).
     tokens: reads an item of the data iterator where the plan is made; without it, items have
         ``.tokens``.
@@ -73,9 +73,9 @@ def attach(
     last = host.num_layers if config.last_layer is None else config.last_layer
     ends_early = last < host.num_layers
     require_free(chunks, lambda hook: isinstance(getattr(hook, "__self__", None), ChunkGate))
-    require_supported_chunks(chunks, config, ragged=layout == "thd", ends_early=ends_early)
+    require_supported_chunks(chunks, config, ragged=row_format == "ragged", ends_early=ends_early)
     require_undivided(models)
-    axes = find_axes(host, ragged=layout == "thd", ends_early=ends_early)
+    axes = find_axes(host, ragged=row_format == "ragged", ends_early=ends_early)
     gated = Range(
         first=config.first_layer,
         last=last,

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.place import Place
 from regate_ds.parallel.collectives import gather_integers
-from regate_ds.parallel.layout import host_group, replicas
+from regate_ds.parallel.layout import cpu_group, replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Axes:
     """Ranks that see other samples, at the same place of their replica."""
 
     replica: ProcessGroup | None
-    """All ranks of one copy of the model, on a backend of the host's memory."""
+    """All ranks of one copy of the model, on a backend of CPU memory."""
 
     planner: int
     """The rank of the world that plans for this replica: last stage, first tensor and context."""
@@ -122,7 +122,7 @@ def _replica(table: Table) -> tuple[ProcessGroup | None, int]:
     """The group of this rank's replica, and the rank of the world that plans for it."""
     groups = replicas([data_rank for data_rank, _ in table])
     own = next(ranks for ranks in groups if dist.get_rank() in ranks)
-    return host_group(groups), next(rank for rank in own if table[rank][1])
+    return cpu_group(groups), next(rank for rank in own if table[rank][1])
 
 
 def schedule_groups() -> ProcessGroupCollection:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regate_ds.adapters.megatron.place import Place
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.parallel.resharding import Route, Rows, SequenceCut, plan_route
+from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LocalPlan:
     """Targets of this context rank, then padding up to a multiple of the sequence cut."""
 
     context_L: Tensor
-    """Context rank that has each of the plan's targets, on the host."""
+    """Context rank that has each of the plan's targets, in CPU memory."""
 
     num_targets: int
     """Targets of this context rank."""
@@ -89,7 +89,7 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     ragged = _ragged(plan, place) if place.ragged else None
     kept_RN, kept_shape = _kept_rows(plan, place, ragged)
     elides = not plan.is_dense
-    gather = plan_route(full_RN, kept_RN, place.rank, place.cut.size) if elides else None
+    gather = make_route(full_RN, kept_RN, place.rank, place.cut.size) if elides else None
     packed_end = elides and not place.ends_early
     real_L = torch.searchsorted(plan.slot_R, plan.label_slot_L)
     targets_RN = kept_RN[real_L] if packed_end else _full_rows(plan.label_position_L, plan, place)
@@ -183,7 +183,7 @@ def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
     before = Rows(rows.rank_N % size, rows.row_N)
     after = Rows(rank_P[: len(targets_L)], index_P[: len(targets_L)])
     targets_P = torch.nn.functional.pad(targets_L, (0, length - len(targets_L)))
-    return targets_P, plan_route(before, after, place.sequence_rank, size)
+    return targets_P, make_route(before, after, place.sequence_rank, size)
 
 
 def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:

@@ -51,8 +51,8 @@ def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
             continue
         if not place.ragged:
             raise ValueError(
-                "a row holds several samples, which the layout sbhd cannot keep apart; attach with "
-                "layout='thd', or give one sample a row"
+                "a row holds several samples, which padded rows cannot keep apart; attach with "
+                "row_format='ragged', or give one sample a row"
             )
         if place.context_size > 1:
             raise ValueError(

@@ -110,7 +110,8 @@ def _require_causal(mask_B1TT: Tensor, is_used_BT: Tensor) -> None:
     if bool(is_wrong_BTT[is_used_BT].any()):
         raise ValueError(
             "a batch's attention_mask is not causal order alone, which is all that gated layers "
-            "have; leave it out (no --reset-attention-mask), or give `tokens` and layout='thd'"
+            "have; leave it out (no --reset-attention-mask), or give `tokens` and "
+            "row_format='ragged'"
         )
 
 

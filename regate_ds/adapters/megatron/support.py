@@ -98,8 +98,9 @@ def _attention_problems(chunks: Sequence[Any], *, ragged: bool) -> list[tuple[bo
         ),
         (
             ragged and stock,
-            "layout='thd' needs an attention that takes packed rows, not DotProductAttention; "
-            "build the layers with Transformer Engine's spec, or use layout='sbhd'",
+            "row_format='ragged' needs an attention that takes packed rows (thd), not "
+            "DotProductAttention; build the layers with Transformer Engine's spec, or use "
+            "row_format='padded'",
         ),
     ]
 

@@ -34,9 +34,9 @@ def require_packages(parallel: Any) -> None:
                 "set parallel=null",
             ),
             (
-                parallel.layout == "ragged" and not is_installed("transformer_engine"),
-                "parallel.layout=ragged: its attention is Transformer Engine's, which is not "
-                "installed; install it, or set parallel.layout=constant",
+                parallel.row_format == "ragged" and not is_installed("transformer_engine"),
+                "parallel.row_format=ragged: its attention is Transformer Engine's, which is not "
+                "installed; install it, or set parallel.row_format=padded",
             ),
             (
                 parallel.context > 1 and not is_installed("transformer_engine"),

@@ -118,7 +118,7 @@ class ParallelConfig:
     distributed_optimizer: bool = False
     """True cuts the optimizer's state over the data ranks."""
 
-    layout: Literal["constant", "ragged"] = "constant"
+    row_format: Literal["padded", "ragged"] = "padded"
     """Kept tokens in rows of one length, or one after the other (`ragged`; needs Transformer
     Engine)."""
 

@@ -228,7 +228,7 @@ def _run(
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Is the argmax right, and what is the loss, at each label position [N]; on the host."""
+    """Is the argmax right, and what is the loss, at each label position [N]; in CPU memory."""
     labels_BT = batch.tokens.labels_BT
     columns_U = batch.tokens.is_label_BT.any(dim=0).nonzero()[:, 0]
     is_label_BU = batch.tokens.is_label_BT[:, columns_U]

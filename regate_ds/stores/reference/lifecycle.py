@@ -39,7 +39,7 @@ from regate_ds.stores.reference.manifest import (
 from regate_ds.stores.reference.reader import load_index, load_rows
 from regate_ds.stores.reference.shard import describe_samples
 
-PlanShards = Callable[[Tensor], list[list[int]]]
+CutShards = Callable[[Tensor], list[list[int]]]
 """Cuts rows of the index, int64 [R], into shards: for each the rows in the order of its values."""
 
 
@@ -65,7 +65,7 @@ def begin_store(
     path: Path,
     index: AnswerIndex,
     teacher_id: str,
-    plan_shards: PlanShards,
+    cut_shards: CutShards,
     tokens_per_batch: int,
 ) -> None:
     """Make the folder ready for writers; one process calls it, before them, at every start.
@@ -84,11 +84,11 @@ def begin_store(
         return
     is_new = torch.ones(index.num_samples, dtype=torch.bool)
     is_new[old_rows] = False
-    planned = plan_shards(is_new.nonzero().flatten())
-    _require_partition([old_rows.tolist(), *planned], index.num_samples)
-    rows_S = torch.tensor([*old_rows.tolist(), *(row for rows in planned for row in rows)])
-    new = [_shard(rows, index, teacher_id, tokens_per_batch) for rows in planned]
-    _write_plan(path / name, index, teacher_id, rows_S, (*shards, *new))
+    new_shards = cut_shards(is_new.nonzero().flatten())
+    _require_partition([old_rows.tolist(), *new_shards], index.num_samples)
+    rows_S = torch.tensor([*old_rows.tolist(), *(row for rows in new_shards for row in rows)])
+    new = [_shard(rows, index, teacher_id, tokens_per_batch) for rows in new_shards]
+    _write_unfinished(path / name, index, teacher_id, rows_S, (*shards, *new))
 
 
 def await_store(path: Path, seconds: float = 60.0) -> None:
@@ -183,7 +183,7 @@ def _shard(
     return Shard(len(rows), int(index.num_labels[rows_R].sum()), tokens_per_batch, samples)
 
 
-def _write_plan(
+def _write_unfinished(
     file: Path, index: AnswerIndex, teacher_id: str, rows_S: Tensor, shards: tuple[Shard, ...]
 ) -> None:
     buffer = io.BytesIO()
@@ -191,14 +191,14 @@ def _write_plan(
     index_bytes, rows_bytes, store = index.to_bytes(), buffer.getvalue(), file.parent
     hashes = hash_of(index_bytes), hash_of(rows_bytes)
     manifest = Manifest(index.fingerprint, teacher_id, *hashes, shards)
-    _delete_planned(store, manifest)
+    _delete_shards_to_come(store, manifest)
     write_atomically(index_path(store, manifest), index_bytes)
     write_atomically(rows_path(store, manifest), rows_bytes)
     # Last: from here on the folder says what it is going to hold.
     write_atomically(file, manifest.to_bytes())
 
 
-def _delete_planned(store: Path, manifest: Manifest) -> None:
+def _delete_shards_to_come(store: Path, manifest: Manifest) -> None:
     """Shards of an addition that was given up: none of those to come exists yet."""
     for number, shard in enumerate(manifest.shards):
         if shard.sha256 is None:

@@ -24,7 +24,7 @@ class Case:
     ep: int = 1
     vpp: int = 1
     sp: bool = False
-    layout: str = "sbhd"
+    row_format: str = "padded"
     first_layer: int = 1
     last_layer: int | None = None
     recompute: str = "none"
@@ -38,7 +38,7 @@ class Case:
     rows: int = 2
     length: int = 24
     packed: bool = False
-    """The host's own rows hold several samples (thd from the first layer on)."""
+    """The host's own rows hold several samples (ragged from the first layer on)."""
 
     keep_share: float = 0.5
     dense: bool = False
@@ -59,7 +59,7 @@ class Case:
     @property
     def own_attention(self) -> bool:
         """Stock attention takes neither packed sequences nor context parallelism."""
-        return self.layout == "thd" or self.cp > 1
+        return self.row_format == "ragged" or self.cp > 1
 
     @property
     def config(self) -> RegateConfig:

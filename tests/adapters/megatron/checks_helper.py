@@ -78,7 +78,7 @@ def run_step(case: Case) -> tuple[MegatronRegate, list[Any]]:
     """Groups, model, and one step of forward and backward passes."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     schedule = regate.wrap(get_forward_backward_func())
     run_chunks(case, chunks, schedule, forward_step(case))
     return regate, chunks
@@ -108,11 +108,11 @@ def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
     store = reference_of(case)
     difficulty = DifficultyStore(store.index)
     zigzag = 2 * case.cp if case.cp > 1 else 1
-    by_sample = case.layout == "thd" and case.cp > 1
+    by_sample = case.row_format == "ragged" and case.cp > 1
     multiple = zigzag * (case.tp if case.sp and not by_sample else 1)
     config = replace(case.config, token_multiple=math.lcm(case.token_multiple, multiple))
     session = Regate(config, reference=store, difficulty=difficulty)
-    session.one_row = case.layout == "thd" and not by_sample
+    session.one_row = case.row_format == "ragged" and not by_sample
     window = [item.tokens for rank in all_items(case) for item in rank]
     return session, session.plan_step(window), difficulty
 

@@ -91,7 +91,7 @@ def check_disabled(case: Case) -> None:
     results.append(result(schedule))
     off = attach(chunks, RegateConfig(total_steps=4, enabled=False))
     results.append(result(off.wrap(schedule)))
-    on = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    on = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     planned = on.wrap(schedule)
     on.remove()
     results.append(result(on.wrap(schedule)))
@@ -128,7 +128,7 @@ def check_dense(case: Case) -> None:
     schedule = get_forward_backward_func()
     wanted = decoder_outputs(case, chunks, schedule, host_step(case))
     dense = replace(case, dense=True)
-    regate = attach(chunks, dense.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, dense.config, reference=reference_of(case), row_format=case.row_format)
     found = decoder_outputs(case, chunks, regate.wrap(schedule), forward_step(case))
     assert len(found) == len(wanted) > 0
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -143,7 +143,7 @@ def check_bytes(case: Case) -> tuple[int, int]:
     """(bytes that this rank sent to its neighbours, what the plan says)"""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     assert regate.run is not None
     sent = regate.run.sent_bytes()
@@ -156,7 +156,7 @@ def check_frozen(case: Case) -> None:
     """Frozen embeddings change no other gradient, and leave no message behind."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     schedule, found = regate.wrap(get_forward_backward_func()), []
     for frozen in (False, True):
         for chunk in chunks:
@@ -177,7 +177,9 @@ def check_overlap(case: Case) -> None:
     # Gloo reads what it sends later: Megatron's own run is wrong there if that is let go of.
     for more in ({}, {"overlap_p2p_comm": True, "deallocate_pipeline_outputs": False}):
         chunks = build(case, **more)
-        regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+        regate = attach(
+            chunks, case.config, reference=reference_of(case), row_format=case.row_format
+        )
         run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
         found.append(gradients(chunks))
         dismantle(chunks)
@@ -222,7 +224,7 @@ def check_memory(case: Case) -> None:
     """A skipped step changes no difficulty, a replayed one counts once; resume knows all of it."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     wrapped = regate.wrap(get_forward_backward_func())
 
     def difficulty() -> Tensor | None:
@@ -246,7 +248,7 @@ def check_memory(case: Case) -> None:
     regate.save(Path(folder[0]))
     torch.distributed.barrier()
     regate.remove()
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     # A step that is open when the run goes back is forgotten.
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     regate.load(Path(folder[0]))
@@ -284,7 +286,7 @@ def check_activations(case: Case) -> tuple[int, int]:
     """(bytes that the decoder's layers save for the backward pass, rows that they see)"""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     saved: dict[tuple[int, int], int] = {}
     weights = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
     inside: list[bool] = []
@@ -318,7 +320,7 @@ def check_gathered(case: Case) -> tuple[int, int, int]:
     """(exchanges of rows, bytes that left this rank in them, what the step says of one way)"""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     exchange, counted = routes.exchange_tensors, []
 
     def counting(rows_NH: Tensor, num_sent: list[int], *rest: Any) -> Tensor:
@@ -344,7 +346,7 @@ def check_training(case: Case) -> list[float]:
     join(case)
     chunks = build(case)
     config = replace(case.config, warmup=2)
-    regate = attach(chunks, config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, config, reference=reference_of(case), row_format=case.row_format)
     schedule = regate.wrap(get_forward_backward_func())
     settings = OptimizerConfig(
         optimizer="adam",
@@ -378,7 +380,7 @@ def check_half(case: Case) -> list[float]:
     chunk.model_type = None
     fill(chunk)
     chunks = [wrapped(case, config, Float16Module(config, chunk))]
-    regate = attach(chunks, case.config, reference=reference_of(case), layout=case.layout)
+    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     regate.step(applied=True)
     assert all(p.main_grad.isfinite().all() for p in chunk.parameters())

@@ -3,8 +3,8 @@
     python -m tests.adapters.megatron.matrix run FILE.json [TEXT]
     python -m tests.adapters.megatron.matrix write FILE.json...
 
-``run`` on each version of megatron-core, only layouts whose name holds the text; ``write`` makes the
-table from what was run.
+``run`` on each version of megatron-core, only layouts whose name holds the text; ``write`` makes
+the table from what was run.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def cases() -> list[tuple[str, Case]]:
     made = []
     for (name, sizes), rows, first, recompute in itertools.product(
-        LAYOUTS.items(), ("sbhd", "thd"), (0, 1), ("none", "full", "selective")
+        LAYOUTS.items(), ("padded", "ragged"), (0, 1), ("none", "full", "selective")
     ):
         # What is recomputed inside a layer is far from the restore.
         if "last_layer" in sizes and recompute == "selective":
             continue
-        case = Case(**sizes, layout=rows, first_layer=first, recompute=recompute)
+        case = Case(**sizes, row_format=rows, first_layer=first, recompute=recompute)
         # Eight processes on the few cores of a test machine: once.
-        if case.world > 4 and (first, recompute, rows) != (1, "full", "sbhd"):
+        if case.world > 4 and (first, recompute, rows) != (1, "full", "padded"):
             continue
         made.append((name, case))
     return sorted(made, key=lambda pair: pair[1].world)
@@ -128,7 +128,7 @@ def write(paths: list[Path]) -> int:
     for one in runs:
         for row in one["rows"]:
             case = row["case"]
-            key = (row["name"], case["layout"], str(case["first_layer"]), case["recompute"])
+            key = (row["name"], case["row_format"], str(case["first_layer"]), case["recompute"])
             value = "**differs**" if row["gradient"] is None else f"{row['gradient']:.1e}"
             found.setdefault(key, {})[one["version"]] = value
     columns = ["layout", "rows", "first_layer", "recompute", *versions]

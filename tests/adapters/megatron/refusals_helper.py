@@ -74,9 +74,9 @@ def check_attach(case: Case) -> None:
     gpt, before = chunks[0].module, num_hooks(chunks)
 
     def tried(**changes: Any) -> Any:
-        layout = changes.pop("layout", case.layout)
+        row_format = changes.pop("row_format", case.row_format)
         config = replace(case.config, **changes)
-        return attach(chunks, config, reference=reference_of(case), layout=layout)
+        return attach(chunks, config, reference=reference_of(case), row_format=row_format)
 
     for name, value in HOST.items():
         if hasattr(gpt.config, name):
@@ -91,8 +91,8 @@ def check_attach(case: Case) -> None:
     attention = gpt.decoder.layers[0].self_attention
     with changed(attention, "attn_mask_type", AttnMaskType.no_mask), refused(ValueError, "no_mask"):
         tried()
-    with refused(ValueError, "layout='thd' needs an attention"):
-        tried(layout="thd")
+    with refused(ValueError, "row_format='ragged' needs an attention"):
+        tried(row_format="ragged")
     divided = changed(chunks[0].buffers[0], "gradient_scaling_factor", 0.5)
     with divided, refused(ValueError, "before the model is wrapped"):
         tried()

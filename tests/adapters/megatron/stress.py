@@ -24,7 +24,7 @@ def random_case(rng: random.Random) -> Case:
     stages = sizes["pp"] * vpp
     num_layers = stages * rng.choice([1, 2] if stages > 1 else [2, 3, 4])
     sp = sizes["tp"] > 1 and rng.random() < 0.7
-    layout = rng.choice(["sbhd", "thd"])
+    row_format = rng.choice(["padded", "ragged"])
     first = rng.randrange(0, num_layers // stages + 1 if vpp > 1 else num_layers)
     first = min(first, num_layers - 1)
     last = None if vpp > 1 or rng.random() < 0.5 else rng.randrange(first + 1, num_layers + 1)
@@ -33,7 +33,7 @@ def random_case(rng: random.Random) -> Case:
         vpp=vpp,
         sp=sp,
         model=model,
-        layout=layout,
+        row_format=row_format,
         first_layer=first,
         last_layer=last,
         recompute=rng.choice(["none", "full", "selective"]),
@@ -41,11 +41,11 @@ def random_case(rng: random.Random) -> Case:
         num_micro=2 * rng.randrange(1, 4) if vpp > 1 else rng.randrange(1, 6),
         rows=rng.randrange(1, 4),
         length=8 * rng.randrange(2, 6),
-        packed=layout == "thd" and _packs(sizes, model) and rng.random() < 0.5,
+        packed=row_format == "ragged" and _packs(sizes, model) and rng.random() < 0.5,
         keep_share=rng.choice([0.1, 0.3, 0.5, 0.9]),
         dense=rng.random() < 0.1,
         token_multiple=rng.choice([1, 1, 3, 4]),
-        one_slice=model != "llava" and layout == "sbhd" and rng.random() < 0.2,
+        one_slice=model != "llava" and row_format == "padded" and rng.random() < 0.2,
         seed=rng.randrange(1000),
     )
 

@@ -160,7 +160,7 @@ def test_the_multiple_is_read_off_the_hosts_precision(settings: dict[str, str], 
 
 def test_rows_of_several_samples_need_thd():
     _, batch = random_batch([[9, 7, 12]], seed=0, length=32)
-    with pytest.raises(ValueError, match="layout='thd'"):
+    with pytest.raises(ValueError, match="row_format='ragged'"):
         require_cut([batch], Place())
     require_cut([batch], Place(ragged=True))
     with pytest.raises(ValueError, match="not supported with context parallelism"):

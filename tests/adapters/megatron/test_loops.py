@@ -22,7 +22,7 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.adapters.megatron.loops import megatron_bridge as bridge
 from regate_ds.adapters.megatron.loops import megatron_lm
-from regate_ds.adapters.megatron.loops.deferred import Hosted, HostSettings
+from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, LoopSettings
 from regate_ds.adapters.megatron.samples import (
     NUMBER,
     ImageTokens,
@@ -39,7 +39,7 @@ from tests.adapters.megatron.cases_helper import Case
 from tests.adapters.megatron.pool_helper import Pool
 from tests.adapters.megatron.pretrain_script_helper import LENGTH, Samples
 
-SETTINGS = HostSettings(elision=RegateConfig(total_steps=4, keep_share=1.0))
+SETTINGS = LoopSettings(elision=RegateConfig(total_steps=4, keep_share=1.0))
 IMAGE = ImageTokens(placeholder=-200, num_positions=3)
 
 
@@ -72,9 +72,9 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What our part hears, in order."""
     heard: list[Any] = []
-    monkeypatch.setattr(Hosted, "end_step", lambda _, *, applied: heard.append(applied))
-    monkeypatch.setattr(Hosted, "abandon_step", lambda _: heard.append("abandoned"))
-    monkeypatch.setattr(Hosted, "save", lambda _, folder: heard.append(folder))
+    monkeypatch.setattr(DeferredAttach, "end_step", lambda _, *, applied: heard.append(applied))
+    monkeypatch.setattr(DeferredAttach, "abandon_step", lambda _: heard.append("abandoned"))
+    monkeypatch.setattr(DeferredAttach, "save", lambda _, folder: heard.append(folder))
     return heard
 
 
@@ -234,10 +234,10 @@ def test_bridges_callback_ends_steps(bridged, monkeypatch):
 
 def test_evaluation_is_the_hosts_own():
     calls: list[Any] = []
-    hosted = Hosted(SETTINGS)
-    hosted.wrap(lambda **arguments: calls.append(arguments))(forward_only=True, model="m")
+    deferred = DeferredAttach(SETTINGS)
+    deferred.wrap(lambda **arguments: calls.append(arguments))(forward_only=True, model="m")
     assert calls == [{"forward_only": True, "model": "m"}]
-    assert hosted.regate is None
+    assert deferred.regate is None
 
 
 def collated(numbers: list[int]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def require_equal_runs(found: Path, wanted: Path) -> None:
 CUTS = [
     (2, "tensor: 2, sequence: true, recompute: selective", ()),
     (2, "pipeline: 2, virtual: 2", ()),
-    (2, "context: 2, layout: ragged", ()),
+    (2, "context: 2, row_format: ragged", ()),
     (4, "tensor: 2, pipeline: 2, sequence: true, recompute: full", ()),
     (2, "distributed_optimizer: true", ("run.accumulation=2",)),
 ]
@@ -106,13 +106,13 @@ def test_every_cut_makes_the_run_of_one_deepspeed_rank(
 
 
 @pytest.mark.slow
-def test_ragged_rows_make_the_run_of_rows_of_one_length(pool: Pool, corpus: Path):
+def test_ragged_rows_make_the_run_of_padded_rows(pool: Pool, corpus: Path):
     # Ragged rows fill their total, the others each row: neither has to here.
-    for layout, kind in (("constant", train), ("ragged", train_with_own_attention)):
-        parallel = f"parallel={{pipeline: 2, layout: {layout}}}"
-        run = Run(corpus, layout, (parallel, "elision.token_multiple=1"))
+    for rows, kind in (("padded", train), ("ragged", train_with_own_attention)):
+        parallel = f"parallel={{pipeline: 2, row_format: {rows}}}"
+        run = Run(corpus, rows, (parallel, "elision.token_multiple=1"))
         pool.run(2, kind, run, TIMEOUT_SECONDS)
-    require_equal_runs(corpus / "ragged", corpus / "constant")
+    require_equal_runs(corpus / "ragged", corpus / "padded")
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from regate_ds.adapters.megatron.attach import attach
+from regate_ds.adapters.megatron.attach import RowFormat, attach
 from regate_ds.adapters.megatron.regate import MegatronRegate
 from regate_ds.adapters.megatron.samples import ImageTokens, read_tokens
 from regate_ds.algorithm.batch import TokenBatch
@@ -22,7 +22,7 @@ from regate_ds.stores.reference.reader import ReferenceStore
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostSettings:
+class LoopSettings:
     """What a host's own configuration does not say."""
 
     elision: RegateConfig
@@ -34,19 +34,19 @@ class HostSettings:
     dataset: str = "train"
     """Name of the training data in the keys of samples, as in the reference store."""
 
-    layout: Literal["sbhd", "thd"] = "sbhd"
-    """Constant rows, or ragged ones (needs Transformer Engine)."""
+    row_format: RowFormat = "padded"
+    """Rows of one length, or one after the other (`ragged`; needs Transformer Engine)."""
 
     image: ImageTokens | None = None
     """Where the model puts image embeddings in place of tokens; null for text."""
 
 
-class Hosted:
+class DeferredAttach:
     """One rank's part in a host's run, whose model it gets to know with the first step."""
 
     def __init__(
         self,
-        settings: HostSettings,
+        settings: LoopSettings,
         *,
         tokens: Callable[[Any], TokenBatch] | None = None,
         resume: Callable[[], Path | None] = lambda: None,
@@ -101,7 +101,7 @@ class Hosted:
             models,
             settings.elision,
             reference=store,
-            layout=settings.layout,
+            row_format=settings.row_format,
             tokens=self._tokens,
         )
         if (folder := self._resume()) is not None:

@@ -16,14 +16,14 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from regate_ds.adapters.megatron.loops.deferred import Hosted, HostSettings
+from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, LoopSettings
 from regate_ds.adapters.megatron.samples import Numbered
 from regate_ds.algorithm.batch import TokenBatch
 
 
 @contextmanager
 def installed_in_bridge(
-    settings: HostSettings,
+    settings: LoopSettings,
     tokens: Callable[[Any], TokenBatch] | None = None,
     resume: Path | None = None,
 ) -> Iterator[Any]:
@@ -35,12 +35,12 @@ def installed_in_bridge(
     from megatron.bridge.training import pretrain, train
     from megatron.bridge.training.callbacks import Callback
 
-    hosted = Hosted(settings, tokens=tokens, resume=lambda: resume)
+    deferred = DeferredAttach(settings, tokens=tokens, resume=lambda: resume)
     host, host_data = train.get_forward_backward_func, pretrain.get_dataset_provider
 
     @wraps(host)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return hosted.wrap(host(*args, **kwargs))
+        return deferred.wrap(host(*args, **kwargs))
 
     class RegateCallback(Callback):
         def on_train_start(self, context: Any) -> None:
@@ -51,11 +51,11 @@ def installed_in_bridge(
                 )
 
         def on_train_step_end(self, context: Any) -> None:
-            hosted.end_step(applied=not context.skipped_iter)
+            deferred.end_step(applied=not context.skipped_iter)
 
         def on_checkpoint_save(self, context: Any) -> None:
             step = context.state.train_state.step
-            hosted.save(Path(context.state.cfg.checkpoint.save) / f"iter_{step:07d}")
+            deferred.save(Path(context.state.cfg.checkpoint.save) / f"iter_{step:07d}")
 
     train.get_forward_backward_func = get_forward_backward_func
     pretrain.get_dataset_provider = lambda config: _numbering(host_data(config))

@@ -17,7 +17,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from regate_ds.adapters.megatron.loops.deferred import Hosted, HostSettings
+from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, LoopSettings
 from regate_ds.adapters.megatron.samples import Numbered
 from regate_ds.algorithm.batch import TokenBatch
 
@@ -38,8 +38,8 @@ _SKIPPED, _EXITS = 1, 3
 
 @contextmanager
 def installed(
-    settings: HostSettings, tokens: Callable[[Any], TokenBatch] | None = None
-) -> Iterator[Hosted]:
+    settings: LoopSettings, tokens: Callable[[Any], TokenBatch] | None = None
+) -> Iterator[DeferredAttach]:
     """Run Megatron-LM's loop with elision inside the block.
 
     tokens: as in ``attach``, where the data are not dicts of Megatron's names.
@@ -49,12 +49,12 @@ def installed(
     from megatron.training import training
 
     _require_known(training)
-    hosted = Hosted(settings, tokens=tokens, resume=_loaded_folder)
+    deferred = DeferredAttach(settings, tokens=tokens, resume=_loaded_folder)
     hosts = {name: getattr(training, name) for name in _EXPECTED}
-    for name, ours in _replacements(hosted, hosts).items():
+    for name, ours in _replacements(deferred, hosts).items():
         setattr(training, name, ours)
     try:
-        yield hosted
+        yield deferred
     finally:
         for name, host in hosts.items():
             setattr(training, name, host)
@@ -77,25 +77,25 @@ def _require_known(training: Any) -> None:
             )
 
 
-def _replacements(hosted: Hosted, hosts: dict[str, Any]) -> dict[str, Any]:
+def _replacements(deferred: DeferredAttach, hosts: dict[str, Any]) -> dict[str, Any]:
     @wraps(hosts["get_forward_backward_func"])
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
-        return hosted.wrap(hosts["get_forward_backward_func"](*args, **kwargs))
+        return deferred.wrap(hosts["get_forward_backward_func"](*args, **kwargs))
 
     @wraps(hosts["train_step"])
     def train_step(*args: Any, **kwargs: Any) -> Any:
         result = hosts["train_step"](*args, **kwargs)
         if result[_EXITS]:
-            hosted.abandon_step()
+            deferred.abandon_step()
         else:
-            hosted.end_step(applied=not result[_SKIPPED])
+            deferred.end_step(applied=not result[_SKIPPED])
         return result
 
     @wraps(hosts["save_checkpoint"])
     def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
         result = hosts["save_checkpoint"](iteration, *args, **kwargs)
         if not kwargs.get("non_persistent_ckpt", False):
-            hosted.save(_folder("save", iteration))
+            deferred.save(_folder("save", iteration))
         return result
 
     @wraps(hosts["build_pretraining_data_loader"])

@@ -106,7 +106,7 @@ def _features(vision: Any, pixels: Tensor) -> Sequence[Tensor]:
     return vision.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
 
 
-def host_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def decoder_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's settings for the student's decoder under these axes."""
     return transformer_config(
         text,
@@ -128,7 +128,7 @@ def build_chunks(
 ) -> list[DistributedDataParallel]:
     """This rank's part of the student with its weights, wrapped; the student is left as it is."""
     backbone = text_backbone(student.model)
-    config = host_config(backbone.config, parallel, dtype)
+    config = decoder_config(backbone.config, parallel, dtype)
     weights = to_megatron(backbone.state_dict(), backbone.config)
     chunks = []
     for number in range(parallel.virtual):

@@ -73,8 +73,12 @@ class MegatronEngine:
         chunks = build_chunks(student, config.model, config.parallel, dtype)
         # From here on it is only filled, to be evaluated or written.
         model.to(dtype)
-        layout = "thd" if config.parallel.layout == "ragged" else "sbhd"
-        regate = attach(chunks, setup.regate_config, reference=setup.reference, layout=layout)
+        regate = attach(
+            chunks,
+            setup.regate_config,
+            reference=setup.reference,
+            row_format=config.parallel.row_format,
+        )
         optimizer = get_megatron_optimizer(
             optimizer_settings(config), [*chunks], use_gloo_process_groups=False
         )

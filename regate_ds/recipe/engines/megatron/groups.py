@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from regate_ds.adapters.megatron.groups import rank_table
 from regate_ds.job.process import Process
-from regate_ds.parallel.layout import host_group, replicas
+from regate_ds.parallel.layout import cpu_group, replicas
 from regate_ds.recipe.config.tree import RunConfig
 
 
@@ -58,7 +58,7 @@ class Replica:
         table = rank_table()
         groups = replicas([data_rank for data_rank, _ in table])
         own = next(ranks for ranks in groups if dist.get_rank() in ranks)
-        return cls(host_group(groups), next(rank for rank in own if table[rank][1]))
+        return cls(cpu_group(groups), next(rank for rank in own if table[rank][1]))
 
     def broadcast(self, value: Any) -> Any:
         """The planner's value, on all ranks. Collective over the replica."""

@@ -35,7 +35,7 @@ from regate_ds.teacher.loading import load_teacher_tokenizer
 WANTED = 0.85
 """Share of the words that must be found, or the command fails."""
 
-TEXT = {
+TINY_TEXT = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -44,7 +44,7 @@ TEXT = {
 }
 """The teacher reads only the student's tokenizer: its decoder may be as small as can be."""
 
-VISION = {
+TINY_VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -120,7 +120,7 @@ def _tokenizers(model: Path, train: Path) -> Iterator[tuple[str, Any]]:
 
 def _configure(out: Path, data: Path, model: Path, tokenizer: Any, mode: str) -> Path:
     """A student's folder and the file that names it and the teacher."""
-    student = build_llava(tokenizer, text=TEXT, vision=VISION, seed=0)
+    student = build_llava(tokenizer, text=TINY_TEXT, vision=TINY_VISION, seed=0)
     save_student(student, out / "student")
     config = {
         "model": {"path": str(out / "student")},
