@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from plain_plan import samples_of, wild_batch
 
 from regate_ds.algorithm.batch import ABSENT, ALWAYS, ELIDABLE, IGNORE, TokenBatch, shift_labels
+from tests.algorithm.plain_plan_helper import samples_of, wild_batch
 
 KEYS = ((("set", 0),),)
 

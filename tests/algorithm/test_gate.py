@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import torch
-from plain_plan import rows_of, wild_batch
 
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.select import plan_sparse
+from tests.algorithm.plain_plan_helper import rows_of, wild_batch
 from tests.support.models import random_batch
 
 

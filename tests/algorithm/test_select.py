@@ -8,11 +8,17 @@ import random
 
 import pytest
 import torch
-from plain_plan import plain_kept, plain_ragged, rows_of, samples_of, wild_batch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense, widen
 from regate_ds.algorithm.select import fuse_scores, num_hard_targets, plan_ragged, plan_sparse
+from tests.algorithm.plain_plan_helper import (
+    plain_kept,
+    plain_ragged,
+    rows_of,
+    samples_of,
+    wild_batch,
+)
 from tests.support.models import random_batch
 
 ALIGN = ["predictor", "target", "both"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.paths import ROOT
-from tests.support.small_corpus import make_task
+from tests.support.small_corpus import make_corpus
 
 STEPS = 300
 """Long enough to be interrupted."""
@@ -41,7 +41,7 @@ if rank == os.environ.get("FAILING_RANK") and module.startswith("regate_ds.cli "
 
 def prepare(folder: Path) -> dict[str, str]:
     """A small task in ``folder``, and the environment in which its jobs run."""
-    make_task(folder)
+    make_corpus(folder)
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(_FAILS)
     return {

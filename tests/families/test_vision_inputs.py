@@ -2,12 +2,12 @@ import pickle
 
 import pytest
 import torch
-from tiny_students import STUDENTS, make_image, make_llava, make_qwen2_vl
 from transformers import CLIPImageProcessorPil, LlavaConfig, ViTImageProcessorPil
 
 from regate_ds.families.qwen_vl import Qwen2VLVision
 from regate_ds.recipe.students.llava import LlavaVision, clip_processor
 from regate_ds.recipe.students.qwen2_vl import qwen2_vl_processor
+from tests.support.tiny_students import STUDENTS, make_image, make_llava, make_qwen2_vl
 
 SIZES = [(24, 24), (20, 31), (64, 40)]
 

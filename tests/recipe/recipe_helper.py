@@ -265,7 +265,7 @@ def check_disabled_is_the_plain_loop(root: Path) -> None:
         zero = f"run.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
         out = f"off-{stage}"
         config = config_of(root, out, zero, "elision.enabled=false", "run.steps=5")
-        ours = run(root, out, zero, "elision.enabled=false", "run.steps=5").host.model
+        ours = run(root, out, zero, "elision.enabled=false", "run.steps=5").engine.model
         corpus = load_corpus(config)
         model = corpus.student.model.train()
         optimizer = torch.optim.AdamW(

@@ -15,7 +15,7 @@ from regate_ds.stores.reference.reader import ReferenceStore
 from tests.recipe.recipe_helper import check_online, check_recipe
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
-from tests.support.small_corpus import make_task
+from tests.support.small_corpus import make_corpus
 
 
 def regate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +27,7 @@ def regate(*arguments: str) -> subprocess.CompletedProcess[str]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small corpus whose reference losses `regate teacher` has computed."""
     folder = tmp_path_factory.mktemp("corpus")
-    make_task(folder)
+    make_corpus(folder)
     done = regate("teacher", str(folder / "run.yaml"))
     assert done.returncode == 0, done.stderr
     return folder

@@ -19,14 +19,14 @@ from regate_ds.teacher.loading import load_teacher
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.scoring import score_samples
 from tests.support.models import causal_lm
-from tests.support.small_corpus import make_task
+from tests.support.small_corpus import make_corpus
 from tests.teacher.two_tokenizers_helper import by_pieces
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    make_task(folder, num_train=6, num_test=1)
+    make_corpus(folder, num_train=6, num_test=1)
     tokenizer = by_pieces()
     causal_lm(vocab_size=len(tokenizer)).save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")

@@ -35,7 +35,7 @@ VISION = {
 }
 
 
-def make_task(
+def make_corpus(
     folder: Path, *, num_train: int = 40, num_test: int = 10, text: Mapping[str, Any] = TEXT
 ) -> None:
     """data/, student/ and run.yaml in ``folder``."""

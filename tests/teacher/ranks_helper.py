@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from regate_ds.job import supervise as job
 from regate_ds.job.deepspeed_launcher import free_port
-from regate_ds.job.errors import USER_ERRORS, tell
+from regate_ds.job.errors import USER_ERRORS, print_error
 from regate_ds.job.process import Process
 from regate_ds.teacher.precompute import precompute
 from regate_ds.teacher.scoring import ScoredSample
@@ -153,7 +153,7 @@ def _main(run: Run, rank: int, size: int, port: int, stderr: Any) -> None:
         if run.counts is not None:
             (run.counts / str(rank)).write_text(str(teacher.num_batches))
     except USER_ERRORS as error:
-        tell("teacher", error)
+        print_error("teacher", error)
         sys.exit(1)
     dist.destroy_process_group()
 

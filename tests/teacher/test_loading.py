@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_students import make_llava
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regate_ds.recipe.students.student import save_student
@@ -19,6 +18,7 @@ from regate_ds.teacher.tokenizers.same import require_same_tokens
 from tests.support.gguf_files import write_gguf
 from tests.support.models import causal_lm
 from tests.support.samples import make_samples
+from tests.support.tiny_students import make_llava
 
 TEXTS = ["The number seven is red.", "The number two is red, it is small."] * 3
 

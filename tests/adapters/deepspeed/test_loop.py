@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gated_cases import text_case
 from torch import Tensor
 
 from regate_ds.adapters.deepspeed.attach import attach
@@ -22,6 +21,7 @@ from regate_ds.algorithm.select import plan_sparse
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed
+from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.models import causal_lm, llava
 from tests.support.stores import RandomReference, index_of

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_deepspeed import batches, config, engine, run
 
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
@@ -16,6 +15,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.api import Teacher
 from regate_ds.teacher.online import OnlineReference, samples_of
+from tests.adapters.deepspeed.test_loop import batches, config, engine, run
 from tests.support.models import causal_lm, text_config
 from tests.support.stores import index_of
 

@@ -7,12 +7,12 @@ import inspect
 
 import pytest
 import torch
-from gated_cases import text_case
-from test_lora import ALL_LINEAR, with_lora
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.gates import attach_model
+from tests.adapters.huggingface.gated_cases_helper import text_case
+from tests.adapters.huggingface.test_lora import ALL_LINEAR, with_lora
 from tests.support.models import causal_lm, llava, qwen2_vl
 
 MODELS = {

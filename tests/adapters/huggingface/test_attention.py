@@ -7,11 +7,11 @@ from itertools import accumulate
 
 import pytest
 import torch
-from gated_cases import Case, assert_exact, text_case
-from plain_flash import PlainFlash, uses_flash
 
 from regate_ds.adapters.huggingface.attention import attention_inputs
 from regate_ds.adapters.huggingface.gates import attach_model
+from tests.adapters.huggingface.gated_cases_helper import Case, assert_exact, text_case
+from tests.adapters.huggingface.plain_flash_helper import PlainFlash, uses_flash
 from tests.support.models import causal_lm
 
 RAGGED, PACKED = [[20], [13]], [[9, 11], [13, 4, 3]]

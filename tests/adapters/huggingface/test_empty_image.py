@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_cases import Case, text_case
-from test_oracle_images import PATCH_GRIDS, llava_case, qwen2_vl_case
 from torch import nn
 
 from regate_ds.adapters.huggingface.gates import attach_model
+from tests.adapters.huggingface.gated_cases_helper import Case, text_case
+from tests.adapters.huggingface.test_oracle_images import PATCH_GRIDS, llava_case, qwen2_vl_case
 from tests.support.measure import gradients
 from tests.support.models import causal_lm, llava, qwen2_vl
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from gated_cases import LOSS_TOLERANCE, Case, text_case
-from test_oracle_images import llava_case
 from torch import nn
 from torch.nn import functional as F
 
 from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
+from tests.adapters.huggingface.gated_cases_helper import LOSS_TOLERANCE, Case, text_case
+from tests.adapters.huggingface.test_oracle_images import llava_case
 from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.models import causal_lm, llava
 

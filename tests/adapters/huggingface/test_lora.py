@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated_cases import assert_exact, text_case
 from peft import LoraConfig, get_peft_model
-from test_oracle_images import embed_llava, llava_case
 from torch import nn
 
 from regate_ds.adapters.huggingface.gates import attach_model
+from tests.adapters.huggingface.gated_cases_helper import assert_exact, text_case
+from tests.adapters.huggingface.test_oracle_images import embed_llava, llava_case
 from tests.support.measure import gradients
 from tests.support.models import causal_lm, llava
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_cases import Case, assert_exact
 from torch import Tensor, nn
 
+from tests.adapters.huggingface.gated_cases_helper import Case, assert_exact
 from tests.support.models import IMAGE_TOKEN, llava, qwen2_vl, random_batch, with_images
 from tests.support.oracle import Rotary
 

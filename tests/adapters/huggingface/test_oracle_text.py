@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from gated_cases import assert_exact, text_case
 from torch import nn
 
+from tests.adapters.huggingface.gated_cases_helper import assert_exact, text_case
 from tests.support.models import causal_lm
 
 NUM_LAYERS = 4

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from gated_cases import Case, text_case
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from regate_ds.adapters.huggingface.gates import attach_model
+from tests.adapters.huggingface.gated_cases_helper import Case, text_case
 from tests.support.measure import Gradients, assert_gradients_equal, gradients
 from tests.support.models import causal_lm
 

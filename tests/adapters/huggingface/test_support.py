@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated_cases import text_case
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from regate_ds.adapters.huggingface.gates import attach_model
+from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.support.models import causal_lm, text_config
 
 CASE = text_case([[20], [13]])

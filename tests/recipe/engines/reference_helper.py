@@ -18,14 +18,14 @@ from regate_ds.recipe.trainer import Trainer
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.precompute import TeacherJob, precompute
 from regate_ds.teacher.scoring import score_samples
-from tests.support.small_corpus import TEXT, make_task
+from tests.support.small_corpus import TEXT, make_corpus
 
 STEPS = 6
 """Two dense, three sparse, one dense; the second epoch begins before the last."""
 
 
 def make(folder: Path) -> None:
-    make_task(folder, text={**TEXT, "num_hidden_layers": 4, "tie_word_embeddings": True})
+    make_corpus(folder, text={**TEXT, "num_hidden_layers": 4, "tie_word_embeddings": True})
     path = folder / "run.yaml"
     config = yaml.safe_load(path.read_text())
     # Filled up to a multiple of what sequence and context parallelism need.

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_evaluate import ALONE, make_held_out, make_records
-from tiny_students import make_image, make_llava, make_qwen2_vl
 
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.records import Turn
@@ -19,6 +17,8 @@ from regate_ds.recipe.evaluation.generation import (
     match_gold_words,
     prompt_length,
 )
+from tests.recipe.evaluation.test_words import ALONE, make_held_out, make_records
+from tests.support.tiny_students import make_image, make_llava, make_qwen2_vl
 
 
 def test_a_gold_word_counts_only_in_its_place():

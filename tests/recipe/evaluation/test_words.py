@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_students import make_image, make_llava, make_qwen2_vl
 
 from regate_ds.data.llava.encode import EncodedSample, Encoder
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.template import Template
 from regate_ds.job.process import Process
 from regate_ds.recipe.evaluation.words import HeldOut, evaluate, share_of, tally_words, words_of
+from tests.support.tiny_students import make_image, make_llava, make_qwen2_vl
 
 ALONE = Process(0, 1, torch.device("cpu"))
 

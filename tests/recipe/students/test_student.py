@@ -2,15 +2,6 @@ import json
 
 import pytest
 import torch
-from tiny_students import (
-    CLIP,
-    STUDENTS,
-    TEXT,
-    make_image,
-    make_llava,
-    make_qwen2_vl,
-    make_tokenizer,
-)
 
 from regate_ds.families.table import family_of
 from regate_ds.recipe.students.config import LoraConfig, ModelConfig
@@ -19,6 +10,15 @@ from regate_ds.recipe.students.load import load_student, make_student
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.students.trainable import trainable
 from regate_ds.teacher.backbone import text_backbone
+from tests.support.tiny_students import (
+    CLIP,
+    STUDENTS,
+    TEXT,
+    make_image,
+    make_llava,
+    make_qwen2_vl,
+    make_tokenizer,
+)
 
 each_student = pytest.mark.parametrize("make", STUDENTS.values(), ids=STUDENTS.keys())
 

@@ -21,7 +21,7 @@ from regate_ds.recipe.tasks.digits.scenes import Split, handwritten
 from regate_ds.recipe.tasks.digits.student import encoder_of
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_words
-from tests.support.small_corpus import TEXT, VISION, make_task
+from tests.support.small_corpus import TEXT, VISION, make_corpus
 
 PART = Split("train", handwritten("train"), 0, None)
 
@@ -106,7 +106,7 @@ def test_notes_tell_what_stands_at_a_place_or_where_a_digit_stands():
 
 
 def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: Path):
-    make_task(tmp_path, num_train=4, num_test=1)
+    make_corpus(tmp_path, num_train=4, num_test=1)
     student = load_student(tmp_path / "student")
     records, _ = read_records(tmp_path / "data" / "train.json", name="mine")
     texts = SampleDataset(records, encoder_of(student, 256))

@@ -24,7 +24,7 @@ from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import build_task
+from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.scenes import build_digits
@@ -84,12 +84,12 @@ def words_found(config: Path) -> tuple[int, int]:
     """How many gold words of the training set are in the upper half by a finished store, and of
     how many."""
     run = load_config(config)
-    task = build_task(run, weights=False)
+    corpus = load_corpus(run, weights=False)
     assert run.teacher.store is not None
     store = ReferenceStore(run.teacher.store)
     hits: list[bool] = []
-    for number, record in enumerate(task.train_records):
-        sample = task.train.encode(number)
+    for number, record in enumerate(corpus.train_records):
+        sample = corpus.train.encode(number)
         hits += words_in_upper_half(record, sample, store.read([sample.key]))
     return sum(hits), len(hits)
 

@@ -1,4 +1,4 @@
-"""One pool of workers for all tests of this folder."""
+"""One pool of workers for all tests of Megatron-core."""
 
 from __future__ import annotations
 
