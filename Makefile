@@ -32,7 +32,8 @@ test-stress: setup
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.megatron.stress --cases $(or $(CASES),200) $(if $(SEED),--seed $(SEED))
 
 # megatron-core 0.19.2 needs Python 3.12 and an environment of its own.
-PYTHON312 ?= $(shell command -v python3.12 || ls $(HOME)/.pyenv/versions/3.12*/bin/python 2>/dev/null | tail -1)
+# Asked to run: a name on the PATH may be a shim of a version that is not selected.
+PYTHON312 ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null || ls $(HOME)/.pyenv/versions/3.12*/bin/python 2>/dev/null | tail -1)
 VENV19 := .venv-megatron19
 
 $(VENV19)/ready:
