@@ -12,7 +12,7 @@ from regate_ds.algorithm.plan import ElisionPlan
 
 def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
     """The kept positions of each row in reading order, [B, K, H]; the input itself if dense."""
-    if plan.is_dense:
+    if not plan.moves_rows:
         return x_BTH
     index_BK1 = plan.kept_BK.unsqueeze(-1)
     return x_BTH.gather(1, index_BK1.expand(-1, -1, x_BTH.shape[-1]))
@@ -20,7 +20,7 @@ def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
 
 def restore(x_BTH: Tensor, y_BKH: Tensor, plan: ElisionPlan) -> Tensor:
     """Put results back to their positions; elided ones ride the residual stream unchanged."""
-    if plan.is_dense:
+    if not plan.moves_rows:
         return y_BKH
     hidden = x_BTH.shape[-1]
     y_RH = y_BKH.reshape(-1, hidden).index_select(0, plan.slot_R)

@@ -184,3 +184,15 @@ def broadcast_text(
         content = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
     dist.broadcast(content, group_src=0, group=group)
     return bytes(content.tolist()).decode()
+
+
+def gather_rows(
+    rows_NC: Tensor, group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, int]:
+    """Return every rank's int64 rows, by rank, on the CPU, and where this rank's begin."""
+    if group is None:
+        return rows_NC, 0
+    width = rows_NC.shape[1]
+    found = [flat.view(-1, width) for flat in gather_vectors(rows_NC.flatten(), group, device)]
+    start = sum(len(rows) for rows in found[: dist.get_rank(group)])
+    return torch.cat(found), start

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -11,14 +12,29 @@ from regate_ds.algorithm.batch import SampleKey, TokenBatch
 
 
 class Values(Protocol):
-    """What a store offers to read: one fp32 value for each label position of the samples."""
+    """What a store of reference losses offers: one fp32 value for each label position."""
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
 
 
-class MutableValues(Values, Protocol):
+class Statistics(Protocol):
+    """What a difficulty store offers: named columns, each with one value a label position."""
+
     def admit(self, window: Sequence[TokenBatch]) -> None:
         """Hear which samples are read and written next; ValueError if they are not the store's."""
         ...
 
-    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
+    def read(self, keys: Sequence[SampleKey]) -> dict[str, Tensor]: ...
+
+    def write(self, keys: Sequence[SampleKey], values: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What a session reads; None where its configuration needs nothing of it."""
+
+    reference: Values | None = None
+    """The teacher's losses."""
+
+    difficulty: Statistics | None = None
+    """What is remembered of the student."""

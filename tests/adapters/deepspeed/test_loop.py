@@ -17,13 +17,13 @@ from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.select import plan_sparse
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed
 from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.models import causal_lm, llava
+from tests.support.planning import plan_sparse
 from tests.support.stores import RandomReference, index_of
 
 NUM_MICRO = 3

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
-from regate_ds.algorithm.select import plan_sparse
 from tests.support.measure import Gradients, assert_gradients_equal, gradients, relative_error
 from tests.support.models import packed_positions, random_batch
 from tests.support.oracle import Rotary, oracle_loss
+from tests.support.planning import plan_sparse
 
 TOLERANCE = 5e-6
 LOSS_TOLERANCE = 1e-6
