@@ -43,8 +43,13 @@ TOUR = [ROOT / "README.md", ROOT / "docs" / "one_step.md"]
 """Pages whose every ``path.py`` and ``path.py:name`` is checked."""
 
 NAMED = re.compile(r"`([\w./-]+\.py)(?::([\w.]+))?`")
+"""A Python file and, after a colon, what it defines."""
+
 OURS = re.compile(r"(?<![\w./])(?:regate_ds|tests|launch|configs|docs|patches)/[\w./-]*\w/?")
+"""A path from the repository's root."""
+
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+"""A link to another page, from the page's own folder."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
