@@ -49,13 +49,14 @@ class TokenBatch:
         num_keys_B = torch.tensor([len(row) for row in self.keys])
         num_segments_B = self.segment_BT.amax(dim=1) + 1
         if not torch.equal(num_segments_B, num_keys_B):
+            row = int((num_segments_B != num_keys_B).nonzero()[0])
             raise ValueError(
-                f"rows have {num_segments_B.tolist()} segments, but {num_keys_B.tolist()} keys; "
-                "give each row exactly one key for each of its segments"
+                f"row {row} has {int(num_segments_B[row])} segments, but {int(num_keys_B[row])} "
+                "keys; give each row exactly one key for each of its segments"
             )
         labelled_padding = (self.is_label_BT & (self.segment_BT < 0)).nonzero()
         if len(labelled_padding):
-            row, position = labelled_padding[0].tolist()
+            row, position = (int(index) for index in labelled_padding[0])
             raise ValueError(
                 f"a padding position has a label: position {position} of row {row}; set the labels "
                 f"of padding to {IGNORE}"

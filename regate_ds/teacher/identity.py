@@ -26,7 +26,7 @@ def teacher_id(teacher: nn.Module, *, pad_id: int) -> str:
 
 
 def id_of_weights(config: Any, weights: Iterable[tuple[str, Tensor]], *, pad_id: int) -> str:
-    """Name a model as ``teacher_id`` does, from one weight at a time, in the order of their names."""
+    """Name a model as ``teacher_id`` does, from weights in the order of their names, one by one."""
     relevant = json.dumps([_relevant(config.to_dict()), pad_id], sort_keys=True, default=str)
     digest = hashlib.sha256(relevant.encode())
     for name, weight in weights:

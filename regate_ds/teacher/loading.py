@@ -118,7 +118,7 @@ def _require_causal_config(config: Any, path: Path) -> None:
 
 @contextmanager
 def readable_weights(folder: Path) -> Iterator[None]:
-    """Raise a ValueError that names the folder if its weights are damaged: safetensors names none."""
+    """Raise a ValueError that names the folder if its weights are damaged; safetensors does not."""
     try:
         yield
     except SafetensorError as error:

@@ -32,7 +32,7 @@ Read = Callable[[Batch], Sequence[ScoredSample]]
 
 
 class OnlineReference:
-    """Reference losses that are computed while training. ``Teacher.online`` or the recipe makes it."""
+    """Reference losses computed while training; ``Teacher.online`` or the recipe makes them."""
 
     def __init__(
         self,

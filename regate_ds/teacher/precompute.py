@@ -68,7 +68,7 @@ class TeacherJob:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the store is finished. ValueError if it is damaged, or of other data or teacher."""
+        """Whether the store is finished. ValueError if it is damaged, or not this job's."""
         return is_complete(self.store, self.index, self.teacher_id)
 
     def begin(self) -> None:

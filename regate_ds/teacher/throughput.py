@@ -43,7 +43,7 @@ class Throughput:
 
     @property
     def share_of_plain(self) -> float | None:
-        """Speed of the job over the speed of a plain forward pass, with all logits, without pause."""
+        """Speed of the job over that of plain forward passes, with all logits, without a pause."""
         return None if self.score_share is None else self.busy_share * self.score_share
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Check that a teacher can read the student's own token ids: which parts of tokenizers must agree."""
+"""Check that a teacher can read the student's own token ids: tokens and merges must be the same."""
 
 from __future__ import annotations
 
