@@ -138,7 +138,7 @@ class WindowScorer:
     """Whether all ranks of the job must score equally often, as with ZeRO-3."""
 
     device: torch.device | str = "cpu"
-    """Where the backend of the groups wants its tensors."""
+    """Device on which the backend of the groups wants its tensors."""
 
     def __call__(self, samples: Sequence[ScoredSample]) -> Tensor:
         """Return fp32 [N]: the losses of all label positions of these samples, in order."""
