@@ -1,4 +1,4 @@
-"""The knobs of the method; docs/algorithm.md has the formulas, arXiv 2507.21420 is the paper."""
+"""The settings of the method: docs/algorithm.md explains them, arXiv 2507.21420 is the paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Fusion = Literal["additive", "convex"]
 
 @dataclass(frozen=True, kw_only=True)
 class RegateConfig:
-    """What is kept, when, and where in the decoder. Frozen; impossible values fail at birth."""
+    """What a run keeps, in which steps, and in which decoder layers.
+
+    Frozen. A value that is impossible raises ValueError when the object is made.
+    """
 
     enabled: bool = True
     """False: no hook is installed and the run is the host's own, bit for bit."""
@@ -63,7 +66,7 @@ class RegateConfig:
     and, where a sample has none left, with padding."""
 
     def __post_init__(self) -> None:
-        # Ranges are judged only where the types are right.
+        # A range is checked only where all types are right: the comparisons need numbers.
         for key, problem in self._type_problems() or self._range_problems():
             raise ValueError(f"{key}={getattr(self, key)!r}: {problem}")
 
@@ -76,18 +79,18 @@ class RegateConfig:
         return round(self.final_dense_share * self.total_steps)
 
     def _type_problems(self) -> list[tuple[str, str]]:
-        whole = [f.name for f in fields(self) if f.type in ("int", "int | None")]
-        number = [f.name for f in fields(self) if f.type == "float"]
+        ints = [f.name for f in fields(self) if f.type in ("int", "int | None")]
+        floats = [f.name for f in fields(self) if f.type == "float"]
         return (
-            [(k, "must be a whole number") for k in whole if not _is_whole(getattr(self, k), k)]
-            + [(k, "must be a number") for k in number if not _is_number(getattr(self, k))]
+            [(k, "must be a whole number") for k in ints if not _is_integer(getattr(self, k), k)]
+            + [(k, "must be a number") for k in floats if not _is_number(getattr(self, k))]
             + [("enabled", "must be true or false") for _ in [0] if not _is_bool(self.enabled)]
         )
 
     def _range_problems(self) -> list[tuple[str, str]]:
         rules = [
             ("total_steps", self.total_steps >= 1, "must be at least 1"),
-            # Less would round to no position at all: k = ceil(p * n - 1e-9).
+            # A smaller share would keep no position at all: k = ceil(p * n - 1e-9).
             ("keep_share", 1e-6 <= self.keep_share <= 1.0, "must be in [1e-6, 1]"),
             ("first_layer", self.first_layer >= 0, "must be 0 or more"),
             (
@@ -126,7 +129,7 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_whole(value: object, key: str) -> bool:
+def _is_integer(value: object, key: str) -> bool:
     return (isinstance(value, int) and not _is_bool(value)) or (
         value is None and key == "last_layer"
     )
@@ -137,7 +140,7 @@ def _is_number(value: object) -> bool:
 
 
 def schedule_of(config: RegateConfig) -> Schedule:
-    """The schedule in steps that a configuration means."""
+    """Return the schedule of a configuration, with every length as a number of steps."""
     return Schedule(
         total_steps=config.total_steps,
         warmup_steps=config.num_warmup_steps,

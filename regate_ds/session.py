@@ -1,7 +1,7 @@
-"""One run of the method: plan a step, take back its losses, remember what is still hard.
+"""One run of the method: plan a step, record its losses, remember which tokens are still hard.
 
-A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` per micro-batch
--> ``finish_step``. The session scales no loss, calls no framework and touches no file.
+A step is ``plan_step``, then the host's forward and backward passes with one ``record`` for each
+micro-batch, then ``finish_step``. The session scales no loss, calls no framework and opens no file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from regate_ds.stores.values import MutableValues, Values
 
 @dataclass
 class _Open:
-    """A step between its plan and its end."""
+    """A step that is planned but not finished."""
 
     plan: StepPlan
     window: Sequence[TokenBatch]
@@ -36,7 +36,7 @@ class _Open:
 
 
 class Regate:
-    """The method's state: the step number, and through the difficulty store what is still hard."""
+    """The state of the method: the step number, the open step and the difficulty store."""
 
     def __init__(
         self,
@@ -47,34 +47,34 @@ class Regate:
         layout: ParallelLayout | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``device``: where the backend of the layout's groups wants its tensors."""
+        """Start at step 0. ``device`` is where the backend of the layout's groups wants tensors."""
         self.config = config
         self.schedule = schedule_of(config)
         self.step = 0
         self.equal_slots = False
-        """Rows of all micro-batches of a step are brought to one length, for hosts whose shapes
-        must not change within a step."""
+        """True widens all micro-batches of a step to one row length, for hosts whose shapes must
+        not change within a step."""
         self.one_row = False
-        """Kept tokens of a micro-batch lie behind one another: token_multiple is of them all."""
+        """True (row format `ragged`) applies token_multiple to the micro-batch, not to each row."""
         self.padding: Callable[[ElisionPlan], int] = attrgetter("num_padded")
-        """Rows of a plan that hold nothing, for hosts that lay them out in their own way."""
+        """Counts the padding of a plan; a host with a row layout of its own replaces it."""
         self._layout, self._device = layout or ParallelLayout(), device
         self._open: _Open | None = None
         if self.elides and (reference is None or difficulty is None):
             raise ValueError(
                 f"keep_share={config.keep_share} needs the teacher's losses: give a "
-                "ReferenceStore, or an online teacher, or set keep_share=1.0 for the dense run"
+                "ReferenceStore, or an online teacher, or set keep_share=1.0 for a dense run"
             )
         self._reference, self._difficulty = reference, difficulty
 
     @property
     def elides(self) -> bool:
-        """False for the dense baseline, which needs neither reference nor difficulty."""
+        """False for a dense run, which needs neither reference nor difficulty."""
         return self.config.keep_share < 1.0
 
     @property
     def coming_step(self) -> int:
-        """The step that is planned next."""
+        """Number of the step that the next call of ``plan_step`` plans."""
         return self.step + (self._open is not None)
 
     def is_dense(self, step: int) -> bool:
@@ -83,12 +83,12 @@ class Regate:
     def plan_step(
         self, window: Sequence[TokenBatch] | Callable[[], Sequence[TokenBatch]]
     ) -> StepPlan:
-        """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
+        """Plan all micro-batches of the coming optimizer step. Collective over data ranks.
 
-        window: or what reads it, whose error is then an error on all data ranks.
+        window: the micro-batches, or a function that reads them; if it fails, all data ranks raise.
 
-        Raises ValueError if the run is over or the step has no target on any rank, RuntimeError if
-        the step before is still open, or if another data rank raises.
+        ValueError if the run is over or the step has no target on any rank. RuntimeError if the
+        step before is still open, or if another data rank raises.
         """
         with all_or_none(self._layout.data, self._device):
             batches = self._read(window)
@@ -143,29 +143,36 @@ class Regate:
         return tuple(widen(plan, longest) for plan in micro)
 
     def record(self, plan: ElisionPlan, losses_L: Tensor) -> None:
-        """Take the per-target losses of one micro-batch's forward pass; they may be on a device."""
+        """Take the loss of each target of one micro-batch of the open step, on any device."""
         current = self._require_open("record")
         if plan.step != self.step or plan.micro in current.losses:
             raise RuntimeError(
                 f"losses of step {plan.step}, micro-batch {plan.micro} do not belong here: step "
-                f"{self.step} is open and has micro-batches {sorted(current.losses)} already"
+                f"{self.step} is open and has micro-batches {sorted(current.losses)} already; "
+                "record each micro-batch of the open step once"
             )
         if losses_L.shape != (plan.num_targets,):
-            raise ValueError(f"{plan.num_targets} targets, but losses {tuple(losses_L.shape)}")
+            raise ValueError(
+                f"step {plan.step}, micro-batch {plan.micro} has {plan.num_targets} targets, but "
+                f"losses of shape {tuple(losses_L.shape)}; give one loss for each target"
+            )
         current.losses[plan.micro] = losses_L.detach()
 
     def finish_step(self, *, applied: bool) -> None:
-        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
+        """End the open step and update the difficulty. Collective over data ranks.
 
-        RuntimeError names the sample whose loss is not finite, on all data ranks; nothing is
-        remembered then.
+        applied: False (as after an overflow, where no weight changes) changes no difficulty.
+
+        RuntimeError on all data ranks, with no difficulty changed, if losses are missing or one is
+        not finite; it names the micro-batches or the sample.
         """
         with all_or_none(self._layout.data, self._device):
             current = self._require_open("finish_step")
             missing = set(range(len(current.plan.micro))) - set(current.losses)
             if missing:
                 raise RuntimeError(
-                    f"step {self.step}: no losses of micro-batches {sorted(missing)}"
+                    f"step {self.step}: no losses of micro-batches {sorted(missing)}; "
+                    "record every micro-batch before finish_step"
                 )
             updated = self._updated(current) if self.elides and applied else None
         if updated is not None:
@@ -176,26 +183,26 @@ class Regate:
         self.step += 1
 
     def abandon_step(self) -> None:
-        """Forget the plan of a step that the host will not end. It is planned anew, by the same
-        numbers."""
+        """Forget the open step, which the host will not end. The next plan is of the same step."""
         self._open = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's state; the difficulty store saves itself beside it."""
+        """Return the step and the schedule. The difficulty store is saved separately, beside it."""
         if self._open is not None:
             raise RuntimeError(f"step {self.step} is open; save between steps")
         return {"version": 1, "step": self.step, **asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the step to the saved one. ValueError if the saved schedule is another one."""
         if state["total_steps"] != self.config.total_steps:
             raise ValueError(
                 f"total_steps={self.config.total_steps}, but the checkpoint's run has "
                 f"{state['total_steps']}: the schedule would change; resume with the same value"
             )
-        for name, mine in asdict(self.schedule).items():
-            if state[name] != mine:
+        for name, configured in asdict(self.schedule).items():
+            if state[name] != configured:
                 raise ValueError(
-                    f"{name} is {mine} by this configuration, but {state[name]} in the "
+                    f"{name} is {configured} by this configuration, but {state[name]} in the "
                     "checkpoint's run: resume with the same warmup, cycles and final_dense_share"
                 )
         self.step = state["step"]
@@ -231,7 +238,7 @@ class Regate:
         )
 
     def _updated(self, current: _Open) -> Tensor:
-        """Difficulty of all label positions of the window after the step."""
+        """Return the difficulty of all label positions of the window after the step."""
         updated = [
             updated_difficulty(batch, plan, old_N, current.losses[plan.micro], self.config.decay)
             for batch, plan, old_N in zip(

@@ -1,6 +1,6 @@
-"""Take kept positions out of the residual stream, and put their results back.
+"""Take the kept positions out of the residual stream, and put their results back.
 
-Shapes: B rows, T positions, K slots of a packed row, H hidden.
+Shapes: B rows, T positions of a row, K slots of a row after the gate, R real slots, H hidden.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from regate_ds.algorithm.plan import ElisionPlan
 
 
 def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
-    """The kept positions of each row in reading order, [B, K, H]; the input itself if dense."""
+    """Return the kept positions of each row, [B, K, H]; the input itself if the plan is dense."""
     if plan.is_dense:
         return x_BTH
     index_BK1 = plan.kept_BK.unsqueeze(-1)
@@ -19,7 +19,10 @@ def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
 
 
 def restore(x_BTH: Tensor, y_BKH: Tensor, plan: ElisionPlan) -> Tensor:
-    """Put results back to their positions; elided ones ride the residual stream unchanged."""
+    """Put the layers' results back at their positions in x; elided positions keep x unchanged.
+
+    A dense plan returns ``y_BKH`` itself.
+    """
     if plan.is_dense:
         return y_BKH
     hidden = x_BTH.shape[-1]

@@ -1,4 +1,8 @@
-"""The plan of a step as data: which positions of each row enter the gated layers."""
+"""The plan of a step as data: which positions of each row enter the gated layers.
+
+Shapes: B rows, T positions of a row, K slots of a row after the gate, R real (not padding) slots of
+the micro-batch, L kept targets.
+"""
 
 # torch's own types have gaps.
 # pyright: reportUnknownMemberType=false
@@ -16,10 +20,10 @@ from regate_ds.algorithm.batch import IGNORE, TokenBatch
 
 @dataclass(frozen=True)
 class ElisionPlan:
-    """The kept positions of one micro-batch, and what the decoder and the loss need of them."""
+    """The kept positions of one micro-batch, and what the decoder and the loss need to use them."""
 
     is_dense: bool
-    """Nothing is elided and nothing moved: slots are positions, padding included."""
+    """True if nothing is elided: each slot is the position itself, padding included."""
 
     num_tokens: int
     """T, the length of a row before the gate."""
@@ -28,44 +32,46 @@ class ElisionPlan:
     """int64: position of each slot, in reading order; padding slots, at the end, point to 0."""
 
     segment_BK: Tensor
-    """int64: sample of the row that a slot belongs to; -1 is padding. Attention stays inside."""
+    """int64: which sample of its row a slot belongs to; -1 is padding. Attention stays inside it.
+    """
 
     labels_BK: Tensor
-    """int64: target of each slot, IGNORE where it has none. The loss runs on all targets."""
+    """int64: target of each slot, IGNORE where it has none. The loss is computed on all targets."""
 
     slot_R: Tensor
-    """int64: real slots as flat indices into [B * K]."""
+    """int64: the real slots as flat indices into [B * K]."""
 
     position_R: Tensor
     """int64: the positions of the real slots as flat indices into [B * T]."""
 
     label_slot_L: Tensor
-    """int64: slots that have a target as flat indices into [B * K]; L of them, in reading order."""
+    """int64: the slots with a target as flat indices into [B * K], in reading order."""
 
     label_position_L: Tensor
-    """int64: positions of the kept targets as flat indices into [B * T]."""
+    """int64: the positions of the kept targets as flat indices into [B * T]."""
 
     run_lengths: tuple[int, ...]
-    """Lengths of the runs of one sample, or of padding, through the flattened [B * K] slots."""
+    """Lengths of the runs of slots, in the flattened [B * K], that hold one sample or padding."""
 
     token_run_lengths: tuple[int, ...]
-    """The same through the flattened [B * T] positions, for layers that see every token."""
+    """Lengths of such runs of positions in the flattened [B * T], for layers that see every token.
+    """
 
     is_packed: bool
-    """Some row holds several samples, so that causal order alone does not bound attention."""
+    """True if a row holds several samples: causal order alone does not keep them apart then."""
 
     num_filled: int = 0
-    """Label positions kept only to reach the token multiple."""
+    """Number of label positions kept only to reach the token multiple."""
 
     step: int = 0
-    """The optimizer step that this plan is of."""
+    """Number of the optimizer step that is planned."""
 
     micro: int = 0
-    """The micro-batch of that step."""
+    """Number of the micro-batch within that step."""
 
     @property
     def num_slots(self) -> int:
-        """K, the length of a packed row."""
+        """K, the length of a row after the gate."""
         return self.kept_BK.shape[1]
 
     @property
@@ -99,13 +105,13 @@ class Slots:
 
 
 def plan_dense(batch: TokenBatch) -> ElisionPlan:
-    """Keep everything: what the host itself would compute, padding included."""
+    """Keep every position, padding included: the layers compute what the host's own would."""
     num_rows, num_tokens = batch.labels_BT.shape
     return pack(batch, torch.arange(num_tokens).expand(num_rows, -1), is_dense=True)
 
 
 def pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
-    """Select by ``kept_BK`` (T means padding) what the decoder and the loss need."""
+    """Make the plan that keeps the positions ``kept_BK``, where T means a padding slot."""
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens
     kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
@@ -131,7 +137,7 @@ def assemble_plan(
     is_packed: bool,
     token_run_lengths: tuple[int, ...] = (),
 ) -> ElisionPlan:
-    """The whole plan from what its slots hold, as on a rank that was sent only these."""
+    """Make a plan from its slots alone, which is all that some ranks are sent."""
     kept_BK, segment_BK, labels_BK = slots.kept_BK, slots.segment_BK, slots.labels_BK
     slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
     flat_K = (kept_BK + num_tokens * torch.arange(len(kept_BK))[:, None]).reshape(-1)
@@ -153,41 +159,44 @@ def assemble_plan(
 
 
 def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
-    """The same plan with rows of ``num_slots`` slots: padding at their ends, nothing else kept."""
+    """Return the plan with padding slots added to each row, up to ``num_slots``.
+
+    A dense plan is returned as it is.
+    """
     missing = num_slots - plan.num_slots
     if plan.is_dense or missing == 0:
         return plan
 
-    def wider(x_BK: Tensor, value: int) -> Tensor:
+    def pad(x_BK: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x_BK, (0, missing), value=value)
 
-    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), wider(plan.labels_BK, IGNORE))
-    wide = assemble_plan(
+    slots = Slots(pad(plan.kept_BK, 0), pad(plan.segment_BK, -1), pad(plan.labels_BK, IGNORE))
+    widened = assemble_plan(
         slots,
         num_tokens=plan.num_tokens,
         is_dense=False,
         is_packed=plan.is_packed,
         token_run_lengths=plan.token_run_lengths,
     )
-    return replace(wide, num_filled=plan.num_filled, step=plan.step, micro=plan.micro)
+    return replace(widened, num_filled=plan.num_filled, step=plan.step, micro=plan.micro)
 
 
 def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:
     num_rows, num_slots = segment_BK.shape
-    # Numbered through the rows, so that equal segments of neighbouring rows differ.
+    # Segments are numbered through the rows, so that equal ones of neighbouring rows differ.
     run_BK = segment_BK + (num_slots + 1) * torch.arange(num_rows)[:, None]
     return tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist())
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The decision for all micro-batches of one optimizer step, on this data rank."""
+    """The plans of all micro-batches of one optimizer step on this data rank."""
 
     step: int
     is_dense: bool
     micro: tuple[ElisionPlan, ...]
     num_targets_global: int
-    """Targets of the step over all data ranks: what the summed loss is divided by."""
+    """Number of targets of the step over all data ranks; divide the summed loss by it."""
 
     counts: dict[str, int]
-    """Over all data ranks, by the names of COUNTS."""
+    """Totals over all data ranks, by the names in COUNTS."""

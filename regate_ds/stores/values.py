@@ -1,4 +1,7 @@
-"""What the session reads and writes of a store."""
+"""What a session needs from a store: read values, and for the difficulty also write them.
+
+Shapes: N label positions of the samples that a call names.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,20 @@ from regate_ds.algorithm.batch import SampleKey, TokenBatch
 
 
 class Values(Protocol):
-    """What a store offers to read: one fp32 value for each label position of the samples."""
+    """A store that can be read."""
 
-    def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
+    def read(self, keys: Sequence[SampleKey]) -> Tensor:
+        """Return fp32 [N]: one value for each label position of these samples, in this order."""
+        ...
 
 
 class MutableValues(Values, Protocol):
+    """A store that can be read and written."""
+
     def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Hear which samples are read and written next; ValueError if they are not the store's."""
+        """Take note of the samples to read and write next. ValueError if the store refuses one."""
         ...
 
-    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None: ...
+    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
+        """Replace the values of these samples."""
+        ...

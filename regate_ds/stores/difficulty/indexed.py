@@ -1,7 +1,7 @@
-"""How hard each answer token still is for the student: one fp32 value for each label position.
+"""The difficulty of each answer token for the student: one fp32 value for each label position.
 
-The values are spread over the data ranks by sample: row r belongs to rank ``r % size``. Shapes: N
-label positions of the samples that a call names, R samples (rows of the answer index).
+The values are spread over the data ranks by sample: rank ``r % size`` owns row r. Shapes: N label
+positions of the samples that a call names, R samples (rows of the answer index).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.same_samples import require_as_indexed
 
 SIDECAR_FORMAT = 1
-"""Version of the sidecar files."""
+"""Version of the sidecar files, which lie beside a checkpoint."""
 
 SIDECAR_STEM = "difficulty"
-"""What their names begin with."""
+"""Start of the sidecar files' names."""
 
 
 class DifficultyStore:
-    """Difficulty of every label position, 0 before the first write.
+    """The difficulty of every label position; it is 0 before the first write.
 
-    With a group, ``read`` and ``write`` are collective: every data rank calls them, each with its
-    own samples (none is allowed). Without one, and on a single rank, nothing is sent.
+    With a group, ``read`` and ``write`` are collective: every data rank calls them, each for its
+    own samples (a rank may name none). Without a group, or on a single rank, nothing is sent.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class DifficultyStore:
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``device``: where the group's backend wants its tensors. Values stay on the CPU."""
+        """Start at 0. ``device`` is where the group's backend wants its tensors; values stay on the
+        CPU."""
         self.index = index
         self._rank, self._size = rank_in(group), size_of(group)
         self._group = group if self._size > 1 else None
@@ -55,11 +56,11 @@ class DifficultyStore:
         self._num_writes = 0
 
     def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Refuse, by ``ValueError`` naming it, a sample that reads otherwise than in the index."""
+        """Refuse, by ``ValueError`` naming it, a sample that differs from the index."""
         require_as_indexed(window, self.index)
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """fp32 [N] on the CPU: all label positions of these samples, in the given order."""
+        """Return fp32 [N] on the CPU: the values of these samples' label positions, in order."""
         rows_R = torch.tensor(self.index.rows(keys), dtype=torch.int64)
         if self._group is None:
             return self._values[self._locate(rows_R)]
@@ -68,8 +69,8 @@ class DifficultyStore:
     def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
         """Replace the difficulty of these samples.
 
-        Where one sample is written more than once in a call (by several ranks or by one), the last
-        in (rank, order) wins.
+        If a call writes one sample several times (by several ranks or by one), the values of the
+        highest rank count, and of these the last.
         """
         rows_R = torch.tensor(self.index.rows(keys), dtype=torch.int64)
         num_expected = int(self.index.num_labels[rows_R].sum())
@@ -101,36 +102,37 @@ class DifficultyStore:
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks that the values are spread over, and so the number of sidecar files."""
+        """Number of data ranks that the values are spread over, and so of sidecar files."""
         return self._size
 
     @property
     def num_writes(self) -> int:
-        """How often it was written to: tells the moments of two saves apart."""
+        """Number of calls of ``write``; it tells two saves of one run apart."""
         return self._num_writes
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
-        """Take over what any number of ranks saved; this store is unchanged if it fails.
+        """Load what any number of ranks saved. If it fails, this store stays as it was.
 
-        ``num_ranks``: of the save that is meant, where the folder may hold several.
+        num_ranks: number of ranks of the save to load, where the folder may hold several saves.
+        ValueError names a file that is missing, unreadable or of another save.
         """
         paths = find_sidecars(Path(folder), num_ranks, stem=SIDECAR_STEM)
         values, moments = torch.zeros_like(self._values), {}
         for rank, path in enumerate(paths):
             saved = read_sidecar(path, SIDECAR_FORMAT)
-            self._require_own(saved, path)
+            self._require_same_data(saved, path)
             moments[path.name] = int(saved["num_writes"])
             rows_R = torch.arange(rank, self.index.num_samples, len(paths))
             self._take_owned(values, rows_R, torch.from_numpy(saved["values"]))
         self._values, self._num_writes = values, require_one_moment(moments, folder)
 
     def _locate(self, rows_R: Tensor) -> Tensor:
-        """Where the values of rows owned by this rank lie in its own array. int64 [N]."""
+        """Return int64 [N]: the places, in this rank's array, of the values of rows it owns."""
         owned_R = rows_R.div(self._size, rounding_mode="floor")
         return spans(self._start_of_owned[owned_R], self.index.num_labels[rows_R])
 
     def _store(self, rows_R: Tensor, values_N: Tensor) -> None:
-        # Assigning through repeated positions would let any of them win: choose the last here.
+        # An assignment through repeated positions has no defined winner: choose the last row here.
         last = sorted({row: i for i, row in enumerate(rows_R.tolist())}.values())
         lengths_R = self.index.num_labels[rows_R]
         starts_R = lengths_R.cumsum(0) - lengths_R
@@ -138,14 +140,14 @@ class DifficultyStore:
         self._values[self._locate(rows_R[last])] = values_N[chosen]
 
     def _by_owner(self, rows_R: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """An order of the rows by owner, and the number of rows and of values for each owner."""
+        """Return an order of the rows by owner, and each owner's number of rows and of values."""
         owner_R = rows_R % self._size
         order_R = owner_R.argsort(stable=True)
         num_rows = torch.bincount(owner_R, minlength=self._size)
         return order_R, num_rows.tolist(), self._num_values(rows_R[order_R], num_rows.tolist())
 
     def _num_values(self, rows_R: Tensor, num_rows: list[int]) -> list[int]:
-        """Values of each rank's rows, where ``rows_R`` lists the rows rank by rank."""
+        """Count the values of each rank's rows, where ``rows_R`` lists the rows rank by rank."""
         return [int(part.sum()) for part in self.index.num_labels[rows_R].split(num_rows)]
 
     def _read_from_owners(self, rows_R: Tensor) -> Tensor:
@@ -170,12 +172,12 @@ class DifficultyStore:
         return owned_R, exchange(sorted_N, num_values, num_owned, self._group, self._device)
 
     def _send(self, rows_R: Tensor, num_sent: list[int]) -> tuple[Tensor, list[int]]:
-        """Send rows to the ranks; return the rows that came, by rank, and how many from each."""
+        """Send rows to the ranks; return the rows received, by rank, and their number by rank."""
         num_received = exchange_counts(num_sent, self._group, self._device)
         received_R = exchange(rows_R, num_sent, num_received, self._group, self._device)
         return received_R, num_received
 
-    def _require_own(self, saved: dict[str, np.ndarray], path: Path) -> None:
+    def _require_same_data(self, saved: dict[str, np.ndarray], path: Path) -> None:
         if (found := str(saved["fingerprint"])) != self.index.fingerprint:
             raise ValueError(
                 f"{path} belongs to data with fingerprint {found}, this run's data has "
@@ -183,15 +185,18 @@ class DifficultyStore:
             )
 
     def _take_owned(self, into: Tensor, rows_R: Tensor, saved_N: Tensor) -> None:
-        """Copy those of the saved rows that this rank owns."""
+        """Copy the values of those saved rows that this rank owns."""
         lengths_R = self.index.num_labels[rows_R]
         starts_R = lengths_R.cumsum(0) - lengths_R
-        own_R = rows_R % self._size == self._rank
-        into[self._locate(rows_R[own_R])] = saved_N[spans(starts_R[own_R], lengths_R[own_R])]
+        owned_R = rows_R % self._size == self._rank
+        into[self._locate(rows_R[owned_R])] = saved_N[spans(starts_R[owned_R], lengths_R[owned_R])]
 
 
 def find_sidecars(folder: Path, num_ranks: int | None, *, stem: str) -> list[Path]:
-    """The files of all ranks of one save, by rank; ``stem`` is what their names begin with."""
+    """Find the files of all ranks of one save, by rank. ``stem`` is the start of their names.
+
+    ValueError if a file is missing, or if the folder has several saves and ``num_ranks`` is None.
+    """
     pattern = re.compile(rf"{stem}-(\d+)-of-(\d+)\.npz")
     names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.npz"))
     sizes = sorted({int(match[2]) for name in names if (match := pattern.fullmatch(name))})
@@ -205,23 +210,24 @@ def find_sidecars(folder: Path, num_ranks: int | None, *, stem: str) -> list[Pat
     missing = [name for name in expected if name not in names]
     if missing or not expected:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing) or f'{stem}-*-of-*.npz'}; a run is resumed "
-            "from a checkpoint that all of its data ranks saved"
+            f"{folder} lacks {', '.join(missing) or f'{stem}-*-of-*.npz'}; resume from a "
+            "checkpoint that all data ranks of the run saved"
         )
     return [folder / name for name in expected]
 
 
 def require_one_moment(moments: dict[str, int], folder: Path) -> int:
-    """The number of writes that all files of a save agree on."""
+    """Return the number of writes that all files of a save have. ValueError if they differ."""
     if len(set(moments.values())) > 1:
         raise ValueError(
             f"the difficulty files in {folder} are of different moments (number of writes: "
-            f"{moments}); the save was cut short, resume from an older checkpoint"
+            f"{moments}), as the save was cut short; resume from an older checkpoint"
         )
     return next(iter(moments.values()))
 
 
 def read_sidecar(path: Path, version: int) -> dict[str, np.ndarray]:
+    """Read one sidecar file. ValueError names it if it is unreadable or of another version."""
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = {name: file[name] for name in file.files}
@@ -230,5 +236,8 @@ def read_sidecar(path: Path, version: int) -> dict[str, np.ndarray]:
             f"cannot read the difficulty file {path}: {error}; resume from an older checkpoint"
         ) from error
     if (found := int(saved.get("format", 0))) != version:
-        raise ValueError(f"{path} has difficulty format {found}, this version reads {version}")
+        raise ValueError(
+            f"{path} has difficulty format {found}, this version reads {version}; resume with the "
+            "version that saved it"
+        )
     return saved

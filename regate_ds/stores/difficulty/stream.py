@@ -1,8 +1,8 @@
-"""Difficulty of samples that no index knows beforehand: streams, and augmented data.
+"""The difficulty of samples that no index lists beforehand: streams, and augmented data.
 
-A sample is remembered by its key, and with it a hash over its answer tokens: one that comes back
-with other answers begins at 0 again. The values are spread over the data ranks by a hash of the
-key, so that a sample may come to any rank. What is remembered grows with the samples seen.
+A sample is remembered by its key and a hash over its answer tokens; with other answers it starts at
+0 again. The values are spread over the data ranks by a hash of the key, so that any rank may see
+any sample. The memory in use grows with the number of samples seen.
 
 Shapes: N label positions of the samples that a call names, R samples, in rows of (hash of the key,
 hash of the labels, number of labels).
@@ -29,44 +29,45 @@ from regate_ds.stores.digests import hash_labels
 from regate_ds.stores.same_samples import labelled_samples
 
 STREAM_FORMAT = 1
-"""Version of the sidecar files."""
+"""Version of the sidecar files, which lie beside a checkpoint."""
 
 STREAM_STEM = "stream-difficulty"
-"""What their names begin with."""
+"""Start of the sidecar files' names."""
 
 
 class StreamDifficulty:
-    """Difficulty of every label position of the samples seen, 0 before the first write.
+    """The difficulty of every label position of the samples seen; it is 0 before the first write.
 
-    With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore``.
+    With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore`` are.
     """
 
     def __init__(
         self, group: ProcessGroup | None = None, *, device: torch.device | str = "cpu"
     ) -> None:
-        """``device``: where the group's backend wants its tensors. Values stay on the CPU."""
+        """Start empty. ``device`` is where the group's backend wants its tensors; values stay on
+        the CPU."""
         self._rank, self._size = rank_in(group), size_of(group)
         self._group = group if self._size > 1 else None
         self._device = device
-        # Arrays, not tensors: those would take a kilobyte more for each sample.
+        # Arrays, because a tensor would take a kilobyte more for each sample.
         self._known: dict[int, tuple[int, np.ndarray]] = {}
         self._admitted: dict[SampleKey, tuple[int, int, int]] = {}
         self._num_writes = 0
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks that the values are spread over, and so the number of sidecar files."""
+        """Number of data ranks that the values are spread over, and so of sidecar files."""
         return self._size
 
     @property
     def num_writes(self) -> int:
-        """How often it was written to: tells the moments of two saves apart."""
+        """Number of calls of ``write``; it tells two saves of one run apart."""
         return self._num_writes
 
     def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Hear of the samples that ``read`` and ``write`` will name, until the next window.
+        """Take note of the samples that ``read`` and ``write`` will name, until the next window.
 
-        ValueError if a key comes twice with different answers: nothing could tell them apart.
+        ValueError if a key comes twice with different answers, which the key cannot tell apart.
         """
         self._admitted = {}
         for batch in window:
@@ -79,7 +80,7 @@ class StreamDifficulty:
                     )
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """fp32 [N] on the CPU: all label positions of these samples, in the given order."""
+        """Return fp32 [N] on the CPU: the values of these samples' label positions, in order."""
         rows_R3 = self._rows(keys)
         order_R, num_sent = self._by_owner(rows_R3)
         asked_R3, num_received = self._send(rows_R3[order_R], num_sent)
@@ -97,7 +98,7 @@ class StreamDifficulty:
         return sorted_N[spans(starts_R, lengths_R)]
 
     def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
-        """Replace the difficulty of these samples; the last in (rank, order) wins."""
+        """Replace the difficulty of these samples; the highest rank's last values count."""
         rows_R3 = self._rows(keys)
         order_R, num_sent = self._by_owner(rows_R3)
         lengths_R = rows_R3[:, 2]
@@ -135,7 +136,7 @@ class StreamDifficulty:
         write_atomically(folder / name, buffer.getvalue())
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
-        """Take over what any number of ranks saved; this store is unchanged if it fails."""
+        """Load what any number of ranks saved. If it fails, this store stays as it was."""
         known: dict[int, tuple[int, np.ndarray]] = {}
         moments: dict[str, int] = {}
         for path in find_sidecars(Path(folder), num_ranks, stem=STREAM_STEM):
@@ -148,7 +149,7 @@ class StreamDifficulty:
         self._known, self._num_writes = known, require_one_moment(moments, folder)
 
     def _rows(self, keys: Sequence[SampleKey]) -> Tensor:
-        """int64 [R, 3]: as ``admit`` has heard of them."""
+        """Return int64 [R, 3]: the row that ``admit`` noted for each key."""
         rows = [self._admitted[key] for key in keys]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
@@ -159,12 +160,12 @@ class StreamDifficulty:
         return torch.from_numpy(value)
 
     def _by_owner(self, rows_R3: Tensor) -> tuple[Tensor, list[int]]:
-        """An order of the rows by owner, and the number of rows for each owner."""
+        """Return an order of the rows by owner, and each owner's number of rows."""
         owner_R = rows_R3[:, 0] % self._size
         return owner_R.argsort(stable=True), owner_R.bincount(minlength=self._size).tolist()
 
     def _send(self, rows_R3: Tensor, num_sent: list[int]) -> tuple[Tensor, list[int]]:
-        """Send rows to the ranks; return the rows that came, by rank, and how many from each."""
+        """Send rows to the ranks; return the rows received, by rank, and their number by rank."""
         num_received = exchange_counts(num_sent, self._group, self._device)
         sent, received = ([3 * n for n in counts] for counts in (num_sent, num_received))
         flat = exchange(rows_R3.flatten(), sent, received, self._group, self._device)
@@ -176,7 +177,7 @@ def _sums(lengths_R: Tensor, num_rows: list[int]) -> list[int]:
 
 
 def _hash_key(key: SampleKey) -> int:
-    """63 bits, not negative."""
+    """Return a hash of 63 bits, so that it is not negative as int64."""
     name, number = key
     digest = hashlib.blake2b(f"{number} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
