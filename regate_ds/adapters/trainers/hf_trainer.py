@@ -146,7 +146,7 @@ def _require_supported(trainer: Any) -> None:
     args = trainer.args
     sampling = args.train_sampling_strategy
     kind = type(trainer.train_dataset).__name__
-    own_loss = super(RegateMixin, trainer).compute_loss.__func__ is not Trainer.compute_loss
+    overrides_loss = super(RegateMixin, trainer).compute_loss.__func__ is not Trainer.compute_loss
     refused = {
         "no DeepSpeed (deepspeed=None); give TrainingArguments a deepspeed configuration": (
             args.deepspeed is None
@@ -160,7 +160,7 @@ def _require_supported(trainer: Any) -> None:
         f"compute_loss_func={trainer.compute_loss_func}, as elision computes the loss of kept "
         "targets itself; leave it out": trainer.compute_loss_func is not None,
         f"a compute_loss of your own ({type(trainer).__name__}), which elision would not call; "
-        "remove it": own_loss,
+        "remove it": overrides_loss,
         "torch_compile=True; set it False and compile each decoder layer": args.torch_compile,
         "use_liger_kernel=True, which replaces the forward that elision wraps; set it False": (
             args.use_liger_kernel
