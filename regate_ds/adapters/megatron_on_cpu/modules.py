@@ -1,4 +1,4 @@
-"""Plain replacements of Transformer Engine's norm and attention; slow, so for tests and trials only.
+"""Plain replacements of Transformer Engine's norm and attention: slow, for tests and trials only.
 
 The norm supports sequence parallelism; the attention supports packed sequences and context
 parallelism.
