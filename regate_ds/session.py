@@ -1,7 +1,7 @@
-"""One run of the method: plan a step, take back its losses, remember what is still hard.
+"""One run of the method: plan a step, record its losses, remember which tokens are still hard.
 
-A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` per micro-batch
--> ``finish_step``. The session scales no loss, calls no framework and touches no file.
+A step is ``plan_step``, then the host's forward and backward passes with one ``record`` for each
+micro-batch, then ``finish_step``. The session scales no loss, calls no framework and opens no file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STATE_FORMAT = 2
 
 @dataclass
 class _Open:
-    """A step between its plan and its end."""
+    """A step that is planned but not finished."""
 
     plan: StepPlan
     window: Window
@@ -92,7 +92,7 @@ class Regate:
 
     @property
     def coming_step(self) -> int:
-        """The step that is planned next."""
+        """Number of the step that the next call of ``plan_step`` plans."""
         return self.step + (self._open is not None)
 
     def is_dense(self, step: int) -> bool:
@@ -191,10 +191,12 @@ class Regate:
         current.recorded[plan.micro] = {k: v.detach() for k, v in recorded.items()}
 
     def finish_step(self, *, applied: bool) -> None:
-        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
+        """End the open step and update the difficulty. Collective over data ranks.
 
-        RuntimeError names the sample whose loss is not finite, on all data ranks; nothing is
-        remembered then.
+        applied: False (as after an overflow, where no weight changes) changes no difficulty.
+
+        RuntimeError on all data ranks, with no difficulty changed, if losses are missing or one is
+        not finite; it names the micro-batches or the sample.
         """
         with self._together():
             current = self._require_open("finish_step")
@@ -212,8 +214,7 @@ class Regate:
         self.step += 1
 
     def abandon_step(self) -> None:
-        """Forget the plan of a step that the host will not end. It is planned anew, by the same
-        numbers."""
+        """Forget the open step, which the host will not end. The next plan is of the same step."""
         self._open = None
 
     def state_dict(self) -> dict[str, Any]:

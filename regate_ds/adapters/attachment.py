@@ -1,4 +1,4 @@
-"""Remember what was replaced on a model, so that it can be taken off again without a trace."""
+"""Remember what was replaced on a model, so that the model can be left as it was found."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Attachment:
-    """Replaced ``forward`` methods of single module instances; parameter names never change."""
+    """Everything replaced on one model. It never changes the name of a parameter."""
 
     def __init__(self) -> None:
         self._restores: list[Callable[[], None]] = []
 
     def rebind_forward(self, module: nn.Module, forward: Callable[..., Any], **bound: Any) -> None:
-        """Call ``forward(host_forward, *args, **kwargs)`` in place of the module's own forward.
+        """Replace the module's forward by ``forward(host_forward, *args, **kwargs)``.
 
-        RuntimeError if the instance's forward is replaced already.
+        bound: keyword arguments that every call of ``forward`` gets.
+
+        RuntimeError if the instance's forward is already replaced; all earlier replacements of this
+        attachment are then removed.
         """
         if "forward" in vars(module):
             self.remove()
@@ -31,16 +34,16 @@ class Attachment:
         host_forward = module.forward
         # A partial, not a closure: a deep copy of the model then calls the copy's own forward.
         replacement = partial(forward, host_forward, **bound)
-        # Hosts look at the signature, to decide which inputs generation may pass, for example.
+        # Hosts read the signature, for example to decide which inputs generation may pass.
         replacement.__signature__ = inspect.signature(host_forward)  # type: ignore[attr-defined]
         module.forward = replacement
         self._restores.append(partial(delattr, module, "forward"))
 
     def add_hook(self, handle: RemovableHandle) -> None:
-        """Take a forward hook, registered already, off again with the rest."""
+        """Remember a forward hook that is already registered, so that ``remove`` removes it too."""
         self._restores.append(handle.remove)
 
     def remove(self) -> None:
-        """Leave the model as it was found."""
+        """Undo every replacement, so that the model is as it was found."""
         while self._restores:
             self._restores.pop()()

@@ -1,11 +1,13 @@
-"""The plan of a global batch as integers: one header and one array for every rank of a replica.
+"""Send the plan of a step to every rank of a replica, as integers: one header and one array.
 
-Pipeline stages must agree on all shapes before the schedule starts, as a collective inside it would
-wait for a rank that waits for a neighbour. So the rank that plans tells all others at once.
+Pipeline stages must agree on all shapes before the schedule starts, because a collective inside the
+schedule would wait for a rank that waits for its neighbour. So the rank that plans broadcasts the
+plans of all micro-batches at once.
 
 Header: status, optimizer step, dense or not, number of micro-batches, length of the array.
-Array: for each micro-batch T, B, K and whether rows hold several samples; then kept positions (not
-in a dense step), segments and labels of all slots.
+Array: first T, B, K and whether rows hold several samples, for each micro-batch; then, for each
+micro-batch again, the kept positions (not in a dense step), segments and labels of all slots.
+Shapes: T positions of a row, B rows, K slots of a row.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from regate_ds.algorithm.plan import ElisionPlan, Slots, StepPlan, assemble_plan
 from regate_ds.parallel.collectives import broadcast_integers
 
 HEADER = 5
+"""Number of integers in a header."""
+
 _PLANNED, _FAILED = 0, 1
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What arrives: the decision for one optimizer step."""
+    """The plans of one optimizer step, as a rank receives them."""
 
     step: int
     is_dense: bool
@@ -35,14 +39,14 @@ class Sent:
 
 
 ENDED = torch.tensor([_PLANNED, 0, 0, 0, 0], dtype=torch.int32)
-"""Sent when the rank that plans has ended a step."""
+"""Header that the rank that plans sends when it has ended a step."""
 
 FAILURE = torch.tensor([_FAILED, 0, 0, 0, 0], dtype=torch.int32)
-"""Sent in place of a header by a rank that could not plan, so that no rank waits for the array."""
+"""Header that a rank sends when it could not plan, so that no rank waits for the array."""
 
 
 def encode(step: int, is_dense: bool, micro: Sequence[ElisionPlan]) -> tuple[Tensor, Tensor]:
-    """Header and array, int32."""
+    """Return header and array of a step's plans, both int32."""
     shapes = [[p.num_tokens, *p.kept_BK.shape, int(p.is_packed)] for p in micro]
     parts = [torch.tensor(shapes).reshape(-1)]
     for plan in micro:
@@ -54,25 +58,29 @@ def encode(step: int, is_dense: bool, micro: Sequence[ElisionPlan]) -> tuple[Ten
 
 
 def array_length(header: Tensor) -> int:
-    """How much follows; RuntimeError if the rank that plans has failed."""
+    """Return the length of the array that follows; RuntimeError if the rank that plans failed."""
     status, *_, length = header.tolist()
     if status == _FAILED:
-        raise RuntimeError("the rank that plans for this one has failed; its own error says why")
+        raise RuntimeError(
+            "the rank that plans for this one, on the last pipeline stage, has failed; read that "
+            "rank's own error, which says why"
+        )
     return length
 
 
 def decode(header: Tensor, array: Tensor) -> Sent:
+    """Rebuild the plans from what ``encode`` returned."""
     _, step, dense, num_micro, _ = header.tolist()
     shapes = array[: 4 * num_micro].reshape(-1, 4).tolist()
     values = array[4 * num_micro :].long()
-    micro, at = [], 0
+    micro, start = [], 0
     for number, (num_tokens, num_rows, num_slots, is_packed) in enumerate(shapes):
         size = num_rows * num_slots
-        taken = values[at : at + (2 if dense else 3) * size].view(-1, num_rows, num_slots)
-        at += taken.numel()
-        kept_BK = torch.arange(num_slots).expand(num_rows, -1) if dense else taken[0]
+        slots = values[start : start + (2 if dense else 3) * size].view(-1, num_rows, num_slots)
+        start += slots.numel()
+        kept_BK = torch.arange(num_slots).expand(num_rows, -1) if dense else slots[0]
         plan = assemble_plan(
-            Slots(kept_BK, taken[-2], taken[-1]),
+            Slots(kept_BK, slots[-2], slots[-1]),
             num_tokens=num_tokens,
             is_dense=bool(dense),
             is_packed=bool(is_packed),
@@ -82,9 +90,9 @@ def decode(header: Tensor, array: Tensor) -> Sent:
 
 
 def share_plan(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | None) -> Sent:
-    """Give every rank of the replica the plan of the rank ``planner`` of the world.
+    """Return the plan of rank ``planner`` (of the world) on every rank of the replica.
 
-    Collective over the replica; a RuntimeError on all other ranks where that one could not plan.
+    Collective over the replica. RuntimeError on all other ranks if that rank could not plan.
     """
     header, array = None, None
     if plan is not None:
@@ -95,9 +103,10 @@ def share_plan(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup
 
 
 def confirm(is_planner: bool, planner: int, replica: ProcessGroup | None) -> None:
-    """End a step together: a RuntimeError where the rank that plans could not end it.
+    """Wait until the rank that plans has ended the step; RuntimeError if it could not end it.
 
-    Collective over the replica; the ranks would wait for the next plan at this point anyway.
+    Collective over the replica. It costs no extra waiting: the ranks would wait for the next plan
+    at this point anyway.
     """
     header = ENDED.clone() if is_planner else None
     array_length(broadcast_integers(header, HEADER, planner, replica))
@@ -105,8 +114,10 @@ def confirm(is_planner: bool, planner: int, replica: ProcessGroup | None) -> Non
 
 @contextmanager
 def failing_together(planner: int, replica: ProcessGroup | None) -> Iterator[None]:
-    """An error where the plan is made is an error on all ranks of its replica, which wait in
-    ``share`` or ``confirm``."""
+    """Turn an error of the rank that plans into an error on all ranks of its replica.
+
+    The other ranks wait in ``share_plan`` or ``confirm``, where they raise RuntimeError.
+    """
     try:
         yield
     except BaseException:

@@ -1,6 +1,7 @@
-"""The session of a run and the difficulty it remembers: opened, saved and read alike everywhere.
+"""Open, save and load the session of a run and the difficulty that it remembers.
 
-In a checkpoint the schedule is one file, the difficulty one a rank.
+All adapters share these functions. In a checkpoint the schedule is one file, and the difficulty is
+one file for each data rank.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ def open_session(
     layout: ParallelLayout,
     device: torch.device | str,
 ) -> tuple[Regate, Difficulty | None]:
-    """``device``: where the backend of the layout's groups wants its tensors.
+    """Make the session of a run and its difficulty; the difficulty is None if nothing is elided.
 
-    No difficulty where nothing is elided. ValueError if elision has no reference.
+    device: where the backend of the layout's groups wants its tensors.
+
+    ValueError if elision has no reference.
     """
     difficulty: Difficulty | None = None
     if config.keep_share < 1.0 and reference is not None:
@@ -45,7 +48,7 @@ def open_session(
 
 
 STATE_FOLDER = "regate"
-"""Where it lies inside a checkpoint."""
+"""Name of the folder inside a checkpoint that holds the method's state."""
 
 
 def save_state(
@@ -55,7 +58,11 @@ def save_state(
     *,
     is_first: bool,
 ) -> None:
-    """Every data rank calls it, each with its part; the first writes what all share."""
+    """Write schedule and difficulty into the checkpoint.
+
+    Every data rank calls it and writes its part of the difficulty; the rank with ``is_first`` also
+    writes the schedule, which all ranks share.
+    """
     folder = Path(checkpoint_dir) / STATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     state = session.state_dict()
@@ -67,7 +74,10 @@ def save_state(
 
 
 def load_state(checkpoint_dir: str | Path, session: Regate, difficulty: Difficulty | None) -> None:
-    """Take over what ``save_state`` wrote, with any number of data ranks."""
+    """Load what ``save_state`` wrote; the number of data ranks may differ from the saved one.
+
+    ValueError if the checkpoint is incomplete, or does not fit the run.
+    """
     folder = Path(checkpoint_dir) / STATE_FOLDER
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
@@ -76,11 +86,14 @@ def load_state(checkpoint_dir: str | Path, session: Regate, difficulty: Difficul
     if difficulty is None:
         return
     if "num_files" not in state:
-        raise ValueError(f"{folder} is of a dense run without difficulty; set keep_share=1.0")
+        raise ValueError(
+            f"{folder} is of a dense run without difficulty; set keep_share=1.0, or resume from a "
+            "checkpoint of a run that elides tokens"
+        )
     difficulty.load(folder, num_ranks=state["num_files"])
     if difficulty.num_writes != state["num_writes"]:
         raise ValueError(
             f"{folder}: the difficulty was written {difficulty.num_writes} times, its "
-            f"state.json says {state['num_writes']}: a save over an older one was cut short; "
-            "resume from another checkpoint, and save each into a folder of its own"
+            f"state.json says {state['num_writes']}: a save over an older one was interrupted; "
+            "resume from another checkpoint, and save each checkpoint into its own folder"
         )

@@ -1,4 +1,4 @@
-"""The micro-batches of one optimizer step, as a training loop gets them."""
+"""A window: the micro-batches of one optimizer step, as a training loop receives them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _log = logging.getLogger(__name__)
 
 
 class Window(Sequence[tuple[Any, ElisionPlan | None]]):
-    """The micro-batches of one optimizer step with their plans; each is moved when it is taken."""
+    """The micro-batches of one optimizer step, each with its plan (None without elision).
+
+    A micro-batch is moved to the device when it is read from the window.
+    """
 
     def __init__(
         self, micro: Sequence[Any], plans: Sequence[ElisionPlan | None], device: torch.device
@@ -34,16 +37,20 @@ class Window(Sequence[tuple[Any, ElisionPlan | None]]):
 
 
 def require_collated(micro: Sequence[Any]) -> None:
-    """Refuse micro-batches whose samples are not named."""
-    if not all(isinstance(batch, Batch) for batch in micro):
+    """Refuse micro-batches whose samples have no keys: ValueError names the type that was found."""
+    others = [type(batch).__name__ for batch in micro if not isinstance(batch, Batch)]
+    if others:
         raise ValueError(
-            f"the loader yields {type(micro[0]).__name__}; give it "
-            "collate_fn=regate.collate(collate)"
+            f"the loader yields {others[0]}; give it collate_fn=regate.collate(collate)"
         )
 
 
 def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[list[Any]]:
-    """Groups of ``size`` micro-batches; what is left at the end is told, if it is not kept."""
+    """Yield groups of ``size`` micro-batches.
+
+    Micro-batches at the end that do not fill a group are yielded if ``keep_rest`` is true;
+    otherwise a warning in the log says how many are left out.
+    """
     micro: list[Any] = []
     for batch in loader:
         micro.append(batch)
@@ -54,8 +61,8 @@ def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[l
         yield micro
     elif micro:
         _log.warning(
-            "left out %d micro-batches at the end of the epoch: a step takes %d; the same "
-            "samples each time, unless the loader changes its order",
+            "left out %d micro-batches at the end of the epoch: a step takes %d; shuffle the "
+            "loader every epoch, or it will leave out the same samples each time",
             len(micro),
             size,
         )

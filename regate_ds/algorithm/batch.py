@@ -1,4 +1,4 @@
-"""What the method needs to know of a micro-batch: whose tokens these are and which may be elided.
+"""What the method needs to know about a micro-batch: its samples, and which tokens may be elided.
 
 Shapes: B rows, T positions of a row, N label positions of the whole micro-batch in reading order
 (row by row, left to right).
@@ -15,18 +15,19 @@ IGNORE = -100
 """Label of a position that predicts no answer token."""
 
 ABSENT, ALWAYS, ELIDABLE = 0, 1, 2
-"""Kinds of position: padding; image, prompt and each sample's first position; answer targets."""
+"""Kinds of position. ABSENT: padding. ALWAYS: image, prompt and each sample's first position.
+ELIDABLE: positions that predict an answer token."""
 
 SampleKey = tuple[str, int]
-"""Data set name and record number: the same in every epoch."""
+"""Name of the data set and number of the record: the same in every epoch."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch in CPU memory: labels shifted once, samples named, padding marked."""
+    """One micro-batch in CPU memory: shifted labels, named samples, marked padding."""
 
     keys: tuple[tuple[SampleKey, ...], ...]
-    """For each row, the samples in it, in reading order (one, unless rows are packed)."""
+    """Keys of the samples in each row, in reading order (one, unless rows are packed)."""
 
     segment_BT: Tensor
     """int64: which sample of its row a position belongs to; -1 is padding, at the end of a row."""
@@ -38,15 +39,28 @@ class TokenBatch:
         if self.segment_BT.shape != self.labels_BT.shape or self.labels_BT.dim() != 2:
             raise ValueError(
                 f"segments {tuple(self.segment_BT.shape)} and labels {tuple(self.labels_BT.shape)} "
-                "must have the same shape [B, T]"
+                "differ in shape; give both the same shape [B, T]"
             )
         if len(self.keys) != self.labels_BT.shape[0]:
-            raise ValueError(f"{len(self.keys)} rows of keys for {self.labels_BT.shape[0]} rows")
-        num_named = torch.tensor([len(row) for row in self.keys])
-        if not torch.equal(self.segment_BT.amax(dim=1) + 1, num_named):
-            raise ValueError("each row needs exactly one key for each of its segments")
-        if bool((self.is_label_BT & (self.segment_BT < 0)).any()):
-            raise ValueError("a padding position has a label; padding predicts nothing")
+            raise ValueError(
+                f"{len(self.keys)} rows of keys for {self.labels_BT.shape[0]} rows of labels; "
+                "give one tuple of keys for each row"
+            )
+        num_keys_B = torch.tensor([len(row) for row in self.keys])
+        num_segments_B = self.segment_BT.amax(dim=1) + 1
+        if not torch.equal(num_segments_B, num_keys_B):
+            row = int((num_segments_B != num_keys_B).nonzero()[0])
+            raise ValueError(
+                f"row {row} has {int(num_segments_B[row])} segments, but {int(num_keys_B[row])} "
+                "keys; give each row exactly one key for each of its segments"
+            )
+        labelled_padding = (self.is_label_BT & (self.segment_BT < 0)).nonzero()
+        if len(labelled_padding):
+            row, position = (int(index) for index in labelled_padding[0])
+            raise ValueError(
+                f"a padding position has a label: position {position} of row {row}; set the labels "
+                f"of padding to {IGNORE}"
+            )
 
     @property
     def is_label_BT(self) -> Tensor:
@@ -54,20 +68,20 @@ class TokenBatch:
 
     @property
     def kind_BT(self) -> Tensor:
-        """ABSENT, ALWAYS or ELIDABLE for every position (METHOD, section 1)."""
+        """ABSENT, ALWAYS or ELIDABLE for every position."""
         kind_BT = torch.where(self.is_label_BT, ELIDABLE, ALWAYS)
         kind_BT = kind_BT.masked_fill(starts_segment(self.segment_BT), ALWAYS)
         return kind_BT.masked_fill(self.segment_BT < 0, ABSENT)
 
     @property
     def sample_BT(self) -> Tensor:
-        """Number of the sample of each position, counted through the micro-batch; -1 is padding."""
+        """Number of each position's sample, counted through the micro-batch; -1 is padding."""
         first_B = torch.tensor([0] + [len(row) for row in self.keys[:-1]]).cumsum(0)
         return torch.where(self.segment_BT < 0, -1, self.segment_BT + first_B[:, None])
 
     @property
     def flat_keys(self) -> list[SampleKey]:
-        """Keys in the order in which ``sample_BT`` counts."""
+        """Keys of all samples in the order in which ``sample_BT`` counts them."""
         return [key for row in self.keys for key in row]
 
     @property
@@ -76,28 +90,28 @@ class TokenBatch:
         return [int(n) for n in counts]
 
     def at_labels(self, values_N: Tensor, *, empty: float = 0.0) -> Tensor:
-        """Spread one value for each label position over [B, T]; ``empty`` elsewhere."""
+        """Spread one value for each label position over [B, T], with ``empty`` elsewhere."""
         values_BT = values_N.new_full(self.labels_BT.shape, empty)
         values_BT[self.is_label_BT] = values_N
         return values_BT
 
 
 def starts_segment(segment_BT: Tensor) -> Tensor:
-    """True at the first position of every sample."""
+    """Mark [B, T] the first position of every sample."""
     previous_BT = torch.roll(segment_BT, 1, dims=1)
     previous_BT[:, 0] = -1
     return (segment_BT >= 0) & (segment_BT != previous_BT)
 
 
 def shift_labels(labels_BT: Tensor) -> Tensor:
-    """Turn host labels (the token *at* t) into targets (the token at t+1)."""
+    """Turn the host's labels (at t, the token at t) into targets (at t, the token at t+1)."""
     shifted_BT = torch.roll(labels_BT, -1, dims=1)
     shifted_BT[:, -1] = IGNORE
     return shifted_BT
 
 
 def host_labels(labels_BT: Tensor) -> Tensor:
-    """Undo the shift: the host shifts for itself."""
+    """Undo ``shift_labels``, for a host that shifts labels itself."""
     unshifted_BT = labels_BT.roll(1, dims=1)
     unshifted_BT[:, 0] = IGNORE
     return unshifted_BT

@@ -1,4 +1,4 @@
-"""What is counted in a step."""
+"""Count the tokens of a step: all of them, and those that are kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
 
 COUNTS = ("tokens_total", "tokens_kept", "answer_total", "answer_kept", "filled", "padded")
-"""What is counted in a step."""
+"""Names of a step's counts. "answer" counts label positions, "tokens" all but padding."""
 
 
 def count_step(
@@ -16,7 +16,10 @@ def count_step(
     micro: Sequence[ElisionPlan],
     padding: Callable[[ElisionPlan], int],
 ) -> list[int]:
-    """In the order of COUNTS."""
+    """Return the counts of one rank's micro-batches, in the order of COUNTS.
+
+    padding: returns the number of padding slots of a plan.
+    """
     return [
         sum(int((batch.segment_BT >= 0).sum()) for batch in window),
         sum(plan.num_kept for plan in micro),

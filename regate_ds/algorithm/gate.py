@@ -1,6 +1,6 @@
-"""Take kept positions out of the residual stream, and put their results back.
+"""Take the kept positions out of the residual stream, and put their results back.
 
-Shapes: B rows, T positions, K slots of a packed row, H hidden.
+Shapes: B rows, T positions of a row, K slots of a row after the gate, R real slots, H hidden.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Cross-entropy of the head at target positions, without ever holding [T, V] logits.
+"""Cross-entropy of the head at target positions, without ever holding the logits of all of them.
 
-Shapes: L targets, H hidden, V vocabulary. The logits exist for one chunk of targets at a time.
+Shapes: L targets, C targets of one chunk, H hidden, V vocabulary. Logits exist for one chunk only.
 """
 
 # torch's own types have gaps.
@@ -16,16 +16,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256
-"""Targets whose logits exist at one time: about the full speed at a small share of the memory."""
+"""Number of targets whose logits exist at one time: about full speed, at little memory."""
 
 
 def summed_loss(
     hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_L: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the targets' losses in nats, and the losses themselves (detached). At least fp32.
+    """Return the sum of the targets' losses in nats, and the losses [L], detached. At least fp32.
 
-    Every target has weight 1, so the gradient is known before the backward pass up to one scalar:
-    it is computed here, chunk by chunk, while the logits exist, and only scaled in the backward.
+    Every target has weight 1, so the gradient is known before the backward pass up to one scalar.
+    It is computed here, chunk by chunk, while the logits exist; the backward pass only scales it,
+    and can run once.
     """
     with_grad = torch.is_grad_enabled()
     return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, with_grad)
@@ -34,10 +35,10 @@ def summed_loss(
 def token_losses(
     hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_L: Tensor
 ) -> Tensor:
-    """Differentiable loss of each target [L] in nats, for users with a loss of their own.
+    """Return the differentiable loss of each target [L] in nats, for a loss of the user's own.
 
-    Chunks are recomputed in the backward pass, as nobody knows the weights yet: slower than
-    ``summed_loss``, same memory.
+    The backward pass recomputes each chunk, because the weight of a target is known only then:
+    slower than ``summed_loss``, at the same memory.
     """
     losses = [
         checkpoint(_chunk_losses, h, weight_VH, bias_V, t, use_reentrant=False)
@@ -96,15 +97,18 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("summed_loss goes backward once; for more passes use token_losses")
-        # Let go of them: the head's is [V, H], and the loss may live on until the next step's.
+            raise RuntimeError(
+                "summed_loss goes backward once, and its gradients are gone; for more passes use "
+                "token_losses"
+            )
+        # Free the gradients: the head's is [V, H], and the loss may outlive this step.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g * grads[0].to(g.dtype) for g in gradients]
         return (*scaled, None, None)
 
 
 class _Gradients:
-    """Gradient of the summed loss, gathered over chunks; weights in at least fp32."""
+    """The gradients of the summed loss, added up over chunks; the head's in at least fp32."""
 
     def __init__(
         self, hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: list[bool]

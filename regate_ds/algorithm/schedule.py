@@ -1,4 +1,4 @@
-"""Which steps are dense: a warm-up, the head of each cycle, and a block at the end of the run."""
+"""Which steps are dense: a warm-up, the start of each cycle, and a block at the end of the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """All lengths in optimizer steps, counted from 0."""
+    """The dense and sparse steps of a run. Lengths are in optimizer steps; steps count from 0."""
 
     total_steps: int
     warmup_steps: int
@@ -18,7 +18,8 @@ class Schedule:
     final_dense_steps: int
 
     def is_dense(self, step: int) -> bool:
-        """step < W, or step >= T - final, or C > 0 and (step - W) mod C < F."""
+        """Return whether the step keeps every token: it is in the warm-up, the end block or the
+        dense start of a cycle."""
         if step < self.warmup_steps or step >= self.total_steps - self.final_dense_steps:
             return True
         if self.cycle_steps == 0:
@@ -26,7 +27,7 @@ class Schedule:
         return (step - self.warmup_steps) % self.cycle_steps < self.cycle_dense_steps
 
     def expected_share(self, keep_share: float) -> float:
-        """Share of label positions processed over the run: the mean of 1 (dense) or keep_share."""
+        """Return the mean over all steps of the share kept: 1 if dense, else ``keep_share``."""
         num_dense = sum(self.is_dense(step) for step in range(self.total_steps))
         return (num_dense + (self.total_steps - num_dense) * keep_share) / self.total_steps
 

@@ -1,6 +1,6 @@
-"""From encoded samples to micro-batches: images decoded in workers, rows padded or packed.
+"""Join encoded samples into micro-batches: workers decode images, rows are padded or packed.
 
-Shapes: B rows, T positions of a row.
+Shapes: B rows, T positions of a row, S positions of one sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regate_ds.data.llava.records import Record, bad_record
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """One sample with its images decoded (RGB), in reading order."""
+    """One sample, with its decoded images (RGB) in reading order."""
 
     encoded: EncodedSample
     images: tuple[Image.Image, ...]
@@ -30,23 +30,27 @@ class LoadedSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: what the model is called with, and what the method needs to know of it."""
+    """One micro-batch: the model's inputs, and what the method needs to know of it."""
 
     inputs: dict[str, Any]
+    """Keyword arguments for the model."""
+
     tokens: TokenBatch
+    """Keys, segments and labels, in CPU memory."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """Move the tensors of ``inputs``; ``tokens`` stay on the CPU, where planning happens."""
+        """Move the tensors of ``inputs``. ``tokens`` stay on the CPU, where steps are planned."""
         return Batch(moved(self.inputs, device), self.tokens)
 
     def pin_memory(self) -> Batch:
-        """For loaders with ``pin_memory=True``: ``to`` a GPU then overlaps with its work."""
+        """Pin the tensors of ``inputs``, for loaders with ``pin_memory=True``: a copy by ``to``
+        then overlaps with the GPU's work."""
         pinned = {k: x.pin_memory() if isinstance(x, Tensor) else x for k, x in self.inputs.items()}
         return Batch(pinned, self.tokens)
 
 
 def moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The tensors on ``device``; everything else as it is."""
+    """Return the inputs with all tensors on ``device`` and everything else as it is."""
     return {
         name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
         for name, x in inputs.items()
@@ -54,7 +58,7 @@ def moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
 
 
 class SampleDataset(Dataset[LoadedSample]):
-    """Records, encoded and their images decoded when asked for: in the loader's workers."""
+    """A data set of records, which encodes a record and decodes its images in ``__getitem__``."""
 
     def __init__(self, records: Sequence[Record], encoder: Encoder) -> None:
         self._records = records
@@ -68,21 +72,22 @@ class SampleDataset(Dataset[LoadedSample]):
         return LoadedSample(self._encoder.encode(record), _decode(record))
 
     def encode(self, index: int) -> EncodedSample:
-        """The sample without decoding its images."""
+        """Encode a record without decoding its images."""
         return self._encoder.encode(self._records[index])
 
 
 class Collator:
     """Joins loaded samples into one micro-batch of right-padded rows.
 
-    Without ``pack_length`` a row is a sample, and no attention mask is made: under a causal mask
-    no token sees the padding to its right. With it, samples are packed first-fit into rows of at
-    most that many tokens, and ``position_ids`` restart in each sample and in the padding.
+    Without ``pack_length`` each row is one sample, and no attention mask is made: under a causal
+    mask no token sees the padding to its right. With it, samples are packed first-fit into rows of
+    at most that many tokens, and ``position_ids`` restart in each sample and in the padding.
     """
 
     def __init__(
         self, *, pad_id: int, vision: VisionInputs | None, pack_length: int | None = None
     ) -> None:
+        """Set up for one model. ``vision`` makes its image inputs; None for a text-only model."""
         self._pad_id = pad_id
         self._vision = vision
         self._pack_length = pack_length
@@ -114,7 +119,7 @@ class Collator:
             if length > self._pack_length:
                 raise ValueError(
                     f"sample {sample.encoded.key} has {length} tokens, a packed row only "
-                    f"{self._pack_length}; set data.pack_length to at least data.max_length"
+                    f"{self._pack_length}; set data.pack_length to data.max_length or more"
                 )
         return [[samples[i] for i in row] for row in first_fit(lengths, self._pack_length)]
 
@@ -125,8 +130,8 @@ class Collator:
         if self._vision is None:
             if images:
                 raise ValueError(
-                    f"{len(images)} images for a model without a vision side; "
-                    "use a multimodal student or data without images"
+                    f"{len(images)} images for a model without a vision tower; use a multimodal "
+                    "student, or data without images"
                 )
             return {}
         extra = self._vision.extra_inputs(ids_BT, is_placeholder_BT)
@@ -134,7 +139,7 @@ class Collator:
 
 
 def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Put each length, in order, into the first row with room; rows of indices."""
+    """Put each length, in order, into the first row with room. Return rows of indices."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index, length in enumerate(lengths):
@@ -148,7 +153,7 @@ def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def _layout(lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Segments [B, T] (-1 is padding) and positions [B, T] that restart in each segment."""
+    """Return segments [B, T] (-1 is padding) and positions [B, T], from 0 in each segment."""
     num_tokens = max(sum(row) for row in lengths)
     segment_BT = torch.full((len(lengths), num_tokens), -1)
     position_BT = torch.empty_like(segment_BT)
@@ -163,7 +168,7 @@ def _layout(lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _pad(rows: list[list[Tensor]], value: float | bool) -> Tensor:
-    """Join the samples of each row and pad on the right to [B, T]."""
+    """Join the samples of each row, and pad each row on the right to [B, T]."""
     joined = [torch.cat(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=value)
 

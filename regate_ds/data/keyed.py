@@ -1,6 +1,7 @@
-"""For training loops of users' own: name the samples, and read a host's batch as tokens.
+"""Wrap the data set and the collate function of a user's own training loop.
 
-Shapes: B rows of one sample each, T positions.
+``Keyed`` gives every item a key, and ``KeyedCollate`` reads the keys, labels and padding of a
+micro-batch. Shapes: B rows of one sample each, T positions.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from regate_ds.algorithm.batch import TokenBatch, shift_labels
 from regate_ds.data.collate import Batch
 
 KEY = "regate_key"
+"""Name of the key in an item."""
 
 
 class Keyed(Dataset[dict[str, Any]]):
-    """A map-style data set of dicts whose items know their key: (data set name, record number)."""
+    """A map-style data set of dicts that adds to each item its key: (data set name, number)."""
 
     def __init__(self, dataset: Any, name: str) -> None:
+        """Wrap ``dataset``; ``name`` is the data set's name in the keys, unique among data sets.
+
+        ValueError if ``dataset`` has no length or no items by number.
+        """
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise ValueError(
                 f"{type(dataset).__name__} has no length or no items by number; elision needs "
@@ -37,22 +43,29 @@ class Keyed(Dataset[dict[str, Any]]):
         item = self._dataset[number]
         if not isinstance(item, Mapping):
             raise ValueError(
-                f"item {number} is a {type(item).__name__}; elision needs items that are dicts, to "
-                "add a key to each"
+                f"item {number} is a {type(item).__name__}; elision adds a key to each item: make "
+                "the data set return dicts"
             )
         return {**item, KEY: (self._name, number)}
 
 
 class KeyedCollate:
-    """Takes keys off the items, lets the host collate the rest, and reads labels and padding.
+    """A collate function that also reads what the method needs to know of a micro-batch.
 
-    The labels leave the batch, as the plan has them.
+    It takes the keys off the items, calls the host's collate function on the rest, and reads the
+    ``labels`` and the ``attention_mask``. The labels are not among the inputs of the batch that it
+    returns, because the plan has them.
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], dict[str, Tensor]]) -> None:
+        """Wrap the host's ``collate_fn``; its labels are as Hugging Face models take them."""
         self._collate_fn = collate_fn
 
     def __call__(self, items: list[dict[str, Any]]) -> Batch:
+        """Return the micro-batch of these items.
+
+        ValueError if an item has no key, the batch no label tensor, or a row padding on the left.
+        """
         if any(KEY not in item for item in items):
             raise ValueError(f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name)")
         keys = tuple((tuple(item[KEY]),) for item in items)
@@ -61,18 +74,20 @@ class KeyedCollate:
         if not isinstance(labels_BT, Tensor):
             raise ValueError(
                 f"the collated batch has labels {type(labels_BT).__name__}, not a tensor [rows, "
-                "tokens]; elision follows them"
+                "tokens]; make the collate function return such labels, which elision follows"
             )
         mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool()
-        if bool((mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()):
-            raise ValueError("a row has padding before tokens; set padding_side='right'")
+        starts_late_B = (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any(dim=1)
+        if bool(starts_late_B.any()):
+            row = int(starts_late_B.nonzero()[0])
+            raise ValueError(f"row {row} has padding before tokens; set padding_side='right'")
         segment_BT = torch.where(mask_BT, 0, -1)
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
         return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT)))
 
 
 class PlainCollate:
-    """Takes keys off the items and leaves all else to the host: for runs without elision."""
+    """A collate function for runs without elision: it only takes the keys off the items."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self._collate_fn = collate_fn

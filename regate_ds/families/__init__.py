@@ -1,5 +1,6 @@
-"""What is known of model families: one frozen record each, a file for each vendor's line.
+"""Model families: one frozen record for each, in a file for each vendor's line of models.
 
-Adapters, the teacher and the recipe read the same record. A family that is new to the project is a
-file here and a line in `table.py`; start at `family.py`, which says what a record holds.
+Files here may import `data/` and torch; a record names its transformers class, and loads it only
+when asked to. Start at `family.py`, which says what a record holds; to add a family, write a file
+here and a line in `table.py`, which adapters, teacher and recipe read.
 """

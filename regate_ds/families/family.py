@@ -1,7 +1,6 @@
-"""The record of a model family: where its parts lie, and what of its inputs is special.
+"""The record of a model family: where its parts lie, and which of its inputs are special.
 
-Classes of transformers are named, and loaded when they are asked for: reading a record needs torch
-only.
+A record holds the names of transformers' classes, which are loaded only when they are asked for.
 """
 
 from __future__ import annotations
@@ -18,53 +17,56 @@ from regate_ds.data.llava.encode import VisionInputs
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A multimodal model of transformers, by its config's ``model_type``."""
+    """A family of multimodal models in transformers."""
 
     model_type: str
+    """``model_type`` in the model's config."""
 
     model_class: str
-    """Its class in transformers, decoder and head included."""
+    """Name of the model's class in transformers, with decoder and head."""
 
     tower: str
-    """Attribute of the base model: what turns pixels into features."""
+    """Attribute of the base model that holds the vision tower."""
 
     decoder: str = "language_model"
-    """Attribute of the base model: the text decoder. Names of its weights begin so."""
+    """Attribute of the base model that holds the text decoder; its weights' names begin with it."""
 
     plain_text: str | None = None
-    """``model_type`` of the causal language model that the decoder is on text alone; None if its
-    own config names one."""
+    """``model_type`` of the causal language model that equals the decoder on text alone; None if
+    the decoder's own config is that of such a model."""
 
     num_position_axes: int = 1
-    """Rotary axes: 3 where images have a time, a height and a width."""
+    """Number of rotary axes: 3 where images have a time, a height and a width."""
 
     empty_image: Callable[[Any, Tensor], dict[str, Tensor]]
-    """Model inputs of the smallest image, by the vision config; in dtype and device of a tensor."""
+    """Makes the model inputs of the smallest image, from the vision config and a tensor whose dtype
+    and device they get."""
 
     vision_inputs: Callable[[Any, Any], VisionInputs] | None = None
-    """How images become inputs, by the model's config and its image processor; None if the recipe
-    does not know it. ValueError for a processor of another family."""
+    """Makes the family's ``VisionInputs`` from the model's config and its image processor; None if
+    the recipe cannot train it. ValueError for a processor of another family."""
 
     in_megatron: bool = False
-    """Whether `regate train` can put it before a decoder of Megatron-core."""
+    """Whether `regate train` can put the vision tower before a decoder of Megatron-core."""
 
     @property
     def packs(self) -> bool:
-        """Whether a row may hold several samples: only plain positions can restart in a row."""
+        """Whether a row may hold several samples: only positions of one axis can restart in it."""
         return self.num_position_axes == 1
 
     def load_class(self) -> Any:
+        """Return the model's class in transformers."""
         return transformers_class(self.model_class)
 
     def tower_of(self, model: Any) -> nn.Module:
-        """The vision tower of a model with a head."""
+        """Return the vision tower of a model with a head."""
         return getattr(model.model, self.tower)
 
     def decoder_of(self, model: Any) -> nn.Module:
-        """The text decoder of a model with a head."""
+        """Return the text decoder of a model with a head."""
         return getattr(model.model, self.decoder)
 
 
 def transformers_class(name: str) -> Any:
-    """A class of transformers, which is imported now if it was not before."""
+    """Return a class of transformers by its name; this imports transformers."""
     return getattr(import_module("transformers"), name)

@@ -1,4 +1,4 @@
-"""LLaVA: a tower with one image size, a projector, and any Llama-like decoder.
+"""LLaVA: a vision tower with one image size, a projector, and any Llama-like decoder.
 
 Shapes: I images of a micro-batch, B rows, T positions.
 """
@@ -25,12 +25,15 @@ class LlavaVision:
 
     @classmethod
     def of(cls, config: Any, processor: Any) -> LlavaVision:
-        """Find the number of tokens by asking the tower itself, on no memory at all."""
+        """Find the number of tokens of an image by running the tower without memory, on "meta".
+
+        ValueError if the processor does not bring all images to one size.
+        """
         height, width = _fixed_size(processor)
         with torch.device("meta"):
             tower = transformers_class("AutoModel").from_config(config.vision_config)
             features = tower(torch.zeros(1, 3, height, width)).last_hidden_state
-        # "default" cuts the class token off, which stands first; "full" keeps every feature.
+        # "default" cuts off the class token, which comes first; "full" keeps every feature.
         num_cut = 1 if config.vision_feature_select_strategy == "default" else 0
         return cls(processor, int(features.shape[1]) - num_cut)
 
@@ -46,9 +49,9 @@ class LlavaVision:
 
 
 def _fixed_size(processor: Any) -> tuple[int, int]:
-    """Height and width that images of any shape are brought to.
+    """Return the height and width that images of any shape are brought to.
 
-    ValueError if they are not brought to one size, so that images differ in their number of tokens.
+    ValueError if images of two shapes differ in size, and so in their number of tokens.
     """
     wide, tall = (
         tuple(processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape)
@@ -56,8 +59,8 @@ def _fixed_size(processor: Any) -> tuple[int, int]:
     )
     if len(wide) != 4 or wide != tall:
         raise ValueError(
-            f"{type(processor).__name__} makes pixel values {wide} of a wide and {tall} of a tall "
-            "image; LLaVA students need a processor with one crop size (such as CLIP's or SigLIP's)"
+            f"{type(processor).__name__} makes pixel values {wide} from a wide and {tall} from a "
+            "tall image; LLaVA students need a processor with one crop size: use CLIP's or SigLIP's"
         )
     return wide[-2], wide[-1]
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: images of any size, and rotary positions of three axes.
+"""Qwen2-VL and Qwen2.5-VL: images of any size, and rotary positions with three axes.
 
 Shapes: I images of a micro-batch, P pixel patches of all its images, B rows, T positions.
 """
@@ -20,17 +20,17 @@ _PROCESSORS = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
 
 @dataclass(frozen=True)
 class Qwen2VLVision:
-    """An image becomes as many tokens as its size asks for, and positions have three axes."""
+    """The number of an image's tokens depends on its size, and positions have three axes."""
 
     processor: Any
 
     @classmethod
     def of(cls, config: Any, processor: Any) -> Qwen2VLVision:
-        """ValueError if the image processor does not belong to the model."""
+        """Make the vision inputs. ValueError if the processor is not one of Qwen2-VL's."""
         if type(processor).__name__ not in _PROCESSORS:
             raise ValueError(
                 f"image processor {type(processor).__name__} does not fit a {config.model_type} "
-                "model; its folder needs a preprocessor_config.json of a Qwen2VLImageProcessor"
+                "model; put the preprocessor_config.json of a Qwen2VLImageProcessor into its folder"
             )
         return cls(processor)
 
@@ -44,9 +44,9 @@ class Qwen2VLVision:
         return dict(self.processor(list(images), return_tensors="pt"))
 
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
-        """Mark text (0) and image (1): the model derives its three position axes from it.
+        """Mark text (0) and image (1) positions: the model derives its three axes from the marks.
 
-        A text-only micro-batch needs no marks, and the model then counts plain positions.
+        A text-only micro-batch needs no marks: the model then counts plain positions.
         """
         if not bool(is_placeholder_BT.any()):
             return {}
@@ -54,7 +54,7 @@ class Qwen2VLVision:
 
 
 def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
-    """One merged patch."""
+    """Make an image of one merged patch."""
     side = vision.spatial_merge_size
     size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     grid = torch.tensor([[1, side, side]], device=like.device)

@@ -13,20 +13,20 @@ FAMILIES: dict[str, Family] = {
 }
 
 STUDENTS = tuple(name for name, family in FAMILIES.items() if family.vision_inputs is not None)
-"""Those that the recipe can train."""
+"""The ``model_type`` of each family that the recipe can train."""
 
 
 def find_family(model: Any) -> Family | None:
-    """The record of a model's family; None if there is none."""
+    """Return the record of a model's family, or None if there is none."""
     return FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def family_of(model: Any) -> Family:
-    """The record of a model's family; ValueError, naming those there are, if there is none."""
+    """Return the record of a model's family. ValueError, naming the families, if there is none."""
     family = find_family(model)
     if family is None:
         raise ValueError(
-            f"{type(model).__name__} is of no known family; known are {sorted(FAMILIES)}: add a "
-            "record to regate_ds/families/"
+            f"{type(model).__name__} is of no known family; use one of {sorted(FAMILIES)}, or add "
+            "a record to regate_ds/families/"
         )
     return family

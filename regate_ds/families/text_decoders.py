@@ -1,6 +1,6 @@
-"""Text decoders whose layers were tested: causal, with one tensor in and out of each.
+"""The text decoders whose layers were tested: causal, with one tensor in and one out of each layer.
 
-A multimodal model's decoder is looked up here by its own ``model_type``.
+The decoder of a multimodal model is looked up here by its own ``model_type``, not the model's.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TextDecoder:
-    """What may be done with a decoder; a decoder without a record is refused by name."""
+    """What a decoder can be used for. A decoder without a record is refused by name."""
 
     shards: bool = True
-    """Whether DeepSpeed cuts its layers right, as our tests have seen (teacher/sharding)."""
+    """Whether DeepSpeed cuts the layers correctly, as our tests show (teacher/sharding)."""
 
     in_megatron: bool = False
-    """Whether its weights are known in Megatron-core's names."""
+    """Whether the weights' names in Megatron-core are known."""
 
     has_qkv_bias: bool = False
-    """Whether queries, keys and values have a bias, as Megatron-core must be told."""
+    """Whether queries, keys and values have a bias; Megatron-core must be told."""
 
     num_position_axes: int = 1
-    """Rotary axes; an image has three in some families."""
+    """Number of rotary axes; an image has three in some families."""
 
 
 TEXT_DECODERS: dict[str, TextDecoder] = {
@@ -32,9 +32,9 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     "qwen2_vl_text": TextDecoder(shards=False, has_qkv_bias=True, num_position_axes=3),
     "qwen2_5_vl_text": TextDecoder(shards=False, has_qkv_bias=True, num_position_axes=3),
 }
-"""By ``model_type``."""
+"""The records, by ``model_type``."""
 
 
 def decoders_that(ability: str) -> tuple[str, ...]:
-    """The ``model_type`` of those decoders whose record has ``ability``, for messages."""
+    """Return the ``model_type`` of the decoders whose record's field ``ability`` is true."""
     return tuple(name for name, record in TEXT_DECODERS.items() if getattr(record, ability))

@@ -1,8 +1,8 @@
-"""Run a regate command on several ranks of this machine, by the deepspeed launcher.
+"""Run a regate command on several ranks of this node, with the deepspeed launcher.
 
     python -m regate_ds.job.deepspeed_launcher RANKS COMMAND [ARGUMENT ...]
 
-launch/local.sh is the same.
+launch/local.sh does the same.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import IO
 def launch(
     ranks: int, arguments: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> tuple[int, str]:
-    """Exit code, and the command's own line about its error ("" if it wrote none).
+    """Run the command; return its exit code and the line it printed about its error, or "".
 
-    The launcher ends in a traceback of its own, below which the ranks' error is easily lost.
+    The line is returned because the launcher's own traceback follows it and may hide it.
     """
     port = os.environ.get("MASTER_PORT") or str(free_port())
     options = ["--num_gpus", str(ranks), "--master_port", port, "--no_local_rank"]
@@ -32,7 +32,7 @@ def launch(
     command = [program, *options, "--log_level", "warning"]
     command += ["--module", "regate_ds.cli", *arguments]
     print(" ".join(command), file=sys.stderr, flush=True)
-    # Inherited: deepspeed's own processes ignore it; ranks take it as a request to save and end.
+    # Children inherit this: deepspeed's own ignore SIGUSR1; ranks then listen for it themselves.
     before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, signal.SIG_IGN)}
     job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     assert job.stderr is not None
@@ -40,34 +40,35 @@ def launch(
     before[signal.SIGTERM] = signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGUSR1, ask)
     try:
-        said = _pass_on(job.stderr)
-        return _exit_code(job.wait()), said
+        error_line = _pass_on(job.stderr)
+        return _exit_code(job.wait()), error_line
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def report(code: int, said: str) -> None:
-    """The last line a user sees of a command that failed."""
-    if not said and code == 128 + signal.SIGKILL:
-        said = "a rank was killed: by hand, by the system for want of memory, or by a scheduler"
-    print(f"exit code {code}{': ' if said else ''}{said}", file=sys.stderr)
+def report(code: int, error_line: str) -> None:
+    """Print the last line that a user sees of a command that failed."""
+    if not error_line and code == 128 + signal.SIGKILL:
+        error_line = "a rank was killed: by hand, by the system (no memory left), or by a scheduler"
+    print(f"exit code {code}{': ' if error_line else ''}{error_line}", file=sys.stderr)
 
 
 def _pass_on(errors: IO[bytes]) -> str:
-    """Show what the ranks write, as they write it (bars have no line ends), and find the error:
-    the first, because ranks that lose a peer end in errors of their own.
+    """Copy what the ranks write to stderr at once (bars have no line ends); return the first error.
+
+    Later errors may be those of ranks that lost a peer.
     """
-    said, line = b"", b""
+    error_line, rest = b"", b""
     while chunk := os.read(errors.fileno(), 65536):
         os.write(sys.stderr.fileno(), chunk)
-        *whole, line = (line + chunk).replace(b"\r", b"\n").split(b"\n")
-        said = said or next((one for one in whole if one.startswith(b"regate ")), b"")
-    return said.decode(errors="replace")
+        *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
+        error_line = error_line or next((x for x in lines if x.startswith(b"regate ")), b"")
+    return error_line.decode(errors="replace")
 
 
 def _ask_ranks(launcher: int, *_: object) -> None:
-    """deepspeed's runner itself would end on SIGTERM, and leave its ranks behind."""
+    """Send SIGUSR1 to the ranks: deepspeed's runner would end on SIGTERM and leave them behind."""
     import psutil
 
     for process in psutil.Process(launcher).children(recursive=True):
@@ -76,22 +77,22 @@ def _ask_ranks(launcher: int, *_: object) -> None:
 
 
 def _exit_code(code: int) -> int:
-    """As a shell has it: 128 and the signal's number. deepspeed passes on 256 less the number."""
+    """Return a signal as 128 plus its number, as a shell does; deepspeed gives 256 minus it."""
     code = code - 256 if code > 192 else code
     return code if code >= 0 else 128 - code
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Find a port of this node that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def main(argv: Sequence[str]) -> int:
-    code, said = launch(int(argv[0]), argv[1:])
+    code, error_line = launch(int(argv[0]), argv[1:])
     if code:
-        report(code, said)
+        report(code, error_line)
     return code
 
 

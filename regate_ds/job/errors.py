@@ -1,4 +1,4 @@
-"""How a command that fails says so: one line for the whole job. Imports no framework."""
+"""Print the error of a failed command as one line for the whole job. Imports no framework."""
 
 from __future__ import annotations
 
@@ -8,38 +8,39 @@ import time
 from regate_ds.job.ranks import Ranks, discover
 
 USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
-"""What a wrong input, a missing file or package, or a broken promise of the host ends in."""
+"""Errors for a wrong input, a missing file or package, or a run that cannot go on."""
 
 _FIRST_SPEAKS_SECONDS = 15.0
-"""Longer than launchers take to end the other ranks after one has failed."""
+"""Seconds that other ranks wait before they print: launchers end them sooner after a failure."""
 
 
 class JobFailed(RuntimeError):
-    """A rank has failed, this one or another: the same text on every rank of the job."""
+    """The failure of a rank, this one or another, with the same text on every rank of the job."""
 
     def __init__(self, text: str, *, is_printed: bool) -> None:
-        """is_printed: another rank, or another thread, has said it to the user."""
+        """Make the error. is_printed: another rank or another thread has printed the text."""
         super().__init__(text)
         self.is_printed = is_printed
 
 
 def print_error(command: str, error: BaseException) -> None:
-    """Print the error, unless another rank of the job does."""
+    """Print the error, unless another rank of the job prints it."""
     if isinstance(error, JobFailed):
         if not error.is_printed:
-            # The first rank's progress bar has no end of line yet.
+            # The first rank's progress bar may still lack an end of line.
             _print(command, error, before="\n")
         return
     ranks = _ranks()
     if ranks.rank == 0:
         _print(command, error)
         return
-    # Before they have joined, ranks cannot agree on who speaks; most errors are the same on all.
+    # Ranks that have not joined cannot agree on who prints; most errors are the same on all.
     time.sleep(_FIRST_SPEAKS_SECONDS)
     _print(f"{command}: rank {ranks.rank}", error)
 
 
 def one_line(error: BaseException) -> str:
+    """Return the error's message without line breaks, or its type if it has no message."""
     text = " ".join(str(error).split())
     return text or f"{type(error).__name__} without a message; --debug shows where"
 
@@ -52,5 +53,5 @@ def _ranks() -> Ranks:
     try:
         return discover()
     except ValueError:
-        # That may be the very error.
+        # This may be the error that is being printed.
         return Ranks("none")

@@ -1,6 +1,6 @@
-"""This process among those of the job: its rank, its device, and the group's backend.
+"""Join the job: this process's rank, its device, and the backend of the groups.
 
-The one place that decides between CUDA with NCCL and CPU with gloo.
+Only this file chooses between CUDA with NCCL and CPU with gloo.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from regate_ds.job.deepspeed_launcher import free_port
 from regate_ds.job.ranks import announce
 
 _PATIENCE = "360"
-"""Minutes that ranks wait for each other unless DEEPSPEED_TIMEOUT says otherwise, as they do while
-the first one writes a large model; DeepSpeed's own 10 would end the run there."""
+"""Minutes that ranks wait for each other, unless DEEPSPEED_TIMEOUT is set. They wait long while the
+first one writes a large model; DeepSpeed's own 10 minutes would end the run then."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """Where this process stands in the job."""
+    """The place of this process in the job."""
 
     rank: int
     world_size: int
     device: torch.device
     among: dist.ProcessGroup | None = None
-    """The ranks that are counted, where they are not all of the job."""
+    """The group of the ranks that count, if they are not all ranks of the job."""
 
     @property
     def is_first(self) -> bool:
@@ -36,14 +36,14 @@ class Process:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The ranks that are counted; None if this is the only one."""
+        """The group of the ranks that count; None if this process is the only one."""
         if self.world_size == 1:
             return None
         return self.among or dist.group.WORLD
 
 
 def start_process() -> Process:
-    """Join the job that a launcher announced in the environment, or be a job of one process."""
+    """Join the job that a launcher announced in the environment, or start one of one process."""
     ranks = announce()
     if ranks.launcher == "none":
         _announce_single_process()
@@ -52,7 +52,7 @@ def start_process() -> Process:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        # Before deepspeed is imported: it picks its accelerator once.
+        # Set before deepspeed is imported, which chooses its accelerator once.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _init_groups(backend)
     return Process(ranks.rank, ranks.world_size, device)
@@ -68,7 +68,7 @@ def _init_groups(backend: str) -> None:
     from deepspeed import init_distributed
 
     if backend == "gloo":
-        # deepspeed 0.19.8 on CPUs builds a shared-memory op whose collectives ignore their group.
+        # On CPUs, deepspeed 0.19.8 builds a shared-memory op whose collectives ignore their group.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _PATIENCE)))
     init_distributed(dist_backend=backend, verbose=False, timeout=patience)

@@ -1,4 +1,4 @@
-"""A progress bar with a rate and the time of day at which the work will end."""
+"""A progress bar with a rate, and with the time of day at which the work will end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _FORM = (
 
 
 def progress(total: int, *, desc: str, unit: str, start: int = 0, show: bool = True) -> tqdm:
-    """Count up from ``start`` to ``total``; counts in the millions are printed as 1.2M."""
-    # A log file keeps every line that a terminal would overwrite: there, one in ten seconds.
+    """Make a bar from ``start`` to ``total``. With a total in the millions it prints 1.2M."""
+    # A log file keeps every line that a terminal would overwrite, so it gets one in ten seconds.
     interval = 0.1 if sys.stderr.isatty() else 10.0
     options: dict[str, Any] = {
         "mininterval": interval,

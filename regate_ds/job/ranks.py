@@ -1,11 +1,11 @@
-"""Which rank of the job this process is, as its launcher announced it. Imports no framework.
+"""Find this process's rank in the job from what its launcher announced. Imports no framework.
 
-RANK ...                what torchrun and deepspeed set, and the rest of the package reads
+RANK ...                set by torchrun and deepspeed, and read by the rest of the package
 SLURM_PROCID ...        a task of srun
 OMPI_COMM_WORLD_RANK    a task of Open MPI's mpirun
 
-torchrun and deepspeed may run inside such a task, one for each node. Two announcements that cannot
-both hold are an error.
+torchrun and deepspeed may run inside such a task, one on each node. Two announcements that
+contradict each other are an error.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _OPENMPI = ("RANK", "SIZE", "LOCAL_RANK")
 
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
-"""Below the ports that Linux gives out by itself."""
+"""Range of a SLURM job's port; it lies below the ports that Linux gives out by itself."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the job."""
+    """The place of this process among those of the job."""
 
     launcher: str
-    """Who said so: "deepspeed", "torchrun", "srun", "mpirun", "environment", or "none"."""
+    """Source of the announcement: "deepspeed", "torchrun", "srun", "mpirun", "environment" or
+    "none"."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     node: str = ""
-    """The same on all ranks of one node, and on no other."""
+    """Name of the node, the same on all of its ranks and on no others."""
 
     address: str = "127.0.0.1"
     port: int | None = None
-    """Where the first rank listens; None for a process alone, which may take any."""
+    """Port where the first rank listens; None for a single process, which may take any."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """One announcement: number ``index`` of ``size``, by the variables of these names."""
+    """One announcement: number ``index`` of ``size``, read from the variables of these names."""
 
     launcher: str
     index: int
@@ -58,7 +59,7 @@ class _Place:
 
 
 def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
-    """Find this process's place; ValueError if announcements are incomplete or contradictory."""
+    """Find this process's place. ValueError if announcements are incomplete or contradictory."""
     outer = _task(environment)
     if "RANK" in environment:
         return _announced(environment, outer)
@@ -77,7 +78,7 @@ def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
-    """Discover, and set RANK and its siblings for all that read them; a process alone sets none."""
+    """Discover, and for a task of srun or mpirun also set RANK and its siblings."""
     ranks = discover(environment)
     if ranks.launcher in ("srun", "mpirun"):
         values = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.address, ranks.port)
@@ -86,7 +87,7 @@ def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
 
 
 def ranks_on_node(ranks: Ranks) -> int:
-    """As the launcher announced them: torchrun, deepspeed, srun or mpirun; 1 if it did not."""
+    """Return the number of ranks on this node as its launcher announced it, or 1."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
@@ -95,21 +96,21 @@ def ranks_on_node(ranks: Ranks) -> int:
 
 
 def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
-    """By RANK and its siblings, which torchrun, deepspeed or the user's own script has set."""
-    rank, world_size = _whole(environment, "RANK"), _whole(environment, "WORLD_SIZE", "1")
-    lacks = [name for name in RANK_NAMES if name not in environment and name != "RANK"]
+    """Read RANK and its siblings, which torchrun, deepspeed or the user's own script has set."""
+    rank, world_size = _integer(environment, "RANK"), _integer(environment, "WORLD_SIZE", "1")
+    missing = [name for name in RANK_NAMES if name not in environment and name != "RANK"]
     if world_size == 1 or outer is not None:
-        lacks = [name for name in lacks if name != "LOCAL_RANK"]
-    if lacks:
+        missing = [name for name in missing if name != "LOCAL_RANK"]
+    if missing:
         raise ValueError(
-            f"RANK={rank}, but {', '.join(lacks)} not set: start by deepspeed, torchrun, srun or "
+            f"RANK={rank}, but {', '.join(missing)} not set: start by deepspeed, torchrun, srun or "
             "launch/, or unset RANK to run one process"
         )
     if rank >= world_size:
-        raise ValueError(f"RANK={rank}, but WORLD_SIZE={world_size}: ranks count from 0")
+        raise ValueError(f"RANK={rank}, but WORLD_SIZE={world_size}: ranks count from 0; lower it")
     agent = _agent(environment)
     _require_agreement(environment, agent, outer)
-    local_rank = _whole(environment, "LOCAL_RANK", str(outer.local_rank if outer else 0))
+    local_rank = _integer(environment, "LOCAL_RANK", str(outer.local_rank if outer else 0))
     return Ranks(
         agent.launcher if agent else "environment",
         rank,
@@ -117,7 +118,7 @@ def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
         local_rank,
         str(agent.index) if agent else _node(environment),
         environment["MASTER_ADDR"],
-        _whole(environment, "MASTER_PORT"),
+        _integer(environment, "MASTER_PORT"),
     )
 
 
@@ -127,7 +128,7 @@ def _require_agreement(
     if outer is None:
         return
     if agent is not None:
-        # Agents number themselves in the order in which they meet: only their count is known.
+        # torchrun and deepspeed number nodes in the order in which they join: compare the count.
         if agent.size == outer.size or outer.size == 1:
             return
         raise ValueError(
@@ -143,19 +144,19 @@ def _require_agreement(
 
 
 def _agent(environment: Mapping[str, str]) -> _Place | None:
-    """What started this rank on its node, and numbered the nodes."""
+    """Return the announcement of torchrun or deepspeed: the number of this node among the nodes."""
     for launcher, index, size in (
         ("torchrun", "GROUP_RANK", "GROUP_WORLD_SIZE"),
         ("deepspeed", "CROSS_RANK", "CROSS_SIZE"),
     ):
         if index in environment and size in environment:
-            number, count = _whole(environment, index), _whole(environment, size)
+            number, count = _integer(environment, index), _integer(environment, size)
             return _Place(launcher, number, count, 0, index, size)
     return None
 
 
 def _task(environment: Mapping[str, str]) -> _Place | None:
-    """The task of mpirun or srun that this process is, or runs in."""
+    """Return the task of mpirun or srun that this process is, or runs in; None if there is none."""
     srun, mpirun = _srun(environment), _mpirun(environment)
     if srun is None or mpirun is None:
         return mpirun or srun
@@ -174,7 +175,7 @@ def _mpirun(environment: Mapping[str, str]) -> _Place | None:
 
 
 def _srun(environment: Mapping[str, str]) -> _Place | None:
-    """None in a batch script, which has SLURM_PROCID as well but is no task of srun."""
+    """Return the task of srun. None in a batch script, which has SLURM_PROCID but is no task."""
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
@@ -182,7 +183,7 @@ def _srun(environment: Mapping[str, str]) -> _Place | None:
 
 
 def _place(environment: Mapping[str, str], launcher: str, names: Sequence[str]) -> _Place:
-    index, size, local_rank = (_whole(environment, name) for name in names)
+    index, size, local_rank = (_integer(environment, name) for name in names)
     return _Place(launcher, index, size, local_rank, names[0], names[1])
 
 
@@ -206,36 +207,36 @@ def _address(environment: Mapping[str, str], outer: _Place) -> str:
     if not nodes:
         raise ValueError(
             f"{outer.launcher} says {outer}, but MASTER_ADDR is not set: give all ranks the first "
-            "rank's host, as by mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+            "rank's node, as by mpirun -x MASTER_ADDR=NODE -x MASTER_PORT=29500"
         )
     return first_host(nodes)
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list as SLURM writes it: "gpu[03-07,12],login1" is "gpu03"."""
+    """Return the first node of a list as SLURM writes it: "gpu03" for "gpu[03-07,12],login1"."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes)
     if first is None:
-        raise ValueError(f"{nodes!r} is no list of nodes: set MASTER_ADDR to the first rank's host")
+        raise ValueError(f"{nodes!r} is no list of nodes: set MASTER_ADDR to the first rank's node")
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
 
 
 def _port(environment: Mapping[str, str], outer: _Place) -> int:
     if "MASTER_PORT" in environment:
-        return _whole(environment, "MASTER_PORT")
+        return _integer(environment, "MASTER_PORT")
     if "SLURM_JOB_ID" not in environment:
         raise ValueError(
             f"{outer.launcher} says {outer}, but MASTER_PORT is not set: give all ranks one port, "
             "as by mpirun -x MASTER_PORT=29500"
         )
-    return job_port(_whole(environment, "SLURM_JOB_ID"))
+    return job_port(_integer(environment, "SLURM_JOB_ID"))
 
 
 def job_port(job: int) -> int:
-    """The port of a SLURM job, as launch/ has it too; steps that run at once set MASTER_PORT."""
+    """Return a SLURM job's port, as launch/ does; steps that run at once must set MASTER_PORT."""
     return _FIRST_PORT + job % _NUM_PORTS
 
 
-def _whole(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+def _integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environment.get(name, default)
     if text is None or not re.fullmatch(r"[0-9]+", text):
         raise ValueError(f"{name}={text}: must be a whole number, as launchers set it")
@@ -243,5 +244,5 @@ def _whole(environment: Mapping[str, str], name: str, default: str | None = None
 
 
 def is_first_rank() -> bool:
-    """Before, or without, a process group: as the launcher says."""
+    """Return whether the launcher announced rank 0 (or none), without any process group."""
     return os.environ.get("RANK", "0") == "0"

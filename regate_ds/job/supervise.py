@@ -1,4 +1,4 @@
-"""Be a rank of the job that a command runs as, and end with the others if one of them fails."""
+"""Run a command as one rank of a job, and end with the other ranks if one of them fails."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from regate_ds.job.watch import DIED, Failure, Watch
 from regate_ds.parallel.collectives import broadcast_text, sum_over
 
 GRACE_SECONDS = 10.0
-"""How long a rank that waits for others in a collective may go on after one of them has failed."""
+"""Seconds after a failure until a rank that still waits in a collective is ended by force."""
 
 _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-"""Found in errors of a collective that lost a peer: they do not say why."""
+"""Words in the errors of a collective that lost a peer, which do not name the cause."""
 
 
 @contextmanager
 def join_job(command: str) -> Iterator[Process]:
-    """Be part of the job, and leave it in order.
+    """Join the job, run the block, and leave the job.
 
-    With several ranks every error becomes ``JobFailed``, the same on all of them: that of the rank
-    that failed first. The others end within ``GRACE_SECONDS``, wherever they are.
+    With several ranks an error becomes ``JobFailed``, with the text of the rank that failed first
+    on all of them. The other ranks end within ``GRACE_SECONDS``, whatever they are waiting for.
     """
     process = start_process()
     with watched(process, command):
@@ -45,16 +45,16 @@ def join_job(command: str) -> Iterator[Process]:
 
 @contextmanager
 def watched(process: Process, command: str) -> Iterator[None]:
-    """End with the others, as in ``join_job``; all ranks enter and leave it together."""
+    """End with the other ranks, as ``join_job`` does. All ranks enter and leave it together."""
     if process.group is None:
         yield
         return
     ended = threading.Event()
     exchange: Any = partial(sum_over, group=process.group, device=process.device)
     notify = partial(_end_with, command=command, process=process, ended=ended)
-    # torchrun may meet on another machine than the first rank's.
-    host = broadcast_text(socket.gethostname(), process.group, process.device)
-    watch = Watch(process.rank, [os.environ["MASTER_ADDR"], host], exchange, notify)
+    # With torchrun, MASTER_ADDR may be another node than the first rank's.
+    first_node = broadcast_text(socket.gethostname(), process.group, process.device)
+    watch = Watch(process.rank, [os.environ["MASTER_ADDR"], first_node], exchange, notify)
     try:
         yield
     except Preempted:
@@ -64,7 +64,7 @@ def watched(process: Process, command: str) -> Iterator[None]:
         is_interrupt = isinstance(error, KeyboardInterrupt)
         text = "interrupted" if is_interrupt else one_line(error)
         failure = watch.fail(text, is_doubtful=_is_echo(error))
-        # Collectives that wait for a peer which is gone must not hold the process at its exit.
+        # A collective that waits for a lost peer must not hold the process at its exit.
         atexit.register(_leave_at_once)
         if isinstance(error, USER_ERRORS) or failure.rank != process.rank:
             raise JobFailed(str(failure), is_printed=failure.rank != process.rank) from error
@@ -76,9 +76,9 @@ def watched(process: Process, command: str) -> Iterator[None]:
 
 
 def _end_with(failure: Failure, *, command: str, process: Process, ended: threading.Event) -> None:
-    """In a thread, when another rank has failed: end this one, by force if it must be."""
+    """End this rank after another has failed, by force if need be. Runs in a thread of its own."""
     if failure.text == DIED and _speaks_for(failure.rank, process):
-        # The dead rank's progress bar has no end of line.
+        # The dead rank's progress bar may lack an end of line.
         tqdm.write(f"\nregate {command}: {failure}", file=sys.stderr)
         sys.stderr.flush()
     _thread.interrupt_main()
@@ -87,18 +87,21 @@ def _end_with(failure: Failure, *, command: str, process: Process, ended: thread
 
 
 def _speaks_for(dead: int, process: Process) -> bool:
-    """The first rank, or where that is the one that died, the first that is left on each node."""
+    """Return whether this rank prints the death: the first rank does, or if that one died, rank 1
+    and the first rank of each node."""
     if dead != 0:
         return process.is_first
     return process.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _leave_at_once() -> None:
+    """Exit with code 1, without waiting for anything."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(1)
 
 
 def _is_echo(error: BaseException) -> bool:
+    """Return whether the error may only follow from another rank's."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(echo in text for echo in _ECHOES)

@@ -1,6 +1,6 @@
-"""torchrun, whose exit code is that of the rank that failed first, as it is under deepspeed.
+"""Run torchrun, but exit with the code of the rank that failed first, as deepspeed does.
 
-torchrun itself ends in a traceback and 1, whatever its ranks ended in.
+torchrun itself ends with a traceback and code 1, whatever the codes of its ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Arguments as torchrun takes them; a signal is 128 and its number, as a shell has it."""
+    """Run torchrun with these arguments; return the exit code, 128 plus the number for a signal."""
     try:
         run.run(run.parse_args(list(argv)))
     except ChildFailedError as error:

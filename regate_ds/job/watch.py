@@ -1,10 +1,10 @@
-"""Ranks that learn at once when one of them fails or dies, whatever they are waiting for.
+"""Tell all ranks at once when one of them fails or dies, whatever they are waiting for.
 
-Each rank holds a connection to the first one as long as it lives. A rank that fails says so over
-it; of one that is killed the system closes the connection, and of one whose machine is gone it
-finds that out by keep-alive probes. The first rank tells all others what it heard first.
+Each rank holds a connection to the first rank as long as it lives. A rank that fails sends a
+message over it. If a rank is killed, the system closes the connection; if its node is gone,
+keep-alive probes find that out. The first rank sends the first failure that it hears of to all.
 
-One line of JSON each way: ``[rank, text]``, with ``null`` as the text of a rank that says goodbye.
+A message is one line of JSON, ``[rank, text]``; a rank that leaves in order sends ``null`` as text.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ DIED = (
     "has ended without a word: killed, out of memory, or its machine is gone. What is finished "
     "stays; start the job again to go on"
 )
-"""What is said of a rank that could not say it itself."""
+"""Text of the failure of a rank that sent no message itself."""
 
 _TRUST_SECONDS = 5.0
-"""How long a rank that fails waits to hear whether another one failed before."""
+"""Seconds that a failing rank waits to hear whether another one failed before."""
 
 _PROBES = (
     (socket.TCP_KEEPIDLE, 10),
     (socket.TCP_KEEPINTVL, 5),
     (socket.TCP_KEEPCNT, 4),
 )
-"""A machine that does not answer is given up after half a minute."""
+"""TCP options: a node that does not answer is given up after half a minute."""
 
 SumOverRanks = Callable[[Sequence[int]], list[int]]
 """Sums integers over all ranks."""
@@ -40,7 +40,7 @@ SumOverRanks = Callable[[Sequence[int]], list[int]]
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended the job: the same on every rank."""
+    """The failure that ended the job; it is the same on every rank."""
 
     rank: int
     text: str
@@ -50,7 +50,7 @@ class Failure:
 
 
 class Watch:
-    """This rank's part; ``close`` it where the job ends well, ``fail`` it where it does not."""
+    """This rank's end of the connection; call ``close`` if the job ends well, ``fail`` if not."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Watch:
         exchange: SumOverRanks,
         notify: Callable[[Failure], None],
     ) -> None:
-        """Every rank makes one at the same time.
+        """Connect to the first rank. All ranks make their watch at the same time.
 
-        addresses: of the first rank's machine, to be tried in turn. notify: called once, from a
-        thread, when another rank has failed; not if this one has failed or closed before.
+        addresses: those of the first rank's node, to try in turn. notify: is called once, from a
+        thread, when another rank has failed, unless this one has failed or closed before.
         """
         self._rank, self._notify = rank, notify
         self._first: Failure | None = None
@@ -78,36 +78,35 @@ class Watch:
         else:
             self._peer = _connect(addresses, port)
         _send(self._peer, rank, str(token))
-        exchange([0])  # All are connected.
+        exchange([0])  # All ranks are connected now.
         threading.Thread(target=self._listen, daemon=True).start()
 
     def fail(self, text: str, *, is_doubtful: bool = False) -> Failure:
-        """Tell the others that this rank has failed; return what failed first, maybe another rank.
+        """Tell the others that this rank failed; return the first failure, maybe another rank's.
 
-        is_doubtful: the error may be but the echo of another's, so give that one time to be heard.
+        is_doubtful: the error may only follow from another rank's, so wait for that one first.
         """
         with self._lock:
             self._is_over = True
         if is_doubtful and self._known.wait(_TRUST_SECONDS):
             assert self._first is not None
             return self._first
-        own = Failure(self._rank, text)
         if _send(self._peer, self._rank, text):
             self._known.wait(_TRUST_SECONDS)
-        return self._first or own
+        return self._first or Failure(self._rank, text)
 
     def close(self) -> None:
-        """Leave; the others do not miss this rank."""
+        """Leave in order: the others do not take it for a failure."""
         with self._lock:
             self._is_over = True
         _send(self._peer, self._rank, None)
 
     def _listen(self) -> None:
-        """Wait for the first rank to say what has failed, or to be gone."""
-        said = _Lines(self._peer).next()
-        if said is not None and said[1] is None:
+        """Wait until the first rank sends a failure, leaves, or is gone."""
+        message = _Lines(self._peer).next()
+        if message is not None and message[1] is None:
             return
-        failure = Failure(0, DIED) if said is None else Failure(said[0], said[1] or "")
+        failure = Failure(0, DIED) if message is None else Failure(message[0], message[1] or "")
         with self._lock:
             self._first = failure
             is_news = not self._is_over
@@ -117,18 +116,18 @@ class Watch:
 
 
 class _Hub:
-    """The first rank's: hears all ranks, itself included, and passes the first failure on."""
+    """The first rank's hub: it listens to all ranks, itself included, and sends on a failure."""
 
-    def __init__(self, listener: socket.socket, own: socket.socket, token: int) -> None:
+    def __init__(self, listener: socket.socket, inside: socket.socket, token: int) -> None:
         self._listener, self._token = listener, str(token)
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._ranks: dict[socket.socket, int] = {}
         self._lines: dict[socket.socket, _Lines] = {}
-        self._add(own)
+        self._add(inside)
 
     def run(self) -> None:
-        """Until the first rank itself leaves; its end is the end of the process's threads."""
+        """Serve until a failure is sent on or the first rank leaves; the thread ends with it."""
         while True:
             for key, _ in self._selector.select():
                 connection = key.fileobj
@@ -140,41 +139,41 @@ class _Hub:
 
     def _add(self, connection: socket.socket) -> None:
         _probe(connection)
-        # Of a stranger that never ends its line.
+        # A stranger may connect and never end its line.
         connection.settimeout(5)
         self._lines[connection] = _Lines(connection)
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _hear(self, connection: socket.socket) -> bool:
-        """True if there is nothing more to do."""
-        said = self._lines[connection].next()
+        """Read one message; return whether the hub has nothing more to do."""
+        message = self._lines[connection].next()
         if connection not in self._ranks:
-            return self._welcome(connection, said)
+            return self._welcome(connection, message)
         rank = self._ranks[connection]
-        if said is not None and said[1] is None:
-            self._drop(connection)
+        if message is not None and message[1] is None:
+            self._forget(connection)
             if rank == 0:
                 self._tell(0, None)
             return rank == 0
-        self._tell(rank, DIED if said is None else said[1])
+        self._tell(rank, DIED if message is None else message[1])
         return True
 
-    def _welcome(self, connection: socket.socket, said: tuple[int, str | None] | None) -> bool:
-        """A rank of this job knows the token; a stranger on the port does not."""
-        if said is None or said[1] != self._token:
-            self._drop(connection)
+    def _welcome(self, connection: socket.socket, message: tuple[int, str | None] | None) -> bool:
+        """Accept a rank of this job, which knows the token; close a stranger's connection."""
+        if message is None or message[1] != self._token:
+            self._forget(connection)
             connection.close()
         else:
-            self._ranks[connection] = said[0]
+            self._ranks[connection] = message[0]
         return False
 
-    def _drop(self, connection: socket.socket) -> None:
+    def _forget(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         self._ranks.pop(connection, None)
         del self._lines[connection]
 
     def _tell(self, rank: int, text: str | None) -> None:
-        # The first rank last: it may end at once, and its end would be taken for the failure.
+        # The first rank is told last: it may end at once, which others would take for the failure.
         for connection in sorted(self._ranks, key=self._ranks.__getitem__, reverse=True):
             _send(connection, rank, text)
 
@@ -186,7 +185,7 @@ class _Lines:
         self._connection, self._rest = connection, b""
 
     def next(self) -> tuple[int, str | None] | None:
-        """The next message; None if the other end is gone."""
+        """Wait for the next message; return None if the other end is gone."""
         while b"\n" not in self._rest:
             try:
                 chunk = self._connection.recv(65536)
@@ -199,7 +198,7 @@ class _Lines:
         try:
             rank, text = json.loads(line)
         except (ValueError, TypeError):
-            # Of a stranger: not JSON, or not a pair.
+            # A stranger's line: not JSON, or not a pair.
             return None
         return rank, text
 
@@ -213,12 +212,12 @@ def _connect(addresses: Sequence[str], port: int) -> socket.socket:
             return connection
     raise RuntimeError(
         f"the first rank cannot be reached at {' or '.join(addresses)}, port {port}; set "
-        "MASTER_ADDR to an address of its machine, and let ranks reach each other at any port"
+        "MASTER_ADDR to an address of its node, and let ranks reach each other at any port"
     )
 
 
 def _send(connection: socket.socket, rank: int, text: str | None) -> bool:
-    """False if the other end is gone."""
+    """Send a message; return False if the other end is gone."""
     try:
         connection.sendall(json.dumps([rank, text]).encode() + b"\n")
     except OSError:
@@ -227,7 +226,7 @@ def _send(connection: socket.socket, rank: int, text: str | None) -> bool:
 
 
 def _probe(connection: socket.socket) -> None:
-    """Find out in time that the other machine is gone."""
+    """Set keep-alive probes, which find out that the other node is gone."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _PROBES:

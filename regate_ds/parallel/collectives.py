@@ -1,6 +1,7 @@
-"""Every collective that the method issues. Each is the identity where the group is ``None``.
+"""Every collective that the method calls. Where ``group`` is ``None``, this rank is alone.
 
 ``device`` is where the group's backend wants its tensors: "cpu" for gloo, the rank's GPU for NCCL.
+Unless a docstring says otherwise, all ranks of the group must make the call.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.distributed import ProcessGroup
 def sum_over(
     values: Sequence[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> list[int]:
-    """Sum each of these integers over the ranks of a group: one collective, the same result on all.
+    """Sum each of these integers over the ranks of a group, in one collective.
 
-    All ranks of the group must call it, with equally many values.
+    All ranks must give equally many values; all get the same sums.
     """
     if group is None:
         return list(values)
@@ -32,23 +33,23 @@ def sum_over(
 def is_same_on_all(
     text: str, group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> bool:
-    """Whether all ranks have given the same text; by a hash. All ranks must call it."""
-    # As many bits as add up, over ten thousand ranks, to an int64.
-    mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
-    (total,) = sum_over([mine], group, device)
-    return group is None or total == mine * dist.get_world_size(group)
+    """Return whether all ranks give the same text; hashes of it are compared."""
+    # 48 bits: the sum over ten thousand ranks still fits an int64.
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "little")
+    (total,) = sum_over([digest], group, device)
+    return group is None or total == digest * dist.get_world_size(group)
 
 
 @contextmanager
 def all_or_none(
     group: ProcessGroup | None, device: torch.device | str = "cpu", *, num_values: int = 0
 ) -> Iterator[list[int]]:
-    """Run a block on every rank of a group: an error on one is an error on all, none waits.
+    """Run a block on every rank of a group; if it fails on one rank, all ranks raise.
 
-    One collective, when the block ends; inside it there must be none of this group. It also sums
-    the ``num_values`` integers that the block puts into the list.
+    The one collective runs when the block ends; the block itself must call none of this group. It
+    also sums, over the ranks, the ``num_values`` integers that the block puts into the list.
 
-    RuntimeError on ranks whose own block did not fail.
+    RuntimeError on the ranks whose own block did not fail.
     """
     values: list[int] = []
     try:
@@ -60,22 +61,22 @@ def all_or_none(
     num_failed, *values[:] = sum_over([0, *values], group, device)
     if num_failed:
         raise RuntimeError(
-            f"{num_failed} other data ranks failed in this step; their own errors say why"
+            f"{num_failed} other data ranks failed in this step; their own errors name the cause"
         )
 
 
 def gather_integers(value: int, device: torch.device | str = "cpu") -> list[int]:
-    """The integer of every rank of the world, by rank. All ranks must call it."""
-    mine = torch.tensor([value], dtype=torch.int64, device=device)
-    found = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(found, mine)
-    return found.tolist()
+    """Return the integers of all ranks of the world, by rank. Collective over the world."""
+    local = torch.tensor([value], dtype=torch.int64, device=device)
+    gathered = torch.empty(dist.get_world_size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(gathered, local)
+    return gathered.tolist()
 
 
 def exchange_counts(
     num_sent: list[int], group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> list[int]:
-    """Tell each rank how much it will be sent; learn how much each rank will send here."""
+    """Tell each rank how many values it will be sent; return how many each rank will send here."""
     if group is None:
         return num_sent
     sent = torch.tensor(num_sent, dtype=torch.int64, device=device)
@@ -93,8 +94,8 @@ def exchange(
 ) -> Tensor:
     """Send each rank its slice of ``sent_N``; return what the ranks sent here, by rank, on the CPU.
 
-    ``num_sent[r]`` consecutive values go to rank r and ``num_received[r]`` come from it; any of
-    them may be 0. All ranks of the group must call it.
+    ``num_sent[r]`` consecutive values go to rank r and ``num_received[r]`` come from it; either may
+    be 0.
     """
     if group is None:
         return sent_N
@@ -108,7 +109,7 @@ def exchange(
 def exchange_tensors(
     rows_NH: Tensor, num_sent: list[int], num_received: list[int], group: ProcessGroup | None
 ) -> Tensor:
-    """Like ``exchange``, for rows that lie where the group's backend wants them already."""
+    """Send rows as ``exchange`` does, where they are already on the device of the backend."""
     if group is None:
         return rows_NH
     received = rows_NH.new_empty(sum(num_received), *rows_NH.shape[1:])
@@ -119,7 +120,10 @@ def exchange_tensors(
 def broadcast_integers(
     values: Tensor | None, length: int, source: int, group: ProcessGroup | None
 ) -> Tensor:
-    """Give every rank of the group the int32 values of the rank ``source`` (of the world)."""
+    """Return the int32 values of rank ``source`` (of the world) on every rank of the group.
+
+    ``values`` is None on the other ranks; ``length`` is their number.
+    """
     if group is None:
         assert values is not None
         return values
@@ -132,7 +136,7 @@ def broadcast_integers(
 def gather_values(
     values_N: Tensor, num_values: list[int], group: ProcessGroup | None
 ) -> list[Tensor]:
-    """Every rank's values, by rank; ``num_values`` says how many each has."""
+    """Return the values of all ranks, by rank; ``num_values`` says how many each rank has."""
     if group is None:
         return [values_N]
     longest = max(num_values)
@@ -146,25 +150,25 @@ def gather_values(
 def gather_vectors(
     values_N: Tensor, group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> list[Tensor]:
-    """Every rank's int64 values, of any number, by rank, on the CPU."""
+    """Return the int64 values of all ranks, by rank, on the CPU; each may have any number."""
     if group is None:
         return [values_N]
-    mine = torch.tensor([len(values_N)], dtype=torch.int64, device=device)
-    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, mine, group=group)
-    found = gather_values(values_N.to(device), counts.tolist(), group)
-    return [vector.cpu() for vector in found]
+    length = torch.tensor([len(values_N)], dtype=torch.int64, device=device)
+    lengths = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(lengths, length, group=group)
+    gathered = gather_values(values_N.to(device), lengths.tolist(), group)
+    return [vector.cpu() for vector in gathered]
 
 
 def max_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The largest of the ranks' values, element by element, in place; on the group's device."""
+    """Replace each element by the largest over the ranks; the tensor is on the group's device."""
     if group is not None:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
     return values
 
 
 def sum_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of the ranks' values, element by element, in place; on the group's device."""
+    """Replace each element by the sum over the ranks; the tensor is on the group's device."""
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
@@ -173,7 +177,7 @@ def sum_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:
 def broadcast_text(
     text: str, group: ProcessGroup | None, device: torch.device | str = "cpu"
 ) -> str:
-    """The group's first rank's text for every rank of the group."""
+    """Return the text of the group's first rank on every rank of the group."""
     if group is None:
         return text
     encoded = text.encode()

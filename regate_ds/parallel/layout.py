@@ -1,4 +1,4 @@
-"""Which groups of ranks a run has. ``None`` means that the axis is not in use."""
+"""The groups of ranks that a run has. ``None`` means that the axis is not in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """The axes that the method knows; an adapter makes it, everything below receives it."""
+    """The axes that the method knows. An adapter makes a layout; everything below receives it."""
 
     data: ProcessGroup | None = None
     """Ranks that see different samples."""
@@ -27,7 +27,7 @@ class ParallelLayout:
 
 
 def rank_in(group: ProcessGroup | None) -> int:
-    """This process's rank in the group; 0 where the axis is not in use."""
+    """Return this process's rank in the group; 0 where the axis is not in use."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -37,45 +37,56 @@ def is_first(group: ProcessGroup | None) -> bool:
 
 
 def size_of(group: ProcessGroup | None) -> int:
-    """Number of ranks in the group; 1 where the axis is not in use."""
+    """Return the number of ranks in the group; 1 where the axis is not in use."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def num_ranks() -> int:
-    """Of the job, also before they know each other: then as the launcher has announced them."""
+    """Return the number of ranks of the job; before they have joined, as WORLD_SIZE says."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def cpu_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
-    """Of these groups of ranks the one with this rank, on a backend of CPU memory; ``None``
-    if it is alone. Collective over the world: every rank makes every group, in the same order."""
+    """Make these groups of ranks for tensors in CPU memory, and return the one with this rank.
+
+    ``None`` if the rank is alone in it. Collective over the world: every rank makes every group, in
+    the same order.
+    """
     # Torch's fake backend, for dry runs, has no groups of another backend.
     return own_group(groups, None if dist.get_backend() == "fake" else "gloo")
 
 
 def own_group(groups: Sequence[Sequence[int]], backend: str | None = None) -> ProcessGroup | None:
-    """Of these groups of ranks the one with this rank; ``None`` if it is alone. Collective over the
-    world, as ``cpu_group``. backend: ``None`` is the world's own."""
-    own: Any = None
+    """Make these groups of ranks, and return the one with this rank; ``None`` if it is alone in it.
+
+    Collective over the world, as ``cpu_group`` is. backend: ``None`` is that of the world.
+    """
+    with_this_rank: Any = None
     for ranks in groups:
-        made = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
-        own = made if dist.get_rank() in ranks else own
-    return own
+        group = dist.new_group(list(ranks), backend=backend) if len(ranks) > 1 else None
+        with_this_rank = group if dist.get_rank() in ranks else with_this_rank
+    return with_this_rank
 
 
 def replicas(data_rank_of: list[int]) -> list[list[int]]:
-    """Ranks of the world that hold one copy of the model together, from each rank's data rank."""
-    found: dict[int, list[int]] = {}
+    """Return the ranks of each replica, in the order of the replicas' data ranks.
+
+    data_rank_of: the data rank of each rank of the world; ranks that share one form a replica.
+    """
+    ranks_of: dict[int, list[int]] = {}
     for rank, data_rank in enumerate(data_rank_of):
-        found.setdefault(data_rank, []).append(rank)
-    return [found[data_rank] for data_rank in sorted(found)]
+        ranks_of.setdefault(data_rank, []).append(rank)
+    return [ranks_of[data_rank] for data_rank in sorted(ranks_of)]
 
 
 def layout_of_replicas(ranks_per_replica: int) -> ParallelLayout:
-    """Cut the world into replicas of that many consecutive ranks; ranks of the same place in their
-    replicas form a data group. Collective over the world, on its own backend."""
+    """Cut the world into replicas of ``ranks_per_replica`` consecutive ranks each.
+
+    Ranks at the same place in their replicas form a data group. Collective over the world, on its
+    backend. ValueError if the ranks cannot be cut so.
+    """
     world = dist.get_world_size()
     if world % ranks_per_replica:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Move rows between the ranks of a group: who sends what is decided from what all ranks know.
+"""Move rows between the ranks of a group; each rank works out alone who sends which row to whom.
 
-A sequence is cut over context ranks in zigzag (rank r of n holds the chunks r and 2n-1-r; of each
-sample, where several lie behind one another) and each piece over tensor ranks in order (Megatron's
-sequence parallelism). Elision changes the length of the sequence and with it the cut, so kept rows
-change owners: one exchange, and its reverse in the backward pass. Nothing is reduced: each row has
-one owner before and one after.
+Context ranks cut a sequence in zigzag: rank r of n holds the chunks r and 2n-1-r, of each sample if
+the sequence holds several one after the other. Tensor ranks then cut each piece in order, as in
+Megatron's sequence parallelism. Elision shortens the sequence and so changes the cut: kept rows
+change owners in one exchange, and go back in the backward pass. Nothing is reduced, because each
+row has one owner before and one after.
 
 Shapes: N moved rows, R rows that a rank holds, H hidden.
 """
@@ -23,7 +23,7 @@ from regate_ds.parallel.collectives import exchange_tensors
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """How a sequence is divided over a group whose rank is context_rank * tensor_size + tensor."""
+    """How a sequence is cut over a group; rank = context_rank * tensor_size + tensor_rank."""
 
     context_size: int = 1
     tensor_size: int = 1
@@ -34,32 +34,35 @@ class SequenceCut:
 
     @property
     def zigzag(self) -> int:
-        """Chunks that context ranks cut a sample into; its length must be a multiple of it."""
+        """Number of chunks that context ranks cut a sample into; it must divide the length."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
     @property
     def multiple(self) -> int:
-        """What the length of a sequence must be a multiple of."""
+        """Number that the length of a sequence must be a multiple of."""
         return self.zigzag * self.tensor_size
 
     def owners(self, *lengths: int) -> tuple[Tensor, Tensor]:
-        """For each index of a sequence, the rank that holds it and its index there."""
+        """Return, for each row of a sequence, the rank that holds it and its index on that rank.
+
+        lengths: those of the samples in the sequence. ValueError if they cannot be cut.
+        """
         length = sum(lengths)
         if length % self.multiple or any(n % self.zigzag for n in lengths):
             raise ValueError(
-                f"a sequence of {length} rows cannot be cut over {self.context_size} context and "
-                f"{self.tensor_size} tensor ranks; its length must be a multiple of {self.multiple}"
+                f"a sequence of {length} rows (samples of {list(lengths)}) cannot be cut over "
+                f"{self.context_size} context and {self.tensor_size} tensor ranks; make its length "
+                f"a multiple of {self.multiple}, and each sample's a multiple of {self.zigzag}"
             )
-        held = self.held(*lengths)
-        rank, place = torch.empty(length, dtype=torch.long), torch.empty(length, dtype=torch.long)
-        for number, index_R in enumerate(held):
-            rank[index_R], place[index_R] = number, torch.arange(len(index_R))
-        return rank, place
+        owner, index = torch.empty(length, dtype=torch.long), torch.empty(length, dtype=torch.long)
+        for rank, held_R in enumerate(self.held(*lengths)):
+            owner[held_R], index[held_R] = rank, torch.arange(len(held_R))
+        return owner, index
 
     def held(self, *lengths: int) -> list[Tensor]:
-        """The indices of a sequence that each rank holds, in its order.
+        """Return for each rank the rows of a sequence that it holds, in its order.
 
-        lengths: of the samples that lie behind one another in it; each is in zigzag by itself.
+        lengths: those of the samples in the sequence; each is cut in zigzag by itself.
         """
         pieces = [torch.arange(sum(lengths))]
         if self.context_size > 1:
@@ -73,7 +76,7 @@ class SequenceCut:
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows by where they lie: rank of the group, and row there."""
+    """The places of N rows: the rank of the group that holds each, and its row on that rank."""
 
     rank_N: Tensor
     row_N: Tensor
@@ -84,16 +87,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Route:
-    """One rank's part in moving rows: what it sends, by destination, and where arrivals go."""
+    """One rank's part in moving rows: which rows it sends where, and where arriving rows go."""
 
     sent_N: Tensor
-    """Rows here that leave, ordered by destination rank; rows that stay are sent to oneself."""
+    """Rows of this rank to send, ordered by destination rank; rows that stay are among them."""
 
     num_sent: list[int]
+    """Number of rows for each destination rank."""
+
     placed_N: Tensor
-    """Row here for each arrival, ordered by source rank."""
+    """Row of this rank for each arriving row, ordered by source rank."""
 
     num_received: list[int]
+    """Number of rows from each source rank."""
 
     def to(self, device: torch.device | str) -> Route:
         return Route(
@@ -105,16 +111,16 @@ class Route:
 
     @property
     def reversed(self) -> Route:
-        """The way back."""
+        """The route that brings the rows back."""
         return Route(self.placed_N, self.num_received, self.sent_N, self.num_sent)
 
     def num_crossing(self, rank: int) -> int:
-        """Rows that leave this rank for another."""
+        """Return the number of rows that leave this rank for another."""
         return sum(self.num_sent) - self.num_sent[rank]
 
 
 def make_route(before: Rows, after: Rows, rank: int, size: int) -> Route:
-    """The part of ``rank`` of ``size`` in moving row ``before[i]`` to ``after[i]`` for all i.
+    """Make the route of ``rank`` of ``size`` for moving row ``before[i]`` to ``after[i]``, all i.
 
     Each row moves at most once; a row after the move that nothing arrives at is zero.
     """
@@ -133,7 +139,7 @@ def make_route(before: Rows, after: Rows, rank: int, size: int) -> Route:
 def move_rows(
     x: Tensor, route: Route, shape_after: tuple[int, int], group: ProcessGroup | None
 ) -> Tensor:
-    """The rows of x [S, B, H] after the move, [*shape_after, H]. Differentiable.
+    """Return the rows of x [S, B, H] after the move, [*shape_after, H]. Differentiable.
 
     All ranks of the group must call it.
     """
@@ -158,8 +164,8 @@ class _Move(torch.autograd.Function):
         return _placed(arrived_NH, route.sent_N, ctx.shape_before), None, None, None
 
 
-def _placed(rows_NH: Tensor, where_N: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of its own, not a view: Megatron's schedules free the data of what a stage sends."""
+def _placed(rows_NH: Tensor, index_N: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a new tensor, not a view: Megatron's schedules free the data of what a stage sends."""
     placed = rows_NH.new_zeros(*shape, rows_NH.shape[1])
-    placed.view(-1, rows_NH.shape[1]).index_copy_(0, where_N, rows_NH)
+    placed.view(-1, rows_NH.shape[1]).index_copy_(0, index_N, rows_NH)
     return placed

@@ -1,5 +1,5 @@
-"""Settings: frozen dataclasses, read from YAML and judged at birth.
+"""Read frozen dataclasses of settings from YAML; the settings themselves lie beside their users.
 
-`section.py` builds them from plain values, `yaml.py` reads the values, `refuse.py` says no. The
-settings themselves stand beside what they set.
+`yaml.py` reads the plain values, `section.py` builds the dataclasses, `refuse.py` words a refusal.
+Files here import PyYAML and each other, nothing else. Start at `section.py`.
 """

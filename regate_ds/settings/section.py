@@ -1,7 +1,7 @@
-"""Build a tree of frozen dataclasses from plain YAML values, and turn it back into them.
+"""Build a tree of frozen dataclasses from plain YAML values, and turn it back into plain values.
 
-Types come from the annotations: a section inside a section, Path, Literal, tuples, dicts, optional
-values. Nothing is converted that could be a mistake: no true for 1, no "4" for 4.
+The annotations give the types: nested sections, Path, Literal, tuples, dicts and optional values.
+A value of another type may be a mistake and is refused: true is not taken for 1, nor "4" for 4.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ Section = TypeVar("Section")
 
 
 def read_section(kind: type[Section], values: object, *, where: str) -> Section:
-    """Make a ``kind`` of ``values``; ``where`` is the dotted name of this section, for messages.
+    """Make an object of the dataclass ``kind`` from ``values``.
 
-    ValueError names the key, its value and what is allowed.
+    where: dotted name of this section, for messages. ValueError names the key, its value and what
+    is allowed.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}={values!r}: must hold keys")
@@ -82,7 +83,7 @@ class _Choices:
 
 
 def plain_values(value: Any) -> Any:
-    """Dataclasses as dicts, paths as text, tuples as lists: what YAML and JSON can hold."""
+    """Turn dataclasses into dicts, paths into text and tuples into lists, for YAML and JSON."""
     if is_dataclass(value):
         return _plain_section(value)
     if isinstance(value, Mapping):
@@ -161,7 +162,7 @@ def _read_leaf(kind: Any, value: object, where: str) -> Any:
     return make(value)
 
 
-def _is_whole(value: object) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -172,7 +173,7 @@ def _is_number(value: object) -> bool:
 
 _LEAVES: dict[Any, tuple[Callable[[object], bool], Callable[[Any], Any], str]] = {
     bool: (lambda v: isinstance(v, bool), bool, "true or false"),
-    int: (_is_whole, int, "a whole number"),
+    int: (_is_integer, int, "a whole number"),
     float: (_is_number, lambda v: v, "a number"),
     str: (lambda v: isinstance(v, str), str, "text"),
     Path: (lambda v: isinstance(v, str | Path) and str(v) != "", Path, "a path"),

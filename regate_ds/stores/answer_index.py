@@ -1,7 +1,7 @@
-"""Where the values of a sample lie in a flat array that holds one value for each label position.
+"""Where each sample's values lie in a flat array that holds one value for each label position.
 
-Both stores (reference losses and difficulty) share this layout. Shapes: S samples of the data set,
-N label positions of the samples asked for.
+The reference store and the difficulty store share this layout. Shapes: S samples of the data set,
+N label positions of the samples asked for, R of these samples.
 """
 
 from __future__ import annotations
@@ -23,35 +23,37 @@ from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.digests import IndexedSample, as_words, digest_of, hash_labels
 
 INDEX_FORMAT = 3
-"""Version of the saved form and of the fingerprint."""
+"""Version of the saved file and of the fingerprint."""
 
 
 @dataclass(frozen=True)
 class AnswerIndex:
-    """One entry for each sample, in the order of the data set; equal if the fingerprints are."""
+    """One row for each sample, in the order of the data set. Equal fingerprints: equal indexes."""
 
     keys: tuple[SampleKey, ...] = field(compare=False)
 
     offsets: Tensor = field(compare=False)
-    """int64 [S+1]: the label positions of row i are ``offsets[i]`` to ``offsets[i+1]``."""
+    """int64 [S+1]: the values of row i are ``offsets[i]`` to ``offsets[i+1]`` of the flat array."""
 
     num_positions: Tensor = field(compare=False)
-    """int64 [S]: length of each sample, prompt and placeholders included."""
+    """int64 [S]: number of tokens of each sample, prompt and placeholders included."""
 
     label_hashes: Tensor = field(compare=False)
-    """int64 [S]: ``hash_labels`` of each sample, to know its labels again wherever they come from.
-    """
+    """int64 [S]: ``hash_labels`` of each sample, to recognise its labels in a micro-batch."""
 
     digests: Tensor = field(compare=False)
-    """int64 [S, 2]: 128 bits over each sample's key, token ids and labels, both after truncation;
-    placeholders count as one constant id."""
+    """int64 [S, 2]: a 128-bit hash over each sample's key, token ids and labels, after truncation;
+    every placeholder counts as the same id."""
 
     fingerprint: str
-    """Hash over the digests of all samples in order."""
+    """Hash over the digests of all samples, in order."""
 
     @classmethod
     def build(cls, samples: Iterable[IndexedSample]) -> AnswerIndex:
-        """Walk the samples once. Two samples with one key are an error naming it."""
+        """Build the index in one pass over the samples.
+
+        ValueError names the sample if two have one key, or if its labels are not shifted.
+        """
         keys: list[SampleKey] = []
         num_labels, num_positions, hashes, digests = [], [], [], []
         for sample in samples:
@@ -81,12 +83,12 @@ class AnswerIndex:
 
     @property
     def num_tokens(self) -> int:
-        """Label positions of the whole data set."""
+        """Number of label positions of the whole data set."""
         return int(self.offsets[-1])
 
     @cached_property
     def num_labels(self) -> Tensor:
-        """int64 [S]: label positions of each sample."""
+        """int64 [S]: number of label positions of each sample."""
         return self.offsets.diff()
 
     @cached_property
@@ -94,36 +96,39 @@ class AnswerIndex:
         return {key: row for row, key in enumerate(self.keys)}
 
     def rows(self, keys: Sequence[SampleKey]) -> list[int]:
-        """Row of each key. A key that the index does not know is a ``ValueError`` naming it."""
+        """Return the row of each key. ``ValueError`` names a key that the index does not have."""
         try:
             return [self._row_of[key] for key in keys]
         except KeyError as unknown:
             name, number = unknown.args[0]
             raise ValueError(
                 f"sample {name!r} record {number} is not in the answer index "
-                f"{self.fingerprint[:12]} of {self.num_samples} samples; the index must be built "
-                "from the data that is trained on"
+                f"{self.fingerprint[:12]} of {self.num_samples} samples; build the index from the "
+                "data that is trained on"
             ) from None
 
     def locate(self, keys: Sequence[SampleKey]) -> Tensor:
-        """int64 [N]: where the values of these samples lie, sample by sample in the given order."""
+        """Return int64 [N]: the places of these samples' values, sample by sample, as given."""
         rows = torch.tensor(self.rows(keys), dtype=torch.int64)
         return spans(self.offsets[rows], self.num_labels[rows])
 
     def rows_in(self, other: AnswerIndex) -> Tensor:
-        """int64 [S]: where each of these samples stands in another index.
+        """Return int64 [S]: the row of each sample of this index in another index.
 
-        One that is not there, or is not the same there, is a ``ValueError`` naming it.
+        ``ValueError`` names a sample that is not there, or has other tokens or labels there.
         """
         rows_S = torch.tensor(other.rows(self.keys), dtype=torch.int64)
         is_other_S = (other.digests[rows_S] != self.digests).any(dim=1)
         if bool(is_other_S.any()):
             name, number = self.keys[int(is_other_S.nonzero()[0])]
-            raise ValueError(f"sample {name!r} record {number} has other tokens or labels there")
+            raise ValueError(
+                f"sample {name!r} record {number} has other tokens or labels in the answer index "
+                f"{other.fingerprint[:12]}"
+            )
         return rows_S
 
     def holds(self, sample: IndexedSample, row: int) -> bool:
-        """Whether the row is of this very sample: its key, token ids and labels."""
+        """Return whether the row's key, token ids and labels are those of the sample."""
         return torch.equal(as_words([digest_of(sample)])[0], self.digests[row])
 
     def save(self, path: Path) -> None:
@@ -131,7 +136,7 @@ class AnswerIndex:
         write_atomically(Path(path), self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """What ``save`` writes; equal indexes give equal bytes."""
+        """Return what ``save`` writes. Equal indexes give equal bytes."""
         names, name_numbers = np.unique([name for name, _ in self.keys], return_inverse=True)
         buffer = io.BytesIO()
         np.savez(
@@ -150,7 +155,7 @@ class AnswerIndex:
 
     @classmethod
     def load(cls, path: Path) -> AnswerIndex:
-        """Read what ``save`` wrote. A file that cannot be read is a ``ValueError`` naming it."""
+        """Read what ``save`` wrote. ``ValueError`` names a file that cannot be read."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 saved = {name: file[name] for name in file.files}
@@ -160,7 +165,8 @@ class AnswerIndex:
             ) from error
         if (found := int(saved.get("format", 0))) != INDEX_FORMAT:
             raise ValueError(
-                f"{path} has index format {found}, need {INDEX_FORMAT}; build it again"
+                f"{path} has index format {found}, not {INDEX_FORMAT} as this version reads; build "
+                "it again"
             )
         names = [str(name) for name in saved["names"]]
         numbers = zip(saved["name_numbers"].tolist(), saved["record_numbers"].tolist())
@@ -175,12 +181,12 @@ class AnswerIndex:
 
 
 def _require_shifted(sample: IndexedSample) -> None:
-    """Refuse labels that are each position's own token, as Hugging Face models take them."""
+    """Refuse unshifted labels, where each position has its own token, as in Hugging Face models."""
     ids_S, labels_S = sample.input_ids_S, sample.labels_S
     is_label_S = labels_S != IGNORE
-    own = bool((labels_S == ids_S)[is_label_S].all())
-    following = bool((labels_S[:-1] == ids_S[1:])[is_label_S[:-1]].all())
-    if bool(is_label_S.any()) and own and not following:
+    is_unshifted = bool((labels_S == ids_S)[is_label_S].all())
+    is_shifted = bool((labels_S[:-1] == ids_S[1:])[is_label_S[:-1]].all())
+    if bool(is_label_S.any()) and is_unshifted and not is_shifted:
         raise ValueError(
             f"sample {sample.key[0]!r} record {sample.key[1]}: its labels are each position's own "
             "token, not the next one; shift them by one (regate_ds.algorithm.batch.shift_labels)"
@@ -188,7 +194,7 @@ def _require_shifted(sample: IndexedSample) -> None:
 
 
 def spans(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The integers of the ranges [start, start + length), one range after the other. int64 [N]."""
+    """Return int64 [N]: the integers of each range [start, start + length), range after range."""
     first = starts - (lengths.cumsum(0) - lengths)
     total = int(lengths.sum())
     return first.repeat_interleave(lengths, output_size=total) + torch.arange(total)

@@ -1,4 +1,7 @@
-"""What tells one sample from another: hashes over its key, its tokens and its labels."""
+"""Hashes that tell one sample from another, over its key, its tokens and its labels.
+
+Shapes: S positions of one sample, N label positions of it.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,14 @@ from torch import Tensor
 from regate_ds.algorithm.batch import SampleKey
 
 _PLACEHOLDER = -1
-"""Stands for every image position in the digests."""
-
+"""Token id of every image position in the digests."""
 
 _DIGEST_WORDS = 2
-"""int64 words of a sample's digest."""
+"""Number of int64 words of a sample's digest."""
 
 
 class IndexedSample(Protocol):
-    """What the index needs of a sample; ``EncodedSample`` has it."""
+    """What the index needs to know of a sample, such as an ``EncodedSample``."""
 
     @property
     def key(self) -> SampleKey: ...
@@ -39,16 +41,16 @@ class IndexedSample(Protocol):
 
 
 def hash_labels(label_ids_N: Tensor) -> int:
-    """64 bits, signed, over the label token ids of one sample in order."""
+    """Return a signed 64-bit hash over the label token ids of one sample, in order."""
     digest = hashlib.blake2b(_bytes_of(label_ids_N), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def digest_of(sample: IndexedSample) -> bytes:
-    """Hash what counts of a sample; lengths are in it, so that no two samples read alike."""
+    """Hash a sample's key, tokens and labels, with their lengths, so that no two look alike."""
     name, number = sample.key
     encoded = name.encode()
-    # The text that the teacher reads: which id a student has for images does not change it.
+    # The teacher reads text only: the id that a student has for images must not change the hash.
     ids_S = sample.input_ids_S.masked_fill(sample.is_placeholder_S, _PLACEHOLDER)
     header = np.array([len(encoded), number, ids_S.numel()], dtype="<i8").tobytes()
     content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
@@ -56,6 +58,7 @@ def digest_of(sample: IndexedSample) -> bytes:
 
 
 def as_words(digests: Sequence[bytes]) -> Tensor:
+    """Return digests as int64 [S, 2]."""
     words = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
     return torch.from_numpy(words).view(-1, _DIGEST_WORDS)
 

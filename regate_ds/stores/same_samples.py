@@ -1,4 +1,4 @@
-"""Values of a store belong to samples as they were: refuse those that read differently now."""
+"""Refuse samples that have changed since the values of a store were computed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _WAYS_OUT = (
 
 
 def require_as_indexed(window: Sequence[TokenBatch], index: AnswerIndex) -> None:
-    """``ValueError`` names a sample with other answer tokens, or another number of positions.
+    """Refuse, by ``ValueError`` naming it, a sample that differs from the index.
 
-    Padding that no attention mask marks counts as positions: a sample that reaches to the end of
-    its row may be longer than the index says.
+    Its answer tokens and its number of positions are compared. Padding that no attention mask marks
+    counts as positions, so a sample that reaches the end of its row may be longer than indexed.
     """
     for batch in window:
         rows = index.rows(batch.flat_keys)
@@ -46,7 +46,7 @@ def require_as_indexed(window: Sequence[TokenBatch], index: AnswerIndex) -> None
 
 
 def labelled_samples(batch: TokenBatch) -> Iterator[tuple[SampleKey, Tensor, int, bool]]:
-    """Each sample's key, label ids, number of positions, and whether it reaches its row's end."""
+    """Yield each sample's key, label ids, number of positions, and whether it ends its row."""
     keys = batch.flat_keys
     labels = batch.labels_BT[batch.is_label_BT].split(batch.num_labels_per_sample)
     last_B = batch.sample_BT[:, -1].tolist()

@@ -1,4 +1,7 @@
-"""What the session reads and writes of a store."""
+"""What a session needs from a store: read values, and for the difficulty also write them.
+
+Shapes: N label positions of the samples that a call names.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,16 @@ from regate_ds.algorithm.batch import SampleKey, TokenBatch
 class Values(Protocol):
     """What a store of reference losses offers: one fp32 value for each label position."""
 
-    def read(self, keys: Sequence[SampleKey]) -> Tensor: ...
+    def read(self, keys: Sequence[SampleKey]) -> Tensor:
+        """Return fp32 [N]: one value for each label position of these samples, in this order."""
+        ...
 
 
 class Statistics(Protocol):
     """What a difficulty store offers: named columns, each with one value a label position."""
 
     def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Hear which samples are read and written next; ValueError if they are not the store's."""
+        """Take note of the samples to read and write next. ValueError if the store refuses one."""
         ...
 
     def read(self, keys: Sequence[SampleKey]) -> dict[str, Tensor]: ...

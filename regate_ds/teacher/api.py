@@ -1,6 +1,6 @@
-"""Reference losses of a data set of users' own, in the words of their training loop.
+"""Score a user's own data set with a teacher: into a store before training, or while training.
 
-Shapes: S positions of one sample.
+Start with ``open_teacher``, then ``score_dataset`` or ``Teacher.online``.
 """
 
 from __future__ import annotations
@@ -29,39 +29,45 @@ from regate_ds.teacher.sharding.placement import place_teacher, source_at
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen causal language model with the student's tokenizer."""
+    """A frozen causal language model that reads the student's token ids."""
 
     model: nn.Module
+    """The model, on its device, with a decoder ``model`` and an ``lm_head``."""
+
     pad_id: int
-    """The token that it reads in place of images."""
+    """Token id that the teacher reads in place of image placeholders."""
 
     image_token_id: int | None = None
-    """The placeholder of an image in the student's input; None where there are no images."""
+    """Token id of an image placeholder in the student's input; None if the data has no images."""
 
     tokens_per_batch: int = 8192
-    """Upper limit of padded tokens in a forward pass; a longer sample is one of its own."""
+    """Upper limit of padded tokens in a forward pass; a longer sample gets a pass of its own."""
 
     name: str | None = None
-    """What stores call it; None hashes the model's configuration and weights."""
+    """Name of the teacher in stores; None makes one by hashing its configuration and weights."""
 
     replica: ProcessGroup | None = None
-    """Ranks that hold the model together (``open_teacher``); None if this one has all of it."""
+    """Ranks that hold the model together (see ``open_teacher``); None if this rank has all of it.
+    """
 
     in_step: bool = False
     """Whether all ranks must score equally often, as with ZeRO-3."""
 
     @property
     def id(self) -> str:
+        """Name of the teacher in stores."""
         return self.name or teacher_id(self.model, pad_id=self.pad_id)
 
     @property
     def device(self) -> torch.device:
+        """Device of the model's first weight."""
         return next(self.model.parameters()).device
 
     def online(self, index: AnswerIndex | None = None) -> OnlineReference:
-        """A ``reference`` for ``attach`` that scores while training: no store, no pass before.
+        """Make a ``reference`` for ``attach`` that scores while training, without a store.
 
-        index: of the data, where it is known and does not change; samples are compared with it.
+        index: the answer index of the data, if the data is known beforehand and does not change;
+        samples are then compared with it.
         """
         model = self.model.eval()
         scorer = WindowScorer(
@@ -87,23 +93,25 @@ def score_dataset(
     store: str | Path,
     group: ProcessGroup | None = None,
 ) -> Throughput:
-    """Write the store that ``attach`` reads, for the same keys and labels. Resumable.
+    """Score every sample once, and write the store that ``attach`` reads. Resumable.
 
-    data, collate_fn: those of the training loop; labels as Hugging Face models take them.
-    group: ranks that share the work; all of them call it. A job of several ranks must name them.
+    data, collate_fn: those of the training loop, so that keys and labels are the same; labels as
+    Hugging Face models take them.
+    group: the ranks that share the work; all of them make this call. A job of several ranks must
+    give it.
 
-    ValueError names the sample, or the store, that does not fit.
+    ValueError names the sample or the store that is refused.
     """
     _require_group(teacher, group)
     collate = KeyedCollate(collate_fn)
 
-    def sample(number: int) -> EncodedSample:
-        (only,) = samples_of(collate([data[number]]), teacher.image_token_id)
-        return only
+    def encode(number: int) -> EncodedSample:
+        (sample,) = samples_of(collate([data[number]]), teacher.image_token_id)
+        return sample
 
     job = TeacherJob(
-        index=AnswerIndex.build(sample(number) for number in range(len(data))),
-        encode=sample,
+        index=AnswerIndex.build(encode(number) for number in range(len(data))),
+        encode=encode,
         score=partial(score_samples, teacher.model.eval(), pad_id=teacher.pad_id),
         teacher_id=teacher.id,
         store=Path(store),
@@ -115,34 +123,35 @@ def score_dataset(
 
 
 def _require_group(teacher: Teacher, group: ProcessGroup | None) -> None:
-    """Ranks that do not share the work would all do it, and get in each other's way."""
+    """Refuse, by ValueError, ranks outside the group: they would all score and write everything."""
     if group is None and num_ranks() > 1:
         raise ValueError(
             f"this job has {num_ranks()} ranks: give score_dataset the group of those that call "
-            "it, as group=torch.distributed.group.WORLD, after they have joined"
+            "it, such as group=torch.distributed.group.WORLD, after init_process_group"
         )
     if (teacher.replica is not None or teacher.in_step) and size_of(group) != num_ranks():
         raise ValueError(
             f"all {num_ranks()} ranks of the job hold this teacher together, and all must score: "
-            "give group=torch.distributed.group.WORLD"
+            "give score_dataset group=torch.distributed.group.WORLD"
         )
 
 
 def open_teacher(
     config: TeacherConfig, *, pad_id: int, image_token_id: int | None = None
 ) -> Teacher:
-    """The model at ``config.path``, on the ranks of the job as ``config.sharding`` says.
+    """Load the teacher at ``config.path``, and place it on the ranks as ``config.sharding`` says.
 
-    Collective over all ranks; before the student's engine is built. ``pad_id`` and
-    ``image_token_id`` are those of ``Teacher``.
+    Collective over all ranks of the job, which it joins first. Call it before
+    ``deepspeed.initialize`` builds the student. ``pad_id``, ``image_token_id``: see ``Teacher``.
 
-    ValueError for a teacher, or a number of ranks, that the sharding does not go with.
+    ValueError if there is no model at the path, or if the teacher or the number of ranks does not
+    allow that sharding.
     """
     if config.path is None or config.tokenizer != "same":
         raise ValueError(
             f"teacher.path={config.path}, tokenizer={config.tokenizer}: outside the recipe a "
-            "teacher is a model of its own that reads the student's token ids; name its folder or "
-            "GGUF file, and leave tokenizer out"
+            "teacher is a model of its own that reads the student's token ids; set path to its "
+            "folder or GGUF file, and leave tokenizer out"
         )
     placed = place_teacher(config, source_at(config.path), pad_id, start_process())
     return Teacher(

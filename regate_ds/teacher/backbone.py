@@ -1,4 +1,4 @@
-"""The default teacher: a student's own decoder and head, as a causal language model."""
+"""The default teacher: the student's own decoder and head, as a causal language model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from transformers import (
 from regate_ds.families.table import find_family
 
 _ONLY_MROPE = {"architectures", "mrope_section", "model_type", "transformers_version"}
-"""Keys of a decoder's config with several rotary axes that its view of plain text goes without."""
+"""Keys of a config with several rotary axes that the config of plain text does not have."""
 
 
 def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """View the student's decoder and head as a causal LM, without copying a weight.
+    """Make a causal language model of the student's decoder and head, without copying a weight.
 
-    The parameters are new objects on the same storage: freezing the view does not freeze the
-    student, training the student changes the view. On text it gives the student's logits. For a
-    family with several rotary axes it counts plain positions, to which equal axes amount.
+    Its parameters are new objects on the same storage: freezing it does not freeze the student, but
+    training the student changes it. On text it gives the student's logits. For a family with
+    several rotary axes it counts plain positions, which equal positions on all axes.
     """
     config = _text_config(model)
     with torch.device("meta"):
@@ -35,9 +35,9 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel:
     weights = {f"model.{name}": value for name, value in decoder.state_dict().items()}
     weights["lm_head.weight"] = model.lm_head.weight.detach()
     view.load_state_dict(weights, strict=True, assign=True)
-    # Where head and embedding are one parameter, an optimiser must see one.
+    # If head and embedding share one parameter, they must share it here too.
     view.tie_weights()
-    # The rotary table is no weight: it is computed from the config, and was left on "meta".
+    # The rotary table is not a weight: compute it from the config, because it is still on "meta".
     view.model.rotary_emb = type(view.model.rotary_emb)(config=config).to(model.device)
     return view.eval()
 

@@ -1,4 +1,4 @@
-"""The settings of a teacher."""
+"""The settings of a teacher, as the `teacher` section of a YAML and ``open_teacher`` take them."""
 
 from __future__ import annotations
 
@@ -43,5 +43,6 @@ class TeacherConfig:
             require(self, "tensor", self.tensor >= 2, "sharding=tensor needs at least 2")
         else:
             require(self, "tensor", self.tensor == 1, f"sharding={self.sharding} allows 1 only")
-        fits = self.tokenizer == "same" or self.path is not None
-        require(self, "tokenizer", fits, "needs a teacher of its own: name one in teacher.path")
+        is_readable = self.tokenizer == "same" or self.path is not None
+        problem = "needs a teacher of its own: name one in teacher.path"
+        require(self, "tokenizer", is_readable, problem)

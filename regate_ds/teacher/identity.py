@@ -1,4 +1,4 @@
-"""Which teacher a store's losses are of: by what decides them, not by where it lies or is held."""
+"""Name a teacher by what decides its losses, not by its path or the ranks that hold it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from torch import Tensor, nn
 _IRRELEVANT = frozenset(
     {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 )
-"""Keys of a model's configuration that differ between copies of one model and change no loss."""
+"""Keys of a model's configuration that may differ between copies of one model, but not its losses.
+"""
 
 
 def teacher_id(teacher: nn.Module, *, pad_id: int) -> str:
-    """Name a Hugging Face model by a hash over its configuration and weights, and over ``pad_id``,
-    the token that it reads where the images are."""
+    """Name a Hugging Face model by a hash over its configuration, its weights and ``pad_id``.
+
+    pad_id: the token id that the teacher reads in place of image placeholders.
+    """
     return id_of_weights(teacher.config, sorted(teacher.state_dict().items()), pad_id=pad_id)
 
 
 def id_of_weights(config: Any, weights: Iterable[tuple[str, Tensor]], *, pad_id: int) -> str:
-    """The same, of weights that come one at a time, in the order of their names."""
+    """Name a model as ``teacher_id`` does, from weights in the order of their names, one by one."""
     relevant = json.dumps([_relevant(config.to_dict()), pad_id], sort_keys=True, default=str)
     digest = hashlib.sha256(relevant.encode())
     for name, weight in weights:
@@ -34,12 +37,12 @@ def id_of_weights(config: Any, weights: Iterable[tuple[str, Tensor]], *, pad_id:
 
 
 def _relevant(value: Any) -> Any:
-    """The configuration without those keys, at any depth, and without names and paths."""
+    """Return the configuration, at any depth, without names, paths and the keys in _IRRELEVANT."""
     if not isinstance(value, dict):
         return value
     return {str(key): _relevant(item) for key, item in value.items() if _decides(str(key))}
 
 
 def _decides(key: str) -> bool:
-    names_a_place = not {"name", "path"}.isdisjoint(key.split("_"))
-    return not (key.startswith("_") or key in _IRRELEVANT or names_a_place)
+    is_name_or_path = not {"name", "path"}.isdisjoint(key.split("_"))
+    return not (key.startswith("_") or key in _IRRELEVANT or is_name_or_path)

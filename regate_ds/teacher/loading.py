@@ -1,4 +1,4 @@
-"""The teacher's model and tokenizer: a Hugging Face folder or a GGUF file, as they lie."""
+"""Load the teacher's model and tokenizer from a Hugging Face folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ GGUF = ".gguf"
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 _GGUF_PACKAGES = ("gguf", "accelerate")
-"""What transformers reads such a file with."""
+"""Packages that transformers needs to read a GGUF file."""
 
 _GGUF_ERRORS = (ValueError, KeyError, IndexError, OSError, struct.error, NotImplementedError)
-"""What a file ends in that is damaged, or of an architecture that transformers does not read."""
+"""Errors of transformers for a file that is damaged or of an architecture that it cannot read."""
 
 
 def load_teacher(path: Path) -> PreTrainedModel:
-    """The causal language model at ``path``; ValueError if there is none, naming the path."""
+    """Load the causal language model at ``path``. ValueError, naming the path, if there is none."""
     if path.suffix == GGUF:
         return _load_gguf(path)
     _require_causal_lm(path)
@@ -35,7 +35,7 @@ def load_teacher(path: Path) -> PreTrainedModel:
 
 
 def load_teacher_config(path: Path) -> Any:
-    """The configuration of the model at ``path``, without its weights; errors as of loading it."""
+    """Load the configuration of the model at ``path``, without its weights. ValueError as above."""
     if path.suffix == GGUF:
         _require_gguf(path)
         config = _read_gguf(path, AutoConfig)
@@ -46,13 +46,13 @@ def load_teacher_config(path: Path) -> Any:
 
 
 def load_teacher_tokenizer(path: Path) -> Any:
-    """The tokenizer that belongs to the model at ``path``; ValueError if there is none."""
+    """Load the tokenizer of the model at ``path``. ValueError if there is none."""
     if path.suffix == GGUF:
         _require_gguf(path)
         return _read_gguf(path, AutoTokenizer)
     _require_causal_lm(path)
     if not any(file for form in _TOKENIZER_FILES for file in path.glob(form)):
-        # For some models transformers would make one without a vocabulary.
+        # For some models, transformers would make a tokenizer without a vocabulary.
         raise ValueError(
             f"teacher.path={path}: holds no tokenizer; put the tokenizer's files beside the weights"
         )
@@ -60,14 +60,14 @@ def load_teacher_tokenizer(path: Path) -> Any:
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
-    """Weights unpacked, so that they may be sharded and run on any device."""
+    """Load a GGUF file and unpack its weights, so that they can be sharded and run anywhere."""
     load_teacher_config(path)
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Since transformers 5.24 they otherwise stay packed where a kernel for it is installed.
+        # Since transformers 5.24, weights otherwise stay packed if a kernel for them is installed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = _read_gguf(path, AutoModelForCausalLM, **options)
-    # What is unpacked is a plain model: its name follows from its weights, and it can be saved.
+    # The unpacked model is a plain one: its name follows from its weights, and it can be saved.
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
     return model.eval()
@@ -86,9 +86,9 @@ def _read_gguf(path: Path, reader: Any, **options: Any) -> Any:
 
 
 def _require_gguf(path: Path) -> None:
-    """The file is there, and so is what reads it."""
+    """Refuse a file that is not there, and name packages that are missing to read it."""
     if not path.is_file():
-        raise ValueError(f"teacher.path={path}: no such file")
+        raise ValueError(f"teacher.path={path}: no such file; give the path of a GGUF file")
     missing = [name for name in _GGUF_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -118,7 +118,7 @@ def _require_causal_config(config: Any, path: Path) -> None:
 
 @contextmanager
 def readable_weights(folder: Path) -> Iterator[None]:
-    """Name the folder whose weights are damaged: safetensors' own error names no file."""
+    """Raise a ValueError that names the folder if its weights are damaged; safetensors does not."""
     try:
         yield
     except SafetensorError as error:

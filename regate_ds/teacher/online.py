@@ -1,9 +1,10 @@
-"""The teacher inside the training job: losses of the micro-batches to come, one step ahead.
+"""Run the teacher inside the training job: it scores each window just before its step.
 
-For data that no store can hold: streams, and augmentation that changes the labels or the number of
-image tokens. To a session it is a store; ``DeepSpeedRegate.windows`` tells it which samples come.
+This serves data that no store can hold: streams, and augmentation that changes the labels or the
+number of image tokens. A session reads it like a store; ``DeepSpeedRegate.windows`` gives it the
+samples to score.
 
-Shapes: N label positions of the samples asked for.
+Shapes: S positions of one sample, N label positions of the samples asked for.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from regate_ds.teacher.precompute import Score
 from regate_ds.teacher.scoring import ScoredSample
 
 Read = Callable[[Batch], Sequence[ScoredSample]]
-"""The samples of a micro-batch as the teacher's score takes them."""
+"""Returns the samples of a micro-batch as the teacher's score takes them."""
 
 
 class OnlineReference:
-    """Reference losses as they are needed; made by ``Teacher.online`` or the recipe."""
+    """Reference losses computed while training; ``Teacher.online`` or the recipe makes them."""
 
     def __init__(
         self,
@@ -42,30 +43,34 @@ class OnlineReference:
         index: AnswerIndex | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        """``index``: of the data, where it is known beforehand and never changes. ``model``: the
-        teacher's, to see that no training changes it."""
+        """Set up the scoring.
+
+        index: the answer index of the data, if the data is known beforehand and never changes.
+        model: the teacher's, so that ``require_frozen`` can see whether training changes it.
+        """
         self._score, self._read, self._index, self._model = score, read, index, model
         self.teacher_id = teacher_id
         self._losses: dict[SampleKey, Tensor] = {}
         self.seconds = 0.0
-        """Of this rank, for the window that was scored last."""
+        """Seconds that this rank spent on scoring the last window."""
 
     @property
     def is_stream(self) -> bool:
-        """Whether nothing is known of the data beforehand."""
+        """Whether the data is not known beforehand, so that there is no index."""
         return self._index is None
 
     @property
     def index(self) -> AnswerIndex:
+        """Answer index of the data. ValueError if there is none."""
         if self._index is None:
             raise ValueError(
                 "this online teacher knows no data beforehand, which only `attach` for DeepSpeed "
-                "loops can do; give it an index, or a ReferenceStore in its place"
+                "loops supports; give it an index, or use a ReferenceStore in its place"
             )
         return self._index
 
     def require_frozen(self, student: nn.Module) -> None:
-        """Refuse, by ``ValueError``, a teacher that would learn with the student."""
+        """Refuse, by ``ValueError``, a teacher that shares a trained weight with the student."""
         trained = {p.data_ptr(): n for n, p in student.named_parameters() if p.requires_grad}
         for name, weight in self._model.named_parameters() if self._model is not None else ():
             if weight.numel() and weight.data_ptr() in trained:
@@ -75,25 +80,28 @@ class OnlineReference:
                 )
 
     def prepare(self, window: Sequence[Batch]) -> None:
-        """Score the samples of the window that is read next; it takes the place of the last one.
-        All ranks that hold the teacher together call it."""
+        """Score the samples of the window that is read next; forget those of the one before.
+
+        All ranks that hold the teacher together make this call.
+        """
         begin = time.perf_counter()
         samples = {s.key: s for batch in window for s in self._read(batch)}
         losses_N = self._score(list(samples.values()))
         counts = [_num_labels(sample) for sample in samples.values()]
-        # As a store would hand them out, so that a run is the same by either.
+        # Round as a store does, so that a run is the same with either.
         parts = losses_N.half().float().split(counts)
         self._losses = dict(zip(samples, parts, strict=True))
         self.seconds = time.perf_counter() - begin
 
     def forget(self) -> None:
-        """The coming window needs no losses: its step is dense."""
+        """Forget all losses, because the coming step is dense and needs none."""
         self._losses, self.seconds = {}, 0.0
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """fp32 [N] in nats, rounded to fp16: all label positions of these samples, in order.
+        """Return fp32 [N]: the losses in nats, rounded to fp16, of these samples, in this order.
 
-        ValueError names a sample whose loss is not finite, or beyond what a store would hold.
+        ValueError names a sample whose loss is not finite, or larger than a store can hold.
+        RuntimeError names a sample that was not scored.
         """
         return torch.cat([torch.empty(0), *(self._losses_of(key) for key in keys)])
 
@@ -101,11 +109,11 @@ class OnlineReference:
         name, number = key
         if key not in self._losses:
             raise RuntimeError(
-                f"no losses of sample {name!r} record {number} are there: an online teacher "
-                "scores what `regate.windows(loader, engine)` of a DeepSpeed loop hands out"
+                f"no losses of sample {name!r} record {number} are there: an online teacher scores "
+                "only the samples of `regate.windows(loader, engine)`; take micro-batches from it"
             )
         losses_N = self._losses[key]
-        # What is beyond the largest number of fp16 has become infinite.
+        # A loss larger than any fp16 number has become infinite.
         if not bool(losses_N.isfinite().all()):
             raise ValueError(
                 f"the teacher's loss of sample {name!r} record {number} is not finite, or "
@@ -116,27 +124,27 @@ class OnlineReference:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowScorer:
-    """Scores any number of samples in batches of like length, on the ranks of the teacher."""
+    """Scores any number of samples in batches of similar length, on all ranks of a teacher."""
 
     score: Score
 
     tokens_per_batch: int
-    """Upper limit of padded tokens in a forward pass; a longer sample is one of its own."""
+    """Upper limit of padded tokens in a forward pass; a longer sample gets a pass of its own."""
 
     replica: ProcessGroup | None = None
-    """Ranks that hold one teacher together: each of them scores the samples of all."""
+    """Ranks that hold one teacher together: each of them scores the samples of all of them."""
 
     in_step: bool = False
     """Whether all ranks of the job must score equally often, as with ZeRO-3."""
 
     device: torch.device | str = "cpu"
-    """Where the backend of the groups wants its tensors."""
+    """Device on which the backend of the groups wants its tensors."""
 
     def __call__(self, samples: Sequence[ScoredSample]) -> Tensor:
-        """fp32 [N]: losses of all label positions of these samples, in order."""
-        everyones = self._gathered(samples)
-        losses = self._score_batches([sample for part in everyones for sample in part])
-        before = sum(len(part) for part in everyones[: rank_in(self.replica)])
+        """Return fp32 [N]: the losses of all label positions of these samples, in order."""
+        by_rank = self._gathered(samples)
+        losses = self._score_batches([sample for part in by_rank for sample in part])
+        before = sum(len(part) for part in by_rank[: rank_in(self.replica)])
         return torch.cat([torch.empty(0), *losses[before : before + len(samples)]])
 
     def _score_batches(self, samples: Sequence[ScoredSample]) -> list[Tensor]:
@@ -150,13 +158,13 @@ class WindowScorer:
             for row, part_N in zip(batch, parts, strict=True):
                 losses[row] = part_N
         if self.in_step:
-            # The shortest sample again, for no one, until all ranks have scored equally often.
+            # Score the shortest sample again, unused, until all ranks have scored equally often.
             for _ in range(max(gather_integers(len(batches), self.device)) - len(batches)):
                 self.score([samples[rows[-1]]])
         return losses
 
     def _gathered(self, samples: Sequence[ScoredSample]) -> list[Sequence[ScoredSample]]:
-        """The samples of every rank of the replica, by rank."""
+        """Return the samples of every rank of the replica, by rank."""
         if size_of(self.replica) == 1:
             return [samples]
         found = gather_vectors(_packed(samples), self.replica, self.device)
@@ -164,18 +172,21 @@ class WindowScorer:
 
 
 def samples_of(batch: Batch, image_token_id: int | None) -> list[EncodedSample]:
-    """The samples of a micro-batch by their token ids, in the order of its keys."""
-    tokens, found = batch.tokens, []
+    """Return the samples of a micro-batch, in the order of its keys.
+
+    image_token_id: the token id of image placeholders; None if there are none.
+    """
+    tokens, samples = batch.tokens, []
     ids_BT = batch.inputs["input_ids"].cpu()
     for number, key in enumerate(tokens.flat_keys):
-        is_own_BT = tokens.sample_BT == number
-        ids_S = ids_BT[is_own_BT]
+        is_in_sample_BT = tokens.sample_BT == number
+        ids_S = ids_BT[is_in_sample_BT]
         is_placeholder_S = torch.zeros_like(ids_S, dtype=torch.bool)
         if image_token_id is not None:
             is_placeholder_S = ids_S == image_token_id
-        labels_S = tokens.labels_BT[is_own_BT]
-        found.append(EncodedSample(key, ids_S, labels_S, is_placeholder_S, (), ()))
-    return found
+        labels_S = tokens.labels_BT[is_in_sample_BT]
+        samples.append(EncodedSample(key, ids_S, labels_S, is_placeholder_S, (), ()))
+    return samples
 
 
 def _num_labels(sample: ScoredSample) -> int:
@@ -183,7 +194,7 @@ def _num_labels(sample: ScoredSample) -> int:
 
 
 def _packed(samples: Sequence[ScoredSample]) -> Tensor:
-    """int64: for each sample its length, ids, labels and placeholders. Keys stay at home."""
+    """Return int64: for each sample its length, ids, labels and placeholders, without its key."""
     parts = [
         torch.cat([torch.tensor([len(s.input_ids_S)]), s.input_ids_S, s.labels_S, image_S.long()])
         for s in samples
@@ -193,10 +204,12 @@ def _packed(samples: Sequence[ScoredSample]) -> Tensor:
 
 
 def _unpacked(vector: Tensor) -> list[ScoredSample]:
-    found: list[ScoredSample] = []
+    """Return the samples of ``_packed``, with made-up keys."""
+    samples: list[ScoredSample] = []
     while vector.numel():
         length = int(vector[0])
         ids_S, labels_S, is_image_S = vector[1 : 1 + 3 * length].view(3, length)
-        found.append(EncodedSample(("", len(found)), ids_S, labels_S, is_image_S.bool(), (), ()))
+        key = "", len(samples)
+        samples.append(EncodedSample(key, ids_S, labels_S, is_image_S.bool(), (), ()))
         vector = vector[1 + 3 * length :]
-    return found
+    return samples

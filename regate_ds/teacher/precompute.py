@@ -1,7 +1,7 @@
-"""The resumable job that scores a whole data set once with the teacher.
+"""Score a whole data set once with the teacher, in a job that can be resumed.
 
-Batches and shards follow from the data and the token budget alone. So any number of ranks, and a
-job that was killed and started again, end with the same files, bit for bit.
+Batches and shards depend on the data and the token limit alone. So any number of ranks, and a job
+that was killed and started again, end with the same files, bit for bit.
 """
 
 from __future__ import annotations
@@ -29,42 +29,46 @@ from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
 _AHEAD = 2
-"""Batches whose samples are read while another one is scored."""
+"""Number of batches whose samples are read while another batch is scored."""
 
 Score = Callable[[Sequence[ScoredSample]], Tensor]
-"""Losses in nats of all label positions of the samples, in order: fp32 [N]."""
+"""Returns the losses in nats of all label positions of the samples, in order: fp32 [N]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """What is scored, by whom, and where the losses go."""
+    """What is scored, by which teacher, and where the losses are stored."""
 
     index: AnswerIndex
+    """Index of all samples of the data."""
 
     encode: Callable[[int], ScoredSample]
-    """The sample of a row of the index."""
+    """Returns the sample of a row of the index."""
 
     score: Score
     teacher_id: str
+    """Name of the teacher in the store."""
+
     store: Path
+    """Folder of the store."""
 
     tokens_per_batch: int
     """Upper limit of padded tokens in a batch; a longer sample is a batch of its own."""
 
     ranks_per_replica: int = 1
-    """Consecutive ranks that hold one teacher together: they score the same batches, and the first
-    of them writes."""
+    """Number of consecutive ranks that hold one teacher together: they score the same batches, and
+    the first of them writes."""
 
     in_step: bool = False
-    """True if all ranks must score equally often, as those that hold a ZeRO-3 teacher."""
+    """Whether all ranks must score equally often, as with ZeRO-3."""
 
     plain: Callable[[Sequence[ScoredSample]], Any] | None = None
-    """The model's own forward pass over these samples, to compare speed with, after which the
-    device is idle; None leaves the comparison out."""
+    """Runs the model's own forward pass over the samples and waits for the device, to compare the
+    speed; None leaves the comparison out."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the store holds it all. ValueError if it is another's, or damaged."""
+        """Whether the store is finished. ValueError if it is damaged, or not this job's."""
         return is_complete(self.store, self.index, self.teacher_id)
 
     def begin(self) -> None:
@@ -74,11 +78,11 @@ class TeacherJob:
         begin_store(self.store, self.index, self.teacher_id, cut, limit)
 
     def batches(self, rows: Sequence[int]) -> list[RowBatch]:
-        """What is read together of a shard's rows."""
+        """Cut a shard's rows into batches."""
         return cut_batches(rows, self.index.num_positions, self.tokens_per_batch)
 
     def read(self, row: int) -> ScoredSample:
-        """The sample of a row. ValueError if it is not what the index was built from."""
+        """Read the sample of a row. ValueError if it is not what the index was built from."""
         sample = self.encode(row)
         if not self.index.holds(sample, row):
             raise ValueError(
@@ -92,9 +96,9 @@ class TeacherJob:
 def precompute(
     job: TeacherJob, group: ProcessGroup | None = None, device: torch.device | str = "cpu"
 ) -> Throughput:
-    """Score every sample into the job's store; finished shards are not scored again.
+    """Score every sample and write the job's store; shards that exist are not scored again.
 
-    Every rank of ``group`` calls it; ``device`` is where the group's backend wants its tensors.
+    Every rank of ``group`` makes this call; ``device`` is where the group's backend wants tensors.
     ValueError if the folder holds a store of other data, another teacher or other batches,
     RuntimeError if the ranks' jobs differ.
     """
@@ -104,7 +108,7 @@ def precompute(
         _on_first(job.begin, group, device)
     await_store(job.store)
     writer = ReferenceWriter(job.store, job.index)
-    # What the first rank sees: on a network file system the others may see less.
+    # All ranks take the first rank's list: on a network file system the others may see less.
     missing = [int(n) for n in broadcast_text(_list(writer.missing()), group, device).split()]
     _check_part(writer, missing, group)
     sum_over([0], group, device)  # All ranks have looked before one of them writes.
@@ -122,11 +126,11 @@ def precompute(
 def _require_one_job(
     job: TeacherJob, group: ProcessGroup | None, device: torch.device | str
 ) -> None:
-    """Ranks with other data or another teacher would write their losses under the first's name."""
+    """Refuse ranks with other data or another teacher, whose losses would get into this store."""
     name = f"data with fingerprint {job.index.fingerprint[:12]} and teacher {job.teacher_id}"
     if not is_same_on_all(f"{name}, {job.tokens_per_batch}", group, device):
         raise RuntimeError(
-            f"rank {rank_in(group)} has {name}, other ranks have not: give all of them the same "
+            f"rank {rank_in(group)} has {name}, other ranks have not; give all ranks the same "
             "data, teacher and tokens_per_batch"
         )
 
@@ -134,7 +138,7 @@ def _require_one_job(
 def _on_first(
     action: Callable[[], None], group: ProcessGroup | None, device: torch.device | str
 ) -> None:
-    """What one rank does for all; if it fails there, it fails everywhere."""
+    """Run an action on the first rank only; if it fails there, all ranks raise."""
     error, text = None, ""
     if rank_in(group) == 0:
         try:
@@ -153,18 +157,19 @@ def _list(numbers: list[int]) -> str:
 
 
 def _check_part(writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None) -> None:
-    """Compare what an earlier start wrote with its checksums, each rank a part of it."""
-    there = sorted(set(range(len(writer.shards))) - set(missing))
-    for number in there[rank_in(group) :: size_of(group)]:
+    """Check this rank's part of the shards that an earlier start wrote."""
+    written = sorted(set(range(len(writer.shards))) - set(missing))
+    for number in written[rank_in(group) :: size_of(group)]:
         writer.check(number)
 
 
 def _score_missing(
     job: TeacherJob, writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None
 ) -> tuple[float, int]:
-    """Seconds that this rank's teacher was at work, and the tokens that all ranks scored."""
+    """Score the missing shards; return the seconds this rank's teacher worked, and the number of
+    tokens that all ranks scored."""
     shards = {number: job.batches(writer.rows(number)) for number in missing}
-    # Of what is missing, an equal part each: a replica that was far ahead would wait for hours.
+    # Share out what is missing, not all shards: a replica that is far ahead would wait for hours.
     replica, place = divmod(rank_in(group), job.ranks_per_replica)
     costs = [padded_tokens(batches, job.index.num_positions) for batches in shards.values()]
     parts = [
@@ -175,7 +180,7 @@ def _score_missing(
         job, writer if place == 0 else None, parts[replica], show=rank_in(group) == 0
     )
     if job.in_step:
-        _keep_up(job, parts, replica)
+        _score_as_often(job, parts, replica)
     rows = [row for batches in shards.values() for batch in batches for row in batch]
     return busy, int(job.index.num_positions[rows].sum())
 
@@ -206,22 +211,25 @@ def _score_shards(
 
 
 def _read_ahead(job: TeacherJob, batches: list[RowBatch]) -> Iterator[list[ScoredSample]]:
-    """The samples of each batch; the next ones are read while one is scored."""
+    """Yield the samples of each batch, and read the next ones meanwhile."""
 
     def read(batch: RowBatch) -> list[ScoredSample]:
         return [job.read(row) for row in batch]
 
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = deque(reader.submit(read, batch) for batch in batches[:_AHEAD])
-        for following in [*batches[_AHEAD:], *[None] * min(_AHEAD, len(batches))]:
-            samples = coming.popleft().result()
-            if following is not None:
-                coming.append(reader.submit(read, following))
+        pending = deque(reader.submit(read, batch) for batch in batches[:_AHEAD])
+        for next_batch in [*batches[_AHEAD:], *[None] * min(_AHEAD, len(batches))]:
+            samples = pending.popleft().result()
+            if next_batch is not None:
+                pending.append(reader.submit(read, next_batch))
             yield samples
 
 
-def _keep_up(job: TeacherJob, parts: list[dict[int, list[RowBatch]]], replica: int) -> None:
-    """Score, for no one, until this rank has scored as often as the one with most batches."""
+def _score_as_often(job: TeacherJob, parts: list[dict[int, list[RowBatch]]], replica: int) -> None:
+    """Score the shortest sample until this rank has scored as often as the one with most batches.
+
+    Nobody uses these losses.
+    """
     num_batches = [sum(map(len, part.values())) for part in parts]
     shortest = [int(job.index.num_positions.argmin())]
     for _ in range(max(num_batches) - num_batches[replica]):
@@ -229,7 +237,7 @@ def _keep_up(job: TeacherJob, parts: list[dict[int, list[RowBatch]]], replica: i
 
 
 def _measure(job: TeacherJob, rows: list[int]) -> float | None:
-    """Compare with the plain forward pass on a few batches, the same on every rank."""
+    """Measure the speed against the plain forward pass, on a few batches, the same on all ranks."""
     if job.plain is None:
         return None
     batches, lengths = job.batches(rows), job.index.num_positions.tolist()

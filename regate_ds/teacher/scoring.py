@@ -1,4 +1,4 @@
-"""What the teacher sees: the text of a sample, with a plain token where the images are.
+"""Score samples with the teacher, which reads their text with a plain token at image positions.
 
 Shapes: B samples, T positions of the longest, S positions of one sample, H hidden, N label
 positions of all samples, sample by sample.
@@ -19,11 +19,11 @@ from regate_ds.teacher.head_loss import IDS, HeadPart
 logger = logging.getLogger(__name__)
 
 _HEAD_FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models that change the logits after the head's matrix product."""
+"""Config fields of models that change the logits after the head's matrix product; not supported."""
 
 
 class ScoredSample(Protocol):
-    """What the teacher needs of a sample; ``EncodedSample`` has it."""
+    """What the teacher needs to know of a sample, such as an ``EncodedSample``."""
 
     @property
     def key(self) -> SampleKey: ...
@@ -41,7 +41,7 @@ class ScoredSample(Protocol):
 
 
 class TeacherInputs(NamedTuple):
-    """Right-padded model inputs of one batch."""
+    """The right-padded model inputs of one batch."""
 
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
@@ -53,13 +53,13 @@ class TeacherInputs(NamedTuple):
 def teacher_inputs(
     input_ids: Sequence[Tensor], is_placeholder: Sequence[Tensor], pad_id: int
 ) -> TeacherInputs:
-    """Put ``pad_id`` in the images' place, attended, with plain positions 0..S-1 for all.
+    """Make the inputs of a batch: ``pad_id`` replaces image placeholders, and is attended to.
 
-    ``input_ids`` and ``is_placeholder`` hold one tensor [S] for each sample.
+    ``input_ids`` and ``is_placeholder`` hold one tensor [S] for each sample; positions are 0..S-1.
     """
     lengths = [ids_S.numel() for ids_S in input_ids]
     ids_BT = torch.full((len(lengths), max(lengths)), pad_id, dtype=torch.int64)
-    # From the lengths, never from the pad id: it stands for images, and may be the eos as well.
+    # The mask follows from the lengths, not from the pad id, which images have and eos may be.
     mask_BT = torch.zeros_like(ids_BT)
     for row, (ids_S, is_placeholder_S) in enumerate(zip(input_ids, is_placeholder, strict=True)):
         ids_BT[row, : lengths[row]] = ids_S.masked_fill(is_placeholder_S, pad_id)
@@ -72,11 +72,12 @@ def teacher_inputs(
 def score_samples(
     teacher: nn.Module, samples: Sequence[ScoredSample], *, pad_id: int, num_ids: int = IDS
 ) -> Tensor:
-    """Negative log-likelihood, in nats, of every label under the teacher: fp32 [N] on the CPU.
+    """Return the teacher's negative log-likelihood of every label in nats: fp32 [N] on the CPU.
 
-    ``teacher`` is a causal LM with a decoder ``model`` and an ``lm_head``, whole or a part of one.
-    Only label positions go through the head, in blocks of ``num_ids`` ids, so that logits [B, T, V]
-    never exist.
+    ``teacher`` is a causal LM with a decoder ``model`` and an ``lm_head``, or this rank's part of
+    one. Only label positions go through the head, in blocks of ``num_ids`` ids, so that logits
+    [B, T, V] never exist. ValueError for a teacher that is built otherwise, or for a token id that
+    it does not have.
     """
     _require_plain_head(teacher)
     num_embeddings = teacher.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -103,7 +104,7 @@ def score_samples(
 def require_ids_fit(
     ids: Iterable[int], num_embeddings: int, placeholder_ids: Iterable[int]
 ) -> None:
-    """Refuse, by ``ValueError`` naming it, an id that the teacher has no embedding for."""
+    """Refuse, by ``ValueError`` naming it, an id that the teacher has no embedding row for."""
     beyond = {number for number in ids if number >= num_embeddings} - set(placeholder_ids)
     if beyond:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""How fast a teacher's job was: tokens a second, and as a share of the plain forward pass."""
+"""Measure how fast a teacher's job was: in tokens a second, and against the plain forward pass.
+
+Shapes: B samples, T positions of the longest, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,34 @@ from torch import Tensor, nn
 from regate_ds.teacher.scoring import ScoredSample, teacher_inputs
 
 PLAIN_TOKENS = 2048
-"""Most tokens of a batch that the plain forward pass is measured on: its logits, all positions
-times the vocabulary, must not break a job that did its work without them."""
+"""Largest number of tokens in a batch for the plain forward pass: its logits [B, T, V] must not
+break a job that itself did without them."""
 
 NUM_MEASURED = 3
-"""Batches that are measured; each runs twice each way, the first time to warm up."""
+"""Number of batches that are measured; each runs twice each way, the first time to warm up."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What all ranks did together in this start of the job; all zero if it was done before."""
+    """The work of all ranks in this start of the job; all zero if an earlier start had done it."""
 
     num_tokens: int
-    """Of the samples that were scored, prompt and placeholders included."""
+    """Number of tokens of the scored samples, prompt and placeholders included."""
 
     seconds: float
+    """Time that the scoring took."""
 
     busy_share: float = 0.0
-    """Of these seconds, those in which this rank's teacher was at work; the others went into
-    reading samples, writing shards and waiting for other ranks."""
+    """Share of the seconds in which this rank's teacher worked; the rest went into reading samples,
+    writing shards and waiting for other ranks."""
 
     score_share: float | None = None
-    """Seconds of the plain forward pass over seconds of scoring, on the same batches; None where
-    no batch was short enough to measure."""
+    """Seconds of the plain forward pass over seconds of scoring, on the same batches; None if it
+    was not measured."""
 
     @property
     def share_of_plain(self) -> float | None:
-        """Speed of the job, over that of a plain forward pass with full logits, run on end."""
+        """Speed of the job over that of plain forward passes, with all logits, without a pause."""
         return None if self.score_share is None else self.busy_share * self.score_share
 
     def __str__(self) -> str:
@@ -56,21 +60,21 @@ def measure_share(
     score: Callable[[Sequence[ScoredSample]], Any],
     plain: Callable[[Sequence[ScoredSample]], Any],
 ) -> float | None:
-    """Seconds of ``plain`` over those of ``score``, one after the other on each of the batches."""
+    """Return the seconds of ``plain`` over those of ``score`` on the batches; None without any."""
     seconds = {score: 0.0, plain: 0.0}
     for batch in batches:
         for run in (score, plain):
             run(batch)
         for run in (score, plain):
             begin = time.perf_counter()
-            # Both return values in CPU memory, so that the device has ended its work.
+            # Both return values in CPU memory, and so wait until the device has finished.
             run(batch)
             seconds[run] += time.perf_counter() - begin
     return seconds[plain] / seconds[score] if batches else None
 
 
 def measurable(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """As many rows of a batch, from the shortest on, as a plain forward pass may hold."""
+    """Return as many rows of a batch, shortest first, as the plain forward pass may hold."""
     chosen: list[int] = []
     for row in sorted(rows, key=lambda row: lengths[row]):
         if (len(chosen) + 1) * lengths[row] > PLAIN_TOKENS:
@@ -81,7 +85,10 @@ def measurable(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
 
 @torch.inference_mode()
 def plain_forward(teacher: nn.Module, samples: Sequence[ScoredSample], *, pad_id: int) -> Tensor:
-    """The host's own forward pass over the samples, logits of all positions included."""
+    """Run the model's own forward pass over the samples, with the logits of all positions.
+
+    Returns one logit of each sample, on the CPU.
+    """
     ids = [sample.input_ids_S for sample in samples]
     inputs = teacher_inputs(ids, [sample.is_placeholder_S for sample in samples], pad_id)
     device = next(teacher.parameters()).device

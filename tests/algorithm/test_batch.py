@@ -54,8 +54,8 @@ def test_shifted_labels_are_the_next_positions_token_and_the_last_has_none():
 @pytest.mark.parametrize(
     ("keys", "segment", "labels", "message"),
     [
-        (KEYS, [[0, 0]], [[1, 2, 3]], "must have the same shape"),
-        (KEYS, [0, 0], [1, 2], "must have the same shape"),
+        (KEYS, [[0, 0]], [[1, 2, 3]], "give both the same shape"),
+        (KEYS, [0, 0], [1, 2], "give both the same shape"),
         (KEYS * 2, [[0, 0]], [[1, 2]], "2 rows of keys for 1 rows"),
         (KEYS, [[0, 1]], [[1, 2]], "exactly one key for each of its segments"),
         (KEYS, [[0, -1]], [[1, 2]], "a padding position has a label"),

@@ -119,7 +119,7 @@ def test_a_micro_batch_without_images_has_no_pixels():
 
 
 def test_images_for_a_model_without_a_vision_side_are_refused():
-    with pytest.raises(ValueError, match="2 images for a model without a vision side"):
+    with pytest.raises(ValueError, match="2 images for a model without a vision tower"):
         Collator(pad_id=PAD, vision=None)([sample(1, 4, 10, 11)])
 
 

@@ -196,7 +196,7 @@ def test_a_file_that_is_not_json_is_named_even_when_bad_records_are_skipped(
 def test_a_file_that_is_not_a_list_is_refused(tmp_path: Path):
     path = tmp_path / "data.json"
     path.write_text("{}")
-    with pytest.raises(ValueError, match="holds a dict; expected a list"):
+    with pytest.raises(ValueError, match="holds a dict; give a JSON list"):
         read_records(path, name="set", skip_bad=True)
 
 

@@ -1,7 +1,8 @@
-"""Every block of code in README.md and docs/ is run by a test, or says that it is not."""
+"""The pages: blocks of code are run by a test or say that they are not; what is named exists."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -18,7 +19,6 @@ PRINTED = re.compile(r"\bprinted\b")
 RUN_BY = {
     "README.md": {
         "make test": ".ci/run",
-        "teacher = Teacher(": "tests/recipe/readme_example_helper.py",
         "engine, _, loader, _ = deepspeed.initialize(": "tests/recipe/readme_example_helper.py",
     },
     "configuration.md": {
@@ -38,6 +38,18 @@ RUN_BY = {
 the block word for word."""
 
 EXAMPLES = "launch/examples/"
+
+TOUR = [ROOT / "README.md", ROOT / "docs" / "one_step.md"]
+"""Pages whose every ``path.py`` and ``path.py:name`` is checked."""
+
+NAMED = re.compile(r"`([\w./-]+\.py)(?::([\w.]+))?`")
+"""A Python file and, after a colon, what it defines."""
+
+OURS = re.compile(r"(?<![\w./])(?:regate_ds|tests|launch|configs|docs|patches)/[\w./-]*\w/?")
+"""A path from the repository's root."""
+
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+"""A link to another page, from the page's own folder."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -91,3 +103,36 @@ def test_what_runs_a_block_is_named_for_blocks_that_are_there(page: str):
     for line, by in RUN_BY[page].items():
         assert line in text, f"{page} no longer has {line!r}"
         assert (ROOT / by).is_file()
+
+
+def defines(body: list[ast.stmt], name: str) -> bool:
+    """Whether a module, or a class in it, defines ``name``; dots lead into classes."""
+    first, _, rest = name.partition(".")
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == first:
+            return defines(node.body, rest) if rest else True
+    return False
+
+
+@pytest.mark.parametrize("page", TOUR, ids=lambda page: page.name)
+def test_files_and_functions_that_a_page_leads_through_exist(page: Path):
+    named = NAMED.findall(page.read_text())
+    assert named
+    for file, name in named:
+        path = ROOT / file
+        assert path.is_file(), f"{page.name} names {file}, which is not there"
+        assert not name or defines(ast.parse(path.read_text()).body, name), f"{file} lacks {name}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_paths_and_links_of_a_page_lead_somewhere(page: Path):
+    text = page.read_text()
+    lost = [path for path in OURS.findall(text) if not (ROOT / path).exists()]
+    lost += [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+    assert not lost, f"{page.name} names {lost}"
+
+
+def test_the_index_lists_every_page():
+    listed = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= listed, f"docs/index.md lacks {sorted(pages - listed)}"

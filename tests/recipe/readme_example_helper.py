@@ -1,4 +1,4 @@
-"""Runs README's two examples, word for word, on the small corpus in the folder it is started in.
+"""Runs README's example, word for word, on the small corpus in the folder it is started in.
 
 python -m tests.recipe.readme_example_helper README.md on|off
 """
@@ -42,8 +42,10 @@ def main(readme: Path, switch: str) -> None:
         labels = host_labels(batch.tokens.labels_BT)
         return {**batch.inputs, "labels": labels, "attention_mask": mask}
 
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    score, code = (block.replace('"store"', '"own_store"') for block in blocks[:2])
+    (block,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    code = block.replace('"store"', '"own_store"')
+    # This corpus has images.
+    code = code.replace("image_token_id=None", "image_token_id=image_token_id")
     if switch == "off":
         assert "RegateConfig(total_steps=T)" in code
         code = code.replace("total_steps=T", "total_steps=T, enabled=False")
@@ -57,7 +59,6 @@ def main(readme: Path, switch: str) -> None:
         "image_token_id": corpus.student.model.config.image_token_id,
         "text_model": text_backbone(corpus.student.model),
     }
-    exec(score.replace("None", "image_token_id"), names)  # noqa: S102
     exec(code, names)  # noqa: S102 (our own README)
     steps = names["engine"].global_steps
     print(f"steps {steps} {switch}")

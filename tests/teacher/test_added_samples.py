@@ -116,7 +116,7 @@ def test_the_new_samples_may_have_batches_of_another_size(few):
 @pytest.mark.parametrize("change", ["a prompt", "a label", "one is gone"])
 def test_an_old_sample_that_has_changed_refuses_the_addition_naming_both_and_it(few, change):
     own, samples = AnswerIndex.build(make_samples(FEW)).fingerprint, make_samples(MORE)
-    old, message = samples[4], "sample 'set' record 14 has other tokens or labels there"
+    old, message = samples[4], "sample 'set' record 14 has other tokens or labels in the answer"
     if change == "a prompt":
         samples[4] = replace(old, input_ids_S=old.input_ids_S.roll(1))
     if change == "a label":

@@ -36,6 +36,6 @@ def test_no_more_than_a_block_of_logits_exists_at_once(monkeypatch):
         return torch.zeros(len(row_C)), torch.zeros(len(row_C))
 
     monkeypatch.setattr(label_loss, "POSITIONS", 4)
-    monkeypatch.setattr(label_loss, "_of_block", of_block)
+    monkeypatch.setattr(label_loss, "_block_sums", of_block)
     HeadPart(nn.Linear(8, 50)).losses(torch.zeros(10, 8), torch.zeros(10).long(), 20)
     assert sizes == [(c, w) for c in (4, 4, 2) for w in (20, 20, 10)]

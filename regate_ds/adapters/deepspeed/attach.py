@@ -1,4 +1,4 @@
-"""Let a model take plans in a training loop of a user's own; what comes back is in loop.py."""
+"""Attach ReGATE to a model for a training loop of your own; `loop.py` has what is returned."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def attach(
     """Make the model accept plans. Call it before ``deepspeed.initialize``.
 
     reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
-    them while training; not needed with keep_share=1.0.
-    own_loss: allow ``token_losses``, for users who weigh the losses themselves.
+        them while training; it is not needed with keep_share=1.0.
+    own_loss: allows ``token_losses``, for users who weigh the losses themselves.
 
-    ValueError names what is not supported. With enabled=False nothing is touched.
+    ValueError names what is not supported. With enabled=False the model is not changed.
     """
     if reference is not None and not hasattr(reference, "read"):
         raise ValueError(
-            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore, or "
+            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore or "
             "Teacher(...).online()"
         )
     if isinstance(reference, OnlineReference):
@@ -46,7 +46,8 @@ def attach(
             own_loss=own_loss,
             run_tower_without_image=several_ranks,
         )
-    unwatched = not several_ranks and has_tower(model)
+    # On several ranks such a model runs its tower on an empty image where a micro-batch has none.
+    tower_unwatched = not several_ranks and has_tower(model)
     return DeepSpeedRegate(
-        config, reference, attachment, own_loss=own_loss, tower_unwatched=unwatched
+        config, reference, attachment, own_loss=own_loss, tower_unwatched=tower_unwatched
     )

@@ -1,4 +1,4 @@
-"""ReGATE in DeepSpeed's own pipeline parallelism, ZeRO stages 0 and 1.
+"""ReGATE in DeepSpeed's own pipeline parallelism, with ZeRO stage 0 or 1.
 
     student = pipeline_student(model, RegateConfig(total_steps=T), num_stages=2)
     engine, *_ = deepspeed.initialize(model=student, model_parameters=..., config=ds)
@@ -6,8 +6,9 @@
     for step in range(T):
         loss = regate.train_batch(iterator)
 
-The iterator yields what ``KeyedCollate`` or our collator makes (``Batch``: inputs and tokens). As
-DeepSpeed wants it, the first and the last stage of a replica read the same micro-batches.
+The iterator yields ``Batch`` (inputs and tokens), as ``KeyedCollate`` and the collator in
+`data/collate.py` make it. DeepSpeed requires that the first and the last stage of a replica read
+the same micro-batches.
 """
 
 from __future__ import annotations
@@ -39,24 +40,28 @@ from regate_ds.stores.reference.reader import ReferenceStore
 
 
 def attach_pipeline(engine: Any, *, reference: ReferenceStore | None = None) -> PipelineRegate:
-    """Take a pipeline engine over. Collective over all ranks of the world."""
+    """Make this rank's ``PipelineRegate`` for a pipeline engine.
+
+    Collective over all ranks of the world. ValueError names what is not supported.
+    """
     student = engine.module
     if not isinstance(student, PipelineStudent):
         raise ValueError(
-            f"{type(student).__name__} is not a pipeline of regate's; make it by pipeline_student"
+            f"engine.module is a {type(student).__name__}, not a PipelineStudent; make the model "
+            "with pipeline_student before deepspeed.initialize"
         )
     return PipelineRegate(engine, student, reference)
 
 
 class PipelineRegate:
-    """One rank's part in a pipelined run; made by ``attach_pipeline``."""
+    """One rank's part in a run with a pipeline; ``attach_pipeline`` makes it."""
 
     def __init__(
         self, engine: Any, student: PipelineStudent, reference: ReferenceStore | None
     ) -> None:
         self.config = student.regate_config
         self.plan: StepPlan | None = None
-        """The step planned last, on ranks of the last stage."""
+        """The plan of the step planned last, on ranks of the last stage; None on other ranks."""
         self._engine, self._student = engine, student
         self._session: Regate | None = None
         self._difficulty: Difficulty | None = None
@@ -68,7 +73,10 @@ class PipelineRegate:
             )
 
     def train_batch(self, iterator: Iterator[Batch]) -> Tensor:
-        """One optimizer step; the mean loss over all targets of the step. All ranks call it."""
+        """Run one optimizer step and return the mean loss over all targets of the step.
+
+        All ranks must call it.
+        """
         window = self._read(iterator)
         plans = self._plans(window) if self.config.enabled else None
         loss = self._engine.train_batch(self._feed(window, plans))
@@ -77,93 +85,113 @@ class PipelineRegate:
         return loss
 
     def eval_batch(self, iterator: Iterator[Batch]) -> Tensor:
-        """Mean over targets of as many micro-batches as a step has, in the dense model."""
+        """Return the dense model's mean loss over all targets of one step's micro-batches.
+
+        It reads as many micro-batches as a step has. All ranks must call it.
+        """
         window = self._read(iterator)
         plans = self._dense_plans(window) if self.config.enabled else None
         return self._engine.eval_batch(self._feed(window, plans))
 
     def save(self, checkpoint_dir: str | Path) -> None:
-        """Write schedule and difficulty beside the engine's checkpoint. All ranks may call it."""
+        """Write schedule and difficulty into a checkpoint folder.
+
+        Every rank of the last stage must call it; on other ranks it does nothing.
+        """
         if self._session is not None:
             is_first = self._engine.grid.data_parallel_id == 0
             save_state(Path(checkpoint_dir), self._session, self._difficulty, is_first=is_first)
 
     def load(self, checkpoint_dir: str | Path) -> None:
-        """Take over what ``save`` wrote, with any number of data ranks."""
+        """Load what ``save`` wrote; the number of data ranks may differ from the saved one."""
         if self._session is not None:
             load_state(Path(checkpoint_dir), self._session, self._difficulty)
 
     def metrics(self) -> dict[str, int | bool] | None:
-        """Counts of the step planned last, over all data ranks; None but on the last stage."""
+        """Return counts of the step planned last, over all data ranks.
+
+        The result is None on ranks of other stages than the last, and before the first step.
+        """
         if self.plan is None:
             return None
         return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
 
     def _read(self, iterator: Iterator[Any]) -> list[Any] | None:
-        """The step's micro-batches, on stages that read data."""
+        """Read the step's micro-batches; None on stages that read no data."""
         engine = self._engine
         if not (engine.is_first_stage() or engine.is_last_stage()):
             return None
         return list(itertools.islice(iterator, engine.micro_batches))
 
     def _plans(self, window: list[Batch] | None) -> Sent:
-        """The step's plan, made on the last stage and told to all others."""
+        """Make the step's plan on the last stage and send it to all other stages."""
         planned = None
         if self._session is not None:
             with failing_together(self.planner, self.replica):
-                planned = self.plan = self._session.plan_step(lambda: self._whole_step(window))
+                planned = self.plan = self._session.plan_step(lambda: self._step_tokens(window))
             self._student.scale = self._scale(planned.num_targets_global)
         return share_plan(planned, self.planner, self.replica)
 
     def _dense_plans(self, window: list[Batch] | None) -> Sent:
+        """Make a dense plan on the last stage and send it to all other stages."""
         planned = None
         if self._session is not None:
             with failing_together(self.planner, self.replica):
-                together = all_or_none(self._data, self._engine.device, num_values=1)
-                with together as total:
-                    micro = tuple(plan_dense(tokens) for tokens in self._whole_step(window))
+                counted = all_or_none(self._data, self._engine.device, num_values=1)
+                with counted as total:
+                    micro = tuple(plan_dense(tokens) for tokens in self._step_tokens(window))
                     total.append(sum(plan.num_targets for plan in micro))
             planned = Sent(self._session.step, True, micro)
             self._student.scale = self._scale(max(1, *total))
         return share_plan(planned, self.planner, self.replica)
 
     def _scale(self, num_targets: int) -> float:
+        """Return the factor by which the sum of a micro-batch's losses is multiplied."""
         return self._engine.dp_world_size * self._engine.micro_batches / num_targets
 
-    def _whole_step(self, window: list[Batch] | None) -> list[TokenBatch]:
-        """The tokens of a step's micro-batches; ValueError if they cannot be a step here."""
+    def _step_tokens(self, window: list[Batch] | None) -> list[TokenBatch]:
+        """Return the tokens of a step's micro-batches; ValueError if they cannot make up a step."""
         assert window is not None
         if len(window) < self._engine.micro_batches:
             raise ValueError(
                 f"the data ended after {len(window)} of the step's {self._engine.micro_batches} "
                 "micro-batches; give whole steps, or repeat the data"
             )
-        if any(len(row) > 1 for batch in window for row in batch.tokens.keys):
+        num_samples = max((len(row) for batch in window for row in batch.tokens.keys), default=0)
+        if num_samples > 1:
             raise ValueError(
-                "a row holds several samples, which the pipeline cannot keep apart; give one "
-                "sample a row (data.pack_length=null)"
+                f"a row holds {num_samples} samples, which the pipeline cannot keep apart; give "
+                "one sample a row (data.pack_length=null)"
             )
         return [batch.tokens for batch in window]
 
     def _feed(self, window: list[Any] | None, plans: Sent | None) -> Iterator[Any] | None:
-        """What the engine reads: per micro-batch the first stage's tensors, the last's labels."""
+        """Return what the engine reads: for each micro-batch the input tensors and the labels.
+
+        The engine uses the tensors on the first stage and the labels on the last. The plans are put
+        where this stage's layers look them up. None on stages that read no data.
+        """
         engine, student = self._engine, self._student
         student.losses.clear()
-        given = [{}] * engine.micro_batches if window is None else window
+        batches = [{}] * engine.micro_batches if window is None else window
         names, feed = [], []
-        for number, batch in enumerate(given):
+        for number, batch in enumerate(batches):
             inputs, labels = _inputs_and_labels(batch)
             if plans is None and isinstance(batch, Batch):
                 labels = host_labels(labels)
-            own, tensors = names_and_tensors(inputs) if engine.is_first_stage() else ((), ())
-            names.append(own)
+            input_names, tensors = (
+                names_and_tensors(inputs) if engine.is_first_stage() else ((), ())
+            )
+            names.append(input_names)
             feed.append(((*tensors, numbered(number, engine.device)), labels))
-        micro = [None] * len(given) if plans is None else [p.to(engine.device) for p in plans.micro]
-        student.desk.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
+        micro = (
+            [None] * len(batches) if plans is None else [p.to(engine.device) for p in plans.micro]
+        )
+        student.table.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
         return None if window is None else iter(feed)
 
     def _finish(self, *, applied: bool) -> None:
-        """End the step on the last stage; an error there is one on all stages."""
+        """End the step on the last stage; an error there becomes an error on all stages."""
         if self._session is not None:
             assert self.plan is not None
             with failing_together(self.planner, self.replica):
@@ -181,11 +209,14 @@ def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
-    """The rank that plans for this rank's replica, and the replica's group on CPU memory."""
+    """Return the rank that plans for this rank's replica, and the replica's group for CPU memory.
+
+    ValueError if the pipeline has a model axis, which is not supported.
+    """
     grid = engine.grid
     if grid.model_parallel_size > 1:
         raise ValueError(
-            f"a pipeline of {grid.model_parallel_size} tensor slices is not supported; set its "
-            "model axis to 1"
+            f"the pipeline's model axis has size {grid.model_parallel_size}, but tensor "
+            "parallelism is not supported here; set it to 1"
         )
     return grid.stage_to_global(grid.pipe_parallel_size - 1), cpu_group(grid.pipe_groups)

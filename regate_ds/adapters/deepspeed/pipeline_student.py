@@ -1,4 +1,4 @@
-"""A Hugging Face model as a DeepSpeed pipeline whose layers take plans."""
+"""Turn a Hugging Face model into a DeepSpeed pipeline whose layers take plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed.pipeline_layers import Decoder, Desk, take_apart
+from regate_ds.adapters.deepspeed.pipeline_layers import Decoder, MicroBatchTable, take_apart
 from regate_ds.adapters.huggingface.gates import has_tower
 from regate_ds.adapters.huggingface.support import require_language_model, require_supported_decoder
 from regate_ds.config import RegateConfig
@@ -16,21 +16,26 @@ from regate_ds.families.text_decoders import TEXT_DECODERS
 
 
 class PipelineStudent(PipelineModule):
-    """A model in pipeline stages whose layers take plans; made by ``pipeline_student``."""
+    """A model in pipeline stages whose layers take plans; ``pipeline_student`` makes it."""
 
-    def __init__(self, config: RegateConfig, desk: Desk, host: Any, **options: Any) -> None:
-        # Not the ends: integers go into the first layer, and the last one is small.
+    def __init__(
+        self, config: RegateConfig, table: MicroBatchTable, host: Any, **options: Any
+    ) -> None:
+        # Embed is not listed, because its inputs are integers, nor Head, because it is small.
         options.setdefault("checkpointable_layers", [Decoder.__name__])
         super().__init__(loss_fn=self._loss, dynamic_shape=True, **options)
-        self.regate_config, self.desk = config, desk
+        self.regate_config, self.table = config, table
         self.scale, self.losses = 1.0, dict[int, Tensor]()
         self._host_loss = host.loss_function
         self._vocab_size = host.config.get_text_config().vocab_size
 
     def _loss(self, output: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Averaged over micro-batches and data ranks, as the engine does, the mean over targets."""
+        """Return the loss, scaled so that the engine's average is the mean over the step's targets.
+
+        The engine averages over micro-batches and data ranks. Without a plan it is the host's loss.
+        """
         value, losses_L, number = output
-        if self.desk.of(number).plan is None:
+        if self.table.look_up(number).plan is None:
             return self._host_loss(value, labels, self._vocab_size)
         self.losses[len(number) - 1] = losses_L.detach()
         return value * self.scale
@@ -39,10 +44,10 @@ class PipelineStudent(PipelineModule):
 def pipeline_student(
     model: nn.Module, config: RegateConfig, *, num_stages: int, **options: Any
 ) -> PipelineStudent:
-    """Take a Hugging Face model apart into stages; it cannot be used on its own any more.
+    """Make a pipeline of a Hugging Face model, which cannot be used on its own afterwards.
 
-    options: of ``deepspeed.pipe.PipelineModule``, such as ``partition_method`` and
-        ``activation_checkpoint_interval``.
+    options: further arguments of ``deepspeed.pipe.PipelineModule``, such as ``partition_method``
+        and ``activation_checkpoint_interval``.
 
     ValueError names what is not supported.
     """
@@ -50,33 +55,35 @@ def pipeline_student(
     host: Any = model
     decoder = host.get_decoder()
     _require_pipeline(host, decoder, config)
-    desk = Desk()
-    several = dist.get_world_size() > num_stages
+    table = MicroBatchTable()
+    several_replicas = dist.get_world_size() > num_stages
     layers = take_apart(
         host,
-        desk,
+        table,
         first_layer=config.first_layer if config.enabled else -1,
-        needs_tower=several and has_tower(host),
+        needs_tower=several_replicas and has_tower(host),
     )
-    return PipelineStudent(config, desk, host, layers=layers, num_stages=num_stages, **options)
+    return PipelineStudent(config, table, host, layers=layers, num_stages=num_stages, **options)
 
 
 def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
+    """Refuse a model or a gated range that the pipeline would compute wrongly."""
     depth = len(decoder.layers)
     last = depth if config.last_layer is None else config.last_layer
     require_supported_decoder(host, decoder, config.first_layer, last)
     if last < depth:
         raise ValueError(
-            f"last_layer={last} ends before the depth of {depth}: stages of a pipeline carry kept "
-            "tokens to the end; set last_layer to null"
+            f"last_layer={last} ends before the depth of {depth} layers, but the stages of a "
+            "pipeline pass on kept tokens to the end; set last_layer to null"
         )
     if host.get_output_embeddings().weight is host.get_input_embeddings().weight:
         raise ValueError(
-            "the model ties its input and output embeddings, which lie on two stages; untie them "
-            "(tie_word_embeddings=False) or train without a pipeline"
+            f"{type(host).__name__} ties its input and output embeddings, which lie on two stages; "
+            "untie them (tie_word_embeddings=False) or train without a pipeline"
         )
-    if TEXT_DECODERS[decoder.config.model_type].num_position_axes > 1:
+    num_axes = TEXT_DECODERS[decoder.config.model_type].num_position_axes
+    if num_axes > 1:
         raise ValueError(
-            f"decoder {decoder.config.model_type!r} has rotary positions of several axes, which "
-            "the pipeline does not carry; train it without a pipeline"
+            f"decoder {decoder.config.model_type!r} has rotary positions of several axes "
+            f"({num_axes}), which the pipeline does not pass on; train it without a pipeline"
         )

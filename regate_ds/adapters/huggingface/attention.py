@@ -1,7 +1,9 @@
-"""What bounds attention among kept tokens, for each attention implementation of transformers.
+"""Bound attention among kept tokens, for each attention implementation of transformers.
 
-Boundaries come from the plan. transformers would infer them from gaps in position_ids, and elision
-makes gaps; so kept rows never carry position_ids into attention.
+The boundaries of samples come from the plan. transformers would infer them from gaps in
+position_ids, and elision makes such gaps; so position_ids never reach the attention of kept rows.
+
+Shapes: B rows, K slots.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from torch import Tensor, nn
 from regate_ds.algorithm.plan import ElisionPlan
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""transformers' names of explicit boundaries, given all together or not at all."""
+"""Names that transformers gives to explicit boundaries; a layer gets all of them or none."""
 
 
 def ungated_attention_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, Any]:
-    """What replaces the host's inputs of layers that see every token: mostly nothing.
+    """Return keyword arguments that replace the host's in layers that see every token.
 
-    transformers 5.23 reads the bounds of packed samples off position_ids, but for flash_attention_2
-    in micro-batches of a single row only: with more rows it attends across samples in silence.
+    They are empty except for packed rows under flash_attention_2. There transformers 5.23 infers
+    the bounds of samples from position_ids only if the micro-batch is a single row; with more rows
+    it attends across samples without an error.
     """
     if plan.is_packed and _implementation(host) == "flash_attention_2":
         return {"attention_mask": None, **_boundaries(plan.token_run_lengths, plan.kept_BK.device)}
@@ -30,10 +33,10 @@ def ungated_attention_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, An
 
 
 def attention_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, Any]:
-    """Keyword arguments of a decoder layer that make its attention exact over the plan's slots.
+    """Return keyword arguments of a decoder layer that make attention exact over the plan's slots.
 
-    A row of one sample is causal with its padding at the end, so no mask is needed: real tokens
-    come before the padding. Rows of several samples get explicit boundaries.
+    A row of one sample has its padding at the end. Causal attention then hides the padding from
+    real tokens, so no mask is needed. Rows of several samples get explicit boundaries.
     """
     implementation = _implementation(host)
     if implementation == "flash_attention_2":
@@ -52,19 +55,23 @@ def _implementation(host: nn.Module) -> str:
 
 
 def _allowed(plan: ElisionPlan) -> Tensor:
-    """bool [B, 1, K, K]: the same sample, not later. Padding sees padding: no row is empty."""
+    """Return bool [B, 1, K, K]: True where a slot may attend to a slot of its sample, not later.
+
+    Padding attends to padding, so that no row of the mask is empty.
+    """
     segment_BK = plan.segment_BK
     same_BKK = segment_BK[:, :, None] == segment_BK[:, None, :]
     return same_BKK.tril()[:, None]
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the mask as numbers to add to attention scores: 0 or the lowest finite value."""
     zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def _boundaries(run_lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Cumulative lengths of the runs in the flattened rows; padding is a run of its own."""
+    """Return cumulative lengths of the runs in the flattened rows; padding is its own run."""
     ends = [0, *accumulate(run_lengths)]
     cumulative = torch.tensor(ends, dtype=torch.int32, device=device)
     longest = max(run_lengths)

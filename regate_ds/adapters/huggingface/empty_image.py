@@ -1,6 +1,7 @@
-"""Run the vision tower of a micro-batch without an image: on an empty one, times zero.
+"""Run the vision tower on an empty image, times zero, for a micro-batch without an image.
 
-Ranks of one ZeRO group must all reduce the same parameters, in the same order.
+This is needed because ranks of one ZeRO group must all reduce the same parameters in the same
+order, whether or not their micro-batch has an image.
 """
 
 from __future__ import annotations
@@ -13,25 +14,29 @@ from torch import nn
 from regate_ds.families.table import FAMILIES, find_family
 
 PIXELS = ("pixel_values", "pixel_values_videos")
-"""Inputs of a multimodal model that make it run its tower."""
+"""Inputs of a multimodal model that make it run its vision tower."""
 
 
 def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Embed the text here, plus zero times the features of an empty image.
+    """Return the inputs with ``inputs_embeds`` in place of ``input_ids``.
 
-    ValueError for a host whose tower wants more than pixels: then each micro-batch needs an image.
+    The embeddings are those of the text plus zero times the features of an empty image.
+
+    ValueError for a model family whose empty image is not known: each micro-batch then needs an
+    image.
     """
     family = find_family(host)
     if family is None:
         raise ValueError(
-            f"a micro-batch without an image, on several ranks: for a {host.config.model_type} "
-            f"model no empty image is known (only for {tuple(FAMILIES)}); put a sample with an "
-            "image into every micro-batch"
+            f"a micro-batch has no image, which on several ranks needs an empty one, but that of a "
+            f"{host.config.model_type} model is not known (only for {tuple(FAMILIES)}); put a "
+            "sample with an image into every micro-batch"
         )
     rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "mm_token_type_ids")}
     embedded = host.get_input_embeddings()(inputs["input_ids"])
     if family.num_position_axes > 1 and rest.get("position_ids") is None:
-        # Given embeddings, the host would count on from an earlier micro-batch's images.
+        # When it is given embeddings, the host would continue positions from the images of an
+        # earlier micro-batch.
         rest["position_ids"] = torch.arange(embedded.shape[1], device=embedded.device).expand(
             embedded.shape[:2]
         )

@@ -1,13 +1,14 @@
 """Token elision inside a Hugging Face causal or multimodal language model.
 
-The plan is an argument of the model's forward (``regate_plan=plan``) and travels as one to each
-decoder layer, so that activation checkpointing recomputes with the plan it was computed with.
+The plan is an argument of the model's forward (``regate_plan=plan``) and reaches each decoder layer
+as an argument, so that activation checkpointing recomputes a layer with the plan of its first run.
 
-    layers before first_layer    every position, the host's own inputs
-    first gated layer            takes the kept positions out of the stream: all after it is packed
-    head and loss                only at kept targets
+    layers before first_layer    see every position, with the host's own inputs
+    first gated layer            takes kept positions out of the stream; later layers see only these
+    head and loss                run only at kept targets
 
-If the gated range ends before the last layer, each gated layer puts its results back at once.
+If the gated range ends before the last layer, each gated layer puts its results back into the full
+stream.
 
 Shapes: B rows, T positions, K slots, H hidden, L targets, D size of a rotary embedding.
 """
@@ -41,13 +42,13 @@ from regate_ds.algorithm.plan import ElisionPlan
 
 @dataclass
 class ElidedOutput(ModelOutput):
-    """What a forward pass with a plan returns in place of logits."""
+    """Output of a forward pass with a plan; it has losses in place of logits."""
 
     loss_sum: Tensor | None = None
-    """Sum of the kept targets' losses, in nats; differentiable."""
+    """Sum of the kept targets' losses, in nats; it is differentiable."""
 
     losses: Tensor | None = None
-    """Loss of each kept target [L], in reading order; differentiable with ``own_loss`` only."""
+    """Loss of each kept target [L], in reading order; differentiable only with ``own_loss``."""
 
     aux_loss: Tensor | None = None
     """The base model's auxiliary loss, where it returns one."""
@@ -55,7 +56,7 @@ class ElidedOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class _Gated:
-    """What travels to the layers with a micro-batch."""
+    """A micro-batch's plan and attention arguments, passed to every layer as an argument."""
 
     plan: ElisionPlan
     attention: dict[str, Any]
@@ -64,20 +65,26 @@ class _Gated:
 
 @dataclass(frozen=True)
 class _ModelGate:
-    """What the model's forward knows from attach time."""
+    """Facts about the model that its replaced forward needs; they are fixed at attach."""
 
     host: nn.Module
     packed_at_end: bool
+    """Whether the decoder's output holds kept slots only, in a step that elides."""
 
 
 @dataclass(frozen=True)
 class _LayerGate:
-    """A decoder layer's part in the gated range."""
+    """What one decoder layer does in a step that elides."""
 
     number: int
     gated: bool
+    """Whether the layer runs on kept slots."""
+
     packs: bool
+    """Whether the layer takes the kept positions out of its input."""
+
     restores: bool
+    """Whether the layer puts its results back into the full stream."""
 
 
 def attach_model(
@@ -88,13 +95,16 @@ def attach_model(
     own_loss: bool = False,
     run_tower_without_image: bool = False,
 ) -> Attachment:
-    """Let ``model(..., regate_plan=plan)`` process kept tokens only; without a plan it is the host.
+    """Make ``model(..., regate_plan=plan)`` process only kept tokens in its gated layers.
 
-    own_loss: ``ElidedOutput.losses`` are differentiable, for users who weigh them themselves.
-    run_tower_without_image: a micro-batch without an image runs an empty one through the vision
-        tower, times zero, as ranks of one ZeRO group must all reduce the same parameters.
+    Without a plan the model runs as the host wrote it.
 
-    ValueError names what is not supported; RuntimeError if the model is attached already.
+    own_loss: makes ``ElidedOutput.losses`` differentiable, for users who weigh them themselves.
+    run_tower_without_image: makes a micro-batch without an image run an empty one through the
+        vision tower, times zero, because ranks of one ZeRO group must all reduce the same
+        parameters.
+
+    ValueError names what is not supported; RuntimeError if the model is already attached.
     """
     host = model.get_base_model() if hasattr(model, "get_base_model") else model
     require_language_model(model, host)
@@ -119,7 +129,7 @@ def attach_model(
 
 
 def has_tower(model: nn.Module) -> bool:
-    """Whether the model has a vision side."""
+    """Return whether the model's config describes a vision tower."""
     return getattr(getattr(model, "config", None), "vision_config", None) is not None
 
 
@@ -154,7 +164,11 @@ def _base_forward(
     regate_plan: _Gated | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Inside the base model's own call: under ZeRO-3 all ranks must enter modules in one order."""
+    """Add an empty image to a micro-batch that has a plan and no image.
+
+    This happens inside the base model's own call, because under ZeRO-3 all ranks must enter modules
+    in one order.
+    """
     if regate_plan is None:
         return host_forward(*args, **kwargs)
     if all(kwargs.get(name) is None for name in PIXELS):
@@ -183,18 +197,24 @@ def _layer_forward(
 
 
 def _at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
-    """The layer's inputs at kept positions; the mask is left out, as attention_inputs has ours."""
-    own = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
+    """Return the layer's inputs at kept positions.
+
+    The mask and the boundaries are left out, because ``attention_inputs`` gives those of the plan.
+    """
+    replaced = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
     rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
     return {
-        **{k: v for k, v in kwargs.items() if k not in own},
+        **{k: v for k, v in kwargs.items() if k not in replaced},
         "position_ids": None,
         "position_embeddings": rotary,
     }
 
 
 def _rotary_at_kept(x: Tensor, plan: ElisionPlan) -> Tensor:
-    """[..., B or 1, T, D] -> [..., B, K, D]: kept tokens keep their original positions."""
+    """Select the rotary embedding of kept positions: [..., B or 1, T, D] -> [..., B, K, D].
+
+    Kept tokens thus have their original positions.
+    """
     *lead, _, num_tokens, size = x.shape
     num_rows, num_slots = plan.kept_BK.shape
     x_BTD = x.expand(*lead, num_rows, num_tokens, size)
@@ -211,7 +231,7 @@ def _head_forward(
 ) -> Any:
     if regate_targets is None:
         return host_forward(hidden)
-    # Inside the head's own call, because ZeRO-3 has its weight here and nowhere else.
+    # The loss is computed inside the head's own call, because only there ZeRO-3 has its weight.
     head = host_forward.__self__
     if own_loss:
         losses_L = token_losses(hidden, head.weight, head.bias, regate_targets)

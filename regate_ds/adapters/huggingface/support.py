@@ -1,4 +1,4 @@
-"""What a host must be for elision to compute it rightly; everything else is refused by name."""
+"""Refuse models and calls that elision would compute wrongly; each error names the reason."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def require_language_model(model: nn.Module, host: Any) -> None:
-    """Refuse what has no decoder and head, or changes inputs or logits on its own way."""
+    """Refuse a model without decoder and head, or one that changes inputs or logits itself."""
     name = type(host).__name__
     if hasattr(host, "gradient_accumulation_steps"):
         raise ValueError(f"{name} is an engine; attach to the model before deepspeed.initialize")
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
-            f"{type(config).__name__} puts tokens of its own before the samples, which no plan "
-            "knows; use LoRA, or train all weights"
+            f"{type(config).__name__} puts tokens of its own before the samples, which a plan does "
+            "not count; use LoRA, or train all weights"
         )
     is_host = callable(getattr(host, "get_decoder", None)) and hasattr(host, "base_model")
     if not is_host or hasattr(host, "_orig_mod"):  # what torch.compile returns
         raise ValueError(
-            f"{name} is not a Hugging Face language model; attach to what from_pretrained gave, "
+            f"{name} is not a Hugging Face language model; attach to what from_pretrained gives, "
             "before it is compiled or wrapped"
         )
     if host.get_output_embeddings() is None:
@@ -34,17 +34,18 @@ def require_language_model(model: nn.Module, host: Any) -> None:
     home = type(host).forward.__module__
     if not home.startswith("transformers.models."):
         raise ValueError(
-            f"{name}.forward is defined in {home}, not in transformers.models: elision would pass "
-            "over what it does to the logits; attach to the class that it is derived from"
+            f"{name}.forward is defined in {home}, not in transformers.models, so elision would "
+            "leave out what it does to the logits; attach to the class that it is derived from"
         )
 
 
 def require_supported_decoder(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
-    """Refuse by name what elision would compute wrongly."""
+    """Refuse a decoder, gated range or head that elision would compute wrongly."""
     config: Any = decoder.config
     if config.model_type not in TEXT_DECODERS:
         raise ValueError(
-            f"decoder {config.model_type!r} is not supported; tested are {tuple(TEXT_DECODERS)}"
+            f"decoder {config.model_type!r} is not supported; tested are {tuple(TEXT_DECODERS)}: "
+            "use one of these"
         )
     if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
         raise ValueError(
@@ -59,13 +60,17 @@ def require_supported_decoder(host: nn.Module, decoder: nn.Module, first: int, l
     unknown = set(getattr(config, "layer_types", None) or ()) - _CAUSAL_LAYERS
     if unknown:
         raise ValueError(
-            f"layers of type {sorted(unknown)} are not supported; only {_CAUSAL_LAYERS}"
+            f"layers of type {sorted(unknown)} are not supported; use a model whose layers are all "
+            f"of type {sorted(_CAUSAL_LAYERS)}"
         )
     require_plain_head(host)
 
 
 def require_plain_head(host: Any) -> None:
-    """The head is computed from its weight and bias alone, for target rows only."""
+    """Refuse a head that does more than apply its weight and bias.
+
+    Elision computes the head from these two alone, and only at target rows.
+    """
     head = host.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ValueError(
@@ -82,29 +87,36 @@ def require_plain_head(host: Any) -> None:
 def require_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse arguments of a model call that a plan contradicts."""
     if args or kwargs.get("labels") is not None:
-        raise ValueError("with regate_plan give inputs by keyword and no labels: the plan has them")
-    if kwargs.get("past_key_values") is not None:
+        found = f"{len(args)} positional inputs" if args else "labels"
         raise ValueError(
-            "past_key_values with a regate_plan: a plan is of whole samples, without a cache; "
-            "leave it out"
+            f"a call with regate_plan also has {found}; give inputs by keyword and no labels: the "
+            "plan has them"
+        )
+    if (cache := kwargs.get("past_key_values")) is not None:
+        raise ValueError(
+            f"a call with regate_plan also has past_key_values ({type(cache).__name__}), but "
+            "a plan is of whole samples, without a cache; leave it out"
         )
     if kwargs.get("return_dict") is False:
-        raise ValueError("return_dict=False with a regate_plan: the output is an ElidedOutput")
+        raise ValueError(
+            "return_dict=False with a regate_plan is not supported, as the output is an "
+            "ElidedOutput; leave return_dict out"
+        )
 
 
 def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
-    """Refuse a plan of other rows than the decoder reads: of another micro-batch, say."""
+    """Refuse a plan of other rows than the decoder reads, such as another micro-batch's plan."""
     found, planned = tuple(hidden_BTH.shape[:2]), (len(plan.kept_BK), plan.num_tokens)
     if found != planned:
         raise ValueError(
             f"the decoder reads {found[0]} rows of {found[1]} tokens, the plan is of {planned[0]} "
-            f"rows of {planned[1]}; give each micro-batch its own plan, and labels as long as what "
-            "the decoder reads"
+            f"rows of {planned[1]}; give each micro-batch its own plan, and make labels as long as "
+            "the rows that the decoder reads"
         )
 
 
 def require_window(host: Any, plan: ElisionPlan) -> None:
-    """Refuse rows in which a sliding window would hide something, were nothing elided."""
+    """Refuse an elided plan whose rows are as long as the decoder's sliding window, or longer."""
     config = host.get_decoder().config
     layer_types = getattr(config, "layer_types", None)
     slides = "sliding_attention" in layer_types if layer_types else True

@@ -1,4 +1,4 @@
-"""ReGATE in a training loop around Megatron-core's schedules.
+"""Attach ReGATE to a model in a training loop around Megatron-core's schedules.
 
     regate = attach(model, RegateConfig(total_steps=T), reference=ReferenceStore(path))
     forward_backward = regate.wrap(get_forward_backward_func())
@@ -7,8 +7,9 @@
     update_successful, _, _ = optimizer.step()
     regate.step(applied=update_successful)
 
-``model`` is the list of chunks, built and wrapped. On the rank of the last stage that reads data
-(first tensor and context rank) ``tokens`` turns an item of the data iterator into a TokenBatch.
+``model`` is the list of model chunks, after they are built and wrapped. The rank of the last stage
+that is also the first tensor and context rank makes the plan; there ``tokens`` turns an item of the
+data iterator into a TokenBatch.
 """
 
 from __future__ import annotations
@@ -54,15 +55,16 @@ def attach(
     row_format: RowFormat = "padded",
     tokens: Callable[[Any], TokenBatch] | None = None,
 ) -> MegatronRegate:
-    """Put the gates into built model chunks. Collective over all ranks of the world.
+    """Put the gates into model chunks that are built. Collective over all ranks of the world.
 
-    row_format: ``padded`` keeps equally many rows of every sample; ``ragged`` packs what is kept,
-        and needs an attention that takes packed sequences (Transformer Engine).
-    tokens: reads an item of the data iterator where the plan is made; without it, items have
+    row_format: ``padded`` gives all rows of a step one length; ``ragged`` puts the kept tokens of a
+        micro-batch one after the other, and needs an attention that takes packed sequences
+        (Transformer Engine).
+    tokens: reads an item of the data iterator on the rank that plans; without it, items must have
         ``.tokens``.
 
-    ValueError names what is not supported; RuntimeError if the model is attached already. With
-    enabled=False nothing is touched.
+    ValueError names what is not supported; RuntimeError if the model is already attached. With
+    enabled=False the model is not changed.
     """
     tokens = tokens or tokens_of
     if not config.enabled:
@@ -91,22 +93,26 @@ def attach(
 
 
 def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
-    """What elided rows take from stage to stage. Collective over the pipeline's ranks."""
+    """Open the channel for elided rows between the stage that gathers and the one that restores.
+
+    Collective over all ranks of the world. None on other stages, and if both are one stage.
+    """
     pipeline = mpu.get_pipeline_model_parallel_group()
-    mine = chunks[0].decoder.layers[0].layer_number - 1
-    starts: list[Any] = [None] * dist.get_world_size(pipeline)
-    dist.all_gather_object(starts, mine, group=pipeline)
-    # No interleaving here: each stage has the layers up to where the next one starts.
+    first_layer_here = chunks[0].decoder.layers[0].layer_number - 1
+    first_layers: list[Any] = [None] * dist.get_world_size(pipeline)
+    dist.all_gather_object(first_layers, first_layer_here, group=pipeline)
+    # Without interleaving, each stage has the layers up to the first layer of the next stage.
     gathers, restores = (
-        max(stage for stage, start in enumerate(starts) if start <= max(0, layer))
+        max(stage for stage, start in enumerate(first_layers) if start <= max(0, layer))
         for layer in (first - 1, last)
     )
     return None if gathers == restores else open_channel(pipeline, gathers, restores)
 
 
 def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
+    """Make the planner on the rank that plans for its replica."""
     place = axes.place
-    # Where context ranks cut every sample of ragged rows, each is filled up by itself.
+    # Context ranks cut every sample of ragged rows, so that each sample needs its own filling.
     by_sample = place.ragged and place.context_size > 1
     multiple = place.cut.zigzag if by_sample else place.multiple
     config = replace(config, token_multiple=math.lcm(config.token_multiple, multiple))

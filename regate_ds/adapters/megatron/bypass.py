@@ -1,9 +1,10 @@
-"""Elided rows go around the gated layers: from the gather to the restore, their gradients back.
+"""Take elided rows around the gated layers, and their gradients back.
 
-Inside a stage they wait at the micro-batch's ``Bypass``. Between stages one message takes them
-straight from the stage that gathers to the one that restores, past the stages between, so that
-edges inside the gated range carry kept rows only; one more brings their gradients back. Activation
-recomputation runs both ends again: rows leave once, and what has arrived is held for it.
+Elided rows go from the gather to the restore. If both are on one stage, the rows wait in the
+micro-batch's ``Bypass``. Otherwise one message takes them directly from the stage that gathers to
+the stage that restores, so that edges between stages inside the gated range carry kept rows only; a
+second message brings their gradients back. Activation recomputation runs both ends again: the rows
+are sent only once, and the rows that arrived are stored for the second run.
 
 Shapes: E elided rows of this rank, H hidden; Megatron's tensors are [S, B, H].
 """
@@ -25,18 +26,23 @@ from regate_ds.parallel.layout import own_group, replicas
 
 
 class Channel:
-    """Messages to and from the rank at the other end, each way in the order of micro-batches."""
+    """Messages to and from one other rank, sent in the order of micro-batches in each direction."""
 
     def __init__(
         self, peer: int, sends: ProcessGroup | None, receives: ProcessGroup | None
     ) -> None:
-        """Each way has a group of its own: in one, a message would wait for one the other way."""
+        """Make one end of a channel.
+
+        peer: rank of the world at the other end.
+        sends, receives: one group for each direction, because in a shared group a message would
+        wait for one in the other direction.
+        """
         self.num_bytes_sent = 0
         self._peer, self._sends, self._receives = peer, sends, receives
         self._leaving: list[tuple[Any, Tensor]] = []
 
     def send(self, rows_EH: Tensor) -> None:
-        """Without waiting for the other end."""
+        """Send the rows without waiting for the other end."""
         if rows_EH.numel() == 0:
             return
         self._leaving = [(work, rows) for work, rows in self._leaving if not work.is_completed()]
@@ -44,19 +50,23 @@ class Channel:
         self.num_bytes_sent += rows_EH.numel() * rows_EH.element_size()
 
     def receive(self, rows_EH: Tensor) -> Tensor:
+        """Fill the tensor with the rows of the next message, and return it."""
         if rows_EH.numel() > 0:
             dist.recv(rows_EH, self._peer, group=self._receives)
         return rows_EH
 
     def finish(self) -> None:
-        """Until all that was sent has been taken."""
+        """Wait until the other end has received everything that was sent."""
         for work, _ in self._leaving:
             work.wait()
         self._leaving.clear()
 
 
 def open_channel(pipeline: ProcessGroup, gathers: int, restores: int) -> Channel | None:
-    """Between these two stages; ``None`` on other stages. Collective over the world."""
+    """Open a channel between the stages ``gathers`` and ``restores``; ``None`` on other stages.
+
+    Collective over all ranks of the world.
+    """
     ranks, stage = dist.get_process_group_ranks(pipeline), dist.get_rank(pipeline)
     device = group_device()
     pipelines = replicas(gather_integers(min(ranks), device))
@@ -65,7 +75,8 @@ def open_channel(pipeline: ProcessGroup, gathers: int, restores: int) -> Channel
         return None
     peer = ranks[restores if stage == gathers else gathers]
     channel = Channel(peer, *((onward, back) if stage == gathers else (back, onward)))
-    # NCCL connects two ranks at their first message, which waits for both: not in the schedule.
+    # NCCL connects two ranks at their first message, which waits for both ranks. That must not
+    # happen inside the schedule, so the first message is sent here.
     first = torch.zeros(1, device=device)
     for sender in (gathers, restores):
         channel.send(first) if stage == sender else channel.receive(first)
@@ -75,28 +86,41 @@ def open_channel(pipeline: ProcessGroup, gathers: int, restores: int) -> Channel
 
 @dataclass
 class Bypass:
-    """The elided rows of one micro-batch, in one model chunk."""
+    """The elided rows of one micro-batch in one model chunk."""
 
     local: LocalPlan
     channel: Channel | None
-    """None: the chunk has both the gather and the restore."""
+    """None if the chunk has both the gather and the restore."""
 
     rows: Tensor | None = None
+    """Rows that wait here [E, H]: for the restore, or for its second run under recomputation."""
+
     grad: Tensor | None = None
+    """Gradients of the rows that wait here for the backward pass of the gather [E, H]."""
+
     has_left: bool = False
+    """Whether the rows are sent or stored already, so that recomputation does not do it again."""
 
     def leave(self, full: Tensor) -> Tensor:
-        """The rows take their way; the same tensor, whose gradient will have theirs again."""
+        """Send or store the elided rows; return the tensor itself.
+
+        In the backward pass its gradient gets the gradients of the elided rows.
+        """
         if torch.is_grad_enabled() and not full.requires_grad:
-            # Frozen embeddings: gradients are on their way back, someone must take them in.
+            # With frozen embeddings autograd would not call this backward pass, but the other end
+            # sends gradients, which must be received.
             full = full.detach().requires_grad_()
         return _Leave.apply(full, self)
 
     def join(self, full: Tensor) -> Tensor:
-        """Put the rows in their places of a tensor that is changed. Gradients start back."""
+        """Write the elided rows into the tensor, in place, and return it.
+
+        The backward pass sends or stores their gradients.
+        """
         return _Join.apply(full, self, torch.is_grad_enabled())
 
     def depart(self, flat: Tensor) -> None:
+        """Send or store the elided rows of the flattened tensor, once."""
         if self.has_left:
             return
         self.has_left = True
@@ -107,6 +131,7 @@ class Bypass:
             self.channel.send(rows_EH)
 
     def arrive(self, flat: Tensor, *, is_last: bool) -> Tensor:
+        """Return the elided rows; store them for recomputation unless this run is the last."""
         rows_EH, self.rows = self.rows, None
         if rows_EH is None:
             assert self.channel is not None
@@ -116,6 +141,7 @@ class Bypass:
         return rows_EH
 
     def return_grad(self, flat: Tensor) -> None:
+        """Send or store the gradients of the elided rows."""
         grad_EH = flat.index_select(0, self.elided)
         if self.channel is None:
             self.grad = grad_EH
@@ -123,6 +149,7 @@ class Bypass:
             self.channel.send(grad_EH)
 
     def take_grad(self, flat: Tensor) -> Tensor:
+        """Return the gradients of the elided rows, received or stored."""
         if self.channel is not None:
             return self.channel.receive(flat.new_empty(len(self.elided), flat.shape[1]))
         grad_EH, self.grad = self.grad, None
@@ -131,6 +158,7 @@ class Bypass:
 
     @property
     def elided(self) -> Tensor:
+        """Return the indices of the elided rows of this rank."""
         assert self.local.elided_N is not None
         return self.local.elided_N
 
@@ -144,10 +172,10 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # What flows back comes from the gather, whose gradient is zero at elided rows.
+        # The incoming gradient is that of the gather, which is zero at elided rows.
         flat = grads[0].reshape(-1, grads[0].shape[2])
-        taken = ctx.bypass.take_grad(flat)
-        return flat.index_copy(0, ctx.bypass.elided, taken).view_as(grads[0]), None
+        elided_grad = ctx.bypass.take_grad(flat)
+        return flat.index_copy(0, ctx.bypass.elided, elided_grad).view_as(grads[0]), None
 
 
 class _Join(torch.autograd.Function):
@@ -162,5 +190,5 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ctx.bypass.return_grad(grads[0].reshape(-1, grads[0].shape[2]))
-        # Going on, only the kept rows of it are taken.
+        # The backward pass goes on with the move of kept rows, which reads only their gradients.
         return grads[0], None, None

@@ -1,7 +1,7 @@
-"""Point-to-point transfers between pipeline stages whose shapes the plan tells.
+"""Transfer tensors between pipeline stages, with shapes that each stage reads from the plan.
 
 Megatron's own communicator either assumes one shape, or asks the neighbour before each transfer.
-Here each stage looks the shape up: micro-batches arrive in the order of the schedule.
+Here each stage knows the shapes, because micro-batches arrive in the order of the schedule.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch.distributed import ProcessGroup
 from regate_ds.adapters.megatron.local_plan import LocalPlan
 
 Shape = tuple[int, int, int]
+"""[S, B, H] of one transfer."""
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """What crosses the edges of a stage: full sequences, or kept rows only."""
+    """Whether kept rows only, not full sequences, cross the two edges of a stage."""
 
     packed_before: bool
     packed_after: bool
 
 
 class PlannedCommunicator(P2PCommunicator):
-    """Receives what the plan says; counts the bytes that it sends."""
+    """A communicator that knows the shapes of all receives, and counts the bytes it sends."""
 
     def __init__(
         self,
@@ -38,9 +39,13 @@ class PlannedCommunicator(P2PCommunicator):
         arriving: Sequence[Shape],
         returning: Sequence[Shape],
     ) -> None:
-        """Shapes of activations from the previous stage, and of gradients from the next."""
+        """Take the shapes of all receives of a step.
+
+        arriving: shapes of activations from the previous stage, in the order of the schedule.
+        returning: shapes of gradients from the next stage, in the order of the schedule.
+        """
         super().__init__(group, config)
-        # The host asks for shapes where they vary; it asks us, and we ask nobody.
+        # With this flag the host calls _communicate_shapes, which sends nothing here.
         self.config = copy.copy(config)
         self.config.variable_seq_lengths = True
         self._arriving, self._returning = iter(arriving), iter(returning)
@@ -49,6 +54,7 @@ class PlannedCommunicator(P2PCommunicator):
     def _communicate_shapes(
         self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[Shape | None, Shape | None]:
+        """Return the shapes of the next receives from the previous and from the next stage."""
         for tensor in (tensor_send_next, tensor_send_prev):
             if tensor is not None:
                 self.num_bytes_sent += tensor.numel() * tensor.element_size()
@@ -59,22 +65,25 @@ class PlannedCommunicator(P2PCommunicator):
 def micro_order(
     num_micro: int, stage: int, num_stages: int, num_chunks: int, group_size: int
 ) -> tuple[list[int], list[int]]:
-    """Micro-batches in the order in which a stage receives activations, and gradients."""
+    """Return micro-batch numbers in the order in which a stage receives them.
+
+    The first list is of activations from the previous stage, the second of gradients from the next.
+    """
     if num_chunks == 1:
         return list(range(num_micro)), list(range(num_micro))
     table = get_schedule_table(num_micro, num_chunks, group_size)
-    every = [micro for micro, _ in table]
-    # At the ends of the pipeline the model's first or last chunk has no neighbour to hear from.
-    looped = [micro for micro, chunk in table if chunk != num_chunks - 1]
+    all_chunks = [micro for micro, _ in table]
+    # At the ends of the pipeline the model's first or last chunk has no neighbour to receive from.
+    one_chunk_less = [micro for micro, chunk in table if chunk != num_chunks - 1]
     return (
-        looped if stage == 0 else every,
-        looped if stage == num_stages - 1 else every,
+        one_chunk_less if stage == 0 else all_chunks,
+        one_chunk_less if stage == num_stages - 1 else all_chunks,
     )
 
 
 def shapes(
     micro: Sequence[LocalPlan], order: Sequence[int], packed: bool, hidden: int
 ) -> list[Shape]:
-    """Shapes of a stage's receives, in their order."""
+    """Return the shapes of a stage's receives; ``order`` has their micro-batch numbers."""
     chosen = [micro[number] for number in order]
     return [(*(m.kept_shape if packed else m.full_shape), hidden) for m in chosen]

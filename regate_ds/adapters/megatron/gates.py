@@ -1,13 +1,14 @@
-"""Hooks on the chunks of a Megatron-core model: where kept rows leave the full sequence.
+"""Hook into the chunks of a Megatron-core model, to run gated layers on kept rows only.
 
-A plan travels as a ``Carrier`` in the place of ``packed_seq_params``, which GPTModel hands to its
-decoder, and the decoder to each layer's attention; activation recomputation captures it there. It
-is taken off before attention, which sees the host's own parameters.
+A plan travels as a ``Carrier`` in the place of ``packed_seq_params``. GPTModel passes that argument
+to its decoder, and the decoder passes it to each layer's attention, so activation recomputation
+captures it with the other arguments. Before attention the carrier is replaced by what the host's
+attention takes.
 
-    output of layer first_layer - 1   the kept rows (before the decoder if first_layer is 0)
-    attention of gated layers         positions, bounds and mask of kept rows
-    output of layer last_layer - 1    the full rows (before the decoder if last_layer is its first)
-    output of the decoder             the rows that have a target; labels are theirs
+    output of layer first_layer - 1   becomes the kept rows (decoder input if first_layer is 0)
+    attention of gated layers         gets positions, bounds and mask of kept rows
+    output of layer last_layer - 1    becomes the full rows (decoder input if last_layer is first)
+    output of the decoder             becomes the rows that have a target; labels are theirs
 """
 
 from __future__ import annotations
@@ -29,47 +30,56 @@ from regate_ds.parallel.resharding import move_rows
 
 @dataclass
 class Carrier(PackedSeqParams):
-    """A micro-batch's plan on its way through one model chunk."""
+    """A micro-batch's plan, in the form in which it passes through one model chunk."""
 
     local: LocalPlan | None = None
     host: PackedSeqParams | None = None
-    """What the host's attention would have been given."""
+    """The parameters that the host would give to attention; None if it gives none."""
 
     rotary: Tensor | None = None
     """Rotary angles at the kept positions."""
 
     bypass: Bypass | None = None
-    """The elided rows, where the gated range ends before the decoder does."""
+    """The elided rows, if the gated range ends before the decoder does; else None."""
 
 
 def carry(local: LocalPlan, host: PackedSeqParams | None) -> Carrier:
-    """As the host's parameters, where it has any; else what makes rotary tables full length."""
+    """Make the carrier of a plan, with the values of the host's parameters if there are any.
+
+    Without them it has the values that make the host build rotary tables of full length.
+    """
     length = local.plan.num_tokens
-    own = {"qkv_format": "sbhd", "max_seqlen_q": length, "max_seqlen_kv": length}
+    values = {"qkv_format": "sbhd", "max_seqlen_q": length, "max_seqlen_kv": length}
     if host is not None:
-        own = {f.name: getattr(host, f.name) for f in fields(PackedSeqParams)}
-    return Carrier(**own, local=local, host=host)
+        values = {f.name: getattr(host, f.name) for f in fields(PackedSeqParams)}
+    return Carrier(**values, local=local, host=host)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The gated layers of the whole model, and the groups that rows move in."""
+    """The gated layers of the whole model, and the groups in which rows move."""
 
     first: int
+    """Index of the first gated layer."""
+
     last: int
+    """Index after the last gated layer."""
+
     ends_early: bool
+    """Whether the gated range ends before the model's last layer."""
+
     split: ProcessGroup | None
-    """Ranks that hold parts of one sequence."""
+    """Ranks that hold parts of one sequence; None if one rank holds all of it."""
 
     sequence: ProcessGroup | None
-    """Tensor ranks under sequence parallelism."""
+    """Tensor ranks under sequence parallelism, else None."""
 
     channel: Channel | None = None
-    """What elided rows take where the gather and the restore are on two stages."""
+    """What elided rows travel by if the gather and the restore are on two stages; else None."""
 
 
 class ChunkGate:
-    """The hooks of one chunk. ``pending`` is the plan of the forward call that comes next."""
+    """The hooks of one chunk. ``pending`` is the plan of the next forward call, or None."""
 
     def __init__(self, gpt: nn.Module, gated: Range, attachment: Attachment) -> None:
         self.gpt, self.gated = gpt, gated
@@ -100,25 +110,27 @@ class ChunkGate:
                 after(layer, self._restore_output)
 
     def _enter(self, gpt: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Put the pending plan into the arguments of the model's forward call."""
         local, self.pending = self.pending, None
         if local is None:
             return None
-        given = self._signature.bind(gpt, *args, **kwargs).arguments
-        given = {name: value for name, value in given.items() if name != "self"}
-        host = given.get("packed_seq_params")
+        arguments = self._signature.bind(gpt, *args, **kwargs).arguments
+        arguments = {name: value for name, value in arguments.items() if name != "self"}
+        host = arguments.get("packed_seq_params")
         if getattr(host, "qkv_format", None) == "thd" and gpt.config.context_parallel_size > 1:
             raise ValueError(
-                "the model is called with packed rows (packed_seq_params, thd), which are not "
-                "supported with context parallelism; give one sample a row"
+                "the model is called with packed rows (packed_seq_params.qkv_format='thd'), which "
+                f"are not supported with context_parallel_size={gpt.config.context_parallel_size}; "
+                "give one sample a row"
             )
         carrier = carry(local, host)
         if self.gated.ends_early and not local.is_dense:
             carrier.bypass = Bypass(local, self.gated.channel)
-        given["packed_seq_params"] = carrier
+        arguments["packed_seq_params"] = carrier
         if gpt.post_process:
-            # The host's labels are of the full sequence; the plan has those of its own rows.
-            given |= {"labels": local.targets_P[None], "loss_mask": None}
-        return (), given
+            # The host's labels are of the full sequence; the plan has the labels of its own rows.
+            arguments |= {"labels": local.targets_P[None], "loss_mask": None}
+        return (), arguments
 
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
         carrier = kwargs.get("packed_seq_params")
@@ -137,7 +149,8 @@ class ChunkGate:
     def _rotary(self, local: LocalPlan) -> Tensor | None:
         if self.gpt.position_embedding_type != "rope":
             return None
-        # The whole table, not this context rank's slice of it: kept slots are cut anew.
+        # get_emb returns the whole table, not this context rank's slice of it. That is needed,
+        # because kept slots are divided over context ranks anew.
         table = self.gpt.rotary_pos_emb.get_emb(local.plan.num_tokens)
         return table[:, 0, 0][local.rotary_position].unsqueeze(2)
 
@@ -182,7 +195,7 @@ class ChunkGate:
         return args, {
             **kwargs,
             "rotary_pos_emb": carrier.rotary,
-            # Causal order is enough: padding comes after all real slots.
+            # Causal attention needs no mask, because padding comes after all real slots.
             "attention_mask": None,
             "packed_seq_params": _bounds(carrier.local),
         }
@@ -199,23 +212,24 @@ class ChunkGate:
 
 
 def _eliding(kwargs: dict[str, Any]) -> Any:
-    """The ``Carrier`` of a micro-batch of which something is elided, else ``None``."""
+    """Return the ``Carrier`` of a micro-batch with elided tokens, else ``None``."""
     carrier = kwargs.get("packed_seq_params")
     return carrier if isinstance(carrier, Carrier) and not carrier.local.is_dense else None
 
 
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:
-    """Refuse what is not the rows of the plan: others would be gathered in silence."""
+    """Refuse an input whose shape is not the plan's, because other rows would be gathered."""
     found = tuple(hidden.shape[:2])
     if found != local.full_shape:
         raise ValueError(
             f"the decoder is given {found} rows [sequence, batch] on this rank, the plan is of "
-            f"{local.full_shape}; `tokens` must tell labels of all that the decoder sees, with the "
-            "positions of images among them"
+            f"{local.full_shape}; make `tokens` give a label for every position that the decoder "
+            "sees, positions of images included"
         )
 
 
 def _bounds(local: LocalPlan) -> PackedSeqParams | None:
+    """Return the bounds of samples in ragged rows for the host's attention; None if padded."""
     packing = local.packing
     if packing is None:
         return None

@@ -1,4 +1,4 @@
-"""Which of Megatron's groups a run has, and the one that a plan is sent over."""
+"""Find Megatron's process groups of a run, and make the group that plans are sent over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regate_ds.parallel.layout import cpu_group, replicas
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """One rank's groups; ``None`` where an axis is not in use."""
+    """One rank's groups; a group is ``None`` if its axis is not in use."""
 
     place: Place
     split: ProcessGroup | None
@@ -30,14 +30,17 @@ class Axes:
     """Tensor ranks, under sequence parallelism only."""
 
     context: ProcessGroup | None
+    """Ranks that hold parts of one sequence under context parallelism."""
+
     data: ProcessGroup | None
-    """Ranks that see other samples, at the same place of their replica."""
+    """Ranks at the same place of other replicas, which see other samples."""
 
     replica: ProcessGroup | None
-    """All ranks of one copy of the model, on a backend of CPU memory."""
+    """All ranks of one copy of the model, on a backend for tensors in CPU memory."""
 
     planner: int
-    """The rank of the world that plans for this replica: last stage, first tensor and context."""
+    """The rank of the world that plans for this replica: the first tensor and context rank of the
+    last stage."""
 
     is_planner: bool
     pipeline_size: int
@@ -45,13 +48,13 @@ class Axes:
 
 
 Table = list[tuple[int, bool]]
-"""For each rank of the world: its data rank, and whether it plans for its replica."""
+"""Each rank's data rank, and whether it plans for its replica, by rank of the world."""
 
 
 def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | None = None) -> Axes:
-    """Read Megatron's groups and make ours. Collective over all ranks of the world.
+    """Read Megatron's groups and make the replica's group. Collective over the world.
 
-    table: where it is known already, without asking the ranks.
+    table: what ``rank_table`` would return, if the caller knows it already.
     """
     sequence_parallel = config.sequence_parallel and config.tensor_model_parallel_size > 1
     context_size = mpu.get_context_parallel_world_size()
@@ -80,7 +83,7 @@ def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | Non
 
 
 def row_multiple(config: Any) -> int:
-    """What the kernels of the host's precision want a rank's rows to be a multiple of."""
+    """Return the number that a rank's rows must be a multiple of, for the kernels of fp8 or fp4."""
     fp8, fp4 = getattr(config, "fp8", None), getattr(config, "fp4", None)
     if fp4:
         return get_fp4_align_size(config.fp4_recipe)
@@ -88,6 +91,7 @@ def row_multiple(config: Any) -> int:
 
 
 def _split_group(place: Place) -> ProcessGroup | None:
+    """Return the ranks that hold parts of one sequence; None if one rank holds all of it."""
     if place.cut.size == 1:
         return None
     if place.sequence_size == 1:
@@ -95,14 +99,14 @@ def _split_group(place: Place) -> ProcessGroup | None:
     group = mpu.get_tensor_and_context_parallel_group()
     if dist.get_rank(group) != place.rank:
         raise ValueError(
-            f"rank {dist.get_rank(group)} of the tensor and context group, but {place.rank} was "
-            "expected: the order of parallel dimensions is not supported; leave it at tp-cp-..."
+            f"this rank is number {dist.get_rank(group)} of its tensor and context group, not "
+            f"{place.rank}: this order of parallel dimensions is not supported; use tp-cp-..."
         )
     return group
 
 
 def rank_table() -> Table:
-    """What every rank of the world is. Collective over it."""
+    """Ask every rank for its data rank and whether it plans. Collective over the world."""
     is_planner = (
         mpu.is_pipeline_last_stage(ignore_virtual=True)
         and mpu.get_tensor_model_parallel_rank() == 0
@@ -114,19 +118,19 @@ def rank_table() -> Table:
 
 
 def group_device() -> torch.device:
-    """Where the backend of Megatron's groups wants its tensors."""
+    """Return the device on which the backend of Megatron's groups wants its tensors."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _replica(table: Table) -> tuple[ProcessGroup | None, int]:
-    """The group of this rank's replica, and the rank of the world that plans for it."""
+    """Return the group of this rank's replica, and the rank of the world that plans for it."""
     groups = replicas([data_rank for data_rank, _ in table])
-    own = next(ranks for ranks in groups if dist.get_rank() in ranks)
-    return cpu_group(groups), next(rank for rank in own if table[rank][1])
+    replica_ranks = next(ranks for ranks in groups if dist.get_rank() in ranks)
+    return cpu_group(groups), next(rank for rank in replica_ranks if table[rank][1])
 
 
 def schedule_groups() -> ProcessGroupCollection:
-    """What Megatron's schedules would look up themselves if no communicator were given."""
+    """Return the groups that Megatron's schedules look up if they get no communicator."""
     groups = ProcessGroupCollection()
     groups.tp = mpu.get_tensor_model_parallel_group()
     groups.cp = mpu.get_context_parallel_group()

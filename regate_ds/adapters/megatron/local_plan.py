@@ -1,9 +1,9 @@
-"""A micro-batch's plan as one rank of the replica sees it: which rows it holds, sends and scores.
+"""A plan's share on one rank of the replica: which rows the rank holds, moves and scores.
 
 Everything here is computed from the plan and the rank's place, without a collective.
 
-Shapes: B rows, T positions, K slots, R real slots, L targets; Megatron's tensors are [S, B, H], so
-that index i of row b is the flattened row i * B + b.
+Shapes: B rows, T positions, K slots, R real slots, L targets, P targets with padding, N rows of any
+kind. Megatron's tensors are [S, B, H], so index i of row b is the flattened row i * B + b.
 """
 
 from __future__ import annotations
@@ -22,50 +22,58 @@ from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 
 @dataclass(frozen=True)
 class Packing:
-    """Bounds of the samples in a ragged micro-batch, each with the padding that makes its cut even;
-    padding at the end is one of its own."""
+    """Bounds of the samples in a ragged micro-batch.
+
+    A sample includes the padding that context ranks need to divide it; padding at the end of the
+    micro-batch counts as one more sample.
+    """
 
     cumulative: Tensor
+    """int32: where each sample starts, then the end of the last one."""
+
     longest: int
+    """Length of the longest sample."""
 
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """One rank's share of a micro-batch."""
+    """One rank's share of a micro-batch's plan."""
 
     plan: ElisionPlan
     full_shape: tuple[int, int]
-    """[S, B] that this rank holds of what ungated layers see."""
+    """[S, B]: shape of this rank's part of the rows that ungated layers see."""
 
     kept_shape: tuple[int, int]
-    """[S, B] of what gated layers see."""
+    """[S, B]: shape of this rank's part of the rows that gated layers see."""
 
     gather: Route | None
-    """From the full rows to the kept ones; None if nothing is elided."""
+    """Route from the full rows to the kept rows; None if nothing is elided."""
 
     elided_N: Tensor | None
-    """Rows here that go around the gated layers, padding of the full rows included; None where
-    nothing is elided or the full sequence is not restored."""
+    """Rows of this rank that go around the gated layers, padding of the full rows included; None if
+    nothing is elided, or if the full rows are never restored."""
 
     rotary_position: Tensor
-    """int64 [S, B]: original positions of this context rank's kept slots; of all context ranks' in
-    ragged rows, of which Megatron takes its part."""
+    """int64 [S, B]: original positions of this context rank's kept slots. Ragged rows have the
+    slots of all context ranks, of which Megatron takes this rank's part."""
 
     packing: Packing | None
+    """Bounds of the samples in ragged rows; None for padded rows, or if nothing is elided."""
+
     padding_BK: Tensor | None
-    """bool [B, S]: True at padding slots here; None if there are none."""
+    """bool [B, S]: True at padding slots of this rank; None if there are none."""
 
     head: Route
-    """From the decoder's output to the rows that have a target."""
+    """Route from the decoder's output to the rows that have a target."""
 
     targets_P: Tensor
-    """Targets of this context rank, then padding up to a multiple of the sequence cut."""
+    """Targets of this context rank, padded to a multiple of the tensor ranks that share them."""
 
     context_L: Tensor
-    """Context rank that has each of the plan's targets, in CPU memory."""
+    """The context rank that holds each of the plan's targets; stays in CPU memory."""
 
     num_targets: int
-    """Targets of this context rank."""
+    """Number of targets of this context rank."""
 
     @property
     def is_dense(self) -> bool:
@@ -76,6 +84,7 @@ class LocalPlan:
         return (len(self.targets_P), 1)
 
     def to(self, device: torch.device | str) -> LocalPlan:
+        """Return a copy whose tensors, except ``context_L``, are on the device."""
         values = {k: v for k, v in vars(self).items() if k != "context_L"}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Route)}
         if self.packing is not None:
@@ -84,7 +93,7 @@ class LocalPlan:
 
 
 def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
-    """The share of the rank at ``place``."""
+    """Return the plan's share on the rank at ``place``."""
     full_RN = _full_rows(plan.position_R, plan, place)
     ragged = _ragged(plan, place) if place.ragged else None
     kept_RN, kept_shape = _kept_rows(plan, place, ragged)
@@ -94,8 +103,8 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     real_L = torch.searchsorted(plan.slot_R, plan.label_slot_L)
     targets_RN = kept_RN[real_L] if packed_end else _full_rows(plan.label_position_L, plan, place)
     context_L = targets_RN.rank_N // place.sequence_size
-    own_L = (context_L == place.context_rank).nonzero().squeeze(1)
-    targets_P, head = _head(plan.targets_L[own_L], targets_RN[own_L], place)
+    here_L = (context_L == place.context_rank).nonzero().squeeze(1)
+    targets_P, head = _head(plan.targets_L[here_L], targets_RN[here_L], place)
     num_rows, num_tokens = len(plan.kept_BK), plan.num_tokens
     return LocalPlan(
         plan=plan,
@@ -109,20 +118,21 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         head=head,
         targets_P=targets_P,
         context_L=context_L,
-        num_targets=len(own_L),
+        num_targets=len(here_L),
     )
 
 
 def _elided(gather: Route | None, num_rows: int, place: Place) -> Tensor | None:
+    """Return the full rows of this rank that the gather does not send."""
     if gather is None or not place.ends_early:
         return None
-    stays = torch.ones(num_rows, dtype=torch.bool)
-    stays[gather.sent_N] = False
-    return stays.nonzero().squeeze(1)
+    is_elided = torch.ones(num_rows, dtype=torch.bool)
+    is_elided[gather.sent_N] = False
+    return is_elided.nonzero().squeeze(1)
 
 
 def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
-    """Where flat positions in [B * T] lie before the gate."""
+    """Return where flat positions in [B * T] lie before the gate: rank and row."""
     rank_T, index_T = place.cut.owners(plan.num_tokens)
     row_N, t_N = position_N // plan.num_tokens, position_N % plan.num_tokens
     return Rows(rank_T[t_N], index_T[t_N] * len(plan.kept_BK) + row_N)
@@ -131,7 +141,7 @@ def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
 def _kept_rows(
     plan: ElisionPlan, place: Place, ragged: _Ragged | None
 ) -> tuple[Rows, tuple[int, int]]:
-    """Where the real slots lie after the gate, and the shape of what this rank then holds."""
+    """Return where the real slots lie after the gate, and the [S, B] that this rank then holds."""
     if ragged is not None:
         rows = Rows(*place.cut.owners(*ragged.lengths))[ragged.index_R]
         return rows, (sum(ragged.lengths) // place.cut.size, 1)
@@ -146,37 +156,41 @@ def _kept_rows(
 
 @dataclass(frozen=True)
 class _Ragged:
-    """How a micro-batch's samples lie behind one another."""
+    """How a micro-batch's samples lie one after the other."""
 
     lengths: list[int]
-    """Rows of each sample, padded so that context ranks can cut it; last, padding alone."""
+    """Rows of each sample, with padding so that context ranks can divide it; then other padding."""
 
     kept: Tensor
-    """Rows of each sample that hold something."""
+    """Rows of each sample that hold a kept token."""
 
     index_R: Tensor
-    """Where each real slot lies."""
+    """Index of each real slot in the whole sequence of rows."""
 
 
 def _ragged(plan: ElisionPlan, place: Place) -> _Ragged:
+    """Lay the kept slots of a micro-batch's samples one after the other."""
     kept = _sample_lengths(plan)
     padded = (kept + place.cut.zigzag - 1) // place.cut.zigzag * place.cut.zigzag
     end = int(padded.sum())
     missing = max(1, math.ceil(end / place.multiple)) * place.multiple - end
-    skipped = (padded - kept).cumsum(0) - (padded - kept)
-    index_R = torch.arange(plan.num_kept) + skipped.repeat_interleave(kept)
+    padding_before = (padded - kept).cumsum(0) - (padded - kept)
+    index_R = torch.arange(plan.num_kept) + padding_before.repeat_interleave(kept)
     return _Ragged(padded.tolist() + [missing] * (missing > 0), kept, index_R)
 
 
 def ragged_padding(plan: ElisionPlan, *, place: Place) -> int:
-    """Rows of a micro-batch that hold nothing."""
+    """Return the number of a micro-batch's rows, on all ranks together, that hold no token."""
     if plan.is_dense:
         return plan.num_padded
     return sum(_ragged(plan, place).lengths) - plan.num_kept
 
 
 def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
-    """Rows that have a target, cut anew over the tensor ranks: at least one for each of them."""
+    """Divide the rows that have a target anew over the tensor ranks, at least one row for each.
+
+    Returns the padded targets, and this rank's route from its decoder output to these rows.
+    """
     size = place.sequence_size
     length = max(1, math.ceil(len(targets_L) / size)) * size
     rank_P, index_P = SequenceCut(1, size).owners(length)
@@ -187,7 +201,7 @@ def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
 
 
 def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
-    """Positions in the sample, which starts anew wherever a row holds several."""
+    """Return each kept slot's original position, counted from the start of its sample if ragged."""
     if ragged is None:
         held_K = SequenceCut(place.context_size).held(plan.num_slots)[place.context_rank]
         return plan.kept_BK[:, held_K].T.contiguous()
@@ -199,7 +213,7 @@ def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) ->
 
 
 def _sample_lengths(plan: ElisionPlan) -> Tensor:
-    """Kept positions of each sample, in reading order."""
+    """Return the number of kept positions of each sample, in reading order."""
     num_slots = plan.num_slots
     sample_R = (plan.slot_R // num_slots) * (num_slots + 1)
     sample_R = sample_R + plan.segment_BK.reshape(-1)[plan.slot_R]
@@ -214,6 +228,7 @@ def _packing(ragged: _Ragged) -> Packing:
 def _padding(
     plan: ElisionPlan, place: Place, kept: Rows, kept_shape: tuple[int, int]
 ) -> Tensor | None:
+    """Return bool [B, S]: True at this rank's slots without a token; None if there are none."""
     is_padding = torch.ones(kept_shape[0] * kept_shape[1], dtype=torch.bool)
     is_padding[kept.row_N[kept.rank_N == place.rank]] = False
     return is_padding.view(kept_shape).T.contiguous() if bool(is_padding.any()) else None

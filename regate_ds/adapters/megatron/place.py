@@ -1,4 +1,4 @@
-"""Where a rank stands among those that share a micro-batch."""
+"""A rank's place among the ranks that share a micro-batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regate_ds.parallel.resharding import SequenceCut
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a rank must know of its place to read a plan."""
+    """What a rank must know about its place to find its share of a plan."""
 
     context_size: int = 1
     context_rank: int = 0
@@ -21,41 +21,44 @@ class Place:
 
     sequence_rank: int = 0
     ragged: bool = False
-    """Kept rows of a micro-batch lie behind one another (thd), not in rows of one length (sbhd)."""
+    """Whether the row format is ragged: kept rows of a micro-batch lie one after the other."""
 
     ends_early: bool = False
-    """The gated range ends before the last layer: full sequences leave the decoder."""
+    """Whether the gated range ends before the last layer, so full sequences leave the decoder."""
 
     row_multiple: int = 1
-    """What the kept rows of each rank must be a multiple of: 16 for most kinds of fp8."""
+    """What the number of kept rows of each rank must be a multiple of: 16 for most kinds of fp8."""
 
     @property
     def cut(self) -> SequenceCut:
+        """Return how a sequence is divided over the ranks that share it."""
         return SequenceCut(self.context_size, self.sequence_size)
 
     @property
     def multiple(self) -> int:
-        """What a length of kept rows must be a multiple of, before it is cut."""
+        """Return what the number of kept rows must be a multiple of, before ranks divide it."""
         return math.lcm(self.cut.multiple, self.row_multiple * self.cut.size)
 
     @property
     def rank(self) -> int:
+        """Return this rank's number among the ranks that share a sequence."""
         return self.context_rank * self.sequence_size + self.sequence_rank
 
 
 def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
-    """Refuse rows that cannot be cut over the ranks, or whose samples would be mixed."""
+    """Refuse rows that the ranks cannot divide, or whose samples would be mixed: ValueError."""
     for batch in window:
         place.cut.owners(batch.labels_BT.shape[1])
-        if all(len(row) <= 1 for row in batch.keys):
+        num_samples = max((len(row) for row in batch.keys), default=0)
+        if num_samples <= 1:
             continue
         if not place.ragged:
             raise ValueError(
-                "a row holds several samples, which padded rows cannot keep apart; attach with "
-                "row_format='ragged', or give one sample a row"
+                f"a row holds {num_samples} samples, which padded rows cannot keep apart; attach "
+                "with row_format='ragged', or give one sample a row"
             )
         if place.context_size > 1:
             raise ValueError(
-                "a row holds several samples, which is not supported with context parallelism; "
-                "give one sample a row"
+                f"a row holds {num_samples} samples, which is not supported with context "
+                f"parallelism (size {place.context_size}); give one sample a row"
             )

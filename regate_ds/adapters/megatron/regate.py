@@ -28,15 +28,17 @@ from regate_ds.parallel.layout import rank_in
 
 
 def tokens_of(item: Any) -> TokenBatch:
+    """Return ``item.tokens``; ValueError if the item has none."""
     if not hasattr(item, "tokens"):
         raise ValueError(
             f"an item of data_iterator is a {type(item).__name__} without .tokens; give `tokens` "
-            "to attach: partial(read_tokens, dataset=...) of host_tokens.py for dicts of Megatron's"
+            "to attach, for Megatron's dicts partial(read_tokens, dataset=...) from samples.py"
         )
     return item.tokens
 
 
-def _taken(iterator: Any, number: int) -> list[Any]:
+def _take(iterator: Any, number: int) -> list[Any]:
+    """Read ``number`` items of the iterator; ValueError if it ends before that."""
     items: list[Any] = []
     try:
         while len(items) < number:
@@ -44,14 +46,14 @@ def _taken(iterator: Any, number: int) -> list[Any]:
     except StopIteration:
         raise ValueError(
             f"data_iterator ended after {len(items)} of a step's {number} micro-batches; give one "
-            "that goes on"
+            "that repeats the data, or end the run before it ends"
         ) from None
     return items
 
 
 @dataclass(frozen=True)
 class Attached:
-    """What was put into the model and beside it, on this rank."""
+    """What ``attach`` made on this rank; ``planner`` is None on ranks that do not plan."""
 
     attachment: Attachment
     gates: Sequence[ChunkGate]
@@ -60,7 +62,7 @@ class Attached:
 
 
 class MegatronRegate:
-    """One rank's part in a training run; made by ``attach``."""
+    """One rank's part in a training run; ``attach`` makes it."""
 
     def __init__(
         self,
@@ -68,17 +70,20 @@ class MegatronRegate:
         attached: Attached | None,
         tokens: Callable[[Any], TokenBatch],
     ) -> None:
-        """attached: None leaves everything to the host."""
+        """Take what ``attach`` made; with attached=None every method leaves the run to the host."""
         self.config = config
         self._attached, self._tokens = attached, tokens
         self.run: StepRun | None = None
-        """The step that runs or ran last: its shapes, bytes and losses on this rank."""
+        """The current step or the last one: its shapes, bytes and losses on this rank."""
 
     def wrap(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        """What to call in place of Megatron's forward-backward function, with its arguments.
+        """Return what to call in place of Megatron's forward-backward function.
 
-        It plans the step, tells all ranks, and calls the host's. The host's loss function is
-        replaced by the sum over the plan's targets. With ``forward_only`` it is the host's own.
+        It takes the same arguments, plans the step, sends the plan to all ranks of the replica, and
+        calls the host's function. The host's loss is replaced by the sum of losses over the plan's
+        targets. A call with ``forward_only`` goes to the host's function unchanged.
+
+        ValueError if ``schedule`` does not take the arguments that regate must pass.
         """
         attached = self._attached
         if attached is None:
@@ -97,7 +102,10 @@ class MegatronRegate:
         return forward_backward
 
     def step(self, *, applied: bool) -> None:
-        """End an optimizer step; ``applied`` is what ``optimizer.step()`` said. All ranks call."""
+        """End an optimizer step; ``applied`` is whether ``optimizer.step()`` changed the weights.
+
+        All ranks must call it.
+        """
         if self._attached is None or self.run is None:
             return
         axes, planner = self._attached.axes, self._attached.planner
@@ -108,12 +116,12 @@ class MegatronRegate:
         confirm(axes.is_planner, axes.planner, axes.replica)
 
     def abandon(self) -> None:
-        """Forget a step that was planned and will not be ended: a later job does it again."""
+        """Forget a step that is planned and will not be ended, as a later job runs it again."""
         if self._planner is not None:
             self._planner.abandon_step()
 
     def save(self, checkpoint_dir: str | Path) -> None:
-        """Write schedule and difficulty into a checkpoint folder. All ranks call."""
+        """Write schedule and difficulty into a checkpoint folder. All ranks must call it."""
         planner = self._planner
         if planner is not None:
             assert self._attached is not None
@@ -121,15 +129,20 @@ class MegatronRegate:
             save_state(checkpoint_dir, planner.session, planner.difficulty, is_first=first)
 
     def load(self, checkpoint_dir: str | Path) -> None:
-        """Take over what ``save`` wrote, under any layout, and forget a step that is not ended.
-        All ranks call."""
+        """Load what ``save`` wrote, and forget a step that is not ended. All ranks must call it.
+
+        The parallel layout may differ from the saved one.
+        """
         planner = self._planner
         if planner is not None:
             planner.abandon_step()
             load_state(checkpoint_dir, planner.session, planner.difficulty)
 
     def metrics(self) -> dict[str, int | bool] | None:
-        """Counts of the step planned last, over all data ranks; None on ranks that do not plan."""
+        """Return counts of the step planned last, over all data ranks.
+
+        The result is None on ranks that do not plan, and before the first step.
+        """
         plan = self._planner.plan if self._planner is not None else None
         return None if plan is None else {"step": plan.step, "dense": plan.is_dense, **plan.counts}
 
@@ -141,22 +154,29 @@ class MegatronRegate:
 
     @property
     def _planner(self) -> Planner | None:
-        """``None`` on ranks that do not plan, and where nothing is attached."""
+        """The planner; None on ranks that do not plan, and if nothing is attached."""
         return None if self._attached is None else self._attached.planner
 
     def _window(self, place: Place, arguments: dict[str, Any]) -> list[TokenBatch]:
-        """The step's tokens where they are planned; the schedule then reads the same items."""
+        """Read the step's tokens on the rank that plans.
+
+        The data iterator in ``arguments`` is replaced by one over the same items, which the
+        schedule then reads.
+        """
         iterators = arguments["data_iterator"]
-        several = isinstance(iterators, list)
-        read = iterators[-1] if several else iterators
-        items = _taken(read, arguments["num_microbatches"])
-        arguments["data_iterator"] = [*iterators[:-1], iter(items)] if several else iter(items)
+        is_list = isinstance(iterators, list)
+        last = iterators[-1] if is_list else iterators
+        items = _take(last, arguments["num_microbatches"])
+        arguments["data_iterator"] = [*iterators[:-1], iter(items)] if is_list else iter(items)
         window = [self._tokens(item) for item in items]
         require_cut(window, place)
         return window
 
     def _shared_plan(self, attached: Attached, arguments: dict[str, Any]) -> list[LocalPlan]:
-        """The plan as every rank of the replica reads it. Collective over all replicas."""
+        """Return this rank's share of each micro-batch's plan, on the model's device.
+
+        Collective over all ranks of the world.
+        """
         place, planned = attached.axes.place, None
         if attached.planner is not None:
             read = partial(self._window, place, arguments)
@@ -168,7 +188,10 @@ class MegatronRegate:
 
     @staticmethod
     def _collect(axes: Axes, run: StepRun) -> list[Tensor]:
-        """Losses of each micro-batch's targets in reading order, from all context ranks."""
+        """Return the losses of each micro-batch's targets in reading order, from all context ranks.
+
+        Collective over context ranks of the last stage; empty on ranks of other stages.
+        """
         if not run.losses:
             return []
         collected = []

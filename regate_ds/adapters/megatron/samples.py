@@ -1,9 +1,10 @@
-"""Megatron's data as the method reads it: numbered samples, and labels of what the decoder sees.
+"""Read Megatron's data as the method needs it: numbered samples, and labels of all positions.
 
-Megatron's data sets shift the labels themselves: ``labels[t]`` is the token at t+1, and counts
-where ``loss_mask[t]`` is above 0.
+Megatron's data sets shift the labels themselves: ``labels[t]`` is the token at t+1, and it is a
+target where ``loss_mask[t]`` is above 0.
 
-Shapes: B rows of one sample each, T positions, S tokens before images take their places.
+Shapes: B rows of one sample each, T positions that the decoder sees, S tokens before images are
+expanded.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch.utils.data import Dataset
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 
 NUMBER = "regate_number"
-"""Under this name an item says its number in the data set. Megatron's own code passes it over."""
+"""Name under which an item has its number in the data set. Megatron's own code ignores it."""
 
 
 class Numbered(Dataset[dict[str, Any]]):
-    """A data set of dicts whose items know their number; all else is the data set's own."""
+    """A data set of dicts that adds each item's number; all else is the data set's own."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -36,55 +37,62 @@ class Numbered(Dataset[dict[str, Any]]):
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataset":
-            # Asked for before it is set, when a copy is made for a worker process.
+            # Making a copy for a worker process asks for this name before it is set.
             raise AttributeError(name)
         return getattr(self._dataset, name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokens:
-    """How LLaVAModel makes room for images: each placeholder becomes several positions."""
+    """How LLaVAModel makes room for images: each placeholder token becomes several positions."""
 
     placeholder: int
     """Token id that stands for an image (-200 in Megatron)."""
 
     num_positions: int
-    """Embeddings of an image."""
+    """Number of embeddings of an image."""
 
     max_length: int | None = None
-    """The model's language_max_sequence_length, at which rows are cut."""
+    """The model's language_max_sequence_length, to which longer rows are shortened."""
 
     pads: bool = False
-    """Rows are padded to max_length: what LLaVAModel does with pipeline parallelism."""
+    """Whether rows are padded to max_length, as LLaVAModel does with pipeline parallelism."""
 
     def __post_init__(self) -> None:
         if self.pads and self.max_length is None:
-            raise ValueError("pads=True: give max_length, to which rows are padded")
+            raise ValueError(
+                "pads=True, but max_length=None; set max_length to the length of padded rows"
+            )
 
 
 def read_tokens(
     item: Mapping[str, Any], dataset: str, *, image: ImageTokens | None = None
 ) -> TokenBatch:
-    """One micro-batch of Megatron's loader. What comes after a sample's last target is padding to
-    the method: no loss depends on it.
+    """Read a micro-batch of Megatron's loader.
 
-    ValueError names what is missing.
+    dataset: name of the data set in the keys of samples.
+
+    Positions after a sample's last target count as padding, because no loss depends on them.
+
+    ValueError names what the micro-batch lacks, or what it has that the method cannot honour.
     """
     missing = [name for name in ("labels", "loss_mask", NUMBER) if name not in item]
     if missing:
         raise ValueError(
-            f"a batch has no {', '.join(missing)}: wrap the data set in Numbered, or give `tokens`"
+            f"a batch has no {', '.join(missing)}; wrap the data set in Numbered, or give "
+            "`tokens` to attach"
         )
     if item.get("cu_seqlens") is not None:
         raise ValueError(
-            "a batch has cu_seqlens: rows hold several samples, whose keys Megatron does not "
-            "carry; give `tokens`, or one sample a row"
+            "a batch has cu_seqlens, so its rows hold several samples, whose keys Megatron does "
+            "not pass on; give `tokens` to attach, or one sample a row"
         )
     mask_BT = item["loss_mask"].cpu()
-    if bool(((mask_BT != 0) & (mask_BT != 1)).any()):
+    weights = mask_BT[(mask_BT != 0) & (mask_BT != 1)]
+    if len(weights) > 0:
         raise ValueError(
-            "a batch's loss_mask weighs targets, but every target counts alike here; make it of 0 "
-            "and 1"
+            f"a batch's loss_mask weighs targets (it has the value {float(weights[0])}), but here "
+            "every target counts alike; use only the values 0 and 1"
         )
     labels_BT = item["labels"].long().cpu()
     labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORE)
@@ -97,39 +105,44 @@ def read_tokens(
 
 
 def _is_used(labels_BT: Tensor) -> Tensor:
-    """A target is there or to the right; and the first position, for a row without targets."""
+    """Return True where a target is at the position or to its right.
+
+    The first position is always True, so that a row without targets is not empty.
+    """
     is_used_BT = (labels_BT != IGNORE).flip(1).cumsum(1).flip(1) > 0
     is_used_BT[:, 0] = True
     return is_used_BT
 
 
 def _require_causal(mask_B1TT: Tensor, is_used_BT: Tensor) -> None:
-    """Refuse a mask, True where attention is cut, that gated layers would go without."""
-    is_cut_BTT = mask_B1TT[:, 0].expand(len(is_used_BT), -1, -1)
-    is_wrong_BTT = is_cut_BTT != torch.ones_like(is_cut_BTT[0]).triu(1)
+    """Refuse an attention mask (True hides) that is not causal, as gated layers do not use it."""
+    hides_BTT = mask_B1TT[:, 0].expand(len(is_used_BT), -1, -1)
+    is_wrong_BTT = hides_BTT != torch.ones_like(hides_BTT[0]).triu(1)
     if bool(is_wrong_BTT[is_used_BT].any()):
         raise ValueError(
-            "a batch's attention_mask is not causal order alone, which is all that gated layers "
-            "have; leave it out (no --reset-attention-mask), or give `tokens` and "
-            "row_format='ragged'"
+            "a batch's attention_mask is not causal order alone, but gated layers use only causal "
+            "order; leave the mask out (no --reset-attention-mask), or give `tokens` and "
+            "row_format='ragged' to attach"
         )
 
 
 def with_images(labels_BS: Tensor, ids_BS: Tensor, image: ImageTokens) -> Tensor:
-    """Labels [B, T] of the positions that the decoder sees. As in LLaVAModel, an image and the text
-    before it predict nothing."""
+    """Return the labels [B, T] of the positions that the decoder sees.
+
+    As in LLaVAModel, an image's positions and the position before it have no target.
+    """
     is_image_BS = ids_BS == image.placeholder
     length_BS = torch.where(is_image_BS, image.num_positions, 1)
     longest = int(length_BS.sum(1).max())
-    cut = longest if image.max_length is None else image.max_length
-    labels_BT = labels_BS.new_full((len(labels_BS), max(cut, longest)), IGNORE)
-    silent_BS = is_image_BS | _shifted_left(is_image_BS)
-    labels_BT.scatter_(1, length_BS.cumsum(1) - 1, labels_BS.masked_fill(silent_BS, IGNORE))
-    return labels_BT[:, : cut if image.pads else min(cut, longest)]
+    limit = longest if image.max_length is None else image.max_length
+    labels_BT = labels_BS.new_full((len(labels_BS), max(limit, longest)), IGNORE)
+    has_no_target_BS = is_image_BS | _shifted_left(is_image_BS)
+    labels_BT.scatter_(1, length_BS.cumsum(1) - 1, labels_BS.masked_fill(has_no_target_BS, IGNORE))
+    return labels_BT[:, : limit if image.pads else min(limit, longest)]
 
 
 class TeacherItems(Dataset[dict[str, Any]]):
-    """The same samples as the teacher's job reads them, in the words of Hugging Face.
+    """The same samples for the teacher's job, with the names of inputs that Hugging Face uses.
 
     Give ``Keyed(TeacherItems(dataset), name)`` and ``teacher_batch`` to ``score_dataset``.
     """
@@ -150,7 +163,8 @@ class TeacherItems(Dataset[dict[str, Any]]):
             ids_S = ids_S.repeat_interleave(length_S)
         targets = (labels_S != IGNORE).nonzero().squeeze(1)
         num_used = int(targets[-1]) + 1 if len(targets) else 1
-        # Unshifted again: the last target is a token of its own, which nothing attends to.
+        # Hugging Face shifts labels itself, so the shift is undone: the last target becomes one
+        # more token, which nothing attends to.
         labels = torch.nn.functional.pad(labels_S[:num_used], (1, 0), value=IGNORE)
         ids = torch.cat([ids_S[:num_used], labels[-1:].clamp(min=0)])
         mask = torch.ones_like(ids).index_fill(0, torch.tensor(num_used), 0)
@@ -158,11 +172,11 @@ class TeacherItems(Dataset[dict[str, Any]]):
 
 
 def teacher_batch(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Collate for the teacher's job, which reads sample by sample."""
+    """Collate a list of one item, as the teacher's job reads sample by sample."""
     (item,) = items
     return {name: value[None] for name, value in item.items() if isinstance(value, Tensor)}
 
 
 def _shifted_left(is_image: Tensor) -> Tensor:
-    """True at the position before one that is, in the last dim."""
+    """Return True at each position whose next position, in the last dim, is True."""
     return torch.nn.functional.pad(is_image[..., 1:], (0, 1))

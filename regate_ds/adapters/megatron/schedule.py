@@ -1,4 +1,4 @@
-"""One optimizer step through Megatron's schedule: plans to micro-batches, shapes, and losses."""
+"""Run one optimizer step through Megatron's schedule, with a plan for each micro-batch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from regate_ds.adapters.megatron.local_plan import LocalPlan
 
 
 class StepRun:
-    """What one rank does with the plans of a step."""
+    """One rank's run of a step: its plans, its losses and the bytes that it sends."""
 
     def __init__(self, micro: Sequence[LocalPlan], gates: Sequence[ChunkGate], axes: Axes) -> None:
         self.micro = micro
         self.losses: dict[int, Tensor] = {}
-        """Of each micro-batch: this context rank's targets, on the ranks of the last stage."""
+        """Losses of this context rank's targets, by micro-batch; empty except on the last stage."""
 
         self.communicator: PlannedCommunicator | None = None
         self._gates, self._axes = gates, axes
@@ -42,20 +42,21 @@ class StepRun:
         def planned_step(iterator: Any, model: nn.Module, *rest: Any) -> Any:
             return self._forward_step(forward_step, iterator, model, *rest)
 
-        own = {"forward_step_func": planned_step}
+        replaced = {"forward_step_func": planned_step}
         if self._axes.pipeline_size > 1:
-            # Megatron's own may give way: it is between the same stages.
-            if type(arguments.get("p2p_communicator")) not in (type(None), P2PCommunicator):
+            # Megatron's own communicator may be replaced, as ours connects the same stages.
+            given = type(arguments.get("p2p_communicator"))
+            if given not in (type(None), P2PCommunicator):
                 raise ValueError(
-                    "a p2p_communicator of your own is given; leave it to regate, which knows the "
-                    "shapes"
+                    f"p2p_communicator is a {given.__name__} of your own; leave it out, as regate "
+                    "needs its own, which knows the shapes"
                 )
             groups = arguments.get("pg_collection") or schedule_groups()
             self.communicator = self._communicator(groups)
             if (channel := self._gates[0].gated.channel) is not None:
                 channel.num_bytes_sent = 0
-            own |= {"p2p_communicator": self.communicator, "pg_collection": groups}
-        result = schedule(**{**arguments, **own})
+            replaced |= {"p2p_communicator": self.communicator, "pg_collection": groups}
+        result = schedule(**{**arguments, **replaced})
         if (channel := self._gates[0].gated.channel) is not None:
             channel.finish()
         return result
@@ -80,35 +81,42 @@ class StepRun:
         )
 
     def boundary(self) -> Boundary:
-        """Whether this stage's neighbours see kept rows only."""
+        """Return which edges of this stage only kept rows cross."""
         gated = self._gates[0].gated
         if self.micro[0].is_dense:
             return Boundary(packed_before=False, packed_after=False)
         if self._axes.virtual_size > 1:
-            # The gather is in the model's first chunk, so that all edges come after it.
+            # The gather is in the model's first chunk, so all edges come after it.
             return Boundary(packed_before=True, packed_after=True)
         layers = self._gates[0].layers
-        # The restore is behind the edge before its layer, as the gather is before the edge.
+        # The restore happens on the stage of layer last, after the edge before that layer; the
+        # gather happens on the stage of layer first - 1, before the edge after that layer.
         return Boundary(
             packed_before=gated.first <= layers[0] <= gated.last,
             packed_after=gated.first <= layers[-1] + 1 <= gated.last,
         )
 
     def gathered_bytes(self) -> int:
-        """What leaves this rank for others of its sequence in one move of the step's kept rows."""
-        config, at = self._gates[0].gpt.config, self._axes.place.rank
+        """Return the bytes of kept rows that this rank sends in one move to ranks of its sequence.
+
+        The sum is over the micro-batches of the step.
+        """
+        config, rank = self._gates[0].gpt.config, self._axes.place.rank
         routes = [local.gather for local in self.micro if local.gather is not None]
         size = config.hidden_size * torch.finfo(config.params_dtype).bits // 8
-        return sum(route.num_crossing(at) for route in routes) * size
+        return sum(route.num_crossing(rank) for route in routes) * size
 
     def sent_bytes(self) -> int:
-        """What this rank has sent to other stages in the step."""
+        """Return the bytes that this rank has sent to other stages in the step."""
         channel = self._gates[0].gated.channel
-        past = 0 if channel is None else channel.num_bytes_sent
-        return past + (0 if self.communicator is None else self.communicator.num_bytes_sent)
+        by_channel = 0 if channel is None else channel.num_bytes_sent
+        return by_channel + (0 if self.communicator is None else self.communicator.num_bytes_sent)
 
     def expected_bytes(self) -> tuple[int, int]:
-        """What this stage sends in a step by the plan: activations onward, gradients back."""
+        """Return the bytes that this stage sends in a step according to the plan.
+
+        The first number is of activations onward, the second of gradients back.
+        """
         if self._axes.pipeline_size == 1:
             return 0, 0
         config, edge = self._gates[0].gpt.config, self.boundary()
@@ -122,8 +130,8 @@ class StepRun:
         onward = chunks - (stage == self._axes.pipeline_size - 1)
         back = chunks - (stage == 0)
         gated, layers = self._gates[0].gated, self._gates[0].layers
-        around = [m.elided_N for m in self.micro if m.elided_N is not None]
-        elided = sum(map(len, around)) if gated.channel is not None else 0
+        elided_rows = [m.elided_N for m in self.micro if m.elided_N is not None]
+        elided = sum(map(len, elided_rows)) if gated.channel is not None else 0
         restores = gated.last in layers
         return (
             (onward * rows(edge.packed_after) + elided * (not restores)) * size,
@@ -133,6 +141,7 @@ class StepRun:
     def _forward_step(
         self, forward_step: Callable[..., Any], iterator: Any, model: nn.Module, *rest: Any
     ) -> tuple[Any, Callable[[Tensor], Any]]:
+        """Run the host's forward step with the chunk's next plan, and replace its loss function."""
         # A schedule gives each chunk its micro-batches in order.
         chunk = self._chunk_of(model)
         gate, number = self._gates[chunk], self._num_started[chunk]
@@ -141,32 +150,35 @@ class StepRun:
         try:
             output, host_loss = forward_step(iterator, model, *rest)
         finally:
-            # What was not taken would be the plan of an evaluation after it.
+            # A plan that the model did not take would otherwise be used by a later evaluation.
             was_called, gate.pending = gate.pending is None, None
         if not was_called:
             raise RuntimeError(
-                "the forward step did not call the model; with regate it must call it once"
+                f"the forward step of micro-batch {number} did not call the model; make it call "
+                "the model exactly once"
             )
         if not gate.gpt.post_process:
             return output, host_loss
         return output, lambda losses: self._loss(number, losses)
 
     def _chunk_of(self, model: nn.Module) -> int:
+        """Return the number of a chunk; ValueError if regate is not attached to it."""
         if id(model) not in self._chunk_numbers:
             inside = set(map(id, model.modules()))
             found = [i for i, gate in enumerate(self._gates) if id(gate.gpt) in inside]
             if not found:
                 raise ValueError(
                     f"the schedule is given a {type(model).__name__} that regate is not attached "
-                    "to; attach to the chunks that it is given"
+                    "to; attach to the chunks that the schedule is given"
                 )
             self._chunk_numbers[id(model)] = found[0]
         return self._chunk_numbers[id(model)]
 
     def _loss(self, number: int, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum over the micro-batch's targets here, their number, and both for the host's log.
+        """Return the sum of losses over this rank's targets, their number, and both for the log.
 
-        Megatron adds up the numbers over micro-batches, data and context ranks, and divides.
+        Megatron sums the numbers over micro-batches, data ranks and context ranks, and divides by
+        that sum.
         """
         count = self.micro[number].num_targets
         losses_L = losses.float().reshape(-1)[:count]

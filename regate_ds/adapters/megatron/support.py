@@ -1,4 +1,4 @@
-"""What a Megatron-core model must be for elision to compute it rightly; all else is refused."""
+"""Refuse Megatron-core models that elision would compute wrongly; each error names the reason."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _UNEVEN = (
     "account_for_loss_in_pipeline_split",
     "pipeline_model_parallel_layout",
 )
-"""What gives stages different numbers of layers."""
+"""Options that give stages different numbers of layers."""
 
 
 def require_supported_chunks(
     chunks: Sequence[nn.Module], config: RegateConfig, *, ragged: bool, ends_early: bool
 ) -> None:
-    """Refuse by name what elision would compute wrongly. The first problem is told."""
+    """Refuse chunks that elision would compute wrongly: ValueError names the first problem."""
     host: Any = chunks[0].config
     for is_problem, what in [
         *_model_problems(chunks, host),
         *_attention_problems(chunks, ragged=ragged),
-        *_layout_problems(host, ragged=ragged, ends_early=ends_early),
+        *_layout_problems(host, last_layer=config.last_layer, ends_early=ends_early),
         *_range_problems(chunks, config, host),
     ]:
         if is_problem:
@@ -38,24 +38,27 @@ def require_supported_chunks(
 
 def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, str]]:
     kinds = {gpt.position_embedding_type for gpt in chunks}
+    linear = getattr(host, "linear_attention_freq", None)
+    hybrid = getattr(host, "is_hybrid_model", False)
     return [
         (
             not host.calculate_per_token_loss,
-            "calculate_per_token_loss=False divides by micro-batch, which uneven counts make "
-            "wrong; set calculate_per_token_loss=True",
+            "calculate_per_token_loss=False averages in each micro-batch, which is wrong for "
+            "uneven counts; set calculate_per_token_loss=True",
         ),
         (
             getattr(host, "mtp_num_layers", None) is not None,
-            f"mtp_num_layers={getattr(host, 'mtp_num_layers', None)}: multi-token prediction needs "
-            "the neighbours of each position; leave it None",
+            f"mtp_num_layers={getattr(host, 'mtp_num_layers', None)} is not supported, as "
+            "multi-token prediction needs the neighbours of each position; leave it None",
         ),
         (
             host.multi_latent_attention,
-            "multi_latent_attention=True is not supported: it rotates by positions of its own",
+            "multi_latent_attention=True is not supported, as it computes rotary positions itself; "
+            "set it False",
         ),
         (
             not kinds <= {"rope", "none"},
-            f"position_embedding_type={sorted(kinds)}: only 'rope' and 'none' are supported",
+            f"position_embedding_type={sorted(kinds)} is not supported; use 'rope' or 'none'",
         ),
         (
             host.apply_rope_fusion,
@@ -63,23 +66,25 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
         ),
         (
             getattr(host, "window_size", None) is not None,
-            f"window_size={getattr(host, 'window_size', None)}: after elision a window would count "
-            "kept tokens, not positions; leave it None",
+            f"window_size={getattr(host, 'window_size', None)} is not supported, as after "
+            "elision a window would count kept tokens, not positions; leave it None",
         ),
         (
-            getattr(host, "linear_attention_freq", None) is not None
-            or getattr(host, "is_hybrid_model", False),
-            "linear or hybrid attention layers are not supported, only full causal attention",
+            linear is not None or hybrid,
+            f"linear_attention_freq={linear} with is_hybrid_model={hybrid} is not supported; "
+            "use full causal attention in all layers",
         ),
         (
             getattr(host, "heterogeneous_block_specs", False),
-            "heterogeneous_block_specs=True is not supported: layers may lack attention",
+            "heterogeneous_block_specs=True is not supported, as layers may lack attention; set "
+            "it False",
         ),
         (
             host.fp8 is not None
             and (host.fp8_dot_product_attention or host.fp8_multi_head_attention),
-            "fp8_dot_product_attention and fp8_multi_head_attention are not tested; set both False "
-            "(fp8 in the linear layers may stay)",
+            f"fp8_dot_product_attention={host.fp8_dot_product_attention} with "
+            f"fp8_multi_head_attention={host.fp8_multi_head_attention} is not tested; set both "
+            "False (fp8 in the linear layers may stay)",
         ),
     ]
 
@@ -87,54 +92,62 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
 def _attention_problems(chunks: Sequence[Any], *, ragged: bool) -> list[tuple[bool, str]]:
     layers = [layer.self_attention for gpt in chunks for layer in gpt.decoder.layers]
     masks = {mask.name for layer in layers if (mask := getattr(layer, "attn_mask_type", None))}
-    # Bounds of packed rows say where padding is; a mask of the full rows is of no use to kept ones.
+    # Bounds of ragged rows say where padding is. In the padded format kept rows have causal order
+    # alone, because the host's padding mask is of the full rows.
     known = {"causal", "padding_causal"} if ragged else {"causal"}
     stock = any(type(getattr(x, "core_attention", None)) is DotProductAttention for x in layers)
     return [
         (
             not masks <= known,
-            f"attn_mask_type={sorted(masks)}: kept rows have no mask but causal order; build the "
-            "layers with AttnMaskType.causal",
+            f"attn_mask_type={sorted(masks)} is not supported, as kept rows have no mask but "
+            "causal order; build the layers with AttnMaskType.causal",
         ),
         (
             ragged and stock,
-            "row_format='ragged' needs an attention that takes packed rows (thd), not "
-            "DotProductAttention; build the layers with Transformer Engine's spec, or use "
-            "row_format='padded'",
+            "row_format='ragged' needs an attention that takes packed sequences "
+            "(qkv_format='thd'), not DotProductAttention; build the layers with "
+            "Transformer Engine's spec, or use row_format='padded'",
         ),
     ]
 
 
-def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple[bool, str]]:
+def _layout_problems(
+    host: Any, *, last_layer: int | None, ends_early: bool
+) -> list[tuple[bool, str]]:
+    offloading = getattr(host, "fine_grained_activation_offloading", False)
     virtual = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
     graphs = getattr(host, "cuda_graph_impl", "none") or "none"
+    enabled = getattr(host, "enable_cuda_graph", False)
     return [
         (
             getattr(host, "overlap_moe_expert_parallel_comm", False),
-            "overlap_moe_expert_parallel_comm=True goes around a layer's hooks; set it False",
+            "overlap_moe_expert_parallel_comm=True is not supported, as it does not call a layer's "
+            "hooks; set it False",
         ),
         (
             getattr(host, "hybrid_context_parallel", False),
-            "hybrid_context_parallel=True is not supported: it cuts each sample differently",
+            "hybrid_context_parallel=True is not supported, as it divides each sample differently; "
+            "set it False",
         ),
         (
-            getattr(host, "fine_grained_activation_offloading", False) or host.cpu_offloading,
-            "activation offloading is not supported; set cpu_offloading and "
-            "fine_grained_activation_offloading to False",
+            offloading or host.cpu_offloading,
+            f"cpu_offloading={host.cpu_offloading} with fine_grained_activation_offloading="
+            f"{offloading} is not supported; set both False",
         ),
         (
-            graphs != "none" or getattr(host, "enable_cuda_graph", False),
-            f"cuda_graph_impl={graphs!r}: the number of kept tokens changes from step to step; set "
-            "it to 'none'",
+            graphs != "none" or enabled,
+            f"cuda_graph_impl={graphs!r} with enable_cuda_graph={enabled} is not supported, as the "
+            "number of kept tokens changes between steps; set them to 'none' and False",
         ),
         (
             host.tp_comm_overlap,
-            "tp_comm_overlap=True needs one sequence length for the whole run; set it False",
+            "tp_comm_overlap=True is not supported, as it needs one sequence length for the whole "
+            "run; set it False",
         ),
         (
             host.variable_seq_lengths,
-            "variable_seq_lengths=True is not needed: every rank reads shapes off the plan; set it "
-            "False",
+            "variable_seq_lengths=True is not supported, as every rank reads shapes from the plan; "
+            "set it False",
         ),
         (
             getattr(host, "distribute_saved_activations", False),
@@ -142,19 +155,21 @@ def _layout_problems(host: Any, *, ragged: bool, ends_early: bool) -> list[tuple
         ),
         (
             host.num_moe_experts is not None and host.moe_expert_capacity_factor is not None,
-            "moe_expert_capacity_factor counts padding as tokens; leave it None",
+            f"moe_expert_capacity_factor={host.moe_expert_capacity_factor} is not supported, as it "
+            "counts padding as tokens; leave it None",
         ),
         (
             host.num_moe_experts is not None
-            # "allgather" takes equally many tokens on all ranks for granted.
+            # "allgather" assumes that all ranks have equally many tokens.
             and host.moe_token_dispatcher_type != "alltoall",
             f"moe_token_dispatcher_type={host.moe_token_dispatcher_type!r} is not tested with "
             "uneven counts; use 'alltoall'",
         ),
         (
             ends_early and virtual,
-            "last_layer before the depth is not supported with virtual pipeline parallelism; set "
-            "last_layer to null, or train without interleaving",
+            f"last_layer={last_layer} ends before the depth of {host.num_layers} layers, which is "
+            "not supported with virtual pipeline parallelism; set last_layer to null, or train "
+            "without interleaving",
         ),
     ]
 
@@ -165,11 +180,13 @@ def _range_problems(
     depth, first = host.num_layers, config.first_layer
     last = depth if config.last_layer is None else config.last_layer
     virtual = (mpu.get_virtual_pipeline_model_parallel_world_size() or 1) > 1
-    # The same answer on every rank, so that all refuse.
+    # Computed from the configuration alone, so that all ranks refuse together.
     per_chunk = depth // (
         mpu.get_pipeline_model_parallel_world_size()
         * (mpu.get_virtual_pipeline_model_parallel_world_size() or 1)
     )
+    uneven = [name for name in _UNEVEN if getattr(host, name, None) not in (None, False)]
+    num_layers = [len(gpt.decoder.layers) for gpt in chunks]
     return [
         (
             not 0 <= first < last <= depth,
@@ -177,16 +194,18 @@ def _range_problems(
             "first_layer and last_layer within it",
         ),
         (
-            any(len(gpt.decoder.layers) == 0 for gpt in chunks),
-            "a pipeline stage without layers is not supported; give each stage at least one",
+            0 in num_layers,
+            f"a pipeline stage without layers is not supported (chunks of this one: {num_layers}); "
+            "give each stage at least one",
         ),
         (
-            virtual and any(getattr(host, name, None) not in (None, False) for name in _UNEVEN),
-            f"interleaving with {', '.join(_UNEVEN)} is not supported: leave them unset",
+            virtual and bool(uneven),
+            f"interleaving with {', '.join(f'{name}={getattr(host, name)}' for name in uneven)} is "
+            f"not supported; leave {', '.join(_UNEVEN)} unset",
         ),
         (
             virtual and first > per_chunk,
-            f"first_layer={first} lies behind the first virtual chunk ({per_chunk} layers): with "
-            "interleaving the gather must be in it; lower first_layer",
+            f"first_layer={first} lies after the first virtual chunk ({per_chunk} layers), but "
+            "with interleaving the gather must be in that chunk; lower first_layer",
         ),
     ]

@@ -1,8 +1,8 @@
-"""Run a script of Megatron-LM's kind on CPUs, to try it.
+"""Run a script around Megatron-core or Megatron-LM on CPUs, to try it.
 
     python -m regate_ds.adapters.megatron_on_cpu SCRIPT [ARGUMENT ...]
 
-Adds to the shim what ``megatron.training`` asks of CUDA.
+It installs the shim, and answers what ``megatron.training`` asks of CUDA.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from regate_ds.adapters.megatron_on_cpu.modules import Norm
 
 
 def install_for_training() -> None:
+    """Install the shim, and what ``megatron.training`` needs besides it, if that is installed."""
     shim.install()
-    # One device, so that Megatron makes its groups; its name is never used.
+    # Megatron makes its groups only if there is a device; the name of the device is never used.
     torch.cuda.device_count = lambda: 1
     device = SimpleNamespace(name="cpu", major=9, minor=0, total_memory=1 << 30)
     torch.cuda.get_device_properties = lambda *_: device  # type: ignore[assignment]
@@ -32,10 +33,10 @@ def install_for_training() -> None:
     from megatron.core.models.vision.clip_vit_model import CLIPViTModel
     from megatron.training import initialize, training
 
-    # Without Transformer Engine its norm is torch's, which does not take the arguments it is given.
+    # Without Transformer Engine the model uses torch's norm, which does not take its arguments.
     CLIPViTModel.__init__ = partialmethod(CLIPViTModel.__init__, ln_pre_impl=Norm)  # type: ignore
 
-    # The wheel has them compiled, and no makefile.
+    # The wheel has these dependencies compiled, and has no makefile.
     initialize._compile_dependencies = lambda: None
     training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
 

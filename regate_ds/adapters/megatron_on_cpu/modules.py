@@ -1,6 +1,9 @@
-"""Plain stand-ins for Transformer Engine's norm and attention; for tests, as they are slow.
+"""Plain replacements of Transformer Engine's norm and attention: slow, for tests and trials only.
 
-The norm takes sequence parallelism, the attention packed sequences and context parallelism.
+The norm supports sequence parallelism; the attention supports packed sequences and context
+parallelism.
+
+Shapes: S positions of a query, T positions of keys, B rows, N heads, D size of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Norm(nn.Module):
-    """RMSNorm whose weight says that its gradient is of a part of the sequence."""
+    """RMSNorm whose weight tells Megatron to sum its gradient under sequence parallelism."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention, plainly: packed sequences, and keys gathered over context ranks."""
+    """Causal attention with packed sequences; keys are gathered over context ranks."""
 
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
@@ -49,14 +52,14 @@ class Attention(nn.Module):
         if is_packed:
             query, key, value = (x[:, None] for x in (query, key, value))
         size, rank = self.context.size(), self.context.rank()
-        whole = size * query.shape[0]
-        bounds = packed_seq_params.cu_seqlens_q.tolist() if is_packed else [0, whole]
-        # What lies behind the last sample is padding.
-        at = _zigzag([*bounds, whole], size)
+        length = size * query.shape[0]
+        bounds = packed_seq_params.cu_seqlens_q.tolist() if is_packed else [0, length]
+        # Positions after the last sample are padding.
+        positions = _zigzag([*bounds, length], size)
         if size > 1:
             key, value = (_AllGather.apply(x, self.context) for x in (key, value))
-        sample = torch.bucketize(torch.arange(whole), torch.tensor(bounds[1:]), right=True)
-        at_query, at_key = at[rank], at.reshape(-1)
+        sample = torch.bucketize(torch.arange(length), torch.tensor(bounds[1:]), right=True)
+        at_query, at_key = positions[rank], positions.reshape(-1)
         seen = (at_key[None] <= at_query[:, None]) & (
             sample[at_key][None] == sample[at_query][:, None]
         )
@@ -65,7 +68,7 @@ class Attention(nn.Module):
 
 
 def _zigzag(bounds: list[int], size: int) -> Tensor:
-    """Positions in the whole sequence of what each of ``size`` ranks holds, [ranks, length]."""
+    """Return the positions, in the whole sequence, that each of ``size`` ranks holds [size, S]."""
     held: list[list[int]] = [[] for _ in range(size)]
     for start, end in zip(bounds, bounds[1:]):
         half = (end - start) // (2 * size)
@@ -76,7 +79,10 @@ def _zigzag(bounds: list[int], size: int) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """[S, B, N, D] -> [S, B, N * D]; seen [S, T]: which of the T keys a query attends to."""
+    """Compute attention: query [S, B, N, D] -> [S, B, N * D].
+
+    seen: bool [S, T], True where a query attends to a key.
+    """
     length, rows, heads, size = query.shape
     key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
     scores = torch.einsum("sbnd,tbnd->bnst", query, key) / math.sqrt(size)
@@ -85,7 +91,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows of all ranks; every rank uses them in its own way, so that gradients add up."""
+    """Gather the rows of all ranks; the backward pass sums the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -102,7 +108,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def layer_spec(spec: Any, *, own_attention: bool) -> Any:
-    """A local layer spec with the norm, and the attention, of this file."""
+    """Put the norm of this file into a layer spec, and its attention if ``own_attention``."""
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     if own_attention:

@@ -1,7 +1,7 @@
 """Let megatron-core run on CPUs over gloo.
 
-megatron-core 0.16 and 0.19 ask for CUDA in a few places by name: as the device of small tensors,
-for random states, and to synchronise. ``install`` answers these with the CPU.
+megatron-core 0.16 and 0.19 use CUDA by name in a few places: as the device of small tensors, for
+random states, and to synchronise. ``install`` makes these calls use the CPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "ran
 
 
 def install() -> None:
-    """Once per process, before a megatron-core module is used."""
-    # `with torch.device(...)` knows the factories by what they are at its first use.
+    """Replace the calls. Run it once per process, before a megatron-core module is used."""
+    # `with torch.device(...)` remembers the factories at its first use: here, torch's own.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -41,7 +41,7 @@ def install() -> None:
     from megatron.core.tensor_parallel import random as parallel_random
     from megatron.core.transformer.moe import moe_utils
 
-    # 0.16.1 looks this name up where Transformer Engine is missing, too.
+    # 0.16.1 looks this name up even if Transformer Engine is missing.
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
     parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -60,6 +60,8 @@ class _Stream:
 
 
 def _on_cpu(factory: Any) -> Any:
+    """Wrap a factory of tensors so that it makes CPU tensors where a CUDA device is named."""
+
     def made(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
@@ -70,7 +72,10 @@ def _on_cpu(factory: Any) -> Any:
 
 
 def _type(host_type: Any) -> Any:
-    """Megatron's optimizers compare a tensor's type with the names of CUDA's."""
+    """Wrap ``Tensor.type`` so that it returns the names of CUDA's types.
+
+    Megatron's optimizers compare a tensor's type with these names.
+    """
 
     def typed(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = host_type(self, *args, **kwargs)
@@ -81,7 +86,10 @@ def _type(host_type: Any) -> Any:
 
 
 def _with_list_splits(exchange: Any) -> Any:
-    """Megatron's dispatcher gives split sizes as tensors where they are on the CPU already."""
+    """Wrap ``all_to_all_single`` so that it accepts split sizes as tensors.
+
+    Megatron's dispatcher passes tensors if they are on the CPU already.
+    """
 
     def exchanged(output: Tensor, given: Tensor, *splits: Any, **kwargs: Any) -> Any:
         def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""ReGATE in ``transformers.Trainer`` under DeepSpeed: one more base class, two more arguments.
+"""ReGATE in ``transformers.Trainer`` under DeepSpeed: add one base class and two arguments.
 
     class MyTrainer(RegateMixin, Trainer): ...
 
@@ -7,11 +7,11 @@
         regate=RegateConfig(total_steps=T), reference=ReferenceStore("store"),
     )
 
-``RegateTrainer`` is the one for a plain Trainer. A window is what Trainer takes for one optimizer
-step: its ``gradient_accumulation_steps`` micro-batches, fewer at the end of an epoch. Checkpoints
-get the method's state beside Trainer's own; ``train(resume_from_checkpoint=...)`` takes it back.
-Evaluation and prediction see the model without a plan: as it was. With ``enabled=False`` the run is
-Trainer's own.
+Use ``RegateTrainer`` if you have no Trainer class of your own. A window is what Trainer takes for
+one optimizer step: ``gradient_accumulation_steps`` micro-batches, or fewer at the end of an epoch.
+Checkpoints hold the method's state beside Trainer's own, and ``train(resume_from_checkpoint=...)``
+loads both. Evaluation and prediction call the model without a plan, so they get the host's model.
+With ``enabled=False`` the run is Trainer's own.
 
 Tested with transformers 5.24 and accelerate 1.15.
 """
@@ -39,7 +39,7 @@ _PLAN = "regate_plan"
 
 
 class RegateMixin:
-    """Goes before a Trainer among the base classes of one of yours."""
+    """Add ReGATE to a Trainer class: name this one before the Trainer among your base classes."""
 
     def __init__(
         self: Any,
@@ -52,13 +52,14 @@ class RegateMixin:
         self._resume_from: str | bool | None = None
         if regate.enabled:
             _require_supported(self)
-            # Read before the model's forward is ours: its arguments are the columns that stay.
+            # Trainer keeps the columns that the model's forward takes; read them before attach
+            # replaces that forward.
             self._set_signature_columns_if_needed()
             self._signature_columns.append(KEY)
             self.add_callback(_StateCallback(self))
         self.regate: DeepSpeedRegate = attach(self.model, regate, reference=reference)
         if regate.enabled:
-            # Ours is a mean over all targets of the step already.
+            # Our loss is already a mean over all targets of the step.
             self.loss_is_scaled_for_ga = True
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -80,7 +81,7 @@ class RegateMixin:
     def get_batch_samples(
         self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of a step, each with its plan among its inputs."""
+        """Return the micro-batches of a step, each with its plan among its inputs."""
         if not self.regate.config.enabled:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         micro = list(islice(epoch_iterator, num_batches))
@@ -95,26 +96,27 @@ class RegateMixin:
         if _PLAN not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         output = model(**inputs)
-        # Trainer has the engine not divide by the number of micro-batches.
+        # Trainer tells the engine not to divide by the number of micro-batches, so we do it here.
         loss = self.regate.loss(output, inputs[_PLAN])
         loss = loss / self.model_wrapped.gradient_accumulation_steps()
         return (loss, output) if return_outputs else loss
 
     @contextmanager
     def _collating(self: Any, collate: Any) -> Iterator[None]:
-        own, self.data_collator = self.data_collator, collate
+        """Use ``collate`` as the data collator inside the block."""
+        host_collator, self.data_collator = self.data_collator, collate
         try:
             yield
         finally:
-            self.data_collator = own
+            self.data_collator = host_collator
 
 
 class RegateTrainer(RegateMixin, Trainer):
-    """``transformers.Trainer`` with ``regate=`` and ``reference=``."""
+    """``transformers.Trainer`` with the arguments ``regate`` and ``reference``."""
 
 
 class _StateCallback(TrainerCallback):
-    """Ends the method's steps, and saves and loads its state, where Trainer does its own."""
+    """End the method's steps, and save and load its state, when Trainer does so with its own."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -124,7 +126,7 @@ class _StateCallback(TrainerCallback):
         if total < state.max_steps:
             raise ValueError(
                 f"total_steps={total}, but Trainer runs {state.max_steps} steps; set total_steps "
-                "in RegateConfig to at least as many"
+                "in RegateConfig to at least that number"
             )
         resume = trainer._resume_from
         if resume:
@@ -140,31 +142,34 @@ class _StateCallback(TrainerCallback):
 
 
 def _require_supported(trainer: Any) -> None:
-    """ValueError for what would train something else than asked, without a word."""
+    """Refuse settings of Trainer that ReGATE would silently not honour: ValueError names one."""
     args = trainer.args
     sampling = args.train_sampling_strategy
     kind = type(trainer.train_dataset).__name__
-    own_loss = super(RegateMixin, trainer).compute_loss.__func__ is not Trainer.compute_loss
+    overrides_loss = super(RegateMixin, trainer).compute_loss.__func__ is not Trainer.compute_loss
     refused = {
-        "no DeepSpeed: give TrainingArguments a deepspeed configuration": args.deepspeed is None,
-        f"train_dataset={kind} names no samples: use a map-style one, in Keyed(dataset, name)": (
-            isinstance(trainer.train_dataset, IterableDataset)
+        "no DeepSpeed (deepspeed=None); give TrainingArguments a deepspeed configuration": (
+            args.deepspeed is None
         ),
-        f"label_smoothing_factor={args.label_smoothing_factor}: the teacher's losses and ours are "
-        "without it; set it to 0": args.label_smoothing_factor != 0,
-        f"train_sampling_strategy={sampling}: it looks into items by name or length; use random or "
-        "sequential": sampling not in ("random", "sequential"),
-        "compute_loss_func: elision computes the loss of kept targets itself": (
-            trainer.compute_loss_func is not None
+        f"train_dataset={kind}, which does not name its samples; use a map-style data set, in "
+        "Keyed(dataset, name)": isinstance(trainer.train_dataset, IterableDataset),
+        f"label_smoothing_factor={args.label_smoothing_factor}, as the teacher's losses and ours "
+        "are without it; set it to 0": args.label_smoothing_factor != 0,
+        f"train_sampling_strategy={sampling}, which looks into items by name or length; use random "
+        "or sequential": sampling not in ("random", "sequential"),
+        f"compute_loss_func={trainer.compute_loss_func}, as elision computes the loss of kept "
+        "targets itself; leave it out": trainer.compute_loss_func is not None,
+        f"a compute_loss of your own ({type(trainer).__name__}), which elision would not call; "
+        "remove it": overrides_loss,
+        "torch_compile=True; set it False and compile each decoder layer": args.torch_compile,
+        "use_liger_kernel=True, which replaces the forward that elision wraps; set it False": (
+            args.use_liger_kernel
         ),
-        "a compute_loss of your own, which elision would pass over": own_loss,
-        "torch_compile=True: compile each decoder layer instead": args.torch_compile,
-        "use_liger_kernel=True: it replaces the forward that elision wraps": args.use_liger_kernel,
-        "auto_find_batch_size=True: a step is planned with its batches": args.auto_find_batch_size,
-        "accelerator_config.dispatch_batches=True: plans are made on the rank that reads": bool(
-            args.accelerator_config.dispatch_batches
-        ),
+        "auto_find_batch_size=True, as a step is planned with the size of its batches; set it "
+        "False": args.auto_find_batch_size,
+        "accelerator_config.dispatch_batches=True, as plans are made on the rank that reads the "
+        "data; set it False": bool(args.accelerator_config.dispatch_batches),
     }
     for reason, is_so in refused.items():
         if is_so:
-            raise ValueError(f"elision in Trainer does not go with {reason}")
+            raise ValueError(f"elision in Trainer is not supported with {reason}")

@@ -1,6 +1,6 @@
-"""From a record to token ids: which positions are image, which predict an answer, and what of it.
+"""Turn a record into token ids, and mark its image positions and its answer tokens.
 
-Shapes: S positions of one sample.
+Shapes: S positions of one sample, B rows, T positions of a row.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_re
 from regate_ds.data.llava.template import Template, prompt, require_no_image
 
 CharSpan = tuple[int, int, int]
-"""Turn, start, end: a token's place in the characters of that turn's answer."""
+"""Turn number, start, end: a token's place in the characters of that turn's answer."""
 
 
 class VisionInputs(Protocol):
-    """What the student's vision side wants to know of images and wants to get."""
+    """Makes the image inputs of one family of students."""
 
     def num_tokens(self, size: tuple[int, int]) -> int:
-        """Placeholders of one image of (width, height)."""
+        """Return the number of placeholders of one image of (width, height)."""
         ...
 
     def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
-        """Model inputs for all RGB images of a micro-batch, in reading order; at least one."""
+        """Make the model inputs of a micro-batch's RGB images, at least one, in reading order."""
         ...
 
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
-        """Further model inputs that follow from the tokens; none unless overridden."""
+        """Make further model inputs that follow from the tokens; by default there are none."""
         return {}
 
 
@@ -48,18 +48,19 @@ class EncodedSample:
     key: SampleKey
 
     input_ids_S: Tensor
-    """int64, each image expanded to its placeholders."""
+    """int64: the token ids, with each image expanded to its placeholders."""
 
     labels_S: Tensor
     """int64: the token at t+1 where it belongs to an answer (eos included), else IGNORE."""
 
     is_placeholder_S: Tensor
-    """bool."""
+    """bool: True at image positions."""
 
     char_spans: tuple[CharSpan, ...]
-    """For each label position in order, where its target stands; an eos is (turn, len, len)."""
+    """Place of each label position's target, in order; that of an eos is (turn, len, len)."""
 
     images: tuple[Path, ...]
+    """Image files, in reading order."""
 
     def __len__(self) -> int:
         return self.input_ids_S.numel()
@@ -67,12 +68,12 @@ class EncodedSample:
 
 @dataclass
 class _Tape:
-    """A sample while it is being written, token by token."""
+    """A sample that is being written, token by token."""
 
     ids: list[int] = field(default_factory=list)
     is_placeholder: list[bool] = field(default_factory=list)
     spans: list[CharSpan | None] = field(default_factory=list)
-    """Of answer tokens; None for all others."""
+    """Place of each answer token; None for all other tokens."""
 
     def add(self, ids: list[int], *, is_placeholder: bool = False) -> None:
         self.ids += ids
@@ -86,10 +87,10 @@ class _Tape:
 
 
 class Encoder:
-    """Writes records as tokens with any fast Hugging Face tokenizer.
+    """Writes records as tokens, with any fast Hugging Face tokenizer.
 
-    Segments (text between images, and each answer) are tokenised one by one, so that an answer's
-    tokens never depend on the words before it. Samples are cut at ``max_length`` tokens.
+    Each text between images, and each answer, is tokenised by itself, so that an answer's tokens
+    never depend on the words before it. Samples are cut at ``max_length`` tokens.
     """
 
     def __init__(
@@ -101,9 +102,16 @@ class Encoder:
         max_length: int,
         template: Template,
     ) -> None:
-        """``image_token``: the model's own, or the id of any token that stands in for it."""
+        """Set up for one tokenizer.
+
+        image_token: the model's own image token, or the id of any token to use in its place.
+        ValueError if the tokenizer has no eos token, or does not know the image token.
+        """
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no eos token; answers must end with one: set one")
+            raise ValueError(
+                f"the {type(tokenizer).__name__} has no eos token, which must end each answer; "
+                "set its eos_token"
+            )
         self._tokenizer = tokenizer
         self._image_id = _image_id(tokenizer, image_token, template)
         self._special = _special_tokens(tokenizer, image_token)
@@ -112,7 +120,7 @@ class Encoder:
         self._template = template
 
     def encode(self, record: Record) -> EncodedSample:
-        """Write one record. Of its images only the sizes are read. Bad records: SampleError."""
+        """Encode one record; only the sizes of its images are read. SampleError if it is bad."""
         tape = self._write(record)
         length = min(len(tape.ids), self._max_length)
         if any(tape.is_placeholder[length:]):
@@ -128,14 +136,16 @@ class Encoder:
             input_ids_S=ids_S,
             labels_S=labels_S,
             is_placeholder_S=torch.tensor(tape.is_placeholder[:length]),
-            # The first token of a sample is predicted by nothing.
+            # No position predicts the first token of a sample.
             char_spans=tuple(span for span in spans[1:] if span is not None),
             images=record.images,
         )
 
     def uncut(self, tokenizer: Any = None, *, placeholder_id: int | None = None) -> Encoder:
-        """Writes the same text whole; or in another tokenizer's tokens, with one of these where the
-        images are."""
+        """Make an encoder of the same text without ``max_length``.
+
+        tokenizer: another one to use. placeholder_id: its token for image positions.
+        """
         return Encoder(
             self._tokenizer if tokenizer is None else tokenizer,
             image_token=self._image_id if placeholder_id is None else placeholder_id,
@@ -145,11 +155,11 @@ class Encoder:
         )
 
     def is_cut(self, sample: EncodedSample) -> bool:
-        """Whether ``max_length`` may have taken something from the sample's end."""
+        """Return whether ``max_length`` may have cut the sample's end off."""
         return len(sample) >= self._max_length
 
     def begins_with_answer(self, record: Record) -> bool:
-        """Whether the first token of all is an answer's, so that nothing predicts it."""
+        """Return whether the sample's first token is an answer's, so that no token predicts it."""
         return self._tokenizer.bos_token_id is None and prompt(record, 0, self._template) == [""]
 
     def _write(self, record: Record) -> _Tape:
@@ -170,7 +180,7 @@ class Encoder:
         return tape
 
     def _require_plain(self, record: Record, number: int, turn: Turn) -> None:
-        """Refuse text that the tokenizer would read as one of its special tokens."""
+        """Refuse, by SampleError, text that the tokenizer would read as a special token."""
         for where, text in (("question", MARKER.sub("\n", turn.question)), ("answer", turn.answer)):
             if found := self._special.search(text):
                 cause = f"its {where} {number + 1} holds {found.group()!r}, a special token's text"
@@ -213,14 +223,14 @@ def _image_id(tokenizer: Any, image_token: str | int, template: Template) -> int
     if image_token not in tokenizer.get_vocab():
         raise ValueError(
             f"the tokenizer does not know the image token {image_token!r}; "
-            "add it as a special token or name the model's own"
+            "add it as a special token, or name the model's own image token"
         )
     require_no_image(template, image_token)
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
 def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
-    """Finds what the tokenizer reads as one special token, wherever it stands in a text."""
+    """Return a pattern that finds the tokenizer's special tokens anywhere in a text."""
     added = tokenizer.added_tokens_decoder.values()
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
     special |= {image_token} if isinstance(image_token, str) else set()
@@ -228,7 +238,7 @@ def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
 
 
 def describe(record: Record, cause: str) -> BadRecord:
-    """Say why a record that read well cannot be used after all."""
+    """Describe why a record that was read without fault cannot be used."""
     return BadRecord(record.source, record.key[1], record.id, cause)
 
 

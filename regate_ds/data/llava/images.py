@@ -1,4 +1,4 @@
-"""What is wrong with an image file, found without decoding it wherever its format allows that."""
+"""Find faults of image files, without decoding them where their format allows that."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from pathlib import Path
 from PIL import Image
 
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for a file it cannot read; a broken PNG is a SyntaxError."""
+"""Errors that Pillow raises for a file that it cannot read; a broken PNG is a SyntaxError."""
 
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
-"""Pillow's modes that become RGB without a choice of ours, as 16-bit or float pixels would need."""
+"""Pillow's modes that convert to RGB in one way only; 16-bit and float pixels would need a choice.
+"""
 
 LONGEST_RATIO = 200
-"""Of the sides of an image; beyond it processors refuse it, or make a picture of it without end."""
+"""Largest ratio of an image's sides; beyond it, processors refuse the image or make a huge one."""
 
 _TAIL_BYTES = 4096
 _JPEG_END = b"\xff\xd9"
 
 
 def image_fault(path: Path, *, verify: bool = True) -> str | None:
-    """Why the file cannot be used as an image; None if it can. ``verify`` False: does it exist?"""
+    """Return why the file cannot be used as an image; None if it can.
+
+    verify: False only checks that the file exists.
+    """
     try:
         if not path.is_file():
             return f"there is no image file {path}"
@@ -31,21 +35,22 @@ def image_fault(path: Path, *, verify: bool = True) -> str | None:
         return None
     try:
         with Image.open(path) as image:
-            fault = _unfit(image)
+            fault = _unsuitable(image)
             if fault is None:
-                _require_whole(image, path)
+                _require_complete(image, path)
     except IMAGE_ERRORS as error:
         return f"image file {path} is broken ({error})"
     return None if fault is None else f"image file {path} {fault}"
 
 
 def unusable_name(path: Path, error: OSError) -> str:
-    """Why the file system does not even look a name up: it is too long, say."""
+    """Describe why the file system cannot look a name up, as where it is too long."""
     name = path.name if len(path.name) <= 80 else f"{path.name[:40]}..."
     return f"file {name} cannot be looked up ({error.strerror})"
 
 
-def _unfit(image: Image.Image) -> str | None:
+def _unsuitable(image: Image.Image) -> str | None:
+    """Return what about the image's mode or size makes it unusable; None if nothing does."""
     if image.mode not in MODES:
         return f"has pixels of mode {image.mode}; save it as 8-bit grey or RGB"
     if max(image.size) > LONGEST_RATIO * min(image.size):
@@ -54,9 +59,12 @@ def _unfit(image: Image.Image) -> str | None:
     return None
 
 
-def _require_whole(image: Image.Image, path: Path) -> None:
-    """Raise one of IMAGE_ERRORS if the file is cut off. A PNG has checksums; a JPEG ends with a
-    marker, unless something else follows; of all others only decoding tells."""
+def _require_complete(image: Image.Image, path: Path) -> None:
+    """Raise one of IMAGE_ERRORS if the file is cut off.
+
+    A PNG has checksums, and a JPEG ends with a marker, unless something follows it; any other file
+    is decoded.
+    """
     if image.format == "PNG":
         image.verify()
     elif image.format not in ("JPEG", "MPO") or _JPEG_END not in _tail(path):

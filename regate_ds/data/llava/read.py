@@ -1,4 +1,4 @@
-"""Read LLaVA-format files into records: what was said, which images belong to it.
+"""Read LLaVA-format files into records, and find the bad ones.
 
 Images are opened here only to find the broken ones; the loader's workers decode them later.
 """
@@ -14,11 +14,10 @@ from regate_ds.data.llava.images import image_fault, unusable_name
 from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
 
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-"""Files of a video's folder that count as its frames."""
-
+"""Suffixes of the files in a video's folder that count as its frames."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character: JSON can write it (as in "\\ud83d"), no tokenizer and no terminal takes it."""
+"""Finds half a character: JSON can write it ("\\ud83d"), tokenizers and terminals refuse it."""
 
 
 def read_records(
@@ -31,11 +30,12 @@ def read_records(
 ) -> tuple[list[Record], list[BadRecord]]:
     """Read a LLaVA JSON list (or, with suffix .jsonl, one object a line).
 
-    ``image_root`` is the folder that image names are relative to, by default the file's own. The
-    key of a record is (``name``, its number in the file), whatever was left out before it. A bad
-    record raises SampleError, or with ``skip_bad`` is returned in the second list. A file that is
-    not JSON at all raises ValueError either way. ``verify_images=False`` only checks that image
-    files exist.
+    image_root: folder that image names are relative to; None is the folder of the file.
+    verify_images: False only checks that image files exist.
+
+    The key of a record is (``name``, its number in the file), whether or not records before it were
+    left out. A bad record raises SampleError, or with ``skip_bad`` is returned in the second list.
+    A file that is not JSON at all raises ValueError in both cases.
     """
     parser = _Parser(path, name, image_root or path.parent, verify_images)
     records: list[Record] = []
@@ -51,7 +51,7 @@ def read_records(
 
 
 class _Cause(ValueError):
-    """Why one record is bad; becomes a SampleError or a BadRecord."""
+    """The reason why one record is bad; it becomes a SampleError or a BadRecord."""
 
 
 def _id(raw: Any) -> str | None:
@@ -60,7 +60,7 @@ def _id(raw: Any) -> str | None:
 
 
 def _load(path: Path) -> list[Any]:
-    """The raw records; a line of a .jsonl file that is not JSON is its _Cause."""
+    """Return the raw records; in place of a .jsonl line that is not JSON, its _Cause."""
     if not path.is_file():
         raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
     try:
@@ -70,9 +70,15 @@ def _load(path: Path) -> list[Any]:
             return [_parse_line(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); expected a list of records") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}); give a JSON list of records, or a .jsonl file with one "
+            "object a line"
+        ) from error
     if not isinstance(records, list):
-        raise ValueError(f"{path} holds a {type(records).__name__}; expected a list of records")
+        raise ValueError(
+            f"{path} holds a {type(records).__name__}; give a JSON list of records, or a .jsonl "
+            "file with one object a line"
+        )
     return records
 
 
@@ -84,7 +90,7 @@ def _parse_line(line: str) -> Any:
 
 
 class _Parser:
-    """Turns raw records of one file into checked ones; every refusal is a _Cause."""
+    """Turns the raw records of one file into checked ones; it raises a _Cause for a bad one."""
 
     def __init__(self, source: Path, name: str, image_root: Path, verify_images: bool) -> None:
         self._source, self._name = source, name
@@ -111,7 +117,7 @@ class _Parser:
         )
 
     def _media(self, raw: dict[str, Any], markers: list[str]) -> list[list[Path]]:
-        """The files of each marker, in the order of the markers."""
+        """Return the image files of each marker, in the order of the markers."""
         if _names(raw, "image") and _names(raw, "images"):
             raise _Cause("has both 'image' and 'images'; use one of them")
         images = _names(raw, "image") + _names(raw, "images")
@@ -132,7 +138,7 @@ class _Parser:
 
 
 def _names(raw: dict[str, Any], field: str) -> list[str]:
-    """File names of a field that may hold one, several or (absent or null) none."""
+    """Return the file names in a field, which may hold one, several or (absent or null) none."""
     names = raw.get(field)
     if names is None:
         return []
@@ -156,24 +162,24 @@ def _frames(folder: Path) -> list[Path]:
 
 
 def _by_numbers(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Sorts 2 before 10: digits compare as numbers, and what is not a digit as text."""
+    """Return a sort key under which 2 is before 10: digits compare as numbers, the rest as text."""
     parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
     numbers = [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
     return numbers, path.name
 
 
 def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
-    """Pairs of question and answer, in order."""
-    said = raw.get("conversations")
-    if not isinstance(said, list) or not said:
+    """Return the pairs of question and answer, in order."""
+    parts = raw.get("conversations")
+    if not isinstance(parts, list) or not parts:
         raise _Cause("has no list 'conversations'")
-    for number, part in enumerate(said):
+    for number, part in enumerate(parts):
         _check_part(number, part)
-    if len(said) % 2:
-        raise _Cause(f"its {len(said)} turns do not pair up: every 'human' needs a 'gpt' after it")
+    if len(parts) % 2:
+        raise _Cause(f"its {len(parts)} turns do not pair up: every 'human' needs a 'gpt' after it")
     return tuple(
         _turn(2 * number, question, answer)
-        for number, (question, answer) in enumerate(zip(said[::2], said[1::2]))
+        for number, (question, answer) in enumerate(zip(parts[::2], parts[1::2]))
     )
 
 

@@ -1,7 +1,4 @@
-"""Read LLaVA-format files into records: what was said, which images belong to it.
-
-Images are opened here only to find the broken ones; the loader's workers decode them later.
-"""
+"""Records of LLaVA-format data: what was said, and which images belong to it; and bad records."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 from regate_ds.algorithm.batch import SampleKey
 
 MARKER = re.compile("<image>|<video>")
-"""What stands in a question where an image or a video belongs."""
+"""Finds the markers in a question, which show the place of an image or a video."""
 
 
 @dataclass(frozen=True)
@@ -20,31 +17,32 @@ class Turn:
     """One question with its answer."""
 
     question: str
-    """As in the file: ``<image>`` and ``<video>`` are still literal."""
+    """The file's text, with ``<image>`` and ``<video>`` still in it."""
 
     answer: str
 
     gold_spans: tuple[tuple[int, int], ...] = ()
-    """[start, end) in the answer's characters of words that only the image can tell."""
+    """[start, end) in the answer's characters: words that only the image can tell."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample of a data set, checked."""
+    """One checked sample of a data set."""
 
     key: SampleKey
     id: str | None
-    """For messages only: public files repeat or omit it."""
+    """The file's own id, for messages only: public files repeat or omit it."""
 
     images: tuple[Path, ...]
-    """All images in the order of their markers in the text; a video is its frames, in the order
+    """All images in the order of their markers in the text; a video gives its frames, in the order
     of the numbers in their names."""
 
     images_per_marker: tuple[int, ...]
-    """How many of ``images`` each marker stands for: 1 for an image, its frames for a video."""
+    """Number of ``images`` of each marker: 1 for an image, the number of frames for a video."""
 
     turns: tuple[Turn, ...]
     source: Path
+    """The data file."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class BadRecord:
 
 
 class SampleError(ValueError):
-    """A bad record; ``bad`` says which and why (None if the error crossed a process)."""
+    """The error for a bad record; ``bad`` is None if the error came from another process."""
 
     def __init__(self, message: str, bad: BadRecord | None = None) -> None:
         # One required argument: a loader's worker process rebuilds the error from its message.
@@ -72,5 +70,5 @@ class SampleError(ValueError):
 
 
 def bad_record(bad: BadRecord) -> SampleError:
-    """The error for one bad record."""
+    """Make the error for one bad record."""
     return SampleError(f"{bad}; correct it, or leave such records out with data.skip_bad=true", bad)

@@ -1,4 +1,4 @@
-"""The text that a record is written as: what stands around its questions, answers and images."""
+"""The template of a record's text: what is around its questions, answers and images."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Template:
 
 
 def prompt(record: Record, number: int, template: Template) -> list[str]:
-    """The text from the last answer to the next, cut at its image and video markers."""
+    """Return the text between the answer before and this turn's, cut at its image markers."""
     before = template.separator if number else template.system
     question = record.turns[number].question
     return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
 
 
 def text_segments(record: Record, template: Template) -> list[str]:
-    """Every text of a record as the tokenizer gets it: what to train a tokenizer on."""
+    """Return each text of a record that the tokenizer gets, as to train a tokenizer on."""
     segments = [template.image_start, template.image_end] * len(record.images)
     for number, turn in enumerate(record.turns):
         segments += [*prompt(record, number, template), turn.answer]
@@ -46,10 +46,10 @@ def text_segments(record: Record, template: Template) -> list[str]:
 
 
 def require_no_image(template: Template, image_token: str) -> None:
-    """ValueError if the text around questions and answers stands for an image itself."""
+    """Refuse, by ValueError, a template whose own text holds an image token or marker."""
     for name, text in asdict(template).items():
         if image_token in text or MARKER.search(text):
             raise ValueError(
-                f"data.template.{name}={text!r} stands for an image; images are where a question "
-                "has its marker: take the token out"
+                f"data.template.{name}={text!r} stands for an image; take the token out, because "
+                "images belong where a question has its marker"
             )

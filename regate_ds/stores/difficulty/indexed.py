@@ -1,7 +1,7 @@
 """What is remembered of each answer token: columns of fp32 values, one for each label position.
 
-The values are spread over the data ranks by sample: row r belongs to rank ``r % size``. Shapes: N
-label positions of the samples that a call names, R samples (rows of the answer index).
+The values are spread over the data ranks by sample: rank ``r % size`` owns row r. Shapes: N label
+positions of the samples that a call names, R samples (rows of the answer index).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ SIDECAR_FORMAT = 2
 
 
 SIDECAR_STEM = "difficulty"
-"""What their names begin with."""
+"""Start of the sidecar files' names."""
 
 
 class DifficultyStore:
     """Named columns over every label position, each of its own value before the first write.
 
-    With a group, ``read`` and ``write`` are collective: every data rank calls them, each with its
-    own samples (none is allowed). Without one, and on a single rank, nothing is sent.
+    With a group, ``read`` and ``write`` are collective: every data rank calls them, each for its
+    own samples (a rank may name none). Without a group, or on a single rank, nothing is sent.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DifficultyStore:
         self._num_writes = 0
 
     def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Refuse, by ``ValueError`` naming it, a sample that reads otherwise than in the index."""
+        """Refuse, by ``ValueError`` naming it, a sample that differs from the index."""
         require_as_indexed(window, self.index)
 
     def read(self, keys: Sequence[SampleKey]) -> dict[str, Tensor]:
@@ -79,8 +79,8 @@ class DifficultyStore:
     def write(self, keys: Sequence[SampleKey], values: Mapping[str, Tensor]) -> None:
         """Replace all columns of these samples.
 
-        Where one sample is written more than once in a call (by several ranks or by one), the last
-        in (rank, order) wins.
+        If a call writes one sample several times (by several ranks or by one), the values of the
+        highest rank count, and of these the last.
         """
         rows_R = torch.tensor(self.index.rows(keys), dtype=torch.int64)
         num_expected = int(self.index.num_labels[rows_R].sum())
@@ -119,18 +119,19 @@ class DifficultyStore:
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks that the values are spread over, and so the number of sidecar files."""
+        """Number of data ranks that the values are spread over, and so of sidecar files."""
         return self._size
 
     @property
     def num_writes(self) -> int:
-        """How often it was written to: tells the moments of two saves apart."""
+        """Number of calls of ``write``; it tells two saves of one run apart."""
         return self._num_writes
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
-        """Take over what any number of ranks saved; this store is unchanged if it fails.
+        """Load what any number of ranks saved. If it fails, this store stays as it was.
 
-        ``num_ranks``: of the save that is meant, where the folder may hold several.
+        num_ranks: number of ranks of the save to load, where the folder may hold several saves.
+        ValueError names a file that is missing, unreadable or of another save.
         """
         paths = find_sidecars(Path(folder), num_ranks, stem=SIDECAR_STEM)
         columns = {name: torch.empty_like(values) for name, values in self._columns.items()}
@@ -146,7 +147,7 @@ class DifficultyStore:
         self._columns, self._num_writes = columns, require_one_moment(moments, folder)
 
     def _locate(self, rows_R: Tensor) -> Tensor:
-        """Where the values of rows owned by this rank lie in its own array. int64 [N]."""
+        """Return int64 [N]: the places, in this rank's array, of the values of rows it owns."""
         owned_R = rows_R.div(self._size, rounding_mode="floor")
         return spans(self._start_of_owned[owned_R], self.index.num_labels[rows_R])
 
@@ -161,14 +162,14 @@ class DifficultyStore:
             self._columns[name][where_N] = values_N[chosen]
 
     def _by_owner(self, rows_R: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """An order of the rows by owner, and the number of rows and of values for each owner."""
+        """Return an order of the rows by owner, and each owner's number of rows and of values."""
         owner_R = rows_R % self._size
         order_R = owner_R.argsort(stable=True)
         num_rows = torch.bincount(owner_R, minlength=self._size)
         return order_R, num_rows.tolist(), self._num_values(rows_R[order_R], num_rows.tolist())
 
     def _num_values(self, rows_R: Tensor, num_rows: list[int]) -> list[int]:
-        """Values of each rank's rows, where ``rows_R`` lists the rows rank by rank."""
+        """Count the values of each rank's rows, where ``rows_R`` lists the rows rank by rank."""
         return [int(part.sum()) for part in self.index.num_labels[rows_R].split(num_rows)]
 
     def _read_from_owners(self, rows_R: Tensor) -> dict[str, Tensor]:
@@ -205,12 +206,12 @@ class DifficultyStore:
         return owned_R, {name: received(values_N) for name, values_N in columns.items()}
 
     def _send(self, rows_R: Tensor, num_sent: list[int]) -> tuple[Tensor, list[int]]:
-        """Send rows to the ranks; return the rows that came, by rank, and how many from each."""
+        """Send rows to the ranks; return the rows received, by rank, and their number by rank."""
         num_received = exchange_counts(num_sent, self._group, self._device)
         received_R = exchange(rows_R, num_sent, num_received, self._group, self._device)
         return received_R, num_received
 
-    def _require_own(self, saved: dict[str, np.ndarray], path: Path) -> None:
+    def _require_same_data(self, saved: dict[str, np.ndarray], path: Path) -> None:
         if (found := str(saved["fingerprint"])) != self.index.fingerprint:
             raise ValueError(
                 f"{path} belongs to data with fingerprint {found}, this run's data has "
@@ -218,7 +219,7 @@ class DifficultyStore:
             )
 
     def _take_owned(self, into: Tensor, rows_R: Tensor, saved_N: Tensor) -> None:
-        """Copy those of the saved rows that this rank owns."""
+        """Copy the values of those saved rows that this rank owns."""
         lengths_R = self.index.num_labels[rows_R]
         starts_R = lengths_R.cumsum(0) - lengths_R
         own_R = rows_R % self._size == self._rank

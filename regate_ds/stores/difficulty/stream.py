@@ -1,8 +1,8 @@
-"""Difficulty of samples that no index knows beforehand: streams, and augmented data.
+"""The difficulty of samples that no index lists beforehand: streams, and augmented data.
 
-A sample is remembered by its key, and with it a hash over its answer tokens: one that comes back
-with other answers begins at 0 again. The values are spread over the data ranks by a hash of the
-key, so that a sample may come to any rank. What is remembered grows with the samples seen.
+A sample is remembered by its key and a hash over its answer tokens; with other answers it starts at
+0 again. The values are spread over the data ranks by a hash of the key, so that any rank may see
+any sample. The memory in use grows with the number of samples seen.
 
 Shapes: N label positions of the samples that a call names, R samples, in rows of (hash of the key,
 hash of the labels, number of labels).
@@ -39,13 +39,13 @@ STREAM_FORMAT = 2
 """Version of the sidecar files."""
 
 STREAM_STEM = "stream-difficulty"
-"""What their names begin with."""
+"""Start of the sidecar files' names."""
 
 
 class StreamDifficulty:
-    """Difficulty of every label position of the samples seen, 0 before the first write.
+    """The difficulty of every label position of the samples seen; it is 0 before the first write.
 
-    With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore``.
+    With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore`` are.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class StreamDifficulty:
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks that the values are spread over, and so the number of sidecar files."""
+        """Number of data ranks that the values are spread over, and so of sidecar files."""
         return self._size
 
     @property
     def num_writes(self) -> int:
-        """How often it was written to: tells the moments of two saves apart."""
+        """Number of calls of ``write``; it tells two saves of one run apart."""
         return self._num_writes
 
     def admit(self, window: Sequence[TokenBatch]) -> None:
-        """Hear of the samples that ``read`` and ``write`` will name, until the next window.
+        """Take note of the samples that ``read`` and ``write`` will name, until the next window.
 
-        ValueError if a key comes twice with different answers: nothing could tell them apart.
+        ValueError if a key comes twice with different answers, which the key cannot tell apart.
         """
         self._admitted = {}
         for batch in window:
@@ -148,7 +148,7 @@ class StreamDifficulty:
         write_sidecar(Path(folder) / name, arrays)
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
-        """Take over what any number of ranks saved; this store is unchanged if it fails."""
+        """Load what any number of ranks saved. If it fails, this store stays as it was."""
         known: dict[int, tuple[int, np.ndarray]] = {}
         moments: dict[str, int] = {}
         for path in find_sidecars(Path(folder), num_ranks, stem=STREAM_STEM):
@@ -163,7 +163,7 @@ class StreamDifficulty:
         self._known, self._num_writes = known, require_one_moment(moments, folder)
 
     def _rows(self, keys: Sequence[SampleKey]) -> Tensor:
-        """int64 [R, 3]: as ``admit`` has heard of them."""
+        """Return int64 [R, 3]: the row that ``admit`` noted for each key."""
         rows = [self._admitted[key] for key in keys]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
 
@@ -178,12 +178,12 @@ class StreamDifficulty:
         return np.concatenate([np.empty((len(self._columns), 0), np.float32), *values], 1)
 
     def _by_owner(self, rows_R3: Tensor) -> tuple[Tensor, list[int]]:
-        """An order of the rows by owner, and the number of rows for each owner."""
+        """Return an order of the rows by owner, and each owner's number of rows."""
         owner_R = rows_R3[:, 0] % self._size
         return owner_R.argsort(stable=True), owner_R.bincount(minlength=self._size).tolist()
 
     def _send(self, rows_R3: Tensor, num_sent: list[int]) -> tuple[Tensor, list[int]]:
-        """Send rows to the ranks; return the rows that came, by rank, and how many from each."""
+        """Send rows to the ranks; return the rows received, by rank, and their number by rank."""
         num_received = exchange_counts(num_sent, self._group, self._device)
         sent, received = ([3 * n for n in counts] for counts in (num_sent, num_received))
         flat = exchange(rows_R3.flatten(), sent, received, self._group, self._device)
@@ -195,7 +195,7 @@ def _sums(lengths_R: Tensor, num_rows: list[int]) -> list[int]:
 
 
 def _hash_key(key: SampleKey) -> int:
-    """63 bits, not negative."""
+    """Return a hash of 63 bits, so that it is not negative as int64."""
     name, number = key
     digest = hashlib.blake2b(f"{number} {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

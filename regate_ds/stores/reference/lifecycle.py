@@ -1,11 +1,13 @@
-"""How a reference store is begun, gone on with, or added to.
+"""Begin a reference store, resume it, or add samples to it.
 
-- No store yet: all samples are to be scored.
-- A store of the same data and teacher: what its manifest lists and the folder lacks.
-- A finished store whose samples are all still there, unchanged, and new ones beside them: its
-  shards stay as they are, and the new samples get shards of their own. Until these are done the
-  folder is the store that it was; ``append.json`` says what it will be.
-- Anything else is refused.
+What a job does depends on what its folder holds:
+
+- No store: the job scores all samples.
+- A store of the same data and teacher: it scores the shards that the folder lacks.
+- A finished store whose samples are all in the job's data, unchanged, beside new ones: the shards
+  stay as they are, and the new samples get shards of their own. Until these are done the folder
+  counts as the shorter store; ``append.json`` is the manifest of the longer one.
+- Anything else: it refuses the folder.
 """
 
 from __future__ import annotations
@@ -40,22 +42,22 @@ from regate_ds.stores.reference.reader import load_index, load_rows
 from regate_ds.stores.reference.shard import describe_samples
 
 CutShards = Callable[[Tensor], list[list[int]]]
-"""Cuts rows of the index, int64 [R], into shards: for each the rows in the order of its values."""
+"""Cuts rows of the index, int64 [R], into shards; returns each shard's rows in order."""
 
 
 def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
-    """Whether the folder is the finished store of this data and teacher, and nothing else.
+    """Return whether the folder is the finished store of this data and teacher, without leftovers.
 
-    A store that this job may not touch is a ``ValueError`` naming both its owner and the job; so is
-    a damaged file, the shards' apart. Only reads.
+    It only reads. ``ValueError`` if the store belongs to other data or another teacher, or if a
+    file other than a shard is damaged.
     """
     found = _current(path)
     if found is None:
         return False
-    _require_own(path, found, index, teacher_id)
-    there = _names_in(path).issuperset(file.name for file in files_of(path, found))
-    own = found.fingerprint == index.fingerprint
-    if not (own and found.is_finished and there) or leftovers(path, found):
+    _require_growable(path, found, index, teacher_id)
+    has_files = _names_in(path).issuperset(file.name for file in files_of(path, found))
+    is_same_data = found.fingerprint == index.fingerprint
+    if not (is_same_data and found.is_finished and has_files) or leftovers(path, found):
         return False
     content_of(index_path(path, found), found.index_sha256)
     return True
@@ -68,19 +70,19 @@ def begin_store(
     cut_shards: CutShards,
     tokens_per_batch: int,
 ) -> None:
-    """Make the folder ready for writers; one process calls it, before them, at every start.
+    """Make the folder ready for writers. One process calls it, before them, at every start.
 
-    Errors as of ``is_complete``; and a store that was begun with other batches is a ``ValueError``.
+    ``ValueError`` as in ``is_complete``, and if the store was begun with other batches.
     """
     make_folder(path)
     found = _current(path)
     name, old_rows, shards = MANIFEST_NAME, torch.empty(0, dtype=torch.int64), ()
     if found is not None:
-        old_rows = _require_own(path, found, index, teacher_id)
+        old_rows = _require_growable(path, found, index, teacher_id)
         if found.fingerprint != index.fingerprint:
             name, shards = APPEND_NAME, found.shards
     if (path / name).exists():
-        _go_on(path / name, index, tokens_per_batch)
+        _resume(path / name, index, tokens_per_batch)
         return
     is_new = torch.ones(index.num_samples, dtype=torch.bool)
     is_new[old_rows] = False
@@ -92,18 +94,18 @@ def begin_store(
 
 
 def await_store(path: Path, seconds: float = 60.0) -> None:
-    """Until this process sees the store that another one has made ready.
+    """Wait until this process sees the store that another one has made ready.
 
-    A network file system shows a new file to another machine only after a while. RuntimeError if
-    it never does.
+    A network file system shows a new file to another node only after a while. RuntimeError if
+    it does not within ``seconds``.
     """
     deadline = time.monotonic() + seconds
-    # Listing a folder makes such a file system look again; asking for a name may not.
+    # Listing a folder makes a network file system look again; asking for one name may not.
     while MANIFEST_NAME not in _names_in(path):
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"teacher.store={path} was made ready by the first rank, but "
-                f"{socket.gethostname()} does not see it; name a folder that all machines share"
+                f"{socket.gethostname()} does not see it; name a folder that all nodes share"
             )
         time.sleep(0.1)
 
@@ -117,16 +119,16 @@ def _names_in(path: Path) -> set[str]:
 
 
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:
-    """Files of ours in the folder that nothing names any more: of a killed job."""
-    ours = ("shard-*.fp16", "index-*.npz", "rows-*.npy", APPEND_NAME, f".*{TEMPORARY_SUFFIX}")
+    """Return the store's files in the folder that no manifest names any more, as after a kill."""
+    forms = ("shard-*.fp16", "index-*.npz", "rows-*.npy", APPEND_NAME, f".*{TEMPORARY_SUFFIX}")
     named = set(files_of(path, manifest))
     if (pending := _pending(path, manifest)) is not None:
         named |= {path / APPEND_NAME, *files_of(path, pending)}
-    return sorted(file for form in ours for file in path.glob(form) if file not in named)
+    return sorted(file for form in forms for file in path.glob(form) if file not in named)
 
 
 def _pending(path: Path, current: Manifest) -> Manifest | None:
-    """What a store is being added to for; None also where that has been done."""
+    """Return the manifest of the longer store that is being written; None if there is none."""
     if not (path / APPEND_NAME).exists():
         return None
     pending = Manifest.load(path, APPEND_NAME)
@@ -134,20 +136,22 @@ def _pending(path: Path, current: Manifest) -> Manifest | None:
 
 
 def _current(path: Path) -> Manifest | None:
-    """The manifest of the store in the folder, if there is one."""
+    """Return the manifest of the store in the folder, or None if there is no store."""
     if (path / MANIFEST_NAME).exists():
         return Manifest.load(path)
     if any(path.glob("shard-*.fp16")):
         raise ValueError(
-            f"{path} holds shards but no {MANIFEST_NAME}, so that nothing tells of which data "
-            "and teacher they are; restore it from a copy, or delete the folder"
+            f"{path} holds shards but no {MANIFEST_NAME}, which says which data and teacher they "
+            "are of; restore it from a copy, or delete the folder"
         )
     return None
 
 
-def _require_own(path: Path, found: Manifest, index: AnswerIndex, teacher_id: str) -> Tensor:
-    """Refuse a store that neither is this job's nor can grow into it; else the rows, in the job's
-    index, of the store's samples in the order of its values."""
+def _require_growable(path: Path, found: Manifest, index: AnswerIndex, teacher_id: str) -> Tensor:
+    """Return the rows, in the job's index, of the store's samples in the order of their values.
+
+    ``ValueError`` if the store neither is this job's nor can grow into it.
+    """
     _require_equal(path, "teacher", found.teacher_id, teacher_id)
     if found.fingerprint == index.fingerprint:
         return torch.from_numpy(load_rows(path, found))
@@ -162,7 +166,7 @@ def _require_own(path: Path, found: Manifest, index: AnswerIndex, teacher_id: st
         _require_equal(path, what, found.fingerprint, index.fingerprint, rest)
         raise
     if (pending := _pending(path, found)) is not None:
-        rest = f"; finish with the data that it grows into, or delete {path / APPEND_NAME}"
+        rest = f"; finish the addition with its own data, or delete {path / APPEND_NAME}"
         _require_equal(path, what, pending.fingerprint, index.fingerprint, rest)
     return new_rows_S[torch.from_numpy(load_rows(path, found))]
 
@@ -194,45 +198,46 @@ def _write_unfinished(
     _delete_shards_to_come(store, manifest)
     write_atomically(index_path(store, manifest), index_bytes)
     write_atomically(rows_path(store, manifest), rows_bytes)
-    # Last: from here on the folder says what it is going to hold.
+    # Written last: from here on the folder names what it is to hold.
     write_atomically(file, manifest.to_bytes())
 
 
 def _delete_shards_to_come(store: Path, manifest: Manifest) -> None:
-    """Shards of an addition that was given up: none of those to come exists yet."""
+    """Delete shards of an addition that was given up; unwritten shards have the same names."""
     for number, shard in enumerate(manifest.shards):
         if shard.sha256 is None:
             shard_path(store, number).unlink(missing_ok=True)
 
 
-def _go_on(file: Path, index: AnswerIndex, tokens_per_batch: int) -> None:
-    """Forget the checksums of shards that are not there: they will be computed anew, and another
-    machine may round the last digit otherwise."""
+def _resume(file: Path, index: AnswerIndex, tokens_per_batch: int) -> None:
+    """Forget the checksums of shards that have no file: they are computed again, and other hardware
+    may round the last digit differently. Write the index again if it is missing."""
     store, manifest = file.parent, Manifest.load(file.parent, file.name)
     shards = list(manifest.shards)
     for number, shard in enumerate(shards):
         if not shard_path(store, number).exists():
             _require_batches(store, shard.tokens_per_batch, tokens_per_batch)
             shards[number] = replace(shard, sha256=None)
-    going = replace(manifest, shards=tuple(shards))
-    if not index_path(store, going).exists():
+    resumed = replace(manifest, shards=tuple(shards))
+    if not index_path(store, resumed).exists():
         content = index.to_bytes()
-        going = replace(going, index_sha256=hash_of(content))
-        write_atomically(index_path(store, going), content)
-    if going != manifest:
-        write_atomically(file, going.to_bytes())
+        resumed = replace(resumed, index_sha256=hash_of(content))
+        write_atomically(index_path(store, resumed), content)
+    if resumed != manifest:
+        write_atomically(file, resumed.to_bytes())
 
 
 def _require_batches(store: Path, begun: int, asked: int) -> None:
     if begun != asked:
         raise ValueError(
             f"the reference store {store} was begun with teacher.tokens_per_batch={begun}, this "
-            f"job has {asked}; use the batches that it was begun with, or delete it"
+            f"job has {asked}; use the value that it was begun with, or delete the store"
         )
 
 
 def _require_partition(shard_rows: Sequence[Sequence[int]], num_samples: int) -> None:
     if sorted(row for rows in shard_rows for row in rows) != list(range(num_samples)):
         raise ValueError(
-            f"the shards must hold each of the {num_samples} samples of the index exactly once"
+            f"the shards do not hold each of the {num_samples} samples of the index exactly once; "
+            "cut_shards must return each of its rows once"
         )

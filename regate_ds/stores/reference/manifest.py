@@ -1,13 +1,13 @@
 """What a reference store holds, and the names of its files.
 
     manifest.json        see ``Manifest``
-    index-....npz        the AnswerIndex: whose values these are, and how many
+    index-....npz        the AnswerIndex: which samples have values, and how many each
     rows-....npy         rows of that index in the order of their values, shard by shard
-    shard-00000.fp16     the values of one shard's samples: see shard_file.py
-    append.json          while samples are added: the manifest of the store to be
+    shard-00000.fp16     the values of one shard's samples: see shard.py
+    append.json          only while samples are added: the manifest of the longer store
 
-The index and the rows are named by their SHA-256, so that those of a store and of the longer one
-that it grows into stand side by side, and one file, the manifest, says which of them count.
+The SHA-256 of the index and of the rows is in their names. So the files of a store and of the
+longer store that it grows into can lie side by side, and the manifest says which of them count.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ MANIFEST_NAME, APPEND_NAME = "manifest.json", "append.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of values."""
+    """The manifest's entry for one file of values."""
 
     num_rows: int
+    """Number of samples."""
+
     num_values: int
+    """Number of label positions of these samples."""
 
     tokens_per_batch: int
-    """The job's limit: with the order of the rows it decides which samples were read together."""
+    """The job's batch limit; with the order of the rows it decides which samples form a batch."""
 
     samples: str
-    """Hash over the teacher, that limit and the content of the samples in order."""
+    """Hash over the teacher, ``tokens_per_batch`` and the samples' digests, in order."""
 
     sha256: str | None = None
-    """Of ``samples`` and the values; None until the store is finished, and again where a shard is
-    computed anew."""
+    """Checksum of ``samples`` and the values; None until the store is finished, and while a shard
+    is computed again."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class Manifest:
     """What a store holds."""
 
     fingerprint: str
-    """Of the answer index: the data that the values belong to."""
+    """Fingerprint of the answer index, and so of the data that the values belong to."""
 
     teacher_id: str
+    """Name of the teacher whose losses these are."""
+
     index_sha256: str
     rows_sha256: str
     shards: tuple[Shard, ...]
@@ -59,15 +64,16 @@ class Manifest:
 
     @property
     def is_finished(self) -> bool:
+        """Whether every shard is computed and has its checksum here."""
         return all(shard.sha256 is not None for shard in self.shards)
 
     def to_bytes(self) -> bytes:
-        """JSON that ends with its own checksum, so that a flipped byte in it is found as well."""
+        """Return JSON that ends with its own checksum, so that a changed byte is found."""
         return _sealed(asdict(self))
 
     @classmethod
     def load(cls, store: Path, name: str = MANIFEST_NAME) -> Manifest:
-        """Read a store's manifest. One that is missing or damaged is a ``ValueError`` naming it."""
+        """Read a store's manifest. ``ValueError`` names the file if it is missing or damaged."""
         path = store / name
         if not path.is_file():
             raise ValueError(
@@ -103,13 +109,13 @@ def shard_path(store: Path, number: int) -> Path:
 
 
 def files_of(store: Path, manifest: Manifest) -> list[Path]:
-    """The files whose names follow from a manifest."""
+    """Return the paths of all files that a manifest names: index, rows and shards."""
     shards = [shard_path(store, number) for number in range(len(manifest.shards))]
     return [index_path(store, manifest), rows_path(store, manifest), *shards]
 
 
 def content_of(path: Path, sha256: str) -> bytes:
-    """The bytes of a file; ``ValueError`` naming it if it is missing or they are not those."""
+    """Return the bytes of a file. ``ValueError`` names it if it is missing or has another hash."""
     if not path.is_file():
         raise missing_file(path)
     content = path.read_bytes()
@@ -119,10 +125,12 @@ def content_of(path: Path, sha256: str) -> bytes:
 
 
 def hash_of(*parts: bytes) -> str:
+    """Return the SHA-256 of the joined parts as hexadecimal digits."""
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def damaged(path: Path, fault: str) -> ValueError:
+    """Make the error for a file whose content is wrong."""
     return ValueError(
         f"{path} is damaged: {fault}; restore it from a copy, or delete it and run "
         "`regate teacher` again"
@@ -130,19 +138,20 @@ def damaged(path: Path, fault: str) -> ValueError:
 
 
 def missing_file(path: Path) -> ValueError:
+    """Make the error for a file that the manifest names and the folder lacks."""
     return ValueError(
-        f"{path} is missing, the reference store is incomplete; restore it from a copy, or run "
+        f"{path} is missing, so the reference store is incomplete; restore it from a copy, or run "
         "`regate teacher` again"
     )
 
 
 def starts_of(sizes: Sequence[int]) -> list[int]:
-    """Where each part starts in what holds the parts one after the other, and where they end."""
+    """Return the start of each part if they lie one after the other, and the end of the last."""
     return list(accumulate(sizes, initial=0))
 
 
 def _sealed(fields: dict[str, Any]) -> bytes:
-    """The fields as JSON, the last of them the checksum of the others."""
+    """Return the fields as JSON, with the checksum of the others as the last field."""
     content = {name: value for name, value in fields.items() if name != "sha256"}
     checksum = hash_of(json.dumps(content).encode())
     return json.dumps({**content, "sha256": checksum}).encode() + b"\n"

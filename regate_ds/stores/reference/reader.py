@@ -1,7 +1,7 @@
-"""The teacher's losses on disk: computed once, only read while training.
+"""Read the teacher's losses from disk, where they were computed once before training.
 
-Files and names are those of manifest.py. Shapes: S samples of the index, N label positions of the
-samples asked for.
+manifest.py names the files. Shapes: S samples of the index, N label positions of the samples asked
+for.
 """
 
 from __future__ import annotations
@@ -32,35 +32,38 @@ Verify = Literal["quick", "full"]
 
 
 class ReferenceStore:
-    """Reference losses of a data set, memory-mapped.
+    """The reference losses of a data set, memory-mapped.
 
-    Opening compares the manifest and the index with their checksums, and each shard's own checksum
-    with the manifest's. The values of a shard are compared with it when the first of them is read,
-    or all on opening with ``verify="full"``: no value is given out of a file with a wrong byte.
+    Opening a store checks the manifest, the index and the rows against their checksums, and the
+    checksum at the end of each shard against the manifest. The values of a shard are checked when
+    the first of them is read; ``verify="full"`` checks all of them on opening. So no value is ever
+    returned from a file with a wrong byte.
     """
 
     def __init__(self, path: Path | str, *, verify: Verify = "quick") -> None:
-        """Open a finished store. What is missing or damaged is a ``ValueError`` naming it."""
+        """Open a finished store. ``ValueError`` names a file that is missing or damaged."""
         self.path = Path(path)
         self._manifest = Manifest.load(self.path)
         self._require_finished()
         self.index = load_index(self.path, self._manifest)
         rows_S = load_rows(self.path, self._manifest)
         self._shard_S, self._start_S = self._find_places(rows_S)
-        self._opened = [
+        self._shard_bytes = [
             open_shard(shard_path(self.path, number), shard)
             for number, shard in enumerate(self._manifest.shards)
         ]
-        self._checked: dict[int, np.ndarray] = {}
+        self._checked_values: dict[int, np.ndarray] = {}
         if verify == "full":
             self._verify(rows_S)
 
     @property
     def fingerprint(self) -> str:
+        """Fingerprint of the data that the losses belong to."""
         return self._manifest.fingerprint
 
     @property
     def teacher_id(self) -> str:
+        """Name of the teacher whose losses these are."""
         return self._manifest.teacher_id
 
     @property
@@ -68,39 +71,44 @@ class ReferenceStore:
         return len(self._manifest.shards)
 
     def require(self, fingerprint: str) -> None:
-        """Refuse, by ``ValueError``, to serve data other than what the teacher has read."""
+        """Refuse, by ``ValueError``, data with another fingerprint than the teacher has read."""
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"the reference losses in {self.path} belong to data with fingerprint "
-                f"{self.fingerprint}, this run's data has {fingerprint}; "
-                "run `regate teacher` on this data, or train on the other"
+                f"{self.fingerprint}, this run's data has {fingerprint}; run `regate teacher` on "
+                "this run's data, or train on the data of the store"
             )
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """fp32 [N] in nats: all label positions of these samples, in the given order."""
+        """Return fp32 [N]: the losses in nats of these samples' label positions, in this order.
+
+        ValueError names a sample that the store does not have, or a damaged shard.
+        """
         rows = self.index.rows(keys)
         lengths = self.index.num_labels[rows].tolist()
         places = zip(self._shard_S[rows].tolist(), self._start_S[rows].tolist(), lengths)
         parts = [self._values(shard)[start : start + length] for shard, start, length in places]
-        # The empty array gives a window without samples a type.
+        # With no sample asked for, the empty array still gives a type.
         values_N = np.concatenate([np.empty(0, VALUE), *parts]).astype(np.float32)
         return torch.from_numpy(values_N)
 
     def _values(self, number: int) -> np.ndarray:
-        if number not in self._checked:
+        """Return a shard's values; check them the first time."""
+        if number not in self._checked_values:
             path, shard = shard_path(self.path, number), self._manifest.shards[number]
-            self._checked[number] = checked_values(self._opened[number], path, shard)
-        return self._checked[number]
+            values = checked_values(self._shard_bytes[number], path, shard)
+            self._checked_values[number] = values
+        return self._checked_values[number]
 
     def _verify(self, rows_S: np.ndarray) -> None:
-        """Every byte of every shard, and that they are of the index's samples."""
+        """Check every byte of every shard, and that its samples are those of the index."""
         starts = starts_of([shard.num_rows for shard in self._manifest.shards])
         for number, shard in enumerate(self._manifest.shards):
             self._values(number)
             digests = self.index.digests[rows_S[starts[number] : starts[number + 1]]]
             samples = describe_samples(self.teacher_id, shard.tokens_per_batch, digests)
             if samples != shard.samples:
-                raise damaged(shard_path(self.path, number), "it is of other samples")
+                raise damaged(shard_path(self.path, number), "its values are of other samples")
 
     def _require_finished(self) -> None:
         if self._manifest.is_finished:
@@ -109,11 +117,11 @@ class ReferenceStore:
         missing = [n for n in range(len(shards)) if not shard_path(self.path, n).exists()]
         raise ValueError(
             f"the reference store {self.path} is not finished ({len(missing)} of {len(shards)} "
-            "shards are still to compute); run `regate teacher` again, it goes on where it stopped"
+            "shards are still to compute); run `regate teacher` again: it goes on where it stopped"
         )
 
     def _find_places(self, rows_S: np.ndarray) -> tuple[Tensor, Tensor]:
-        """For each row of the index its shard, and its values' start in it: int64 [S] each."""
+        """Return for each row of the index its shard, and its values' start: int64 [S] each."""
         shards = self._manifest.shards
         shard_S, start_S = torch.empty(2, len(rows_S), dtype=torch.int64)
         num_rows = torch.tensor([shard.num_rows for shard in shards], dtype=torch.int64)
@@ -127,13 +135,14 @@ class ReferenceStore:
 
 
 def load_index(store: Path, manifest: Manifest) -> AnswerIndex:
-    """The index that a manifest names. ValueError if it is missing or damaged."""
+    """Read the index that a manifest names. ValueError if it is missing or damaged."""
     path = index_path(store, manifest)
     content_of(path, manifest.index_sha256)
     return AnswerIndex.load(path)
 
 
 def load_rows(store: Path, manifest: Manifest) -> np.ndarray:
-    """int64 [S]: rows of the index, shard by shard. ValueError if they are missing or damaged."""
+    """Read int64 [S]: rows of the index, shard by shard. ValueError if the file is missing or
+    damaged."""
     content = content_of(rows_path(store, manifest), manifest.rows_sha256)
     return np.load(io.BytesIO(content), allow_pickle=False)

@@ -1,10 +1,10 @@
-"""One file of a reference store: little-endian fp16 values, then a SHA-256 (32 bytes).
+"""One shard file of a reference store: little-endian fp16 values, then a SHA-256 (32 bytes).
 
-The checksum covers the values and, before them, ``Shard.samples``: a file of other samples or of
-another teacher does not fit, even if it has the same size and values.
+The checksum covers ``Shard.samples`` and then the values. So a file of other samples or of another
+teacher is refused, even if it has the same size and values.
 
-Values are negative log-likelihoods in nats. Rounding to fp16 costs a relative 2**-11 at most from
-2**-14 up, and an absolute 2**-25 at most below; beyond 65504 nothing is stored. Shapes: N label
+Values are negative log-likelihoods in nats. The relative error of fp16 is at most 2**-11 from
+2**-14 up, its absolute error at most 2**-25 below; a loss above 65504 is refused. Shapes: N label
 positions of the shard's samples, R rows of the index.
 """
 
@@ -28,20 +28,23 @@ VALUE = np.dtype("<f2")
 
 
 def describe_samples(teacher_id: str, tokens_per_batch: int, digests_R2: Tensor) -> str:
-    """What a shard's values depend on, as ``Shard.samples``."""
+    """Hash what a shard's values depend on; the result is ``Shard.samples``."""
     header = f"{teacher_id}\n{tokens_per_batch}\n".encode()
     return hash_of(header, digests_R2.numpy().astype("<i8").tobytes())
 
 
 def write_shard(path: Path, shard: Shard, values_N: Tensor) -> None:
-    """Round the values and store them, atomically."""
+    """Round the values to fp16 and write the file, atomically."""
     stored = values_N.detach().cpu().numpy().astype(VALUE).tobytes()
     write_atomically(path, stored + _checksum(shard, stored))
 
 
 def open_shard(path: Path, shard: Shard) -> np.ndarray:
-    """uint8, memory-mapped: a file whose size and own checksum are the manifest's. Cheap: reads 32
-    bytes. ``ValueError`` names the file and the fault."""
+    """Open a shard as memory-mapped uint8; only its last 32 bytes are read.
+
+    ``ValueError`` names the file and the fault if its size, or the checksum at its end, is not the
+    one in the manifest.
+    """
     if not path.is_file():
         raise missing_file(path)
     num_bytes, expected = path.stat().st_size, shard.num_values * VALUE.itemsize + _CHECKSUM_BYTES
@@ -56,7 +59,7 @@ def open_shard(path: Path, shard: Shard) -> np.ndarray:
 
 
 def checked_values(content: np.ndarray, path: Path, shard: Shard) -> np.ndarray:
-    """fp16 [N] of an open shard, after comparing every byte with the checksum.
+    """Return fp16 [N] of an open shard, after checking every byte against its checksum.
 
     ``ValueError`` names the file.
     """
@@ -67,7 +70,7 @@ def checked_values(content: np.ndarray, path: Path, shard: Shard) -> np.ndarray:
 
 
 def checksum_of(content: np.ndarray) -> str:
-    """What an open shard ends with, as hexadecimal digits."""
+    """Return the checksum at the end of an open shard as hexadecimal digits."""
     return content[-_CHECKSUM_BYTES:].tobytes().hex()
 
 

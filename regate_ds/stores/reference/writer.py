@@ -1,8 +1,8 @@
-"""Write a reference store shard by shard, so that a killed job loses only what was in flight.
+"""Write a reference store shard by shard, so that a killed job loses only unfinished shards.
 
-A shard appears whole, by atomic rename, and is never written twice; the manifest gets its checksums
-last. Any number of processes may write to one store, each its own shards. How a store is begun,
-gone on with or added to is in store_plan.py.
+A shard appears whole, by atomic rename; the manifest gets the checksums last. Any number of
+processes may write to one store, each its own shards. lifecycle.py begins a store, resumes it and
+adds samples to it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from regate_ds.stores.reference.shard import (
 
 
 class ReferenceWriter:
-    """A store that is being computed, after ``begin_store`` has made it ready."""
+    """A store that is being computed; ``begin_store`` must have made its folder ready."""
 
     def __init__(self, path: Path, index: AnswerIndex) -> None:
         self.path = path
@@ -52,16 +52,16 @@ class ReferenceWriter:
         return self._manifest.shards
 
     def rows(self, number: int) -> list[int]:
-        """Rows of the index in a shard, in the order of their values."""
+        """Return the rows of the index that a shard holds, in the order of their values."""
         return self._rows_S[self._starts[number] : self._starts[number + 1]].tolist()
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there, by name: what is there is whole."""
+        """Return the numbers of the shards that have no file yet. A file that exists is whole."""
         names, numbers = set(os.listdir(self.path)), range(len(self.shards))
         return [number for number in numbers if shard_path(self.path, number).name not in names]
 
     def check(self, number: int) -> str:
-        """Compare every byte of a shard with its checksum, and return that.
+        """Check every byte of a shard against its checksum, and return the checksum.
 
         ``ValueError`` names the file and the fault.
         """
@@ -71,10 +71,10 @@ class ReferenceWriter:
         return checksum_of(content)
 
     def write_shard(self, number: int, values_N: Tensor) -> None:
-        """Store the values, in nats, of a shard's samples in the order of its rows.
+        """Write the losses, in nats, of a shard's samples in the order of its rows.
 
-        A value that fp16 cannot hold is a ``ValueError`` naming its sample; a store that has gone,
-        or a full disk, an ``OSError`` naming the file.
+        ``ValueError`` names the sample whose loss fp16 cannot hold. ``OSError`` names the file if
+        the store has vanished or the disk is full.
         """
         shard = self.shards[number]
         if values_N.shape != (shard.num_values,):
@@ -87,8 +87,8 @@ class ReferenceWriter:
         write_shard(shard_path(self.path, number), shard, values_N)
 
     def finish(self) -> None:
-        """Check every shard, give the manifest their checksums, and delete what a killed job left
-        behind. One process calls it, last."""
+        """Check every shard, write the checksums into the manifest, and delete the files that a
+        killed job left behind. One process calls it, last."""
         self._require_there()
         shards = tuple(replace(s, sha256=self.check(n)) for n, s in enumerate(self.shards))
         self._manifest = replace(self._manifest, shards=shards)
@@ -97,14 +97,15 @@ class ReferenceWriter:
             path.unlink()
 
     def _require_there(self) -> None:
-        """A folder that was removed, or a disk that was unmounted, must not be written beside."""
+        """Refuse to write if the store is gone: its folder was removed, or its disk unmounted."""
         if not (self.path / self._name).is_file():
             raise FileNotFoundError(
                 f"the reference store {self.path} has vanished while it was written (it has no "
-                f"{self._name} any more): see to the disk, then run the job again"
+                f"{self._name} any more); check the disk, then run the job again"
             )
 
     def _require_storable(self, number: int, values_N: Tensor) -> None:
+        """Refuse, by ``ValueError`` naming the sample, a loss that fp16 cannot hold."""
         is_bad_N = ~(values_N.abs() <= LARGEST)
         if not bool(is_bad_N.any()):
             return

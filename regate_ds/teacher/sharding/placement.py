@@ -1,4 +1,4 @@
-"""Put the teacher where it scores: whole on this rank, or a part of it, by `teacher.sharding`."""
+"""Place the teacher on the ranks as `teacher.sharding` says: whole on each, or a part on each."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from regate_ds.teacher.sharding.zero3 import fill_partitioned, partitioned_teach
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a teacher comes from."""
+    """The place to load a teacher from."""
 
     config: PreTrainedConfig
     load: Callable[[], PreTrainedModel]
-    """The whole model, on the CPU."""
+    """Loads the whole model, on the CPU."""
 
     folder: Path | None = None
-    """Its Hugging Face folder, from which parts can be read; None loads it whole to cut it."""
+    """Hugging Face folder from which parts can be read; None loads the model whole and cuts it."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class PlacedTeacher:
     """A teacher that is ready to score on this rank."""
 
     model: nn.Module
-    """For ``score_samples``."""
+    """The model as ``score_samples`` takes it."""
 
     id: str
+    """Name of the teacher in stores."""
+
     layout: ParallelLayout
     """``replica``: the ranks that must score the same samples together."""
 
@@ -62,7 +64,7 @@ class PlacedTeacher:
 
 
 def source_at(path: Path) -> TeacherSource:
-    """A Hugging Face folder, or a GGUF file."""
+    """Make the source of a Hugging Face folder or a GGUF file."""
     folder = path if path.is_dir() else None
     return TeacherSource(load_teacher_config(path), partial(load_teacher, path), folder)
 
@@ -72,7 +74,7 @@ def place_teacher(
 ) -> PlacedTeacher:
     """Build the teacher and read its weights, before the student is built. Collective.
 
-    ValueError for a teacher, or a number of ranks, that `teacher.sharding` does not go with.
+    ValueError if the teacher or the number of ranks does not allow that `teacher.sharding`.
     """
     if section.sharding == "none":
         with _own_turn(source, process):
@@ -92,7 +94,7 @@ def place_teacher(
 
 
 def _dtype(source: TeacherSource) -> torch.dtype:
-    """As transformers loads it: what its configuration says, or what its weights are."""
+    """Return the dtype that transformers would load: the configuration's, or the weights'."""
     dtype: Any = source.config.dtype
     if dtype is not None:
         return dtype
@@ -111,7 +113,7 @@ def _fill_together(
 
 
 def _fill_apart(empty: ShardedTeacher, source: TeacherSource, pad_id: int, process: Process) -> str:
-    """Read each rank's part."""
+    """Read each rank's part, and return the teacher's name on all ranks."""
     name = ""
     with _own_turn(source, process):
         weights = weights_of(source)
@@ -124,31 +126,31 @@ def _fill_apart(empty: ShardedTeacher, source: TeacherSource, pad_id: int, proce
 
 @contextmanager
 def _own_turn(source: TeacherSource, process: Process) -> Iterator[None]:
-    """All ranks at once, or, where a model is loaded whole, one rank of a node after the other: the
-    host must hold but one of them beside what the ranks keep. Collective."""
-    own = 0 if source.folder is not None else announce().local_rank
-    last = int(max_tensor(torch.tensor(own, device=process.device), process.group))
-    for _ in range(own):
+    """Run the block on all ranks at once, or, if it loads a whole model, on one rank of a node at a
+    time: CPU memory then holds one whole model beside the ranks' parts. Collective."""
+    turn = 0 if source.folder is not None else announce().local_rank
+    last_turn = int(max_tensor(torch.tensor(turn, device=process.device), process.group))
+    for _ in range(turn):
         sum_over([0], process.group, process.device)
     yield
-    for _ in range(own, last):
+    for _ in range(turn, last_turn):
         sum_over([0], process.group, process.device)
 
 
 def weights_of(source: TeacherSource) -> WeightSource:
-    """Its files, or the whole of it, loaded."""
+    """Open the files of a folder, or load the whole model where there is no folder."""
     if source.folder is not None:
         return SavedWeights(source.folder)
     return LoadedWeights(source.load().state_dict())
 
 
 def id_of_source(source: TeacherSource, weights: WeightSource, pad_id: int) -> str:
-    """The teacher's name, as ``teacher_id`` has it of the whole model, tensor by tensor."""
+    """Name the teacher as ``teacher_id`` names the whole model, from one tensor at a time."""
     return id_of_weights(source.config, _in_order(source, weights), pad_id=pad_id)
 
 
 def _in_order(source: TeacherSource, weights: WeightSource) -> Iterator[tuple[str, Tensor]]:
-    """What the whole model's state would hold, one at a time."""
+    """Yield the entries of the whole model's state, one at a time, in the order of their names."""
     dtype = _dtype(source)
     with torch.device("meta"):
         names = sorted(AutoModelForCausalLM.from_config(source.config).state_dict())

@@ -1,9 +1,9 @@
-"""The frozen teacher cut by heads over the ranks of a replica, by DeepSpeed's inference engine.
+"""The frozen teacher, cut by heads over the ranks of a replica with ``deepspeed.init_inference``.
 
-A sharded teacher, here and in partition.py, is built without values and then filled tensor by
-tensor, so that no rank ever holds the whole. To ``score_samples`` it looks like any causal language
-model: a decoder ``model`` and an ``lm_head``. Build it before the student: DeepSpeed keeps the mode
-of its layers for the whole process.
+A sharded teacher, here and in zero3.py, is built without values and then filled tensor by tensor,
+so that no rank ever holds all of it. ``score_samples`` sees any causal language model: a decoder
+``model`` and an ``lm_head``. Build it before the student, because DeepSpeed keeps one mode of its
+layers for the whole process.
 
 Shapes: V ids of this rank's part of the head, H hidden.
 """
@@ -27,7 +27,7 @@ from regate_ds.teacher.head_loss import HeadPart
 from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
 SLACK = 1.05
-"""Largest number of a rank's parameters, as a multiple of its share by heads; embedding apart."""
+"""Limit of a rank's parameters without the embedding, as a multiple of its share by heads."""
 
 
 class ShardedTeacher(nn.Module):
@@ -44,8 +44,10 @@ class ShardedTeacher(nn.Module):
         return self.model.embed_tokens
 
     def weights_by_name(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """The whole model's name of each weight, its module, and its name there; a shared weight
-        comes once, with the embedding."""
+        """Yield each weight's name in the whole model, its module, and its name in the module.
+
+        A head that shares the embedding's weight is left out.
+        """
         for path, module in self.model.named_modules(prefix="model"):
             for name, _ in module.named_parameters(recurse=False):
                 yield f"{path}.{name}", module, name
@@ -60,9 +62,9 @@ def cut_teacher(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> ShardedTeacher:
-    """A teacher without values: this rank's heads, its ids of the head, and the whole embedding.
+    """Build a teacher without values: this rank's attention heads and ids, and all embedding rows.
 
-    Collective over the *world*, though only the ranks of ``replica`` hold this one together.
+    Collective over the *world*, though only the ranks of ``replica`` hold this teacher together.
 
     ValueError for an architecture that would be cut wrongly, RuntimeError if this rank would hold
     more than its share.
@@ -82,19 +84,19 @@ def cut_teacher(
 
 @torch.no_grad()
 def fill_cut(teacher: ShardedTeacher, weights: WeightSource) -> None:
-    """Read this rank's part of a ``cut_teacher``. No collective: ranks may take turns."""
+    """Read this rank's part of a ``cut_teacher``. Not collective: ranks may take turns."""
     for whole_name, module, name in teacher.weights_by_name():
         part = weights.read(whole_name, _cut_of(module, name))
         module.get_parameter(name).copy_(part)
 
 
 def is_tied(config: Any) -> bool:
-    """Whether the head is the embedding."""
+    """Return whether the head shares the embedding's weight."""
     return bool(config.tie_word_embeddings)
 
 
 def require_plain_weights(config: Any) -> None:
-    """ValueError for a quantized teacher: its files hold codes, which would be taken for values."""
+    """Refuse, by ValueError, a quantized teacher: the codes in its files would pass for values."""
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"teacher.path: a quantized {config.model_type} model cannot be sharded; give it "
@@ -103,27 +105,27 @@ def require_plain_weights(config: Any) -> None:
 
 
 def require_cuttable(config: Any, num_ranks: int) -> None:
-    """ValueError for a teacher that DeepSpeed would cut wrongly, or not at all."""
-    cut_right = decoders_that("shards")
-    if config.model_type not in cut_right:
+    """Refuse, by ValueError, a teacher that DeepSpeed would cut wrongly, or not at all."""
+    supported = decoders_that("shards")
+    if config.model_type not in supported:
         raise ValueError(
             f"teacher.sharding=tensor: a {config.model_type} model is not known to be cut right; "
-            f"these are: {', '.join(cut_right)}; use teacher.sharding=zero3"
+            f"these are: {', '.join(supported)}; use one, or set teacher.sharding=zero3"
         )
     if num_ranks > config.num_key_value_heads:
         raise ValueError(
             f"teacher.tensor={num_ranks}: the teacher has {config.num_key_value_heads} key-value "
-            "heads, so that a rank would have none; use fewer ranks, or teacher.sharding=zero3"
+            "heads, so that a rank would have none; lower it, or set teacher.sharding=zero3"
         )
 
 
 def require_share(
     teacher: ShardedTeacher, whole_sizes: dict[str, int], replica: ProcessGroup
 ) -> None:
-    """RuntimeError if this rank holds more than the embedding and 1.05 of its share of the rest.
+    """Raise RuntimeError if this rank holds more than the embedding and SLACK times its share.
 
-    ``whole_sizes``: numbers of parameters of the whole decoder, by name. The share of attention is
-    that of the key-value heads, of everything else one rank's.
+    whole_sizes: number of parameters of each weight of the whole decoder, by name. A rank's share
+    of attention is that of its key-value heads; its share of all else is one part for each rank.
     """
     config: Any = teacher.config
     start, stop = _part(config.num_key_value_heads, replica)
@@ -138,14 +140,14 @@ def require_share(
         raise RuntimeError(
             f"rank {rank_in(replica)} of {size_of(replica)} holds {num_held} parameters of the "
             f"teacher, more than the embedding's {embedding} and {SLACK} of its share by heads of "
-            f"the others, {share:.0f}: DeepSpeed has not cut them; use teacher.sharding=zero3"
+            f"the others, {share:.0f}: DeepSpeed has not cut them; set teacher.sharding=zero3"
         )
 
 
 class _Ranks:
-    """What DeepSpeed's inference engine asks of a Megatron-like owner of groups.
+    """The groups as ``deepspeed.init_inference`` asks for them, in Megatron's form.
 
-    Without it the engine does not cut; without its group as an argument it takes the first ranks.
+    Without this object it does not cut; without its group as an argument it takes the first ranks.
     """
 
     def __init__(self, replica: ProcessGroup) -> None:
@@ -162,11 +164,11 @@ class _Ranks:
 
 
 def _cut_layers(decoder: nn.Module, replica: ProcessGroup, dtype: torch.dtype) -> nn.Module:
-    """Give each layer this rank's part, without values."""
+    """Cut each layer to this rank's part, without values."""
     ranks = _Ranks(replica)
-    # The engine prints what it does, on every rank.
+    # DeepSpeed prints what it does, on every rank.
     with random_state_kept(), redirect_stdout(StringIO()):
-        engine = deepspeed.init_inference(
+        wrapped = deepspeed.init_inference(
             decoder,
             dtype=dtype,
             replace_with_kernel_inject=False,
@@ -177,13 +179,13 @@ def _cut_layers(decoder: nn.Module, replica: ProcessGroup, dtype: torch.dtype) -
                 "tp_grain_size": 1,
             },
         )
-    return engine.module
+    return wrapped.module
 
 
 def _cut_head(config: Any, decoder: nn.Module, replica: ProcessGroup) -> HeadPart:
     start, stop = _part(config.vocab_size, replica)
     embedding_VH: Tensor = decoder.embed_tokens.weight.data  # type: ignore[union-attr]
-    # A tied head is a view: it takes no memory, and is filled with the embedding.
+    # A tied head is a view: it takes no memory, and gets its values with the embedding.
     part_VH = embedding_VH[start:stop]
     weight_VH = part_VH if is_tied(config) else torch.empty_like(part_VH)
     head = nn.Linear(*reversed(weight_VH.shape), bias=False, device="meta")
@@ -192,15 +194,15 @@ def _cut_head(config: Any, decoder: nn.Module, replica: ProcessGroup) -> HeadPar
 
 
 def _part(total: int, replica: ProcessGroup) -> tuple[int, int]:
-    """Start and end of this rank's part of so many things, the first ranks' one longer."""
-    size, more = divmod(total, size_of(replica))
+    """Return start and end of this rank's part of ``total``; the first ranks take the remainder."""
+    size, remainder = divmod(total, size_of(replica))
     rank = rank_in(replica)
-    start = rank * size + min(rank, more)
-    return start, start + size + (rank < more)
+    start = rank * size + min(rank, remainder)
+    return start, start + size + (rank < remainder)
 
 
 def _cut_of(module: nn.Module, name: str) -> WeightCut | None:
-    """Which part of the whole tensor a module of DeepSpeed's, or a head, holds; None for all."""
+    """Return the part of the whole tensor that this module holds; None if it holds all of it."""
     if isinstance(module, HeadPart):
         return WeightCut(0, module.first_id, module.first_id + module.get_parameter(name).shape[0])
     if isinstance(module, LinearLayer):
@@ -214,23 +216,23 @@ def _cut_of(module: nn.Module, name: str) -> WeightCut | None:
 
 
 def renew_rotary(decoder: Any, config: Any, device: torch.device | str) -> None:
-    """The rotary table is no weight: it lost its values on "meta", or its digits where DeepSpeed
-    put it into the weights' number format."""
+    """Compute the rotary table again: it is not a weight, and lost its values on "meta", or its
+    precision where DeepSpeed cast it to the weights' dtype."""
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
 
 
 def _require_sums_of_groups() -> None:
     if hasattr(torch.ops.deepspeed, "inference_all_reduce_"):
         raise RuntimeError(
-            "DeepSpeed's shared-memory op is loaded, whose sums ignore their group; set "
-            'deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False before '
+            "DeepSpeed's shared-memory op inference_all_reduce_ is loaded, whose sums ignore their "
+            'group; set deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False before '
             "deepspeed.init_distributed"
         )
 
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leave the random state as it was found: DeepSpeed sets it on all ranks alike."""
+    """Keep the random state as it is during the block, in which DeepSpeed seeds all ranks alike."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,4 +1,4 @@
-"""A teacher's weights, one tensor or a part of one at a time: nobody has to hold them all."""
+"""Read a teacher's weights one tensor, or a part of it, at a time: no rank has to hold them all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SINGLE = "model.safetensors"
 
 
 class WeightCut(NamedTuple):
-    """Rows (dim 0) or columns (dim 1) of a tensor."""
+    """A range of rows (dim 0) or columns (dim 1) of a tensor."""
 
     dim: int
     start: int
@@ -24,17 +24,17 @@ class WeightCut(NamedTuple):
 
 
 class WeightSource(Protocol):
-    """Where weights are read from, by the names that the whole model gives them."""
+    """A source of weights, by their names in the whole model."""
 
     def __contains__(self, name: object) -> bool: ...
 
     def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
-        """The tensor, or that part of it, on the CPU."""
+        """Return the tensor, or the part ``cut`` of it, on the CPU."""
         ...
 
 
 class LoadedWeights:
-    """The state of a model that somebody has loaded whole."""
+    """The weights of a model that is loaded whole."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
@@ -51,7 +51,7 @@ class SavedWeights:
     """The safetensors files of a Hugging Face folder."""
 
     def __init__(self, folder: Path) -> None:
-        """ValueError if the folder has no such files."""
+        """Find the file of each tensor. ValueError if the folder has no safetensors files."""
         self.folder = folder
         self._files = _files(folder)
 
@@ -60,18 +60,18 @@ class SavedWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor by name."""
+        """Dtype of the first tensor by name."""
         return self.read(min(self._files)).dtype
 
     def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
-        """The tensor, or that part of it. ValueError if it is not there, or cannot be read."""
+        """Read the tensor, or the part ``cut`` of it. ValueError if it is missing or unreadable."""
         if name not in self._files:
             raise ValueError(
                 f"the weights in {self.folder} have no {name}; give the folder of a whole causal "
                 "language model"
             )
         try:
-            # Opened anew each time: the pages that were read leave the process with the mapping.
+            # The file is opened anew each time, so that the pages read are freed with the mapping.
             with safe_open(self._files[name], framework="pt") as file:
                 if cut is None:
                     return file.get_tensor(name)
@@ -83,7 +83,7 @@ class SavedWeights:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
+    """Return the file of each tensor."""
     if (folder / INDEX).is_file():
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in places.items()}

@@ -1,4 +1,4 @@
-"""The frozen teacher in ZeRO-3's pieces: every rank holds an equal part of every tensor."""
+"""The frozen teacher under ZeRO-3: every rank holds an equal piece of every tensor."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from regate_ds.teacher.sharding.weights import WeightSource
 def partitioned_teacher(
     config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device | str
 ) -> ShardedTeacher:
-    """A teacher without values, of which every rank of the world holds an equal piece of each
-    tensor; a layer is gathered to run. All ranks must score equally often. Collective.
+    """Build a teacher without values; every rank of the world holds a piece of each tensor.
 
+    A layer is gathered to run, so all ranks must score equally often. Collective over the world.
     ValueError for an architecture that is not built like Llama.
     """
     require_plain_weights(config)
     require_partitionable(config)
     settings = _zero3_settings(dtype)
     with random_state_kept(), no_init_weights():
-        # Without dtype=: deepspeed 0.19.8 takes bf16 in its place where fp16 is not supported.
+        # No dtype=: deepspeed 0.19.8 would take bf16 in its place where fp16 is not supported.
         with deepspeed.zero.Init(config_dict_or_path=settings):
             whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if is_tied(config):
@@ -46,8 +46,10 @@ def partitioned_teacher(
 
 @torch.no_grad()
 def fill_partitioned(teacher: ShardedTeacher, weights: WeightSource | None) -> None:
-    """Read a ``partitioned_teacher`` tensor by tensor; the world's first rank gives the weights,
-    the others None. Collective over the world."""
+    """Fill a ``partitioned_teacher`` tensor by tensor. Collective over the world.
+
+    weights: the source on the world's first rank, None on all others.
+    """
     for whole_name, module, name in teacher.weights_by_name():
         parameter = module.get_parameter(name)
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -56,8 +58,8 @@ def fill_partitioned(teacher: ShardedTeacher, weights: WeightSource | None) -> N
 
 
 def require_partitionable(config: Any) -> None:
-    """ValueError for a model of other parts than a decoder with rotary positions and a head: what
-    else it computes when it is built would silently be in the weights' number format."""
+    """Refuse, by ValueError, a model with parts other than a decoder with rotary positions and a
+    head: other tables that it computes when built would silently have the weights' dtype."""
     with torch.device("meta"):
         whole: Any = AutoModelForCausalLM.from_config(config)
     parts = {name for name, _ in whole.named_children()}
@@ -70,7 +72,7 @@ def require_partitionable(config: Any) -> None:
 
 
 class _GatheredHead(HeadPart):
-    """A head in ZeRO-3's pieces, whole while a batch is scored."""
+    """A head in ZeRO-3's pieces, gathered while a batch is scored."""
 
     def losses(self, hidden_NH: Tensor, labels_N: Tensor, num_ids: int = IDS) -> Tensor:
         with deepspeed.zero.GatheredParameters(list(self.parameters())):

@@ -1,9 +1,9 @@
 """Reference losses of a teacher with a tokenizer of its own.
 
-It reads the very text of the sample, template included, in its own tokens, with its pad token at
-every image position. Its losses come back over the characters of the answers: see ``alignment``.
+The teacher reads the same text of a sample, template included, in its own tokens, with its pad
+token at every image position. Its losses are shared out by characters: see ``alignment.py``.
 
-Shapes: S positions of the student's sample.
+Shapes: S positions of the student's sample, M label positions of the teacher's, N of the student's.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from regate_ds.teacher.tokenizers.alignment import Alignment, align
 
 @dataclass(frozen=True)
 class TwiceWritten:
-    """One sample in the student's tokens, which it passes for, and in the teacher's."""
+    """One sample in the student's tokens and in the teacher's; it counts as the student's."""
 
     student: EncodedSample
     teacher: EncodedSample
-    """No longer than what the student's labels need."""
+    """The teacher's sample, no longer than the student's labels need."""
 
     alignment: Alignment
+    """How to share the teacher's losses out over the student's labels."""
 
     @property
     def key(self) -> SampleKey:
@@ -54,40 +55,42 @@ class OtherTokenizer:
     """Writes records in both tokenizers' tokens."""
 
     def __init__(self, encoder: Encoder, tokenizer: Any, *, pad_id: int) -> None:
-        """``encoder``: the student's. ``tokenizer``: the teacher's, a fast one with an eos."""
+        """Set up for a student's ``encoder`` and a teacher's fast ``tokenizer`` with an eos."""
         _require_fast(tokenizer)
-        self._student, self._whole = encoder, encoder.uncut()
+        self._student, self._uncut_student = encoder, encoder.uncut()
         self._teacher = encoder.uncut(tokenizer, placeholder_id=pad_id)
 
     def write(self, record: Record) -> TwiceWritten:
-        """ValueError names a record that the teacher's tokenizer cannot write as text."""
+        """Encode a record twice. ValueError names one that the teacher's tokenizer cannot write."""
         self._require_prompt(record)
         sample = self._student.encode(record)
-        whole = self._whole.encode(record) if self._student.is_cut(sample) else sample
+        uncut = self._uncut_student.encode(record) if self._student.is_cut(sample) else sample
         try:
-            theirs = self._teacher.encode(record)
+            teachers = self._teacher.encode(record)
         except SampleError as error:
             raise ValueError(
                 f"{error.bad}, to the teacher's tokenizer; correct it, take it out of the data, or "
                 "use another teacher"
             ) from error
-        alignment = align(whole.char_spans, theirs.char_spans, num_student=len(sample.char_spans))
-        return TwiceWritten(sample, _first_labels(theirs, alignment.num_teacher), alignment)
+        num_student = len(sample.char_spans)
+        alignment = align(uncut.char_spans, teachers.char_spans, num_student=num_student)
+        return TwiceWritten(sample, _first_labels(teachers, alignment.num_teacher), alignment)
 
     def _require_prompt(self, record: Record) -> None:
-        """Without one, and without a bos, an answer's first token is predicted by nothing."""
+        """Refuse a record that starts with its answer: without a bos, nothing predicts its first
+        token."""
         if not any(e.begins_with_answer(record) for e in (self._student, self._teacher)):
             return
         raise ValueError(
-            f"{record.source}, record {record.key[1]}: begins with its answer, whose first token "
-            "is predicted by nothing where a tokenizer has no bos; set data.template.user"
+            f"{record.source}, record {record.key[1]}: begins with its answer, so that no token "
+            "predicts the first one where a tokenizer has no bos; set data.template.user"
         )
 
 
 def score_twice_written(
     score: Callable[[Sequence[ScoredSample]], Tensor], samples: Sequence[TwiceWritten]
 ) -> Tensor:
-    """fp32 [N]: losses of the student's labels, through what ``score`` says of the teacher's."""
+    """Return fp32 [N]: losses of the student's labels, from ``score`` of the teacher's samples."""
     losses = score([sample.teacher for sample in samples])
     parts = losses.split([sample.alignment.num_teacher for sample in samples])
     shared = [sample.alignment.share_out(part_M) for sample, part_M in zip(samples, parts)]
@@ -95,14 +98,14 @@ def score_twice_written(
 
 
 def tokenizer_id(tokenizer: Any) -> str:
-    """Names a fast tokenizer by a hash over its rules and the tokens around a text."""
+    """Name a fast tokenizer by a hash over its rules, its bos and its eos."""
     rules = tokenizer.backend_tokenizer.to_str()
     around = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}"
     return hashlib.sha256(f"{around} {rules}".encode()).hexdigest()[:8]
 
 
 def _first_labels(sample: EncodedSample, num_labels: int) -> EncodedSample:
-    """The sample up to the token that is the last of so many labels, as a cut would leave it."""
+    """Cut a sample after the token that is its last of ``num_labels`` labels."""
     places = (sample.labels_S != IGNORE).nonzero().squeeze(1)
     length = int(places[num_labels - 1]) + 2 if num_labels else 1
     labels_S = sample.labels_S[:length].clone()
@@ -119,6 +122,6 @@ def _first_labels(sample: EncodedSample, num_labels: int) -> EncodedSample:
 def _require_fast(tokenizer: Any) -> None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not tell the characters "
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not give the characters "
             "of its tokens; convert it to a fast one"
         )

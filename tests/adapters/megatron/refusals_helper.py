@@ -155,7 +155,7 @@ def check_virtual_range(case: Case) -> None:
     config, uneven = chunks[0].config, "num_layers_in_first_pipeline_stage"
     with changed(config, uneven, 2), refused(ValueError, uneven):
         attach(chunks, case.config, reference=reference_of(case))
-    with refused(ValueError, "last_layer before the depth"):
+    with refused(ValueError, "last_layer=3 ends before the depth"):
         attach(chunks, replace(case.config, last_layer=3), reference=reference_of(case))
     with refused(ValueError, "first virtual chunk"):
         attach(chunks, replace(case.config, first_layer=3), reference=reference_of(case))

@@ -1,6 +1,6 @@
-"""ReGATE in a loop around Megatron-core that is not ours to edit: it attaches at the first step.
+"""Attach ReGATE at the first step of a loop around Megatron-core that the user does not edit.
 
-``megatron_lm.py`` puts it into Megatron-LM's loop, ``bridge.py`` into Megatron-Bridge's.
+`megatron_lm.py` puts it into Megatron-LM's loop, and `megatron_bridge.py` into Megatron-Bridge's.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from regate_ds.stores.reference.reader import ReferenceStore
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What a host's own configuration does not say."""
+    """Settings of ReGATE that the host's own configuration does not have."""
 
     elision: RegateConfig
     """The knobs of the method."""
 
     reference: Path | None = None
-    """Folder of the teacher's losses; null with keep_share 1.0."""
+    """Folder of the teacher's losses; null with keep_share=1.0."""
 
     dataset: str = "train"
-    """Name of the training data in the keys of samples, as in the reference store."""
+    """Name of the training data in the keys of its samples, the same as in the reference store."""
 
     row_format: RowFormat = "padded"
-    """Rows of one length, or one after the other (`ragged`; needs Transformer Engine)."""
+    """`padded` for rows of one length, `ragged` for kept tokens one after the other (this needs
+    Transformer Engine)."""
 
     image: ImageTokens | None = None
-    """Where the model puts image embeddings in place of tokens; null for text."""
+    """How the model puts image embeddings in the place of tokens; null for a text model."""
 
 
 class DeferredAttach:
-    """One rank's part in a host's run, whose model it gets to know with the first step."""
+    """One rank's part in a host's run; it gets the model at the first training step."""
 
     def __init__(
         self,
@@ -51,8 +52,12 @@ class DeferredAttach:
         tokens: Callable[[Any], TokenBatch] | None = None,
         resume: Callable[[], Path | None] = lambda: None,
     ) -> None:
-        """tokens: reads an item of the data iterator, where it is not a dict of Megatron's names.
-        resume: the checkpoint folder that the host has loaded, if it has; asked at the first step.
+        """Keep the settings until the first training step.
+
+        tokens: reads an item of the data iterator; without it, ``read_tokens`` reads the dicts
+            that Megatron's data sets make.
+        resume: returns the checkpoint folder that the host has loaded, or None; it is called at the
+            first step.
         """
         self._settings, self._resume = settings, resume
         self._tokens = tokens or (
@@ -62,7 +67,10 @@ class DeferredAttach:
         """None before the first step."""
 
     def wrap(self, schedule: Callable[..., Any]) -> Callable[..., Any]:
-        """What to use in place of Megatron's forward-backward function."""
+        """Return what to call in place of Megatron's forward-backward function.
+
+        It attaches at its first call that trains; calls with ``forward_only`` go to the host.
+        """
         planned: Callable[..., Any] | None = None
 
         @wraps(schedule)
@@ -80,17 +88,17 @@ class DeferredAttach:
         return forward_backward
 
     def end_step(self, *, applied: bool) -> None:
-        """After the optimizer's step. All ranks call it."""
+        """End a step, after the optimizer's step. All ranks must call it."""
         if self.regate is not None:
             self.regate.step(applied=applied)
 
     def abandon_step(self) -> None:
-        """The host leaves the step to a later job."""
+        """Forget the planned step, because the host leaves it to a later job."""
         if self.regate is not None:
             self.regate.abandon()
 
     def save(self, folder: Path) -> None:
-        """Into a checkpoint of the host. All ranks call it."""
+        """Write schedule and difficulty into a checkpoint folder. All ranks must call it."""
         if self.regate is not None:
             self.regate.save(folder)
 

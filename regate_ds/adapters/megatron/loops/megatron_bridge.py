@@ -1,11 +1,11 @@
-"""ReGATE in Megatron-Bridge's loop, by its callbacks. Not run: checked against its source.
+"""ReGATE in Megatron-Bridge's loop. It was never run with Bridge, only checked against its source.
 
-    with installed(settings) as callback:
+    with installed_in_bridge(settings) as callback:
         pretrain(config, forward_step, callbacks=[callback])
 
-The loop looks its schedule up by name in ``megatron.bridge.training.train``, before any callback,
-and the provider of its data sets in ``...training.pretrain``: these names are rebound while the
-block runs, and items of the training set say their number. The end of a step is a callback.
+The loop finds its schedule by name in ``megatron.bridge.training.train``, before any callback, and
+the provider of its data sets in ``megatron.bridge.training.pretrain``. These two names are replaced
+while the block runs, and each item of the training set gets its number. A callback ends each step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ def installed_in_bridge(
     tokens: Callable[[Any], TokenBatch] | None = None,
     resume: Path | None = None,
 ) -> Iterator[Any]:
-    """A callback for ``pretrain`` or ``finetune``, inside whose block they run.
+    """Yield a callback to pass to ``pretrain`` or ``finetune``, which must run inside the block.
 
-    tokens: as in ``attach``, for batches that lack Megatron's names; ``read_tokens`` without it.
-    resume: the checkpoint folder (``iter_...``) that Bridge is going to load, if it is.
+    tokens: as in ``attach``; without it ``read_tokens`` reads batches with Megatron's names.
+    resume: the checkpoint folder (``iter_...``) that Bridge is going to load, if any.
+
+    ValueError at the start of training if checkpoints are saved asynchronously.
     """
     from megatron.bridge.training import pretrain, train
     from megatron.bridge.training.callbacks import Callback
@@ -46,8 +48,8 @@ def installed_in_bridge(
         def on_train_start(self, context: Any) -> None:
             if context.state.cfg.checkpoint.async_save:
                 raise ValueError(
-                    "checkpoint.async_save=True tells of a save when later steps have begun; set "
-                    "it False"
+                    "checkpoint.async_save=True reports a save only after later steps have begun; "
+                    "set it False"
                 )
 
         def on_train_step_end(self, context: Any) -> None:
@@ -67,7 +69,10 @@ def installed_in_bridge(
 
 
 def _numbering(provider: Callable[..., Any]) -> Callable[..., Any]:
-    """The host's provider of data sets; it is asked for its signature."""
+    """Wrap the host's provider of data sets, so that items of the training set have their number.
+
+    The wrapper keeps the signature, because the host inspects it.
+    """
 
     @wraps(provider)
     def numbered(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:

@@ -3,9 +3,9 @@
     with installed(settings):
         pretrain(...)
 
-Four names of ``megatron/training/training.py`` are rebound while the block runs, after a check of
-their signatures: the schedule plans, a train step ends ours, a checkpoint holds our state, and the
-items of map-style data sets say their number.
+Four names of ``megatron/training/training.py`` are replaced while the block runs, after a check of
+their signatures: the schedule plans each step, the end of a train step ends it, a checkpoint also
+holds the method's state, and each item of a map-style data set gets its number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regate_ds.adapters.megatron.samples import Numbered
 from regate_ds.algorithm.batch import TokenBatch
 
 TESTED_MEGATRON_LM = ("0.19.2",)
-"""Versions whose loop was run. Those from 0.16.1 have the same signatures."""
+"""Versions whose loop was run. Versions from 0.16.1 on have the same signatures."""
 
 _EXPECTED = {
     "get_forward_backward_func": (),
@@ -30,21 +30,22 @@ _EXPECTED = {
     "save_checkpoint": ("iteration", "model"),
     "build_pretraining_data_loader": ("dataset", "consumed_samples"),
 }
-"""Names that are rebound, and the parameters that each must have."""
+"""Names that are replaced, and the parameters that each must have."""
 
-_SKIPPED, _EXITS = 1, 3
-"""Places of what a train step returns: was the update skipped, and does the job end before it."""
+_NOT_APPLIED, _EXITS = 1, 3
+"""Indices into what a train step returns: the update was not applied; the job ends before it."""
 
 
 @contextmanager
 def installed(
     settings: LoopSettings, tokens: Callable[[Any], TokenBatch] | None = None
 ) -> Iterator[DeferredAttach]:
-    """Run Megatron-LM's loop with elision inside the block.
+    """Make Megatron-LM's loop elide tokens while the block runs.
 
-    tokens: as in ``attach``, where the data are not dicts of Megatron's names.
+    tokens: as in ``attach``; without it ``read_tokens`` reads batches with Megatron's names.
 
-    ImportError if ``megatron.training`` is not there, ValueError if it is of another kind.
+    ImportError if ``megatron.training`` is not installed, ValueError if it lacks a name or a
+    parameter that is needed.
     """
     from megatron.training import training
 
@@ -61,23 +62,26 @@ def installed(
 
 
 def _require_known(training: Any) -> None:
+    """Refuse a ``megatron.training.training`` without the names and parameters of ``_EXPECTED``."""
     for name, parameters in _EXPECTED.items():
         host = getattr(training, name, None)
         if host is None:
             raise ValueError(
-                f"megatron.training.training has no {name}; megatron-core "
-                f"{TESTED_MEGATRON_LM[-1]} is tested"
+                f"megatron.training.training has no {name}; install megatron-core "
+                f"{TESTED_MEGATRON_LM[-1]}, which is tested"
             )
         known = inspect.signature(host).parameters
         missing = [parameter for parameter in parameters if parameter not in known]
         if missing:
             raise ValueError(
-                f"megatron.training.training.{name} takes no {', '.join(missing)}; megatron-core "
-                f"{TESTED_MEGATRON_LM[-1]} is tested"
+                f"megatron.training.training.{name} takes no {', '.join(missing)}; install "
+                f"megatron-core {TESTED_MEGATRON_LM[-1]}, which is tested"
             )
 
 
 def _replacements(deferred: DeferredAttach, hosts: dict[str, Any]) -> dict[str, Any]:
+    """Return what replaces each name of ``_EXPECTED``; ``hosts`` are the host's own functions."""
+
     @wraps(hosts["get_forward_backward_func"])
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         return deferred.wrap(hosts["get_forward_backward_func"](*args, **kwargs))
@@ -88,7 +92,7 @@ def _replacements(deferred: DeferredAttach, hosts: dict[str, Any]) -> dict[str, 
         if result[_EXITS]:
             deferred.abandon_step()
         else:
-            deferred.end_step(applied=not result[_SKIPPED])
+            deferred.end_step(applied=not result[_NOT_APPLIED])
         return result
 
     @wraps(hosts["save_checkpoint"])
@@ -113,6 +117,7 @@ def _replacements(deferred: DeferredAttach, hosts: dict[str, Any]) -> dict[str, 
 
 
 def _loaded_folder() -> Path | None:
+    """Return the checkpoint folder that Megatron-LM has loaded; None if it has loaded none."""
     from megatron.training import get_args
 
     iteration = get_args().iteration
@@ -120,6 +125,7 @@ def _loaded_folder() -> Path | None:
 
 
 def _folder(kind: str, iteration: int) -> Path:
+    """Return the folder of an iteration's checkpoint; ``kind`` is "save" or "load"."""
     from megatron.training import get_args
     from megatron.training.checkpointing import get_checkpoint_name
 
