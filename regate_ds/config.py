@@ -82,10 +82,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegateConfig:
-    """What a run keeps, in which steps, and in which decoder layers.
-
-    Frozen. A value that is impossible raises ValueError when the object is made.
-    """
+    """What is kept, when, and where in the decoder. Frozen; impossible values fail at birth."""
 
     enabled: bool = True
     """False: no hook is installed and the run is the host's own, bit for bit."""

@@ -1,13 +1,13 @@
-"""One run of the method: plan a step, record its losses, remember which tokens are still hard.
+"""One run of the method: plan a step, take back its losses, remember what is still hard.
 
-A step is ``plan_step``, then the host's forward and backward passes with one ``record`` for each
-micro-batch, then ``finish_step``. The session scales no loss, calls no framework and opens no file.
+A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` per micro-batch
+-> ``finish_step``. The session scales no loss, calls no framework and touches no file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.counts import COUNTS, count_step
-from regate_ds.algorithm.difficulty import updated_statistics
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.algorithm.quotas.quota import QuotaState
 from regate_ds.algorithm.rows import RowLayout
@@ -27,6 +26,7 @@ from regate_ds.algorithm.window import (
     window_keys,
 )
 from regate_ds.config import RegateConfig
+from regate_ds.open_step import OpenStep
 from regate_ds.parallel.collectives import all_or_none, gather_rows
 from regate_ds.parallel.layout import ParallelLayout, is_first
 from regate_ds.stores.values import Stores
@@ -35,19 +35,6 @@ Window = Sequence[TokenBatch]
 
 STATE_FORMAT = 2
 """Version of what ``state_dict`` returns."""
-
-
-@dataclass
-class _Open:
-    """A step that is planned but not finished."""
-
-    plan: StepPlan
-    window: Window
-    statistics: Mapping[str, Tensor]
-    quota_state: QuotaState
-    """What the quota remembers once the step is ended."""
-
-    recorded: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class Regate:
@@ -75,7 +62,7 @@ class Regate:
         self.rows = rows or RowLayout(multiple=config.token_multiple)
         self._layout = layout or ParallelLayout()
         self._quota_state: QuotaState = {}
-        self._open: _Open | None = None
+        self._open: OpenStep | None = None
         self._reference = stores.reference if config.needs_reference else None
         self._difficulty = stores.difficulty if config.statistics else None
         lacks_reference = config.needs_reference and stores.reference is None
@@ -92,7 +79,7 @@ class Regate:
 
     @property
     def coming_step(self) -> int:
-        """Number of the step that the next call of ``plan_step`` plans."""
+        """The step that is planned next."""
         return self.step + (self._open is not None)
 
     def is_dense(self, step: int) -> bool:
@@ -107,34 +94,49 @@ class Regate:
         ValueError if the run is over or the step has no target on any rank, RuntimeError if the
         step before is still open, or if another data rank raises.
         """
-        with self._together():
+        with self.together():
             batches = self._read(window)
         keys = window_keys(batches)
         statistics = {} if self._difficulty is None else self._difficulty.read(keys)
         dense = self.is_dense(self.step)
         if dense:
-            plan, quota_state = partial(plan_dense_window, batches), self._quota_state
+            make, quota_state = partial(plan_dense_window, batches), self._quota_state
         else:
-            plan, quota_state = self._choose(batches, statistics)
-        with self._together(num_values=len(COUNTS)) as totals:
-            micro = tuple(replace(one, step=self.step) for one in plan())
-            totals += count_step(batches, micro, self.rows.num_padding)
-        counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
-        if counts["answer_kept"] == 0:
+            make, quota_state = self._choose(batches, statistics)
+        plan = self._counted(batches, make, dense=dense)
+        if plan.num_targets_global == 0:
             raise ValueError(
                 f"step {self.step} has no answer token on any rank; leave out samples without "
                 "answers"
             )
-        step_plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
-        self._open = _Open(step_plan, batches, statistics, quota_state)
-        return step_plan
+        self._open = OpenStep(plan, batches, statistics, quota_state)
+        return plan
+
+    def plan_evaluation(self, window: Callable[[], Window]) -> StepPlan:
+        """Return a plan of what ``window`` reads that elides nothing, and belongs to no step.
+
+        Collective over data ranks, as ``plan_step``.
+        """
+        with self.together():
+            batches = window()
+        return self._counted(batches, partial(plan_dense_window, batches), dense=True)
+
+    def _counted(
+        self, window: Window, make: Callable[[], tuple[ElisionPlan, ...]], *, dense: bool
+    ) -> StepPlan:
+        """Make the plans and count over all data ranks what they keep."""
+        with self.together(num_values=len(COUNTS)) as totals:
+            micro = tuple(replace(one, step=self.step) for one in make())
+            totals += count_step(window, micro, self.rows.num_padding)
+        counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
+        return StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
 
     def _choose(
         self, window: Window, statistics: Mapping[str, Tensor]
     ) -> tuple[Callable[[], tuple[ElisionPlan, ...]], QuotaState]:
         """Return what makes the plans of a sparse step, and the quota's next state."""
         method, reference = self.config.method, self._reference
-        with self._together():
+        with self.together():
             reference_N = None if reference is None else reference.read(window_keys(window))
             values_N = score_window(
                 method, window, step=self.step, reference_N=reference_N, statistics=statistics
@@ -148,7 +150,7 @@ class Regate:
         )
         return partial(plan_window, method, window, values_N, num_hard_S, self.rows), quota_state
 
-    def _together(self, num_values: int = 0) -> Any:
+    def together(self, num_values: int = 0) -> Any:
         """Make an error on one data rank an error on all. Collective, when the block ends."""
         return all_or_none(self._layout.data, self._layout.device, num_values=num_values)
 
@@ -174,39 +176,18 @@ class Regate:
         statistics_L: further values of the targets, by the names that the score's statistics
         are made of.
         """
-        current = self._require_open("record")
-        if plan.step != self.step or plan.micro in current.recorded:
-            raise RuntimeError(
-                f"losses of step {plan.step}, micro-batch {plan.micro} do not belong here: step "
-                f"{self.step} is open and has micro-batches {sorted(current.recorded)} already; "
-                "give each micro-batch's output once"
-            )
-        recorded = {"loss": losses_L, **statistics_L}
-        for name, values_L in recorded.items():
-            if values_L.shape != (plan.num_targets,):
-                raise ValueError(
-                    f"{plan.num_targets} targets, but {name} {tuple(values_L.shape)}; give one "
-                    "value for each target of the plan"
-                )
-        current.recorded[plan.micro] = {k: v.detach() for k, v in recorded.items()}
+        self._require_open("record").record(plan, {"loss": losses_L, **statistics_L})
 
     def finish_step(self, *, applied: bool) -> None:
-        """End the open step and update the difficulty. Collective over data ranks.
+        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
 
-        applied: False (as after an overflow, where no weight changes) changes no difficulty.
-
-        RuntimeError on all data ranks, with no difficulty changed, if losses are missing or one is
-        not finite; it names the micro-batches or the sample.
+        RuntimeError names the sample whose loss is not finite, on all data ranks; nothing is
+        remembered then.
         """
-        with self._together():
+        with self.together():
             current = self._require_open("finish_step")
-            missing = set(range(len(current.plan.micro))) - set(current.recorded)
-            if missing:
-                raise RuntimeError(
-                    f"step {self.step}: no losses of micro-batches {sorted(missing)}; call "
-                    "regate.loss on the output of each"
-                )
-            updated = {} if not applied else self._updated(current)
+            current.require_complete()
+            updated = current.updated(self.config.statistics) if applied else {}
         if updated and self._difficulty is not None:
             self._difficulty.write(window_keys(current.window), updated)
         self._quota_state = current.quota_state
@@ -214,7 +195,8 @@ class Regate:
         self.step += 1
 
     def abandon_step(self) -> None:
-        """Forget the open step, which the host will not end. The next plan is of the same step."""
+        """Forget the plan of a step that the host will not end. It is planned anew, by the same
+        numbers."""
         self._open = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,16 +221,7 @@ class Regate:
         self.schedule.require_same(state)
         self.step, self._quota_state = state["step"], state["quota"]
 
-    def _require_open(self, call: str) -> _Open:
+    def _require_open(self, call: str) -> OpenStep:
         if self._open is None:
             raise RuntimeError(f"{call} without a planned step; call plan_step first")
         return self._open
-
-    def _updated(self, current: _Open) -> dict[str, Tensor]:
-        return updated_statistics(
-            self.config.statistics,
-            current.window,
-            current.plan.micro,
-            current.statistics,
-            current.recorded,
-        )

@@ -11,13 +11,16 @@ import torch
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.data.collate import Batch, moved
 
+PLAN = "regate_plan"
+"""Name under which a micro-batch carries its plan to the model."""
+
 _log = logging.getLogger(__name__)
 
 
-class Window(Sequence[tuple[Any, ElisionPlan | None]]):
-    """The micro-batches of one optimizer step, each with its plan (None without elision).
+class Window(Sequence[Any]):
+    """The micro-batches of one optimizer step, each with its plan in it.
 
-    A micro-batch is moved to the device when it is read from the window.
+    Without elision a micro-batch is the host's own. It is moved to the device when it is read.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Window(Sequence[tuple[Any, ElisionPlan | None]]):
         inputs = batch.inputs if isinstance(batch, Batch) else batch
         if isinstance(inputs, Mapping):
             inputs = moved(dict(inputs), self._device)
-        return inputs, None if plan is None else plan.to(self._device)
+        return inputs if plan is None else {**inputs, PLAN: plan.to(self._device)}
 
 
 def require_collated(micro: Sequence[Any]) -> None:

@@ -20,7 +20,7 @@ from regate_ds.algorithm.batch import IGNORE, TokenBatch
 
 @dataclass(frozen=True)
 class ElisionPlan:
-    """The kept positions of one micro-batch, and what the decoder and the loss need to use them."""
+    """The kept positions of one micro-batch, and what the decoder and the loss need of them."""
 
     moves_rows: bool
     """False: slots are positions, padding included, and layers see the rows as the host has them.
@@ -33,11 +33,10 @@ class ElisionPlan:
     """int64: position of each slot, in reading order; padding slots, at the end, point to 0."""
 
     segment_BK: Tensor
-    """int64: which sample of its row a slot belongs to; -1 is padding. Attention stays inside it.
-    """
+    """int64: sample of the row that a slot belongs to; -1 is padding. Attention stays inside."""
 
     slot_R: Tensor
-    """int64: the real slots as flat indices into [B * K]."""
+    """int64: real slots as flat indices into [B * K]."""
 
     position_R: Tensor
     """int64: the positions of the real slots as flat indices into [B * T]."""
@@ -53,14 +52,13 @@ class ElisionPlan:
     """int64: token ids that the loss asks for."""
 
     run_lengths: tuple[int, ...]
-    """Lengths of the runs of slots, in the flattened [B * K], that hold one sample or padding."""
+    """Lengths of the runs of one sample, or of padding, through the flattened [B * K] slots."""
 
     token_run_lengths: tuple[int, ...]
-    """Lengths of such runs of positions in the flattened [B * T], for layers that see every token.
-    """
+    """The same through the flattened [B * T] positions, for layers that see every token."""
 
     is_packed: bool
-    """True if a row holds several samples: causal order alone does not keep them apart then."""
+    """Some row holds several samples, so that causal order alone does not bound attention."""
 
     weight_L: Tensor | None = None
     """fp32 weight of each target in the summed loss; None is 1 for all."""
@@ -69,14 +67,14 @@ class ElisionPlan:
     """Label positions kept only to reach the row's multiple."""
 
     step: int = 0
-    """Number of the optimizer step that is planned."""
+    """The optimizer step that this plan is of."""
 
     micro: int = 0
-    """Number of the micro-batch within that step."""
+    """The micro-batch of that step."""
 
     @property
     def num_slots(self) -> int:
-        """K, the length of a row after the gate."""
+        """K, the length of a packed row."""
         return self.kept_BK.shape[1]
 
     @property
@@ -201,7 +199,7 @@ def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
     if not plan.moves_rows or missing == 0:
         return plan
 
-    def pad(x_BK: Tensor, value: int) -> Tensor:
+    def wider(x_BK: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x_BK, (0, missing), value=value)
 
     row_L, slot_L = plan.label_slot_L // plan.num_slots, plan.label_slot_L % plan.num_slots
@@ -220,6 +218,6 @@ def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
 
 def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:
     num_rows, num_slots = segment_BK.shape
-    # Segments are numbered through the rows, so that equal ones of neighbouring rows differ.
+    # Numbered through the rows, so that equal segments of neighbouring rows differ.
     run_BK = segment_BK + (num_slots + 1) * torch.arange(num_rows)[:, None]
     return tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist())

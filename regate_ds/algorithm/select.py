@@ -21,7 +21,7 @@ from regate_ds.algorithm.batch import ABSENT, TokenBatch
 def top(ranks: list[Tensor], among_BT: Tensor, group_BT: Tensor, num_top_G: Tensor) -> Tensor:
     """Mark the first num_top[g] positions of each group g, by descending ranks, then by position.
 
-    A stable sort, not a threshold, decides: all ranks of one replica must break ties alike.
+    Sorted by stable indices, not by a threshold: ranks of one model replica must break ties alike.
     """
     where_P = among_BT.reshape(-1).nonzero().squeeze(1)
     order_P = torch.arange(len(where_P))

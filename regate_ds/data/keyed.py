@@ -39,6 +39,13 @@ class Keyed(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        """Pass on the data set's own attributes, which samplers and loaders may ask for."""
+        if name in ("_dataset", "_name"):
+            # Asked for before they are set, when a copy is made for a worker process.
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         item = self._dataset[number]
         if not isinstance(item, Mapping):

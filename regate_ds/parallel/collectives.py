@@ -118,17 +118,21 @@ def exchange_tensors(
 
 
 def broadcast_integers(
-    values: Tensor | None, length: int, source: int, group: ProcessGroup | None
+    values: Tensor | None,
+    length: int,
+    source: int,
+    group: ProcessGroup | None,
+    dtype: torch.dtype = torch.int32,
 ) -> Tensor:
-    """Return the int32 values of rank ``source`` (of the world) on every rank of the group.
+    """Return, on every rank of the group, the integers of the rank ``source`` of the world.
 
-    ``values`` is None on the other ranks; ``length`` is their number.
+    values: given on that rank; the others pass None, and how many there are.
     """
     if group is None:
         assert values is not None
         return values
     if values is None:
-        values = torch.empty(length, dtype=torch.int32)
+        values = torch.empty(length, dtype=dtype)
     dist.broadcast(values, source, group=group)
     return values
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.plan import ElisionPlan
@@ -23,6 +25,14 @@ from regate_ds.settings.section import read_section
 def config_of(**knobs: Any) -> RegateConfig:
     """A configuration from its knobs by name, as a file has them; older names are taken."""
     return read_section(RegateConfig, knobs, where="")
+
+
+def gate_layers(
+    model: nn.Module, *, first_layer: int = 1, last_layer: int | None = None, **options: Any
+) -> Attachment:
+    """Attach to a model alone, by the paper's execution."""
+    config = RegateConfig(first_layer=first_layer, last_layer=last_layer)
+    return attach_model(model, config, **options)
 
 
 def plan_sparse(

@@ -120,7 +120,7 @@ class Decoder(nn.Module):
 def gathered(flow: Flow, plan: ElisionPlan | None) -> Flow:
     """Return the flow of kept slots only, with their original positions; itself if dense."""
     hidden, positions, number = flow
-    if plan is None or plan.is_dense:
+    if plan is None or not plan.moves_rows:
         return flow
     return keep(hidden, plan), positions.gather(1, plan.kept_BK), number
 
@@ -141,7 +141,9 @@ class Head(nn.Module):
         # In a dense step, where there was no gather, slots are positions.
         hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, plan.label_slot_L)
         weight, bias = self.head.weight, self.head.bias
-        loss_sum, losses_L = summed_loss(self.norm(hidden_LH), weight, bias, plan.targets_L)
+        loss_sum, losses_L = summed_loss(
+            self.norm(hidden_LH), weight, bias, plan.targets_L, plan.weight_L
+        )
         return loss_sum, losses_L, number
 
 

@@ -35,9 +35,12 @@ from regate_ds.adapters.huggingface.support import (
     require_supported_decoder,
     require_window,
 )
+from regate_ds.algorithm.executions.execution import gated_span
+from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.config import RegateConfig
 
 
 @dataclass
@@ -52,6 +55,9 @@ class ElidedOutput(ModelOutput):
 
     aux_loss: Tensor | None = None
     """The base model's auxiliary loss, where it returns one."""
+
+    plan: ElisionPlan | None = None
+    """The plan that the pass followed."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +95,16 @@ class _LayerGate:
 
 def attach_model(
     model: nn.Module,
+    config: RegateConfig | None = None,
     *,
-    first_layer: int = 1,
-    last_layer: int | None = None,
     own_loss: bool = False,
     run_tower_without_image: bool = False,
 ) -> Attachment:
-    """Make ``model(..., regate_plan=plan)`` process only kept tokens in its gated layers.
+    """Make ``model(..., regate_plan=plan)`` follow plans of the configuration's execution.
 
     Without a plan the model runs as the host wrote it.
 
+    config: which layers are gated, and what is done there; None is ``RegateConfig()``.
     own_loss: makes ``ElidedOutput.losses`` differentiable, for users who weigh them themselves.
     run_tower_without_image: makes a micro-batch without an image run an empty one through the
         vision tower, times zero, because ranks of one ZeRO group must all reduce the same
@@ -110,19 +116,22 @@ def attach_model(
     require_language_model(model, host)
     decoder = host.get_decoder()
     depth = len(decoder.layers)
-    last_layer = depth if last_layer is None else last_layer
-    require_supported_decoder(host, decoder, first_layer, last_layer)
+    config = config or RegateConfig()
+    last_layer = depth if config.last_layer is None else config.last_layer
+    require_supported_decoder(host, decoder, config.first_layer, last_layer)
+    require_execution(config.execution, "huggingface")
+    span = gated_span(config.execution.spans(config.first_layer, last_layer))
     attachment = Attachment()
-    ends_early = last_layer < depth
+    ends_early = span is not None and span.last < depth
     gate = _ModelGate(host, packed_at_end=not ends_early)
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, _base_forward, host=host)
     attachment.rebind_forward(host.get_output_embeddings(), _head_forward, own_loss=own_loss)
     for number, layer in enumerate(decoder.layers):
-        gated = first_layer <= number < last_layer
+        gated = span is not None and span.first <= number < span.last
         restores = gated and ends_early
-        packs = restores or number == first_layer
+        packs = restores or (span is not None and number == span.first)
         layer_gate = _LayerGate(number, gated, packs, restores)
         attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
@@ -145,16 +154,16 @@ def _model_forward(
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
     require_window(host, plan)
-    inputs = {} if plan.is_dense else attention_inputs(plan, host)
+    inputs = attention_inputs(plan, host) if plan.moves_rows else {}
     gated = _Gated(plan, inputs, ungated_attention_inputs(plan, host))
     outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
     hidden = outputs.last_hidden_state
-    is_packed = gate.packed_at_end and not plan.is_dense
+    is_packed = gate.packed_at_end and plan.moves_rows
     rows_L = plan.label_slot_L if is_packed else plan.label_position_L
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
-    loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_targets=plan.targets_L)
+    loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
     aux_loss = getattr(outputs, "aux_loss", None)
-    return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss)
+    return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan)
 
 
 def _base_forward(
@@ -189,7 +198,7 @@ def _layer_forward(
     plan = regate_plan.plan
     if gate.number == 0:
         require_rows(hidden_states, plan)
-    if plan.is_dense or not gate.gated:
+    if not plan.moves_rows or not gate.gated:
         return host_forward(hidden_states, *args, **{**kwargs, **regate_plan.ungated_attention})
     x = keep(hidden_states, plan) if gate.packs else hidden_states
     y = host_forward(x, *args, **_at_kept(kwargs, plan), **regate_plan.attention)
@@ -227,13 +236,16 @@ def _head_forward(
     hidden: Tensor,
     *,
     own_loss: bool,
-    regate_targets: Tensor | None = None,
+    regate_plan: ElisionPlan | None = None,
 ) -> Any:
-    if regate_targets is None:
+    """Compute the losses of a plan's targets; without a plan, the host's logits.
+
+    This happens inside the head's own call, because ZeRO-3 has its weight here and nowhere else.
+    """
+    if regate_plan is None:
         return host_forward(hidden)
-    # The loss is computed inside the head's own call, because only there ZeRO-3 has its weight.
-    head = host_forward.__self__
-    if own_loss:
-        losses_L = token_losses(hidden, head.weight, head.bias, regate_targets)
-        return losses_L.sum(), losses_L
-    return summed_loss(hidden, head.weight, head.bias, regate_targets)
+    head, targets_L, weight_L = host_forward.__self__, regate_plan.targets_L, regate_plan.weight_L
+    if not own_loss:
+        return summed_loss(hidden, head.weight, head.bias, targets_L, weight_L)
+    losses_L = token_losses(hidden, head.weight, head.bias, targets_L)
+    return (losses_L if weight_L is None else losses_L * weight_L).sum(), losses_L

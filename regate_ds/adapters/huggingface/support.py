@@ -121,7 +121,7 @@ def require_window(host: Any, plan: ElisionPlan) -> None:
     layer_types = getattr(config, "layer_types", None)
     slides = "sliding_attention" in layer_types if layer_types else True
     window = getattr(config, "sliding_window", None)
-    if slides and window is not None and plan.num_tokens >= window and not plan.is_dense:
+    if slides and window is not None and plan.num_tokens >= window and plan.moves_rows:
         raise ValueError(
             f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
             "elision the window would count kept tokens, not positions; use shorter rows"

@@ -18,28 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-
-NUMBER = "regate_number"
-"""Name under which an item has its number in the data set. Megatron's own code ignores it."""
-
-
-class Numbered(Dataset[dict[str, Any]]):
-    """A data set of dicts that adds each item's number; all else is the data set's own."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self._dataset[number], NUMBER: int(number)}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":
-            # Making a copy for a worker process asks for this name before it is set.
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
+from regate_ds.data.keyed import KEY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +44,7 @@ class ImageTokens:
             )
 
 
-def read_tokens(
-    item: Mapping[str, Any], dataset: str, *, image: ImageTokens | None = None
-) -> TokenBatch:
+def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) -> TokenBatch:
     """Read a micro-batch of Megatron's loader.
 
     dataset: name of the data set in the keys of samples.
@@ -76,10 +53,10 @@ def read_tokens(
 
     ValueError names what the micro-batch lacks, or what it has that the method cannot honour.
     """
-    missing = [name for name in ("labels", "loss_mask", NUMBER) if name not in item]
+    missing = [name for name in ("labels", "loss_mask", KEY) if name not in item]
     if missing:
         raise ValueError(
-            f"a batch has no {', '.join(missing)}; wrap the data set in Numbered, or give "
+            f"a batch has no {', '.join(missing)}; wrap the data set in Keyed, or give "
             "`tokens` to attach"
         )
     if item.get("cu_seqlens") is not None:
@@ -100,7 +77,8 @@ def read_tokens(
         _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
     if image is not None:
         labels_BT = with_images(labels_BT, item["tokens"].cpu(), image)
-    keys = tuple(((dataset, number),) for number in item[NUMBER].tolist())
+    names, numbers = item[KEY]
+    keys = tuple((key,) for key in zip(names, numbers.tolist(), strict=True))
     return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT)
 
 

@@ -45,6 +45,20 @@ class Span:
     """Which of the plan's kept sets enters."""
 
 
+def gated_span(spans: tuple[Span, ...]) -> Span | None:
+    """Return the one span of whole layers that an execution has; None if it has no span.
+
+    ValueError for spans of another kind, which no adapter carries out yet.
+    """
+    if not spans:
+        return None
+    if len(spans) > 1 or spans[0].part != "layer":
+        raise ValueError(
+            f"spans {spans}: adapters carry out one span of whole layers; choose another execution"
+        )
+    return spans[0]
+
+
 class Execution(Protocol):
     """A frozen dataclass with the knobs of one execution."""
 

@@ -138,7 +138,7 @@ class DifficultyStore:
         moments = {}
         for rank, path in enumerate(paths):
             saved = read_sidecar(path, SIDECAR_FORMAT)
-            self._require_own(saved, path)
+            self._require_same_data(saved, path)
             require_columns(saved, self._columns, path)
             moments[path.name] = int(saved["num_writes"])
             rows_R = torch.arange(rank, self.index.num_samples, len(paths))

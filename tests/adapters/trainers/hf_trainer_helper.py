@@ -174,7 +174,7 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
         window = regate.window(micro, engine)
         for number, (batch, plan) in enumerate(window):
             engine.set_gradient_accumulation_boundary(number == len(window) - 1)
-            engine.backward(regate.loss(engine(**batch, regate_plan=plan), plan))
+            engine.backward(regate.loss(engine(**batch, regate_plan=plan)))
             engine.step()
         regate.step(applied=True)
     mine, theirs = weights(trainer.model), weights(own)
