@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-stress test-matrix test-slurm test-ssh check style quickstart realmodel bench clean
+.PHONY: setup test test-gpu test-stress test-matrix test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -53,6 +53,12 @@ test-matrix: setup $(VENV19)/ready
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.
 test-slurm test-ssh: setup
 	$(TEST_ENV) $(BIN)/python -m tests.cluster.$(@:test-%=%)
+
+# On a borrowed GPU (or none): PART=oracle or PART=off, with the python and torch that are there.
+PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+test-gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU) -W ignore -m tests.gpu.run $(PART)
 
 check: setup
 	$(BIN)/ruff check

@@ -5,22 +5,23 @@
 #   NODE_RANK=1 launch/deepspeed.sh hostfile teacher configs/digits.yaml
 #
 # The first form reaches every node over ssh, by pdsh. With NODE_RANK set it uses no ssh (--no_ssh):
-# start it once on each node, numbered as the hostfile's lines are. A hostfile has a line for each
-# node, such as "node0 slots=8"; all of them see the same folder and the same Python.
+# start it once on each node, numbered like the lines of the hostfile. A hostfile (DeepSpeed's word)
+# has a line for each node, such as "node0 slots=8". All nodes must see the same folder and Python.
 #
-#   MASTER_ADDR, MASTER_PORT   where the first rank listens; default: the first host, 29500
+#   MASTER_ADDR, MASTER_PORT   where the first rank listens; default: the first node, 29500
 #   LOGS                       folder of the ranks' logs; default logs/<start time>
 #   FORWARD                    pattern of the variables that go to the other nodes
 #   DS_OPTIONS                 further options of deepspeed, such as "--ssh_port 2222"
 #   PYTHON, REGATE_ENV         as in torchrun.sh
 #
-# Works from any directory; arguments and the exit code are passed through. What ranks print is in
-# their logs; here come the lines that say why a rank failed.
+# It works from any directory, and passes arguments and the exit code through. The output of the
+# ranks is in their logs; this script prints only the lines that say why a rank failed.
 set -euo pipefail
 
 fail() { echo "$0: $1" >&2; exit 2; }
 
-[[ -z ${REGATE_ENV:-} || -f $REGATE_ENV ]] || fail "REGATE_ENV=$REGATE_ENV: no such file"
+[[ -z ${REGATE_ENV:-} || -f $REGATE_ENV ]] ||
+    fail "REGATE_ENV=$REGATE_ENV: no such file; name a file of settings, or unset it"
 REGATE_ENV=${REGATE_ENV:-env.sh}
 # shellcheck source=/dev/null
 [[ ! -f $REGATE_ENV ]] || source "$REGATE_ENV"
@@ -29,33 +30,36 @@ REGATE_ENV=${REGATE_ENV:-env.sh}
     fail "usage: [NODE_RANK=N] $0 HOSTFILE train|teacher|eval|doctor [ARGUMENT ...]"
 hostfile=$1
 shift
-[[ -f $hostfile ]] || fail "$hostfile: no such hostfile; write a line 'HOST slots=N' for each node"
-python=$(command -v "${PYTHON:-python}") || fail "PYTHON=${PYTHON:-python}: no such program"
+line_form="write a line 'NODE slots=N' for each node"
+[[ -f $hostfile ]] || fail "$hostfile: no such hostfile; $line_form"
+python=$(command -v "${PYTHON:-python}") ||
+    fail "PYTHON=${PYTHON:-python}: no such program; set PYTHON to the path of one"
 "$python" -c 'import regate_ds' 2>/dev/null ||
     fail "PYTHON=$python cannot import regate_ds: activate its environment, or set PYTHON"
-# What deepspeed would end in a traceback at, or wait for.
+# Refuse lines at which deepspeed would end in a traceback, or wait.
 mapfile -t lines < <(sed 's/#.*//' "$hostfile" | grep '[^[:space:]]')
-((${#lines[@]})) || fail "$hostfile names no host"
+((${#lines[@]})) || fail "$hostfile names no node; $line_form"
 for line in "${lines[@]}"; do
     [[ $line =~ ^[[:space:]]*[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
-        fail "$hostfile: '$line' is not 'HOST slots=N'"
+        fail "$hostfile: '$line' is not 'NODE slots=N'; $line_form"
 done
 twice=$(printf '%s\n' "${lines[@]}" | awk 'seen[$1]++ { print $1; exit }')
 [[ -z $twice ]] || fail "$hostfile names $twice twice: give it one line, with all its slots"
 read -r first _ <<<"${lines[0]}"
 if [[ -n ${NODE_RANK:-} ]]; then
     [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#lines[@]} ]] ||
-        fail "NODE_RANK=$NODE_RANK: number the ${#lines[@]} hosts of $hostfile from 0"
+        fail "NODE_RANK=$NODE_RANK: number the ${#lines[@]} nodes of $hostfile from 0"
 fi
 
 # All nodes read and write the same folder.
 logs=$(realpath -m "${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}")
-{ mkdir -p "$logs" 2>/dev/null && [[ -w $logs ]]; } || fail "LOGS=$logs: cannot be written"
+{ mkdir -p "$logs" 2>/dev/null && [[ -w $logs ]]; } ||
+    fail "LOGS=$logs: cannot be written; set LOGS to a folder that can be"
 if [[ -n ${NODE_RANK:-} ]]; then
     place=(--no_ssh --node_rank "$NODE_RANK")
 else
     command -v pdsh >/dev/null || fail "pdsh is not installed: install it, or set NODE_RANK"
-    # pdsh hands on no variables; deepspeed exports those in this file.
+    # pdsh passes no variables on; deepspeed exports those in this file.
     forward=${FORWARD:-^(NCCL|GLOO|OMP|MKL|HF|TOKENIZERS|TORCH|TRITON|PYTORCH|CUDA|DS|DEEPSPEED)_}
     export DS_ENV_FILE=$logs/environment
     env | grep -E "$forward" | grep -v '^DS_ENV_FILE=' >"$DS_ENV_FILE" || true
@@ -69,7 +73,7 @@ command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" "${place[
 printf '%s: on %s:' "$0" "$(hostname)" >&2
 printf ' %q' "${command[@]}" >&2
 echo >&2
-# deepspeed ignores it, the ranks take it as a request to save and end.
+# deepspeed ignores USR1; the ranks take it as a request to save and end.
 trap '' USR1
 code=0
 "${command[@]}" || code=$?

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A training loop around Megatron-core, with elision: the lines that say `regate` are the change.
+"""A training loop around Megatron-core with elision; the lines that say `regate` are the change.
 
     torchrun --nproc-per-node 4 launch/megatron_core_loop.py --tensor 2 --pipeline 2
 
@@ -40,7 +40,8 @@ WORDS, LENGTH, NUM_SAMPLES, NUM_MICRO, ROWS = 64, 32, 256, 4, 4
 
 
 class Samples(Dataset[dict[str, Tensor]]):
-    """As Megatron's data sets: labels are shifted, and count where loss_mask is 1."""
+    """Items are like those of Megatron's data sets: labels are shifted; loss_mask is 1 where they
+    count."""
 
     def __len__(self) -> int:
         return NUM_SAMPLES
@@ -56,11 +57,13 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def score(store: Path) -> None:
-    """The teacher's losses, once, by the first rank alone. Yours is the student's own text model;
-    this one knows nothing."""
+    """Compute the teacher's losses once, on the first rank alone.
+
+    Use the student's own text model as the teacher; the one here has random weights.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    # The same teacher in every run: a store is of one.
+    # Every run must have the same teacher, because a store holds the losses of one.
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, num_hidden_layers=1, **sizes))
@@ -80,7 +83,7 @@ def join(tensor: int, pipeline: int) -> None:
 
 
 def build() -> list[nn.Module]:
-    """This rank's chunks, wrapped as the schedule wants them."""
+    """Build this rank's chunks, wrapped as the schedule expects them."""
     config = TransformerConfig(
         num_layers=4,
         hidden_size=64,
@@ -95,7 +98,7 @@ def build() -> list[nn.Module]:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=not torch.cuda.is_available(),
-        # What regate asks of a host: positions of its own, and losses counted by token.
+        # Regate requires these of a host: unfused rotary positions, and losses counted by token.
         apply_rope_fusion=False,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
@@ -114,7 +117,7 @@ def build() -> list[nn.Module]:
 
 
 def batches() -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of this data rank, epoch after epoch."""
+    """Yield the micro-batches of this data rank, epoch after epoch."""
     data = Numbered(Samples())  # regate: an item says its number
     size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     sampler = DistributedSampler(data, size, rank, drop_last=True)

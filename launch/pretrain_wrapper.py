@@ -21,11 +21,14 @@ USAGE = f"usage: pretrain_wrapper.py {FLAG} FILE SCRIPT [ARGUMENT ...]"
 
 
 def taken_out(arguments: list[str]) -> tuple[str, list[str]]:
-    """The value of our flag, and the script with its own arguments. SystemExit if one is absent."""
+    """Return the value of our flag, and the script with its own arguments.
+
+    SystemExit if the flag or the script is missing, or the flag is given twice.
+    """
     joined = [n for n, text in enumerate(arguments) if text.startswith(f"{FLAG}=")]
     apart = [n for n, text in enumerate(arguments) if text == FLAG]
     if len(joined) + len(apart) != 1:
-        sys.exit(f"{FLAG} is given {len(joined) + len(apart)} times\n{USAGE}")
+        sys.exit(f"{FLAG} is given {len(joined) + len(apart)} times; give it once; {USAGE}")
     at = (joined + apart)[0]
     rest = arguments[:at] + arguments[at + (1 if joined else 2) :]
     value = arguments[at].partition("=")[2] if joined else "".join(arguments[at + 1 : at + 2])
@@ -40,8 +43,8 @@ def main() -> None:
     for path, what in ((script, "the pretrain script"), (Path(config), f"a file as {FLAG}")):
         if not path.is_file():
             sys.exit(f"{path} is not there: give the path of {what}")
-    # As python itself would start it, and before the first import of megatron: the one beside the
-    # script is the one that it runs with.
+    # Set the path as python itself would, before the first import of megatron: the script must get
+    # the megatron that lies beside it.
     sys.argv = command
     sys.path[0] = str(script.resolve().parent)
     from regate_ds.adapters.megatron.loops.deferred import LoopSettings

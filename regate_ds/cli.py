@@ -1,6 +1,6 @@
-"""The `regate` command. Sub-commands import what they need when they run: --help is quick.
+"""The `regate` command. Sub-commands import what they need when they run, so that --help is quick.
 
-Also started as ``python -m regate_ds.cli``, by the deepspeed launcher, torchrun or srun.
+The deepspeed launcher, torchrun and srun start it as ``python -m regate_ds.cli``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ COMMANDS = (
     add_bench,
     add_doctor,
 )
-"""In the order of --help."""
+"""The sub-commands, in the order of --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command; 0 on success, 1 on an error of one line, 2 on wrong usage.
+    """Run one sub-command and return the exit code.
 
-    75 is a training run that was asked to end and has saved.
+    0 is success, 1 an error (printed in one line), 2 wrong usage, 75 a training run that was asked
+    to end and has saved, 130 an interrupt from the keyboard.
     """
     restore_signals()
     args, rest = _parse(_without_local_rank(sys.argv[1:] if argv is None else argv))
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_local_rank(argv: Sequence[str]) -> list[str]:
-    """Drop what the deepspeed launcher puts before our arguments; the environment has it too."""
+    """Remove what the deepspeed launcher adds to our arguments; the environment has it too."""
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     launcher.add_argument("--local_rank", "--local-rank", type=int)
     return launcher.parse_known_args(argv)[1]

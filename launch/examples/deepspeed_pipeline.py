@@ -3,8 +3,8 @@
 deepspeed launch/examples/deepspeed_pipeline.py STUDENT DATA.json OUT [--dense]
 
 STUDENT is the folder of a LLaVA model whose embeddings are not tied, DATA.json has questions in
-LLaVA's format, OUT gets the reference losses and a checkpoint. The model is cut into two stages;
-what is left of the ranks are data ranks.
+LLaVA's format, OUT gets the reference losses and a checkpoint. The model is cut into two stages, so
+that half of the job's ranks read different samples.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[float]:
 
 
 def micro_batches(data: Any, collate: Any, grid: Any) -> Iterator[Any]:
-    """Those of this data rank, epoch after epoch: the same ones on all stages."""
+    """Yield the micro-batches of this data rank, epoch after epoch; all stages get the same."""
     size, rank = grid.get_data_parallel_world_size(), grid.get_data_parallel_rank()
     sampler = DistributedSampler(data, size, rank, drop_last=True)
     for epoch in range(1_000_000):

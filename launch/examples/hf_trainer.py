@@ -3,7 +3,7 @@
 deepspeed launch/examples/hf_trainer.py STUDENT DATA.json OUT [--dense] [--resume]
 
 STUDENT is the folder of a LLaVA model, DATA.json has questions in LLaVA's format, OUT gets the
-checkpoints. The reference losses, OUT/reference, are computed if they are not there.
+checkpoints. The reference losses are computed into OUT/reference if they are not there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pretrain a model of a Megatron-Bridge recipe with elision. Not run: it needs CUDA.
+"""Pretrain a model of a Megatron-Bridge recipe with elision. Not yet run with CUDA, which it needs.
 
     torchrun --nproc-per-node 8 launch/examples/megatron_bridge.py FILE llama32_1b_pretrain_config
 
@@ -29,7 +29,7 @@ def main(file: str, recipe: str) -> None:
     config = getattr(llama, recipe)()
     # The loss is averaged over all targets of a step.
     config.model.calculate_per_token_loss, config.ddp.average_in_collective = True, False
-    # Rotary positions are those of kept tokens.
+    # Kept tokens carry their own rotary positions, which the fused kernel cannot take.
     config.model.apply_rope_fusion = False
     config.train.train_iters = settings.elision.total_steps
     with installed_in_bridge(settings) as callback:

@@ -1,7 +1,7 @@
-"""What a user of the DeepSpeed examples beside this file has already: arguments, a data set, a
-collate function.
+"""What the DeepSpeed examples take as given: arguments, a data set and a collate function.
 
-Questions about images in LLaVA's JSON format, for a LLaVA model in a Hugging Face folder.
+The data set has questions about images in LLaVA's JSON format, for a LLaVA model in a Hugging Face
+folder.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class Questions(Dataset[dict[str, Any]]):
         }
 
     def collate(self) -> Any:
-        """Padded on the right."""
+        """Return a collate function that pads on the right."""
         return partial(_collate, pad_id=self.tokenizer.pad_token_id)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments that these scripts take."""
+    """Return a parser of the arguments that all these scripts take."""
     made = argparse.ArgumentParser()
     made.add_argument("student", type=Path)
     made.add_argument("data", type=Path)

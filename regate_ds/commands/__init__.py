@@ -1,5 +1,6 @@
-"""The sub-commands of `regate`, a file each: its arguments, and what it prints.
+"""The sub-commands of `regate`, one file each: its arguments, and what it prints.
 
-What a command does stands in `recipe/`; it is imported when the command runs, so that --help is
-quick. `cli.py` lists them.
+The work of a command is in `recipe/`, which is imported when the command runs, so that --help is
+quick. Commands may import the recipe and the library; only `cli.py` imports them. Start at
+`cli.py`, which lists them.
 """

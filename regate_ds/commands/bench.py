@@ -1,4 +1,4 @@
-"""`regate bench`: speed and memory against baselines."""
+"""`regate bench`: measure speed and memory against baselines."""
 
 from __future__ import annotations
 

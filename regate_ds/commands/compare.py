@@ -1,4 +1,4 @@
-"""`regate compare RUN RUN ...`: runs side by side."""
+"""`regate compare RUN RUN ...`: put runs side by side."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> RunConfig:
-    """Read what ``add_config`` asked for; ValueError is one line with file, key and value."""
+    """Read the configuration of ``add_config``; ValueError is one line with file, key and value."""
     from regate_ds.recipe.config.tree import load_config
 
     return load_config(args.config, args.overrides)

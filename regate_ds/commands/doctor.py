@@ -1,4 +1,4 @@
-"""`regate doctor [CONFIG]`: what this machine has of what the package needs."""
+"""`regate doctor [CONFIG]`: check what this node has of what the package needs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from regate_ds.job.ranks import is_first_rank
 
 
 def add_doctor(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
-    text = "show versions, devices and what is missing; fails only if something required is"
+    text = "show versions, devices and what is missing; fail only if something required is missing"
     doctor = commands.add_parser("doctor", parents=[debug], help=text, description=text)
     doctor.add_argument(
-        "config", type=Path, nargs="?", metavar="CONFIG", help="also judge memory, disk and groups"
+        "config", type=Path, nargs="?", metavar="CONFIG", help="also check memory, disk and groups"
     )
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="as of train")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
     doctor.set_defaults(run=_run)
 

@@ -1,4 +1,4 @@
-"""`regate eval RUN`: accuracy of a finished run on held-out questions."""
+"""`regate eval RUN`: measure the accuracy of a finished run on held-out questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a run, as commands print them."""
+"""Print the figures of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from regate_ds.job.ranks import is_first_rank
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    """One line for each figure, on the first rank only."""
+    """Print one line for each figure, on the first rank only."""
     if not is_first_rank():
         return
     for name, value in figures.items():

@@ -8,7 +8,7 @@ from regate_ds.commands.config_argument import add_config, read_config
 
 
 def add_teacher(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
-    text = "compute the reference losses of the training set, once; finished parts are skipped"
+    text = "compute the reference losses of the training set, once; finished shards are kept"
     teacher = commands.add_parser("teacher", parents=[debug], help=text, description=text)
     add_config(teacher)
     teacher.set_defaults(run=_run)

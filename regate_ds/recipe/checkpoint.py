@@ -1,8 +1,8 @@
-"""Checkpoints of a run: the host's own files, the method's state, random states, and the model.
+"""Save and load the checkpoints of a run, and write the finished model.
 
-checkpoints/step-000120/          the host's folder, with regate/ and random-<rank>.pt inside;
-                                  the file `complete` in it is written last
-checkpoints/latest                names the newest complete one
+checkpoints/step-000120/          the engine's files, the method's state in regate/, and
+                                  random-<rank>.pt; the file `complete` is written last
+checkpoints/latest                the name of the newest complete checkpoint
 model/                            the final student, as a Hugging Face folder
 """
 
@@ -31,36 +31,36 @@ COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run has come, and on which data."""
+    """How many steps a checkpoint holds, and on which data they were done."""
 
     step: int
-    """Steps done."""
+    """Number of optimizer steps that are done."""
 
     fingerprint: str
-    """Of the training set's index."""
+    """Fingerprint of the training set's index."""
 
     def require(self, fingerprint: str) -> None:
-        """Refuse, by ValueError, to go on with other data: its order would be another."""
+        """Refuse, by ValueError, to resume with other data: samples would come in another order."""
         if fingerprint != self.fingerprint:
             raise ValueError(
-                f"the checkpoint is of data with fingerprint {self.fingerprint}, this job's has "
-                f"{fingerprint}: resume with the same data and image files"
+                f"the checkpoint was written for data with fingerprint {self.fingerprint}, but "
+                f"this job's data has {fingerprint}; resume with the same data and image files"
             )
 
 
-def save_checkpoint(folder: Path, done: Done, host: Engine, process: Process) -> None:
-    """Write all that a resumed run needs, and only then name it in ``latest``. Collective."""
+def save_checkpoint(folder: Path, done: Done, engine: Engine, process: Process) -> None:
+    """Write everything that a resumed run needs, then name it in ``latest``. Collective."""
     tag = f"step-{done.step:06d}"
     if process.is_first and (folder / tag).exists():
-        # Of a run that was resumed from an earlier step: its files would mix with ours.
+        # It is left from before a resume at an earlier step: its files would mix with the new ones.
         _delete(folder / tag)
     dist.barrier()
     with _writing(folder / tag):
-        host.save(folder / tag, asdict(done))
+        engine.save(folder / tag, asdict(done))
         torch.save(_random_state(process), folder / tag / f"random-{process.rank}.pt")
     dist.barrier()
     with _writing(folder / tag):
-        # On every rank, because a machine makes durable only what was written on it.
+        # Every rank calls it, because a node can sync only what was written on that node.
         sync_files(folder / tag)
     dist.barrier()
     if process.is_first:
@@ -68,11 +68,11 @@ def save_checkpoint(folder: Path, done: Done, host: Engine, process: Process) ->
         write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(folder: Path, host: Engine, process: Process) -> Done:
-    """Take over the newest checkpoint and return what it has done. Collective.
+def load_checkpoint(folder: Path, engine: Engine, process: Process) -> Done:
+    """Load the newest checkpoint and return what it has done. Collective.
 
-    ValueError if there is none, or none for these ranks. A rank that the saved run did not have
-    keeps the random state it is called with.
+    ValueError if there is none, or if this number of ranks cannot read it. A rank that the saved
+    run did not have keeps the random state that it has at the call.
     """
     tag = latest(folder)
     if tag is None:
@@ -80,13 +80,13 @@ def load_checkpoint(folder: Path, host: Engine, process: Process) -> Done:
             f"{folder} holds no complete checkpoint; to start anew, delete {folder.parent} or "
             "choose another run.out, and leave run.resume out"
         )
-    host.require_ranks(folder / tag, len(list((folder / tag).glob("random-*.pt"))))
+    engine.require_ranks(folder / tag, len(list((folder / tag).glob("random-*.pt"))))
     with _reading(folder / tag):
-        state = host.load(folder / tag)
+        state = engine.load(folder / tag)
         done = Done(state["step"], state["fingerprint"])
         random_file = folder / tag / f"random-{process.rank}.pt"
         random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
-    host.load_method(folder / tag)
+    engine.load_method(folder / tag)
     if random_state is not None:
         _set_random_state(random_state, process)
     return done
@@ -94,11 +94,11 @@ def load_checkpoint(folder: Path, host: Engine, process: Process) -> Done:
 
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
-    """Name the checkpoint that is damaged: the errors of torch and of the engine name no file."""
+    """Turn a read error into a ValueError that names the checkpoint: torch's names no file."""
     try:
         yield
     except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        # torch goes on about settings that would not help.
+        # The further lines are torch's advice on settings, which would not help here.
         fault = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
             f"{checkpoint} cannot be read ({fault}); name an earlier checkpoint in "
@@ -108,49 +108,52 @@ def _reading(checkpoint: Path) -> Iterator[None]:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Name the folder that could not be written: on a full disk torch says neither."""
+    """Turn a write error into a RuntimeError that names the folder and the space that is left."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(folder.parent).free
         raise RuntimeError(
             f"{folder} cannot be written ({type(error).__name__}: {error}; {free / 1e6:.1f} MB are "
-            "free there); see to it, then resume"
+            "free there); make room for it or allow writing there, then resume"
         ) from error
 
 
 def latest(folder: Path) -> str | None:
-    """Tag of the newest complete checkpoint; ValueError if ``latest`` names a missing folder."""
+    """Return the tag of the newest complete checkpoint, or None if there is none.
+
+    ValueError if ``latest`` names a missing folder.
+    """
     pointer = folder / "latest"
     if not pointer.is_file():
         return None
     tag = pointer.read_text().strip()
     if not tag or not (folder / tag).is_dir():
-        there = ", ".join(path.name for path in _by_step(folder)) or "none"
+        names = ", ".join(path.name for path in _by_step(folder)) or "none"
         raise ValueError(
-            f"{pointer} names {tag!r}, which is not there; write the name of a checkpoint into it "
-            f"(there are: {there})"
+            f"{pointer} names {tag!r}, which is no folder beside it; write the name of a "
+            f"checkpoint into it (there are: {names})"
         )
     return tag
 
 
 def prune_checkpoints(folder: Path, keep: int | None) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints; one process calls it.
+    """Delete all but the newest ``keep`` complete checkpoints; only one process calls it.
 
-    What lies beyond ``latest`` belongs to a run that was resumed from an earlier step: it is no
-    newer than ours, so it does not count, and stays until that step is saved again.
+    A checkpoint beyond ``latest`` is left from before a resume at an earlier step: it is no newer
+    than this run's, so it does not count, and stays until its step is saved again.
     """
     tag = latest(folder)
     if keep is None or tag is None:
         return
-    ours = [p for p in _by_step(folder) if _step(p) <= _step(folder / tag)]
-    complete = [p for p in ours if (p / COMPLETE).is_file() and p.name != tag]
+    own = [p for p in _by_step(folder) if _step(p) <= _step(folder / tag)]
+    complete = [p for p in own if (p / COMPLETE).is_file() and p.name != tag]
     for old in complete[: max(0, len(complete) - keep + 1)]:
         _delete(old)
 
 
 def _delete(checkpoint: Path) -> None:
-    """One that is killed half way must not count as complete."""
+    """Delete a checkpoint, its mark first: one that is half deleted must not count as complete."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
@@ -165,7 +168,7 @@ def _step(path: Path) -> int:
 
 
 def save_model(folder: Path, student: Student, model: nn.Module, process: Process) -> None:
-    """Write the trained student as a Hugging Face folder, adapters merged. Collective."""
+    """Write the trained student as a Hugging Face folder, with adapters merged. Collective."""
     weights = full_weights(model, process)
     if process.is_first:
         if hasattr(model, "peft_config"):
@@ -179,7 +182,10 @@ def save_model(folder: Path, student: Student, model: nn.Module, process: Proces
 
 
 def full_weights(model: nn.Module, process: Process) -> dict[str, Tensor]:
-    """Every weight on the first rank's CPU, gathered one by one under ZeRO-3. Collective."""
+    """Return every weight in the first rank's CPU memory, and nothing elsewhere. Collective.
+
+    Under ZeRO-3 the weights are gathered one by one.
+    """
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         with _gathered(parameter):
@@ -197,7 +203,7 @@ def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 
 
 def merge_lora(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """Add each adapter to its matrix, W + alpha / rank * B A, under the bare model's names."""
+    """Return weights under the bare model's names, with W + alpha / rank * B A for each adapter."""
     merged: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if ".lora_" in name:

@@ -1,4 +1,4 @@
-"""What a configuration names: the student, its records, and how they become batches."""
+"""The corpus of a run: the student, its data, and how samples become batches."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Corpus:
     train_records: list[Record]
     test_records: list[Record]
     bad: list[BadRecord]
-    """Records that `data.skip_bad` left out, of both sets."""
+    """Records of both sets that `data.skip_bad` left out."""
 
     index: AnswerIndex
-    """Of the training set."""
+    """Index of the training set's answers."""
 
     encoder: Encoder
     collator: Collator
@@ -49,7 +49,10 @@ class Corpus:
 
 
 def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
-    """Load or make the student, and read the records. Without ``weights`` it is on "meta"."""
+    """Load or make the student, and read its data.
+
+    Without ``weights`` the student is on "meta": it has shapes, but cannot run.
+    """
     student = make_student(config.model, seed=config.run.seed if weights else None)
     family = family_of(student.model)
     if config.data.pack_length is not None and not family.packs:
@@ -77,7 +80,7 @@ def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
 
 
 class HostLabels:
-    """Gives the host its own labels (the token *at* t), for runs without elision."""
+    """Collates samples of a run without elision, with the host's own labels: the token *at* t."""
 
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
@@ -90,25 +93,28 @@ class HostLabels:
 def _read(
     path: Path, name: str, data: DataConfig, encoder: Encoder
 ) -> tuple[list[Record], list[BadRecord], AnswerIndex]:
-    """The usable records, each encoded once to see that it can be, and their index.
+    """Read the records and encode each once; return the usable, the bad, and the usable's index.
 
-    Without `data.skip_bad` the first bad one is an error.
+    Without `data.skip_bad` the first bad record is an error.
     """
     records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
     index = AnswerIndex.build(_encoded(records, name, encoder, bad if data.skip_bad else None))
     keys = set(index.keys)
     usable = [record for record in records if record.key in keys]
     if not usable:
-        raise ValueError(f"{path} has no usable record; training and testing need at least one")
+        raise ValueError(
+            f"{path} has no usable record, and training and testing need at least one; add samples "
+            "to it, or set data.skip_bad=false to see what is wrong with those it has"
+        )
     return usable, bad, index
 
 
 def _encoded(
     records: Sequence[Record], name: str, encoder: Encoder, bad: list[BadRecord] | None
 ) -> Iterator[EncodedSample]:
-    """Encode one record after the other; those that cannot be go to ``bad``, if it is there."""
+    """Yield each record encoded. A bad record goes to ``bad``, or is an error if that is None."""
     show = os.environ.get("RANK", "0") == "0"
-    with progress(len(records), desc=f"check {name}", unit="record", show=show) as bar:
+    with progress(len(records), desc=f"encode {name}", unit="record", show=show) as bar:
         for record in records:
             try:
                 yield encoder.encode(record)
@@ -120,6 +126,7 @@ def _encoded(
 
 
 def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
+    """Return the corpus's held-out questions in the form that evaluation takes."""
     return HeldOut(
         records=corpus.test_records,
         encoder=corpus.encoder,
@@ -130,7 +137,7 @@ def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
 
 
 def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
-    """The student and its data; the first rank says what was left out."""
+    """Load the corpus; the first rank prints which records were left out and how many were cut."""
     corpus = load_corpus(config, weights=weights)
     if corpus.bad and is_first_rank():
         print(f"data.skip_bad left out {len(corpus.bad)} bad records:")
@@ -141,11 +148,11 @@ def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
 
 
 def report_cut(corpus: Corpus, max_length: int) -> None:
-    """Say how many training samples are as long as a sample may be: their ends may be missing."""
+    """Print how many training samples have the greatest length: their ends may have been cut."""
     num_full = int((corpus.index.num_positions >= max_length).sum())
     if num_full:
         print(
             f"{num_full} of {corpus.index.num_samples} training samples fill data.max_length="
-            f"{max_length}: what was longer is cut",
+            f"{max_length}: longer samples were cut to that length",
             flush=True,
         )

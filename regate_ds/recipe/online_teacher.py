@@ -1,4 +1,4 @@
-"""The recipe's teacher inside the training job, as `teacher.mode: online` asks for."""
+"""Build the teacher inside the training job, for `teacher.mode: online`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from regate_ds.teacher.tokenizers.other import TwiceWritten
 
 
 def open_online(section: TeacherConfig, corpus: Corpus, process: Process) -> OnlineReference:
-    """Build the teacher, before the student's engine is. Collective over all ranks.
+    """Build the teacher; call it before the engine is built. Collective over all ranks.
 
-    The student's own backbone is copied, weights and all, as it is before training.
+    If the teacher is the student's own backbone, it is a copy of the weights before training.
     """
     text = teacher_text(section, corpus)
     source = teacher_source(section, corpus)
@@ -45,7 +45,10 @@ def open_online(section: TeacherConfig, corpus: Corpus, process: Process) -> Onl
 
 
 def _reader(text: TeacherText, corpus: Corpus) -> Read:
-    """By the ids of a micro-batch; a teacher with a tokenizer of its own goes by the records."""
+    """Return a function that reads a micro-batch's samples for the teacher.
+
+    It takes the token ids of the batch; a teacher with its own tokenizer needs the records' text.
+    """
     if text.tokenizer is None:
         return partial(samples_of, image_token_id=corpus.student.model.config.image_token_id)
 

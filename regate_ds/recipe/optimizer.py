@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and a cosine, as DeepSpeed takes them."""
+"""Build AdamW and its learning-rate schedule: a linear warm-up, then a cosine or a constant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from regate_ds.settings.refuse import require
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Matrices decay; biases, norms and other vectors do not. Frozen parameters are left out."""
+    """Build AdamW over the parameters that are not frozen.
+
+    Matrices get weight decay; biases, norms and other vectors do not.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -28,12 +31,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def make_lr_schedule(
     optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int
 ) -> LambdaLR:
-    """Rise linearly over the warm-up, then follow half a cosine (or stay)."""
+    """Build a schedule that rises linearly in the warm-up, then follows half a cosine or stays."""
     return LambdaLR(optimizer, lr_share(config, total_steps))
 
 
 def lr_share(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """Share of the highest learning rate at each step."""
+    """Return a function that gives the share of the highest learning rate at a step."""
     warmup = config.warmup_steps
     num_warmup = round(warmup * total_steps) if warmup < 1 else int(warmup)
 
@@ -51,7 +54,7 @@ def lr_share(config: OptimizerConfig, total_steps: int) -> Callable[[int], float
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up."""
+    """Settings of AdamW, its schedule and gradient clipping."""
 
     lr: float = 2e-5
     """Highest learning rate."""
@@ -63,7 +66,7 @@ class OptimizerConfig:
     """Decay of the running means of the gradient and of its square."""
 
     eps: float = 1e-8
-    """Added to the root of the second mean."""
+    """Number added to the root of the running mean of the squared gradient."""
 
     warmup_steps: float = 0.03
     """Steps of linear warm-up: a count, or a share of the run's steps below 1."""
@@ -72,7 +75,7 @@ class OptimizerConfig:
     """Course of the learning rate after the warm-up."""
 
     min_lr_share: float = 0.0
-    """Share of `lr` that a cosine ends at."""
+    """Share of `lr` at the end of a cosine."""
 
     grad_clip: float | None = 1.0
     """Largest norm of the whole gradient; null does not clip."""
@@ -83,8 +86,8 @@ class OptimizerConfig:
         require(self, "betas", all(0 <= b < 1 for b in self.betas), "must be in [0, 1)")
         require(self, "eps", self.eps > 0, "must be above 0")
         require(self, "warmup_steps", self.warmup_steps >= 0, "must be 0 or more")
-        whole = self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
-        require(self, "warmup_steps", whole, "must be a whole number, or a share below 1")
+        is_valid = self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
+        require(self, "warmup_steps", is_valid, "must be a whole number, or a share below 1")
         require(self, "min_lr_share", 0 <= self.min_lr_share <= 1, "must be in [0, 1]")
-        clips = self.grad_clip is None or self.grad_clip > 0
-        require(self, "grad_clip", clips, "must be above 0; null does not clip")
+        is_valid = self.grad_clip is None or self.grad_clip > 0
+        require(self, "grad_clip", is_valid, "must be above 0; null does not clip")

@@ -1,7 +1,7 @@
-"""In which order samples are seen: a function of the seed alone, so that compared runs share it.
+"""The order in which a run sees its samples. The seed fixes it, so that compared runs share it.
 
 A step takes the next ``micro_batch * accumulation * world_size`` samples of the epoch's
-permutation; what does not fill a step at the end of an epoch is left out of that epoch.
+permutation; samples that do not fill a step at the end of an epoch are left out of that epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from regate_ds.recipe.config.tree import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """Iterates over this rank's micro-batches, as lists of sample numbers."""
+    """Yields the micro-batches of one rank, each a list of sample numbers."""
 
     num_samples: int
     micro_batch: int
@@ -32,7 +32,8 @@ class Order:
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"{self.num_samples} samples do not fill one optimizer step of "
-                f"{self.samples_per_step}; lower run.micro_batch or run.accumulation"
+                f"{self.samples_per_step}; lower run.micro_batch or run.accumulation, or use fewer "
+                "data ranks"
             )
 
     @property
@@ -63,7 +64,7 @@ class Order:
 
 
 def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
-    """A data rank's order of samples, and through it the run's length."""
+    """Return a data rank's order of samples; its ``total_steps`` is the length of the run."""
     run = config.run
     order = Order(
         num_samples=num_samples,

@@ -1,4 +1,4 @@
-"""What is judged before a model is loaded, and what a run says before its first step.
+"""Refuse wrong settings before a model is loaded, and describe a run before its first step.
 
 A wrong setting should cost seconds, not the minutes that loading takes on many ranks.
 """
@@ -30,11 +30,11 @@ MAY_CHANGE = {
     "teacher.verify",
     "data.num_workers",
 }
-"""What a resumed run may set otherwise: none of it changes the training."""
+"""Settings that a resumed run may change, because they do not change the training."""
 
 
 def judge_run(config: RunConfig) -> None:
-    """ValueError for what can be known to fail without loading anything."""
+    """Refuse, by ValueError, a run that is known to fail before anything is loaded."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if config.parallel is None:
         deepspeed_config(config, world_size)
@@ -57,63 +57,62 @@ def judge_run(config: RunConfig) -> None:
 
 
 def _require_student(config: RunConfig) -> None:
-    """Ask the student's configuration, without its weights."""
+    """Refuse a student that cannot be cut as `parallel` says, by its shapes without weights."""
     model: Any = make_student(config.model, seed=None).model
     require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
 
 
 def judge_teacher(config: RunConfig, world_size: int) -> None:
-    """ValueError for what `regate teacher` would find only after loading."""
+    """Refuse, by ValueError, settings that `regate teacher` would find wrong only after loading."""
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
     require_teacher(config, world_size)
 
 
 def require_teacher(config: RunConfig, world_size: int) -> None:
-    """Refuse what is no causal language model, and a number of ranks that cannot be cut into groups
-    that hold a teacher each."""
+    """Refuse a teacher that is no causal language model, or ranks that form no whole teachers."""
     if config.teacher.path is not None:
         load_teacher_config(config.teacher.path)
     if world_size % config.teacher.tensor:
         raise ValueError(
-            f"teacher.tensor={config.teacher.tensor}: {world_size} ranks are no multiple of it; "
-            "start a multiple of it, or set it to a divisor"
+            f"teacher.tensor={config.teacher.tensor}: the job has {world_size} ranks, which is no "
+            f"multiple of it; start a multiple of it, or set it to a divisor of {world_size}"
         )
 
 
 def require_same_run(config: RunConfig, written: Path) -> None:
-    """Refuse to resume with other settings than the run was started with."""
-    # The folder itself may be written otherwise, or may have been moved.
-    free = MAY_CHANGE | {"run.out"}
-    ours, theirs = (
+    """Refuse to resume a run with settings other than those it was started with."""
+    # The path of the folder may be spelled differently, or the folder may have been moved.
+    may_change = MAY_CHANGE | {"run.out"}
+    new, old = (
         dict(leaves(plain_values(config))),
         dict(leaves(plain_values(load_config(written)))),
     )
-    for key in [*ours, *(key for key in theirs if key not in ours)]:
-        mine, started = ours.get(key), theirs.get(key)
-        if key not in free and mine != started:
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key not in may_change and new.get(key) != old.get(key):
             raise ValueError(
-                f"{key}={mine!r}, but the run in {written.parent} was started with {started!r}: "
-                "resume with the same value, or start a new run in another run.out"
+                f"{key}={new.get(key)!r}, but the run in {written.parent} was started with "
+                f"{old.get(key)!r}; resume with the same value, or start a new run in another "
+                "run.out"
             )
 
 
 def require_one_data_set(fingerprint: str, process: Process) -> None:
-    """RuntimeError if ranks have read different data, as where one of them lacks image files.
+    """Refuse, by RuntimeError, ranks that have read different data. Collective.
 
-    They would take their samples from different orders. Collective.
+    This happens where a node lacks image files. The ranks would take samples in different orders.
     """
     if not is_same_on_all(fingerprint, process.group, process.device):
         raise RuntimeError(
-            f"rank {process.rank} has read data with fingerprint {fingerprint[:12]}, others have "
-            "read other data: give all machines the same data.train and image files"
+            f"rank {process.rank} has read data with fingerprint {fingerprint[:12]}, but other "
+            "ranks have read other data; give all nodes the same data.train and image files"
         )
 
 
 def describe_run(
     config: RunConfig, regate_config: RegateConfig, steps: int, teacher_id: str | None
 ) -> str:
-    """How much of the run will be sparse, and by whose losses."""
+    """Return a line that says how much of the run is sparse, and whose losses rank the tokens."""
     schedule = schedule_of(regate_config)
     num_sparse = sum(not schedule.is_dense(step) for step in range(steps)) * config.selects
     share = 1.0 - num_sparse * (1.0 - regate_config.keep_share) / steps

@@ -1,9 +1,10 @@
-"""What a run writes down: one JSON object per optimizer step, one per evaluation, and a summary.
+"""The files of a run: one JSON object per optimizer step, one per evaluation, and a summary.
 
-config.yaml      as resolved
+config.yaml      the configuration, with defaults and overrides filled in
 metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
                  filled, padded, step_seconds, cpu_seconds, lr, grad_norm; with an online
-                 teacher, teacher_seconds: scoring this step's samples, one step before
+                 teacher also teacher_seconds, the time to score this step's samples, which
+                 happens one step before
 evals.jsonl      step, accuracies, and the totals of all steps so far
 summary.json     the final figures
 checkpoints/     see checkpoint.py; model/ is the trained student
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 
 
 class RunFolder:
-    """The files of one run; one process writes them."""
+    """The files of one run; only one process writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,9 +40,9 @@ class RunFolder:
         return self.path.resolve().name
 
     def begin(self, config: str, *, may_hold_unsaved: bool = False) -> None:
-        """Start a new run; ValueError if the folder holds one already.
+        """Start a new run; ValueError if the folder already holds one.
 
-        may_hold_unsaved: what a run has left that ended before its first checkpoint is forgotten.
+        may_hold_unsaved: overwrite the files of a run that ended before its first checkpoint.
         """
         if not may_hold_unsaved:
             self.require_new()
@@ -51,11 +52,11 @@ class RunFolder:
             write_atomically(path, b"")
 
     def resumes(self, resume: bool | str) -> bool:
-        """What `run.resume` comes to: "auto" goes on where there is a checkpoint."""
+        """Return whether to resume; `run.resume` "auto" resumes if there is a checkpoint."""
         return (self.checkpoints / "latest").is_file() if resume == "auto" else bool(resume)
 
     def require_new(self) -> None:
-        """Refuse, by ValueError, a folder in which something would be overwritten."""
+        """Refuse, by ValueError, a folder whose results would be overwritten."""
         if (self.checkpoints / "latest").is_file():
             raise ValueError(
                 f"run.out={self.path} holds a run with checkpoints already; set run.resume=true to "
@@ -70,19 +71,19 @@ class RunFolder:
             )
 
     def require_unfinished(self) -> None:
-        """Refuse, by ValueError, results without the checkpoint that would go with them."""
+        """Refuse, by ValueError, a folder that has results but no checkpoint to resume from."""
         found = [path.name for path in (self._summary, self.model) if path.exists()]
         if found:
             raise ValueError(
-                f"run.out={self.path} has no checkpoint, but {', '.join(found)}: choose another "
-                "folder, or delete this one"
+                f"run.out={self.path} has {', '.join(found)}, but no checkpoint to resume from; "
+                "choose another folder, or delete this one"
             )
 
     def append_metrics(self, row: Row) -> None:
         _append(self._metrics, row)
 
     def append_eval(self, row: Row) -> None:
-        """Write an evaluation down; it takes the place of an earlier one after the same step."""
+        """Append an evaluation; it replaces an earlier one after the same step."""
         others = self.evals()
         kept = [other for other in others if other["step"] != row["step"]]
         if len(kept) < len(others):
@@ -96,17 +97,20 @@ class RunFolder:
         return _read_lines(self._evals)
 
     def forget_after(self, done: int) -> None:
-        """Drop what came after the checkpoint of ``done`` steps, so that no step stands twice."""
+        """Delete the rows beyond the checkpoint of ``done`` steps, so that no step stands twice."""
         _rewrite(self._metrics, [row for row in self.metrics() if row["step"] < done])
         _rewrite(self._evals, [row for row in self.evals() if row["step"] <= done])
 
     def require_run(self) -> None:
-        """ValueError if there is no run in this folder."""
+        """Refuse, by ValueError, a folder that holds no run."""
         if not self.config.is_file():
-            raise ValueError(f"{self.path} has no config.yaml: not the folder of a run")
+            raise ValueError(
+                f"{self.path} has no config.yaml, so it is not the folder of a run; give the "
+                "run.out of a run that was started"
+            )
 
     def settings(self) -> Row:
-        """The configuration's dotted keys and values; none where it was not written down."""
+        """Return the configuration's dotted keys and values, {} if there is no config.yaml."""
         if not self.config.is_file():
             return {}
         return dict(leaves(read_yaml(self.config.read_text(encoding="utf-8")) or {}))
@@ -115,17 +119,22 @@ class RunFolder:
         write_atomically(self._summary, (json.dumps(summary, indent=2) + "\n").encode())
 
     def summary(self) -> Row:
-        """Final figures; ValueError if the run is not finished."""
+        """Return the final figures; ValueError if the run is not finished."""
         if not self._summary.is_file():
-            raise ValueError(f"{self.path} has no summary.json: not a run, or not finished")
+            raise ValueError(
+                f"{self.path} has no summary.json, so it holds no finished run; give the folder of "
+                "one, or finish this one with run.resume=true"
+            )
         try:
             return json.loads(self._summary.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self._summary} is not JSON: {error}") from None
+            raise ValueError(
+                f"{self._summary} is not JSON ({error}); write it again with run.resume=true"
+            ) from None
 
 
 def leaves(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; an empty mapping is a value."""
+    """Yield dotted keys and their values; an empty mapping counts as a value."""
     for key, value in tree.items():
         name = f"{where}{key}"
         if isinstance(value, Mapping) and value:
@@ -135,10 +144,10 @@ def leaves(tree: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]
 
 
 def totals(rows: Sequence[Row], gated_share: float) -> Row:
-    """Sums and medians over steps.
+    """Return sums and medians over steps.
 
-    ``tokens_processed`` is the mean over layers of the positions that ran, padding excluded: of
-    the gated layers the kept, of the others all.
+    ``tokens_processed`` is the mean over layers of the number of positions that ran, padding
+    excluded: the kept ones in gated layers, all of them in the others.
     """
     dense = [row["step_seconds"] for row in rows if row["dense"]]
     sparse = [row["step_seconds"] for row in rows if not row["dense"]]
@@ -170,7 +179,7 @@ def _rewrite(path: Path, rows: list[Row]) -> None:
 
 
 def _read_lines(path: Path) -> list[Row]:
-    """Whole lines only: a killed run may have left half of one at the end."""
+    """Read complete lines only: a killed run may have left half a line at the end."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""What a training step is measured by: loss, counts, seconds, memory."""
+"""The figures of a training step: loss, counts, seconds, memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from regate_ds.recipe.engines.base import Engine
 
 
 class StepFigures:
-    """Figures of one optimizer step after the other; collective over all ranks."""
+    """Measures one optimizer step after the other; ``mean_loss`` and ``row`` are collective."""
 
-    def __init__(self, host: Engine, process: Process, data: Process) -> None:
-        """data: this process among those that read different samples."""
-        self._host, self._process, self._data = host, process, data
+    def __init__(self, engine: Engine, process: Process, data: Process) -> None:
+        """Take this process among all ranks, and among those that read different samples."""
+        self._engine, self._process, self._data = engine, process, data
         self._seen: list[TokenBatch] = []
         self._num_micro = 0
         self.must_stop = False
@@ -32,47 +32,48 @@ class StepFigures:
         self.lap()
 
     def watch(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Hand on the micro-batches, and remember the tokens of the open step."""
+        """Yield the micro-batches, and remember their tokens until their step is measured."""
         for batch in loader:
             self._seen.append(batch.tokens)
             yield batch
 
     def lap(self) -> tuple[float, float]:
-        """Wall and CPU seconds of this process since the last lap."""
+        """Return the wall and CPU seconds of this process since the last call."""
         now = time.perf_counter(), time.process_time()
         last, self._last = getattr(self, "_last", now), now
         return now[0] - last[0], now[1] - last[1]
 
     def mean_loss(self, step: int, losses: list[Tensor], *, is_asked_to_stop: bool) -> float:
-        """The step's loss; RuntimeError if it is not finite, on all ranks alike."""
-        # Waits for the device, so that the next lap holds the step's own work.
+        """Return the step's loss; RuntimeError on all ranks if it is not finite. Collective."""
         self._num_micro = len(losses)
-        here = float(torch.stack(losses).sum() / len(losses))
-        pair = torch.tensor([here, float(is_asked_to_stop)], dtype=torch.float64)
+        # float() waits for the device, so that the next lap holds all work of the step.
+        own_loss = float(torch.stack(losses).sum() / len(losses))
+        pair = torch.tensor([own_loss, float(is_asked_to_stop)], dtype=torch.float64)
         loss, share_asked = self._mean(pair).tolist()
         self.must_stop = share_asked > 0
         if math.isfinite(loss):
             return loss
-        bad = zip(losses, self._seen)
-        found = [key for one, batch in bad if not math.isfinite(one) for key in batch.flat_keys]
+        bad = [batch for value, batch in zip(losses, self._seen) if not math.isfinite(value)]
+        found = [key for batch in bad for key in batch.flat_keys]
         everywhere: list[Any] = [found]
         if self._process.world_size > 1:
             everywhere = [None] * self._process.world_size
             dist.all_gather_object(everywhere, found)
-        # Ranks that hold one copy of the model together have read the same samples.
+        # Ranks that hold one copy of the model together have read the same samples: name them once.
         found = dict.fromkeys(sum(everywhere, []))
         names = ", ".join(f"{name} record {number}" for name, number in found)
         raise RuntimeError(
-            f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}; "
-            "nothing of this step is saved: look at them, or resume from a checkpoint and lower "
-            "optimizer.lr"
+            f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}, "
+            "and nothing of this step is saved; look at these samples, then start a new run "
+            "without them or with a lower optimizer.lr"
         )
 
     def row(self, step: int, loss_mean: float) -> dict[str, Any]:
+        """Return the step's row for the metrics file. Collective."""
         seconds, cpu_seconds = self.lap()
         (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
         counts = self._counts()
-        # An online teacher has read on into the next step.
+        # An online teacher reads ahead: further batches belong to the next step.
         del self._seen[: self._num_micro]
         return {
             "step": step,
@@ -80,12 +81,12 @@ class StepFigures:
             **counts,
             "step_seconds": seconds,
             "cpu_seconds": cpu_mean * self._process.world_size,
-            "grad_norm": self._host.grad_norm(),
+            "grad_norm": self._engine.grad_norm(),
         }
 
     def _counts(self) -> dict[str, Any]:
-        """Counts of the step over all data ranks; the host's own run keeps all it has."""
-        counts = self._host.counts()
+        """Return the step's counts over all data ranks; without elision every token is kept."""
+        counts = self._engine.counts()
         if counts is not None:
             return {k: v for k, v in counts.items() if k != "step"}
         tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
@@ -104,7 +105,7 @@ class StepFigures:
         }
 
     def _mean(self, value: Tensor) -> Tensor:
-        """Mean over ranks, and so over data ranks: as many ranks belong to each of them."""
+        """Return the mean over ranks. It is also that over data ranks: each has as many ranks."""
         value = value.to(self._process.device)
         if self._process.world_size > 1:
             dist.all_reduce(value)
@@ -112,7 +113,7 @@ class StepFigures:
 
 
 def peak_memory(process: Process) -> int:
-    """Largest memory of any rank, in bytes: of the GPU, or of the process on a CPU."""
+    """Return the largest peak of any rank in bytes, of GPU or else CPU memory. Collective."""
     if process.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(process.device)
     else:
@@ -124,7 +125,7 @@ def peak_memory(process: Process) -> int:
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """What the progress bar says of a step."""
+    """Return what the progress bar shows of a step."""
     cost = {}
     if "teacher_seconds" in row:
         cost = {"teacher": f"{row['teacher_seconds']:.2f} of {row['step_seconds']:.2f} s"}

@@ -1,4 +1,4 @@
-"""How the teacher reads the samples of a corpus: by the student's token ids, or by its own."""
+"""How the teacher reads the samples of a corpus: in the student's token ids, or in its own."""
 
 from __future__ import annotations
 
@@ -32,34 +32,37 @@ class TeacherText:
     corpus: Corpus
 
     pad_id: int
-    """The teacher's token that stands for images."""
+    """Id of the teacher's token that stands at image positions."""
 
     tokenizer: Any = None
-    """The teacher's own; None reads the student's ids."""
+    """The teacher's own tokenizer; None if the teacher reads the student's ids."""
 
     @cached_property
     def writer(self) -> OtherTokenizer:
         return OtherTokenizer(self.corpus.encoder, self.tokenizer, pad_id=self.pad_id)
 
     def encode(self, row: int) -> EncodedSample | TwiceWritten:
-        """The sample of a row of the corpus's index, for ``scores``."""
+        """Return the sample at a row of the corpus's index, as ``scores`` takes it."""
         if self.tokenizer is None:
             return self.corpus.train.encode(row)
         return self.writer.write(self.corpus.train_records[row])
 
     def scores(self, score: Score) -> Score:
-        """Losses of the student's labels, from what scores samples in the teacher's own ids."""
+        """Turn a function that scores the teacher's own ids into one for the student's labels."""
         return score if self.tokenizer is None else partial(_score_written, score)
 
     def name(self, teacher_id: str) -> str:
-        """The teacher's name: another tokenizer of the same model gives other losses."""
+        """Return the teacher's name, with the id of its own tokenizer: that changes the losses."""
         return (
             teacher_id if self.tokenizer is None else f"{teacher_id}-{tokenizer_id(self.tokenizer)}"
         )
 
 
 def teacher_text(config: TeacherConfig, corpus: Corpus) -> TeacherText:
-    """ValueError names the first difference of tokenizers that have to be the same."""
+    """Decide how the teacher reads the corpus.
+
+    ValueError names the first difference between tokenizers that have to be the same.
+    """
     own = corpus.student.tokenizer
     if config.path is None:
         return TeacherText(corpus, choose_pad_id(own))
@@ -72,7 +75,7 @@ def teacher_text(config: TeacherConfig, corpus: Corpus) -> TeacherText:
 
 
 def own_samples(samples: Sequence[TwiceWritten]) -> list[EncodedSample]:
-    """What a teacher of another tokenizer reads."""
+    """Return the samples in the ids of a teacher that has its own tokenizer."""
     return [sample.teacher for sample in samples]
 
 
@@ -81,7 +84,7 @@ def _score_written(score: Score, samples: Sequence[Any]) -> Tensor:
 
 
 def teacher_source(section: TeacherConfig, corpus: Corpus) -> TeacherSource:
-    """The model that `teacher.path` names, or the student's own backbone, on its very weights."""
+    """Return the model that `teacher.path` names, or the student's own backbone, not copied."""
     if section.path is not None:
         return source_at(section.path)
     backbone = text_backbone(corpus.student.model)

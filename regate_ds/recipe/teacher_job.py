@@ -1,4 +1,4 @@
-"""What `regate teacher` does: score the training set into a store, on the ranks of a job."""
+"""The job of `regate teacher`: score the training set into a store, on all ranks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from regate_ds.teacher.throughput import plain_forward
 
 
 def run_teacher(config: RunConfig) -> None:
-    """Score the training set with the teacher into `teacher.store`; finished shards are skipped."""
+    """Score the training set with the teacher into `teacher.store`; keep finished shards."""
     judge_teacher(config, announce().world_size)
     assert config.teacher.store is not None
     with join_job("teacher") as process:
-        # A teacher of its own needs of the student only its shape.
+        # If the teacher is another model, the student's weights are not needed.
         corpus = open_corpus(config, weights=config.teacher.path is None)
         require_one_data_set(corpus.index.fingerprint, process)
         text = teacher_text(config.teacher, corpus)
@@ -48,7 +48,7 @@ def run_teacher(config: RunConfig) -> None:
 
 
 def _plain(config: RunConfig, model: nn.Module, text: TeacherText) -> Any:
-    """What scoring is compared with; a teacher in parts has no plain forward pass."""
+    """Return the forward pass that scoring is compared with; None if the teacher is sharded."""
     if config.teacher.sharding != "none":
         return None
     forward = partial(plain_forward, model, pad_id=text.pad_id)

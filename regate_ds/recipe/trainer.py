@@ -1,4 +1,4 @@
-"""One training run: built in order, then a loop over windows, with evaluations along the way."""
+"""One training run: its parts are built in order, then a loop trains on windows and evaluates."""
 
 from __future__ import annotations
 
@@ -99,18 +99,21 @@ class Trainer:
 
     def _begin(self) -> int:
         if self.process.is_first:
-            is_again = self.config.run.resume == "auto"
-            self.folder.begin(dump_config(self.config), may_hold_unsaved=is_again)
+            may_restart = self.config.run.resume == "auto"
+            self.folder.begin(dump_config(self.config), may_hold_unsaved=may_restart)
         if self.config.run.eval_every:
             self._evaluate(0)
         return 0
 
     def _open_reference(self) -> ReferenceStore | OnlineReference | None:
-        """The teacher's losses, refused if they were computed for other data; or the teacher."""
+        """Open the store of the teacher's losses, or build the online teacher.
+
+        None if the run elides nothing. ValueError if the losses were computed for other data.
+        """
         if not self.config.selects:
             return None
         if self.config.scores_online:
-            # It stands on deepspeed, which a run through Megatron-core does without.
+            # Imported only here: it may need deepspeed, which a run through Megatron-core does not.
             from regate_ds.recipe.online_teacher import open_online
 
             return open_online(self.config.teacher, self.corpus, self.process)
@@ -120,14 +123,14 @@ class Trainer:
         return store
 
     def _loader(self, start: int) -> Iterator[Batch]:
-        """This rank's micro-batches from a step on."""
+        """Return this rank's micro-batches from step ``start`` on."""
         host_only = not self.regate_config.enabled
         loader = DataLoader(
             self.corpus.train,
             batch_sampler=replace(self.order, start_step=start),  # type: ignore[arg-type]
             collate_fn=HostLabels(self.corpus.collator) if host_only else self.corpus.collator,
             num_workers=self.config.data.num_workers,
-            # Without one of its own, the loader would draw a seed from the run's random state.
+            # Without this generator, the loader would draw a seed from the run's random state.
             generator=torch.Generator(),
             worker_init_fn=leave_to_parent,
         )
@@ -144,7 +147,7 @@ class Trainer:
         return row
 
     def _stop(self, done: int) -> NoReturn:
-        """All ranks together, after the step in which one of them was asked."""
+        """Save and end on all ranks, after the step in which one of them was asked to end."""
         self._save(done)
         text = (
             f"asked to end: saved {self.folder.checkpoints} after {done} of "
@@ -154,7 +157,7 @@ class Trainer:
 
     def _after(self, done: int) -> None:
         run, last = self.config.run, self.order.total_steps
-        # First saved, then evaluated: an evaluation that fails loses nothing.
+        # Save before evaluating, so that an evaluation that fails loses nothing.
         if run.save_every and done % run.save_every == 0 and done < last:
             self._save(done)
         if self._evaluates_after(done):
@@ -186,13 +189,13 @@ class Trainer:
         return done
 
     def _evaluate(self, done: int) -> dict[str, Any]:
-        """Dense evaluation on the held-out samples; its time does not count as training."""
+        """Evaluate the dense model on the held-out samples; the time does not count as training."""
         if not self.corpus.test_records:
             return {}
         with self.engine.full_model() as model:
-            return self._evaluate_whole(model, done)
+            return self._evaluate_model(model, done)
 
-    def _evaluate_whole(self, model: nn.Module, done: int) -> dict[str, Any]:
+    def _evaluate_model(self, model: nn.Module, done: int) -> dict[str, Any]:
         if not self.corpus.test_records:
             return {}
         scores = evaluate(model, held_out(self.corpus, self.config), self.process)
@@ -201,11 +204,11 @@ class Trainer:
         return scores
 
     def _totals(self) -> dict[str, Any]:
-        """Sums over all steps so far, as the metrics file has them; first rank only."""
+        """Return sums over all steps in the metrics file; call it on the first rank only."""
         return totals(self.folder.metrics(), self._gated_share())
 
     def _gated_share(self) -> float:
-        """Gated layers among all layers of the decoder."""
+        """Return the share of the decoder's layers that are gated."""
         depth = self.corpus.student.model.get_decoder().config.num_hidden_layers
         if not self.regate_config.enabled:
             return 0.0
@@ -217,7 +220,7 @@ class Trainer:
             self._save(total)
         with self.engine.full_model() as model:
             save_model(self.folder.model, self.corpus.student, model, self.process)
-            scores = self._evaluate_whole(model, total)
+            scores = self._evaluate_model(model, total)
         peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}

@@ -103,10 +103,10 @@ def check_recipe(rank: int, folder: str) -> None:
 class Unevaluated(Trainer):
     """Whose evaluation at the end of the run fails."""
 
-    def _evaluate_whole(self, model: Any, done: int) -> dict[str, Any]:
+    def _evaluate_model(self, model: Any, done: int) -> dict[str, Any]:
         if done == STEPS:
             raise Killed
-        return super()._evaluate_whole(model, done)
+        return super()._evaluate_model(model, done)
 
 
 class Diverging(Trainer):

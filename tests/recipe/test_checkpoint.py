@@ -96,14 +96,14 @@ def test_another_number_of_ranks_is_refused_where_the_optimizer_is_cut_by_rank(t
     point_to(tmp_path, 5)
     for rank in (0, 1):
         (tmp_path / "step-000005" / f"random-{rank}.pt").touch()
-    with pytest.raises(ValueError, match="of 2 ranks under ZeRO stage 1, this job has 1"):
+    with pytest.raises(ValueError, match="by 2 ranks under ZeRO stage 1, but this job has 1"):
         load_checkpoint(tmp_path, host(1), ALONE)
 
 
 def test_a_checkpoint_without_the_engines_files_is_named(tmp_path):
     write(tmp_path, 5)
     point_to(tmp_path, 5)
-    with pytest.raises(ValueError, match="step-000005 cannot be read .* lacks the engine's files"):
+    with pytest.raises(ValueError, match="step-000005 cannot be read .* lacks the files of DeepS"):
         load_checkpoint(tmp_path, host(0, (None, None)), ALONE)
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path
 
 def test_a_run_goes_on_with_its_own_data_only():
     DONE.require("ab")
-    with pytest.raises(ValueError, match="is of data with fingerprint ab, this job's has cd"):
+    with pytest.raises(ValueError, match="with fingerprint ab, but this job's data has cd"):
         DONE.require("cd")
 
 

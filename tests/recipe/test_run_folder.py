@@ -109,7 +109,7 @@ def test_a_summary_is_read_back(folder):
 
 
 def test_a_run_that_is_not_finished_has_no_summary(folder):
-    with pytest.raises(ValueError, match="no summary.json: not a run, or not finished"):
+    with pytest.raises(ValueError, match="no summary.json, so it holds no finished run"):
         folder.summary()
 
 

@@ -112,7 +112,7 @@ def test_the_pad_token_stands_for_images_and_eos_where_there_is_none(caplog):
     assert choose_pad_id(SimpleNamespace(pad_token_id=0, eos_token_id=2)) == 0
     with caplog.at_level(logging.INFO):
         assert choose_pad_id(SimpleNamespace(pad_token_id=None, eos_token_id=2)) == 2
-    assert "eos stands for images" in caplog.text
+    assert "eos token stands for images" in caplog.text
     with pytest.raises(ValueError, match="neither a pad nor an eos token"):
         choose_pad_id(SimpleNamespace(pad_token_id=None, eos_token_id=None))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a Llama's sizes, its samples, steps in turn, bytes of live tensors."""
+"""What the benchmarks share: sizes of a Llama, its samples, timing, and bytes of live tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regate_ds.data.llava.encode import EncodedSample
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A Llama decoder, and samples of which every position is a label."""
+    """Sizes of a Llama decoder, of its samples, whose every position is a label, and of a run."""
 
     hidden: int = 512
     num_layers: int = 4
@@ -42,7 +42,7 @@ class Sizes:
         )
 
     def ids(self) -> Tensor:
-        """Random token ids, int64 [samples, tokens]."""
+        """Return random token ids, int64 [samples, tokens]."""
         return torch.randint(self.vocabulary, (self.num_samples, self.num_tokens))
 
 
@@ -54,7 +54,7 @@ def text_sample(number: int, ids_S: Tensor) -> EncodedSample:
 
 
 def interleaved(steps: Mapping[str, Callable[[], Any]], num_pairs: int) -> dict[str, list[float]]:
-    """CPU seconds of each kind of step, one after the other in every round, after one warm-up."""
+    """Return the CPU seconds of each kind of step, which take turns, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(num_pairs + 1):
         for name, step in steps.items():
@@ -66,10 +66,10 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], num_pairs: int) -> dict[
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is entered, counts the bytes of the tensors that operators make and something holds.
+    """Counts, while it is entered, the bytes of live tensors that operators have made.
 
-    ``peak`` is the most after any operator. What a kernel takes and frees within itself is not
-    seen, nor is what was there before.
+    ``peak`` is the largest count after any operator. It leaves out memory that a kernel takes and
+    frees within itself, and tensors that were there before.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         with self:
-            # In inference mode an operator that is made of others arrives whole.
+            # In inference mode an operator that is made of others arrives undivided.
             output = func.decompose(*args, **kwargs)
         if output is not NotImplemented:
             return output
@@ -90,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         output = func(*args, **kwargs)
         for tensor in _tensors(output):
             storage = tensor.untyped_storage()
-            # A view has the storage of what it was made from.
+            # A view shares the storage of its source, so it adds no bytes.
             if storage._cdata not in given:
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self._made = {at: made for at, made in self._made.items() if not made[0].expired()}

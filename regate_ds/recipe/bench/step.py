@@ -1,6 +1,7 @@
-"""`regate bench`: what a sparse step costs against a dense one, in process CPU time, interleaved.
+"""`regate bench`: compare the process CPU time of sparse and dense steps, which take turns.
 
-Ratios of one run on one machine; never a limit in a test, as machines are shared and noisy.
+The ratios hold for one run on one node. No test has a limit on them, because nodes are shared and
+noisy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from regate_ds.stores.difficulty.indexed import DifficultyStore
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCase(Sizes):
-    """One micro-batch of samples whose every position is a label."""
+    """Sizes of one micro-batch of samples whose every position is a label."""
 
     vocabulary: int = 8192
     num_samples: int = 8
@@ -42,7 +43,7 @@ class BenchCase(Sizes):
 
 
 class _Memory:
-    """Reference losses without a file."""
+    """Random reference losses in memory, in place of a store's files."""
 
     def __init__(self, index: AnswerIndex) -> None:
         self.index = index
@@ -53,7 +54,7 @@ class _Memory:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the case, print a table, and write JSON if asked."""
+    """Run the benchmark, print a table, and write JSON if asked."""
     parser = ArgumentParser(prog="regate bench", description=__doc__)
     parser.add_argument("--pairs", type=int, default=BenchCase.num_pairs, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_bench(case: BenchCase) -> dict[str, Any]:
-    """Median CPU seconds of dense and sparse steps, their ratios, and the share of planning."""
+    """Return median CPU seconds of dense and sparse steps, their ratios, and planning's share."""
     torch.set_num_threads(case.num_threads)
     torch.manual_seed(0)
     ids_BT, batch, index = _data(case)
@@ -117,7 +118,7 @@ class _Run:
         self.overhead: list[float] = []
 
     def step(self) -> None:
-        """One optimizer step; what it spends outside the model's passes goes to ``overhead``."""
+        """Run one optimizer step; append the seconds outside the model's passes to ``overhead``."""
         begin = time.process_time()
         plan = self._session.plan_step([self._batch])
         planned = time.process_time()
@@ -132,10 +133,10 @@ class _Run:
 
 
 def _row(name: str, seconds: dict[str, list[float]], run: _Run | None) -> dict[str, float]:
-    mine, dense = seconds[name], seconds["dense"]
+    own, dense = seconds[name], seconds["dense"]
     row = {
-        "cpu_seconds": statistics.median(mine),
-        "ratio_to_dense": statistics.median(a / b for a, b in zip(mine, dense, strict=True)),
+        "cpu_seconds": statistics.median(own),
+        "ratio_to_dense": statistics.median(a / b for a, b in zip(own, dense, strict=True)),
     }
     if run is not None:
         row["overhead_share"] = statistics.median(run.overhead) / row["cpu_seconds"]

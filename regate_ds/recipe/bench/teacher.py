@@ -1,7 +1,7 @@
-"""`regate bench --teacher`: the teacher's scoring against the plain forward pass with full logits.
+"""`regate bench --teacher`: compare the teacher's scoring with a forward pass with full logits.
 
-Time in process CPU seconds, interleaved; memory as the bytes of the tensors that are alive at the
-peak of a pass, the weights apart. Ratios of one run on one machine.
+Time is process CPU seconds of passes that take turns. Memory is the bytes of live tensors at the
+peak of a pass, without the weights. The ratios hold for one run on one node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from regate_ds.teacher.scoring import score_samples
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCase(Sizes):
-    """One batch of which every position is a label, as is worst for us."""
+    """Sizes of one batch whose every position is a label, the worst case for our scoring."""
 
     vocabulary: int = 32_000
     num_samples: int = 1
@@ -31,7 +31,7 @@ class TeacherCase(Sizes):
 
 
 def run_teacher_bench(case: TeacherCase) -> dict[str, Any]:
-    """Seconds and bytes of both passes, their ratios, and how far their losses are apart."""
+    """Return seconds and bytes of both passes, their ratios, and their losses' difference."""
     torch.set_num_threads(case.num_threads)
     torch.manual_seed(0)
     model, ids_BT = LlamaForCausalLM(case.llama()).eval(), case.ids()
@@ -41,9 +41,9 @@ def run_teacher_bench(case: TeacherCase) -> dict[str, Any]:
         "ours": lambda: score_samples(model, samples, pad_id=0),
     }
     losses, peaks = {}, {}
-    for name, one in passes.items():
+    for name, run_pass in passes.items():
         with LiveBytes() as live:
-            losses[name] = one()
+            losses[name] = run_pass()
         peaks[name] = live.peak
     seconds = interleaved(passes, case.num_pairs)
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["plain"], strict=True)]
@@ -67,6 +67,6 @@ def teacher_table(result: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _plain(model: LlamaForCausalLM, ids_BT: Tensor) -> Tensor:
-    """All logits at once, as Hugging Face models give them."""
+    """Compute the losses from all logits at once, as Hugging Face models give them."""
     logits_NV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits_NV, ids_BT[:, 1:].flatten(), reduction="none")

@@ -1,8 +1,8 @@
-"""Our settings merged into the user's own DeepSpeed JSON.
+"""Merge the run's settings into the user's own DeepSpeed JSON.
 
-What only one side sets is taken. What both set must agree; "auto" takes ours. Optimizer and
-schedule are built by the runner and handed to ``deepspeed.initialize``, so the merged file has
-neither.
+A key that only one side sets is taken. Where both set it they must agree; "auto" takes ours.
+The engine builds optimizer and schedule and gives them to ``deepspeed.initialize``, so the merged
+settings have neither.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _SCHEDULERS = {"cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The dict for ``deepspeed.initialize`` on ``world_size`` data ranks.
+    """Return the dict for ``deepspeed.initialize`` on ``world_size`` data ranks.
 
     ValueError names both values where the JSON and our YAML disagree.
     """
     user = _read_user(config.run.deepspeed)
     _refuse_other_precision(user)
-    _check_zero(user)
-    _check_optimizer(user.pop("optimizer", AUTO), config.optimizer)
-    _check_scheduler(user.pop("scheduler", AUTO), config.optimizer)
+    _require_zero_stage(user)
+    _require_same_optimizer(user.pop("optimizer", AUTO), config.optimizer)
+    _require_same_scheduler(user.pop("scheduler", AUTO), config.optimizer)
     merged = _take(user, _run_settings(config, world_size))
     return _without_auto(merged)
 
@@ -59,11 +59,15 @@ def _read_user(source: Path | dict[str, Any] | None) -> dict[str, Any]:
     try:
         user = json.loads(source.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"run.deepspeed={source}: cannot be read: {error.strerror}") from None
+        raise ValueError(
+            f"run.deepspeed={source}: cannot be read: {error.strerror}; name a JSON file"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"run.deepspeed={source}: not JSON: {error}") from None
+        raise ValueError(f"run.deepspeed={source}: not JSON: {error}; correct the file") from None
     if not isinstance(user, dict):
-        raise ValueError(f"run.deepspeed={source}: must hold a JSON object")
+        raise ValueError(
+            f"run.deepspeed={source}: holds a {type(user).__name__}; it must hold a JSON object"
+        )
     return user
 
 
@@ -78,7 +82,7 @@ def _refuse_other_precision(user: dict[str, Any]) -> None:
             )
 
 
-def _check_zero(user: dict[str, Any]) -> None:
+def _require_zero_stage(user: dict[str, Any]) -> None:
     zero = _keys("zero_optimization", user.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
     if stage != AUTO and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
@@ -107,7 +111,7 @@ def _keys(name: str, value: Any) -> Any:
     return value
 
 
-def _check_optimizer(theirs: Any, ours: OptimizerConfig) -> None:
+def _require_same_optimizer(theirs: Any, ours: OptimizerConfig) -> None:
     if theirs == AUTO:
         return
     theirs = _keys("optimizer", theirs)
@@ -122,10 +126,10 @@ def _check_optimizer(theirs: Any, ours: OptimizerConfig) -> None:
         "torch_adam": (True, "the recipe, which uses torch.optim.AdamW"),
         "adam_w_mode": (True, "the recipe, which uses torch.optim.AdamW"),
     }
-    _check_params("optimizer", theirs.get("params", {}), known)
+    _require_same_params("optimizer", theirs.get("params", {}), known)
 
 
-def _check_scheduler(theirs: Any, ours: OptimizerConfig) -> None:
+def _require_same_scheduler(theirs: Any, ours: OptimizerConfig) -> None:
     if theirs == AUTO:
         return
     theirs = _keys("scheduler", theirs)
@@ -138,10 +142,10 @@ def _check_scheduler(theirs: Any, ours: OptimizerConfig) -> None:
         "warmup_num_steps": (ours.warmup_steps, "optimizer.warmup_steps"),
         "cos_min_ratio": (ours.min_lr_share, "optimizer.min_lr_share"),
     }
-    _check_params("scheduler", theirs.get("params", {}), known)
+    _require_same_params("scheduler", theirs.get("params", {}), known)
 
 
-def _check_params(section: str, theirs: Any, ours: Mapping[str, tuple[object, str]]) -> None:
+def _require_same_params(section: str, theirs: Any, ours: Mapping[str, tuple[object, str]]) -> None:
     for key, value in _keys(f"{section}.params", theirs).items():
         if value == AUTO:
             continue
@@ -162,7 +166,7 @@ def _require_same(key: str, theirs: object, ours: object, name: str) -> None:
 
 
 def _without_auto(value: Any) -> Any:
-    """Leave out the remaining "auto": there DeepSpeed's own default stands."""
+    """Remove the remaining "auto" values, so that DeepSpeed's own defaults stand there."""
     if isinstance(value, dict):
         return {key: _without_auto(item) for key, item in value.items() if item != AUTO}
     return value

@@ -1,6 +1,6 @@
-"""What a run through Megatron-core asks of its settings, the job's ranks and the student.
+"""Refuse settings, ranks and students that a run through Megatron-core cannot take.
 
-Nothing here needs Megatron-core: it is judged before anything is loaded.
+Nothing here imports Megatron-core, so that a run is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from regate_ds.families.table import FAMILIES
 from regate_ds.families.text_decoders import decoders_that
 
 MEGATRON_STUDENTS = tuple(name for name, family in FAMILIES.items() if family.in_megatron)
-"""`model_type` of the students whose tower goes before a decoder of Megatron-core."""
+"""`model_type` of the students that can be trained through Megatron-core."""
 
 Problem = tuple[bool, str]
-"""Whether it is one, and what to say."""
+"""Whether there is a problem, and the error message for it."""
 
 
 def require_settings(config: Any) -> None:
-    """ValueError for what of a RunConfig cannot be done with `parallel`."""
+    """Refuse, by ValueError, settings of a RunConfig that cannot be combined with `parallel`."""
     _refuse(_settings_problems(config))
 
 
 def require_packages(parallel: Any) -> None:
-    """ValueError if what such a run stands on is not installed."""
+    """Refuse, by ValueError, a run whose packages are not installed."""
     _refuse(
         [
             (
@@ -52,7 +52,7 @@ def is_installed(package: str) -> bool:
 
 
 def require_ranks(parallel: Any, world_size: int) -> None:
-    """ValueError if the job's ranks cannot be cut into whole copies of the model."""
+    """Refuse, by ValueError, a number of ranks that does not hold whole copies of the model."""
     size = parallel.ranks_per_copy
     _refuse(
         [
@@ -60,14 +60,17 @@ def require_ranks(parallel: Any, world_size: int) -> None:
                 world_size % size != 0,
                 f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline} "
                 f"times parallel.context={parallel.context} is {size} ranks for one copy of the "
-                f"model, but the job has {world_size}; start it on a multiple of {size}",
+                f"model, but the job has {world_size}; start it on a multiple of {size} ranks",
             )
         ]
     )
 
 
 def require_student(model_type: str, text: Any, parallel: Any) -> None:
-    """ValueError if a student cannot be cut so; ``text`` is its decoder's Hugging Face config."""
+    """Refuse, by ValueError, a student that cannot be cut as ``parallel`` says.
+
+    ``text`` is the Hugging Face config of its decoder.
+    """
     if model_type not in MEGATRON_STUDENTS:
         raise ValueError(
             f"a {model_type} student cannot be trained with parallel.*; use one of "
@@ -78,38 +81,38 @@ def require_student(model_type: str, text: Any, parallel: Any) -> None:
 
 
 def require_decoder(text: Any) -> None:
-    """ValueError if Megatron-core, as it is set up here, would compute another decoder."""
+    """Refuse, by ValueError, a decoder that Megatron-core would compute differently."""
     _refuse(_decoder_problems(text))
 
 
 def _refuse(problems: Iterator[Problem] | list[Problem]) -> None:
-    for is_problem, what in problems:
+    for is_problem, message in problems:
         if is_problem:
-            raise ValueError(what)
+            raise ValueError(message)
 
 
 def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
-    without = "cannot be done with parallel.*; set it to"
-    yield config.scores_online, f"teacher.mode=online {without} store"
-    yield model.lora is not None, f"model.lora {without} null"
+    advice = "cannot be combined with parallel.*; set it to"
+    yield config.scores_online, f"teacher.mode=online {advice} store"
+    yield model.lora is not None, f"model.lora={model.lora} {advice} null"
     yield (
         config.data.pack_length is not None,
-        f"data.pack_length={config.data.pack_length} {without} null",
+        f"data.pack_length={config.data.pack_length} {advice} null",
     )
-    yield run.deepspeed is not None, f"run.deepspeed {without} null"
+    yield run.deepspeed is not None, f"run.deepspeed={run.deepspeed} {advice} null"
     yield (
         model.gradient_checkpointing,
-        f"model.gradient_checkpointing=True {without} false, and parallel.recompute to full",
+        f"model.gradient_checkpointing=True {advice} false, and parallel.recompute to full",
     )
     yield (
         model.path is None and model.kind not in MEGATRON_STUDENTS,
-        f"model.kind={model.kind} {without} {' or '.join(MEGATRON_STUDENTS)}",
+        f"model.kind={model.kind} {advice} {' or '.join(MEGATRON_STUDENTS)}",
     )
     yield (
         config.elision.last_layer is not None and parallel.virtual > 1,
-        f"elision.last_layer={config.elision.last_layer} cannot be done with parallel.virtual="
-        f"{parallel.virtual}; set it to null, or parallel.virtual to 1",
+        f"elision.last_layer={config.elision.last_layer} cannot be combined with "
+        f"parallel.virtual={parallel.virtual}; set it to null, or parallel.virtual to 1",
     )
     yield (
         parallel.virtual > 1 and run.accumulation % parallel.pipeline != 0,
@@ -123,7 +126,8 @@ def _decoder_problems(text: Any) -> Iterator[Problem]:
     kind, rope = text.model_type, text.rope_parameters.get("rope_type", "default")
     yield (
         kind not in decoders,
-        f"decoder {kind!r} has no counterpart in Megatron-core here; use one of {decoders}",
+        f"decoder {kind!r} is not supported with Megatron-core; use a student with one of "
+        f"{decoders}",
     )
     yield (
         rope != "default",
@@ -139,7 +143,8 @@ def _decoder_problems(text: Any) -> Iterator[Problem]:
         )
     yield (
         text.hidden_act != "silu",
-        f"hidden_act={text.hidden_act!r} is not supported with Megatron-core; only 'silu' is",
+        f"hidden_act={text.hidden_act!r} is not supported with Megatron-core; use a student with "
+        "'silu'",
     )
 
 
@@ -148,12 +153,12 @@ def _size_problems(text: Any, parallel: Any) -> Iterator[Problem]:
     yield (
         text.num_hidden_layers % parts != 0,
         f"the student's {text.num_hidden_layers} layers cannot be cut into {parts} equal parts "
-        "(parallel.pipeline times parallel.virtual); choose a divisor",
+        "(parallel.pipeline times parallel.virtual); choose two whose product divides the layers",
     )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
         value = getattr(text, name)
         yield (
             value % parallel.tensor != 0,
             f"the student's {name}={value} cannot be cut over parallel.tensor="
-            f"{parallel.tensor} ranks; choose a divisor",
+            f"{parallel.tensor} ranks; set parallel.tensor to a divisor of {value}",
         )

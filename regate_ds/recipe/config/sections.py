@@ -1,7 +1,7 @@
-"""The parts of a run's configuration, their meaning, and what each refuses.
+"""The sections of a run's configuration: what each key means, and which values it refuses.
 
-Paths are taken from the folder the command runs in. A check that needs several parts at once is in
-configuration.py.
+Paths are relative to the folder that the command runs in. Values that contradict each other across
+sections are refused in tree.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from regate_ds.settings.refuse import require
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Samples in LLaVA's JSON format."""
+    """The training and held-out samples, in LLaVA's JSON format, and how they are encoded."""
 
     train: Path
     """JSON file of the training samples."""
@@ -38,10 +38,10 @@ class DataConfig:
     """Text around the turns of a conversation (see `data.template.*`)."""
 
     skip_bad: bool = False
-    """True counts and reports broken records; false stops at the first one."""
+    """True leaves bad records out and reports them; false stops at the first one."""
 
     pack_length: int | None = None
-    """Put several samples into one row of at most this many tokens; null is one sample a row."""
+    """Largest length, in tokens, of a row of several samples; null puts one sample in each row."""
 
     num_workers: int = 2
     """Processes of each rank that decode images; 0 decodes in the training process."""
@@ -60,24 +60,24 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ElisionConfig(RegateConfig):
-    """The knobs of the method, as in a YAML file: total_steps may be left to the runner."""
+    """The settings of the method, as in a YAML file: total_steps may be left to the run."""
 
     total_steps: int | None = None
     """Optimizer steps over which the schedule runs; null is the number of steps of the run."""
 
     def __post_init__(self) -> None:
-        # Judge the other knobs now: before the data is read, the run's length is not known.
+        # The run's length is not known before the data is read; judge the other settings now.
         self.for_run(num_steps=1_000_000_000)
 
     def for_run(self, num_steps: int) -> RegateConfig:
-        """The method's configuration in a run of ``num_steps`` optimizer steps."""
+        """Return the method's configuration for a run of ``num_steps`` optimizer steps."""
         own = {f.name: getattr(self, f.name) for f in fields(RegateConfig)}
         if self.total_steps is None:
             own["total_steps"] = num_steps
         return RegateConfig(**own)
 
     def judge_length(self, num_steps: int) -> None:
-        """ValueError if the schedule is too short for the run, or leaves no step to elide in."""
+        """Refuse, by ValueError, a schedule shorter than the run, or one without a sparse step."""
         config = self.for_run(num_steps)
         if not self.enabled:
             return
@@ -98,7 +98,7 @@ class ElisionConfig(RegateConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """A run through Megatron-core; what is left of the job's ranks are data ranks."""
+    """How Megatron-core cuts the model; ranks beyond one copy of it are data ranks."""
 
     tensor: int = 1
     """Ranks that share each layer's matrices."""
@@ -113,14 +113,14 @@ class ParallelConfig:
     """Parts of the decoder on each stage; above 1 the schedule interleaves them."""
 
     sequence: bool = False
-    """True cuts activations between the matrices over the tensor ranks."""
+    """True cuts the activations between the matrices over the tensor ranks."""
 
     distributed_optimizer: bool = False
     """True cuts the optimizer's state over the data ranks."""
 
     row_format: Literal["padded", "ragged"] = "padded"
-    """Kept tokens in rows of one length, or one after the other (`ragged`; needs Transformer
-    Engine)."""
+    """`padded` puts kept tokens in rows of one length; `ragged` puts them one after the other and
+    needs Transformer Engine."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again: nothing, attention, or whole layers."""
@@ -134,18 +134,18 @@ class ParallelConfig:
 
     @property
     def ranks_per_copy(self) -> int:
-        """Ranks that read the same samples."""
+        """Number of ranks that hold one copy of the model; they read the same samples."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def weight_parts(self) -> int:
-        """Ranks that the weights of one copy of the model are cut over."""
+        """Number of ranks that the weights of one copy of the model are cut over."""
         return self.tensor * self.pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    """How long, how fast, how exact, and where the results go."""
+    """The run's length, batch, precision and checkpoints, and the folder of its results."""
 
     out: Path
     """The run folder: configuration, metrics, summary and checkpoints."""
@@ -169,10 +169,10 @@ class RunSection:
     """Seed of sample order, new weights and dropout."""
 
     eval_every: int = 0
-    """Evaluate after every so many steps; 0 evaluates at the end only."""
+    """Number of steps between evaluations; 0 evaluates at the end only."""
 
     save_every: int = 0
-    """Write a checkpoint after every so many steps; 0 writes one at the end only."""
+    """Number of steps between checkpoints; 0 writes one at the end only."""
 
     keep_checkpoints: int | None = 2
     """Number of newest checkpoints that stay on disk; null keeps all."""
@@ -181,15 +181,15 @@ class RunSection:
     """The user's own DeepSpeed configuration, a JSON file or its content; null is ZeRO stage 0."""
 
     resume: Literal[False, True, "auto"] = False
-    """True goes on from the newest checkpoint in `out`; auto does so if there is one, and starts
-    the run otherwise, as a job needs that may be put back into the queue."""
+    """True resumes from the newest checkpoint in `out`; auto resumes if there is one and starts a
+    new run otherwise, which suits a job that may go back into the queue."""
 
     grace_seconds: int | None = None
     """After SIGTERM or SIGUSR1 a run ends its step, saves and exits with code 75; if that takes
-    more than so many seconds it exits at once with 143; null lets it take its time."""
+    more than this many seconds, it exits at once with code 143; null sets no limit."""
 
     log_every: int = 10
-    """Refresh the figures beside the progress bar after every so many steps."""
+    """Number of steps between updates of the figures beside the progress bar."""
 
     plan_only: bool = False
     """True walks one epoch without a model and prints what would be kept."""

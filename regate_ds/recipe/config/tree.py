@@ -1,4 +1,4 @@
-"""The configuration of a run: one frozen tree, read from YAML and judged before anything is loaded.
+"""The configuration of a run: a frozen tree, read from YAML and judged before anything is loaded.
 
     model: {path: models/student}
     data: {train: scenes/train.json, test: scenes/test.json}
@@ -84,7 +84,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The whole tree as YAML, defaults included; ``load_config`` gives back an equal one."""
+    """Return the whole tree as YAML, with defaults; ``load_config`` reads back an equal one."""
     return yaml.safe_dump(plain_values(config), sort_keys=False)
 
 
@@ -92,7 +92,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise ValueError(f"{path} is not YAML: {error}; correct the file") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -107,7 +107,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text)
     except ValueError:
-        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+        raise ValueError(
+            f"override {override!r}: {text!r} is not a YAML value; put text in quotes"
+        ) from None
     *parents, key = name.split(".")
     node = tree
     for depth, parent in enumerate(parents, start=1):
@@ -115,5 +117,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise ValueError(f"override {override!r}: {'.'.join(parents[:depth])} has no keys")
+            raise ValueError(
+                f"override {override!r}: {'.'.join(parents[:depth])} has no keys; set it as a whole"
+            )
     node[key] = value

@@ -1,4 +1,4 @@
-"""One thing that `regate doctor` looked at."""
+"""The record of one check of `regate doctor`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """``advice`` is empty where nothing is to be done."""
+    """What one check found; ``advice`` is empty where nothing has to be done."""
 
     name: str
     found: str
@@ -15,4 +15,4 @@ class Check:
     is_fine: bool
     advice: str = ""
     is_version: bool = False
-    """``found`` is a package's version, which is to be the same on all ranks."""
+    """True if ``found`` is a package's version, which must be the same on all ranks."""

@@ -1,4 +1,4 @@
-"""`regate doctor`: what this machine has of what the package needs, and how to get the rest."""
+"""`regate doctor`: check what this node has of what the package needs, and how to get the rest."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ TESTED_PACKAGES = {
     "mlxtend": "0.25.0",
     "matplotlib": "3.11.2",
 }
-"""What the recipe needs, and the versions that the tests ran with."""
+"""Packages that the recipe needs, and the versions that the tests ran with."""
 
 MEGATRON_TESTED = ("0.16.1", "0.19.2")
 
 PATIENCE_MINUTES = "2"
-"""For ranks that do not come; DEEPSPEED_TIMEOUT says otherwise."""
+"""Time to wait for ranks that do not come; the variable DEEPSPEED_TIMEOUT overrides it."""
 
 _MODULES = {"pillow": "PIL"}
-"""Where a package is imported by another name."""
+"""Import names of packages that are imported under another name."""
 
 BROKEN = "broken"
 
 _BROKEN = (ImportError, OSError, AttributeError)
-"""What importing a package ends in that was built for another torch, CUDA or Python."""
+"""Errors of importing a package that was built for another torch, CUDA or Python."""
 
 
 def examine(config: RunConfig | None = None) -> list[Check]:
-    """Look at versions, devices, kernels and, for a run, at memory and disk.
+    """Check versions, devices and kernels, and for a run also memory and disk; change nothing.
 
-    Under a launcher also at the other ranks, and then collective. Nothing is changed.
+    In a job of several ranks it also checks what they do together, and is then collective.
     """
     ranks = discover()
     checks = [
@@ -74,10 +74,10 @@ def examine(config: RunConfig | None = None) -> list[Check]:
     ]
     if ranks.world_size == 1:
         return checks
-    return _together(config, ranks, checks)
+    return _examine_with_others(config, ranks, checks)
 
 
-def _together(config: RunConfig | None, ranks: Ranks, own: list[Check]) -> list[Check]:
+def _examine_with_others(config: RunConfig | None, ranks: Ranks, own: list[Check]) -> list[Check]:
     from regate_ds.job.process import start_process
 
     os.environ.setdefault("DEEPSPEED_TIMEOUT", PATIENCE_MINUTES)
@@ -91,18 +91,19 @@ def _together(config: RunConfig | None, ranks: Ranks, own: list[Check]) -> list[
 
 
 def lacks_required(checks: Sequence[Check]) -> bool:
-    return any(f.is_required and not f.is_fine for f in checks)
+    return any(check.is_required and not check.is_fine for check in checks)
 
 
 def as_text(checks: Sequence[Check]) -> str:
-    """A line for each check: a mark, its name, what was found, what to do. Versions as tested
-    share one.
+    """Return a line for each check: mark, name, what was found, what to do.
+
+    Versions that are as tested share one line.
     """
-    usual = [f for f in checks if f.is_version and f.is_fine and not f.advice]
-    versions = ", ".join(f"{f.name} {f.found}" for f in usual)
-    shown = [f for f in checks if f not in usual]
+    as_tested = [c for c in checks if c.is_version and c.is_fine and not c.advice]
+    versions = ", ".join(f"{c.name} {c.found}" for c in as_tested)
+    others = [c for c in checks if c not in as_tested]
     lines = textwrap.wrap(versions, 90, initial_indent="ok       ", subsequent_indent=" " * 9)
-    lines += [f"{_mark(f):<9}{f.name:<20}{f.found:<20} {f.advice}".rstrip() for f in shown]
+    lines += [f"{_mark(c):<9}{c.name:<20}{c.found:<20} {c.advice}".rstrip() for c in others]
     end = "all required is here"
     if lacks_required(checks):
         end = "something required is missing or broken"
@@ -110,7 +111,7 @@ def as_text(checks: Sequence[Check]) -> str:
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    return json.dumps([asdict(f) for f in checks], indent=2)
+    return json.dumps([asdict(check) for check in checks], indent=2)
 
 
 def _mark(check: Check) -> str:
@@ -127,13 +128,13 @@ def _package(name: str, tested: str) -> Check:
     except metadata.PackageNotFoundError:
         return Check(name, "absent", True, False, "pip install -e '.[recipe]'")
     try:
-        # What a package prints while it is imported is no check.
+        # A package may print while it is imported; stdout is for the checks alone.
         with redirect_stdout(sys.stderr):
             import_module(_MODULES.get(name, name))
     except (*_BROKEN, RuntimeError) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return Check(name, BROKEN, True, False, f"{found}: {first_line}")
-    # A build's own part ("+cpu") is no other version.
+    # The local tag of a build ("+cpu") does not make it another version.
     advice = "" if found.split("+")[0] == tested else f"tested with {tested}"
     return Check(name, found, True, True, advice, is_version=True)
 
@@ -159,11 +160,11 @@ def _backend(name: str) -> Check:
         return Check(name, "absent", is_needed, False, advice)
     if name == "nccl" or dist.is_initialized():
         return Check(name, "present", is_needed, True)
-    return _tried_gloo(is_needed)
+    return _try_gloo(is_needed)
 
 
-def _tried_gloo(is_needed: bool) -> Check:
-    """Sum over a group of one: shows that a network interface can be bound."""
+def _try_gloo(is_needed: bool) -> Check:
+    """Sum over a group of one rank, which shows that a network interface can be bound."""
     try:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     except RuntimeError as error:
@@ -188,12 +189,12 @@ def _axes(config: RunConfig) -> dict[str, int]:
 
 def _needs(config: RunConfig, ranks: Ranks) -> list[Check]:
     needs = estimate(config, ranks.world_size)
-    less = "more ranks, a higher ZeRO stage in run.deepspeed, or model.lora need less"
+    memory_advice = "more ranks, a higher ZeRO stage in run.deepspeed, or model.lora need less"
     memory = free_memory(ranks)
-    fewer = f"{config.run.out}: free some, or lower run.keep_checkpoints"
+    disk_advice = f"free disk space for {config.run.out}, or lower run.keep_checkpoints"
     return [
-        _room("memory of a rank", needs.memory, memory, less),
-        _room("disk", needs.disk, free_disk(config.run.out), fewer),
+        _room("memory of a rank", needs.memory, memory, memory_advice),
+        _room("disk", needs.disk, free_disk(config.run.out), disk_advice),
     ]
 
 
@@ -204,7 +205,7 @@ def _room(name: str, needed: int, free: int, advice: str) -> Check:
 
 
 def _megatron() -> Check:
-    """Not imported: that takes seconds, and may need a GPU."""
+    """Check the version without importing it: that takes seconds, and may need a GPU."""
     try:
         found = metadata.version("megatron-core")
     except metadata.PackageNotFoundError:
@@ -221,12 +222,12 @@ def _compiler() -> Check:
 
 
 def _apex() -> Check:
-    """NVIDIA's apex, none, or the project of the same name on PyPI."""
+    """Check that apex is NVIDIA's, and not PyPI's project of the same name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         use = "optional, for Megatron-core's fused kernels: build NVIDIA's from its source"
         return Check("apex", "absent", False, False, use)
-    # Judged by its files: the other project cannot be imported safely.
+    # Look at its files first: the other project cannot be imported safely.
     if not any((Path(p) / "optimizers").is_dir() for p in spec.submodule_search_locations or ()):
         advice = "PyPI's apex is another project: pip uninstall apex, then build NVIDIA's"
         return Check("apex", "not NVIDIA's", False, False, advice)

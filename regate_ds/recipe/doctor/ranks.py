@@ -1,4 +1,4 @@
-"""What the ranks of a job find out together: each other, the time of a sum, and a shared folder."""
+"""Checks that the ranks of a job make together: their nodes, the time of a sum, a shared folder."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _MEBIBYTES = 16
 _REPEATS = 5
 
 SECONDS_TO_SEE = 20.0
-"""Network file systems may show a new file later on other machines."""
+"""Time for a file to appear on other nodes, as network file systems may show it late."""
 
 
 def examine_together(
     process: Process, node: str, own: Sequence[Check], axes: dict[str, int], folder: Path
 ) -> list[Check]:
-    """Add to each rank's own checks what only all can know. Collective; alike on all ranks.
+    """Merge the ranks' own checks, and add those that need all ranks. Collective.
 
-    axes: sizes of tensor, context and pipeline groups, as Megatron-core lays them out.
+    The result is the same on all ranks. axes: sizes of the tensor, context and pipeline groups, as
+    Megatron-core lays them out.
     """
     nodes: list[str] = _gathered(node, process)
     checks = _merged(_gathered(list(own), process))
@@ -40,7 +41,7 @@ def examine_together(
 
 
 def groups_of(nodes: Sequence[str], axes: dict[str, int]) -> dict[str, list[list[int]]]:
-    """Ranks that sum together, by axis: the world, each node, and each axis above 1.
+    """Return the groups of ranks that sum together: the world, each node, and each axis above 1.
 
     ValueError if the axes do not divide the ranks.
     """
@@ -53,8 +54,11 @@ def groups_of(nodes: Sequence[str], axes: dict[str, int]) -> dict[str, list[list
     together = sizes["tensor"] * sizes["context"] * sizes["pipeline"]
     if count % together:
         text = ", ".join(f"parallel.{name}={size}" for name, size in axes.items())
-        raise ValueError(f"{text}: {count} ranks are no multiple of {together}")
-    # From the innermost to the outermost.
+        raise ValueError(
+            f"{text}: {count} ranks are no multiple of {together}; start a multiple of {together} "
+            "ranks, or lower the sizes"
+        )
+    # The axes from the innermost to the outermost, in Megatron-core's order.
     order = ("tensor", "context", "data", "pipeline")
     sizes["data"] = count // together
     stride = 1
@@ -68,38 +72,38 @@ def groups_of(nodes: Sequence[str], axes: dict[str, int]) -> dict[str, list[list
 
 
 def _timed(name: str, groups: list[list[int]], process: Process) -> Check:
-    """Sum over this rank's group at once with all other groups of the axis."""
-    mine, group = groups[0], None
+    """Time a sum over this rank's group, while all other groups of the axis sum too."""
+    own_members, own_group = groups[0], None
     for members in groups:
-        made = dist.new_group(members)
+        group = dist.new_group(members)
         if process.rank in members:
-            mine, group = members, made
-    seconds, right = [], True
+            own_members, own_group = members, group
+    seconds, is_right = [], True
     for _ in range(_REPEATS + 1):
         values = torch.full((_MEBIBYTES * 2**18,), float(process.rank), device=process.device)
         dist.barrier()
         start = time.perf_counter()
-        dist.all_reduce(values, group=group)
-        # Waits for the device.
-        right = right and float(values[-1]) == sum(mine)
+        dist.all_reduce(values, group=own_group)
+        # float() waits for the device.
+        is_right = is_right and float(values[-1]) == sum(own_members)
         seconds.append(time.perf_counter() - start)
     slowest = max(_gathered(statistics.median(seconds[1:]), process))
-    wrong = [rank for rank, fine in enumerate(_gathered(right, process)) if not fine]
-    text = f"{len(groups)} x {len(mine)} ranks: {_MEBIBYTES} MiB in {slowest * 1e3:.1f} ms"
-    advice = f"the sum is wrong on ranks {_listed(wrong)}" if wrong else ""
+    wrong = [rank for rank, is_fine in enumerate(_gathered(is_right, process)) if not is_fine]
+    text = f"{len(groups)} x {len(own_members)} ranks: {_MEBIBYTES} MiB in {slowest * 1e3:.1f} ms"
+    advice = f"the sum is wrong on ranks {_listed(wrong)}: test their network" if wrong else ""
     return Check(f"sum over {name}", text, True, not wrong, advice)
 
 
 def _shared(folder: Path, process: Process) -> Check:
-    """Every rank writes a file, and looks for those of all others."""
+    """Write a file on every rank, and look for the files of all others."""
     token = _gathered(secrets.token_hex(8), process)[0]
     paths = [folder / f".regate-doctor-{token}-{rank}" for rank in range(process.world_size)]
     problem = ""
     try:
         paths[process.rank].write_text(f"{token} {process.rank}")
-        lacks = _lacking(paths, token)
-        if lacks:
-            problem = f"does not see what ranks {_listed(lacks)} wrote"
+        missing = _missing(paths, token)
+        if missing:
+            problem = f"does not see what ranks {_listed(missing)} wrote"
     except OSError as error:
         problem = str(error)
     problems = _gathered(problem, process)
@@ -112,13 +116,13 @@ def _shared(folder: Path, process: Process) -> Check:
     return Check("shared folder", f"{folder}", True, False, advice)
 
 
-def _lacking(paths: list[Path], token: str) -> list[int]:
-    """Ranks whose file has not come, or holds something else."""
+def _missing(paths: list[Path], token: str) -> list[int]:
+    """Return the ranks whose file has not appeared in time, or holds something else."""
     end = time.monotonic() + SECONDS_TO_SEE
     while True:
-        lacks = [rank for rank, path in enumerate(paths) if _text(path) != f"{token} {rank}"]
-        if not lacks or time.monotonic() > end:
-            return lacks
+        missing = [rank for rank, path in enumerate(paths) if _text(path) != f"{token} {rank}"]
+        if not missing or time.monotonic() > end:
+            return missing
         time.sleep(0.1)
 
 
@@ -130,7 +134,7 @@ def _text(path: Path) -> str:
 
 
 def _merged(by_rank: list[list[Check]]) -> list[Check]:
-    """The first rank's checks; where another's is worse or another, that it is so."""
+    """Return the first rank's checks, replaced where another's is worse or has another version."""
     return [_merged_one([checks[i] for checks in by_rank]) for i in range(len(by_rank[0]))]
 
 

@@ -1,4 +1,4 @@
-"""What carries out a run's steps: the interface, which knows no implementation."""
+"""The interface of an engine, which runs a run's steps; it knows no implementation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from regate_ds.teacher.online import OnlineReference
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a host is built from."""
+    """What an engine is built from."""
 
     config: RunConfig
     corpus: Corpus
     process: Process
-    """Among all ranks of the job."""
+    """This process among all ranks of the job."""
 
     data: Process
-    """Among those ranks that read different samples."""
+    """This process among the ranks that read different samples."""
 
     regate_config: RegateConfig
     total_steps: int
@@ -37,10 +37,10 @@ class Setup:
 
 
 class Engine(Protocol):
-    """Takes windows, the micro-batches of one optimizer step, and trains on them."""
+    """Trains on windows; a window is the micro-batches of one optimizer step."""
 
     def windows(self, loader: Iterable[Batch]) -> Iterator[Any]:
-        """The loader's micro-batches in groups of one optimizer step."""
+        """Yield the loader's micro-batches, grouped into windows."""
         ...
 
     @property
@@ -49,8 +49,10 @@ class Engine(Protocol):
         ...
 
     def run_step(self, window: Any) -> list[Tensor]:
-        """Forward, backward and optimizer. The loss of each micro-batch of this data rank: the
-        mean over micro-batches and data ranks is the step's loss. Collective."""
+        """Run forward, backward and optimizer; return a loss for each micro-batch. Collective.
+
+        The mean of the losses over micro-batches and data ranks is the step's loss.
+        """
         ...
 
     def end_step(self) -> None:
@@ -58,15 +60,15 @@ class Engine(Protocol):
         ...
 
     def counts(self) -> dict[str, Any] | None:
-        """Positions of the step over all data ranks; None if nothing is planned."""
+        """Return the step's counts of positions over all data ranks; None if nothing is planned."""
         ...
 
     def grad_norm(self) -> float | None:
-        """Before clipping; None where the host does not tell."""
+        """Return the norm of the gradient before clipping; None where it is not measured."""
         ...
 
     def full_model(self) -> AbstractContextManager[nn.Module]:
-        """The student in the Hugging Face form, to be run or written. Collective."""
+        """Return a context that yields the student as a Hugging Face model. Collective."""
         ...
 
     def save(self, checkpoint: Path, done: dict[str, Any]) -> None:
@@ -74,13 +76,13 @@ class Engine(Protocol):
         ...
 
     def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
-        """ValueError if a checkpoint of so many ranks cannot be read by this job's."""
+        """Refuse, by ValueError, a checkpoint of ``num_saved`` ranks that this job cannot read."""
         ...
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Take over weights and optimizer; what was ``done``. Collective."""
+        """Load weights and optimizer, and return the ``done`` that was saved. Collective."""
         ...
 
     def load_method(self, checkpoint: Path) -> None:
-        """Take over the method's own state. Collective."""
+        """Load the method's own state. Collective."""
         ...

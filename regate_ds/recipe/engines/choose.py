@@ -1,7 +1,7 @@
-"""What carries out a run's steps; all else of a run is the same under every host.
+"""Choose the engine of a run; the rest of the run is the same with either.
 
-ZeroEngine   an engine around the Hugging Face student (deepspeed_host.py)
-MegatronEngine    Megatron-core's schedule and optimizer (megatron/host.py)
+ZeroEngine        DeepSpeed's engine around the Hugging Face student (deepspeed.py)
+MegatronEngine    Megatron-core's model, schedule and optimizer (megatron/engine.py)
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from regate_ds.recipe.engines.base import Engine, Setup
 
 
 def data_ranks(config: RunConfig, process: Process) -> Process:
-    """This process among those that read different samples; sets up what else is parallel."""
+    """Return this process among the ranks that read different samples. Collective.
+
+    With `parallel` this also makes Megatron-core's groups.
+    """
     if config.parallel is None:
         return process
     from regate_ds.recipe.engines.megatron.groups import join

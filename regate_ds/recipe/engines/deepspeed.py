@@ -1,4 +1,4 @@
-"""A run's steps through a DeepSpeed engine around the Hugging Face student."""
+"""ZeroEngine: a run's steps through DeepSpeed's engine around the Hugging Face student."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regate_ds.recipe.students.trainable import trainable
 
 
 class ZeroEngine:
-    """ZeRO stages 0 to 3; every rank is a data rank."""
+    """Runs steps under ZeRO stages 0 to 3; every rank is a data rank."""
 
     def __init__(self, engine: Any, regate: DeepSpeedRegate, process: Process) -> None:
         self.engine, self.regate, self._process = engine, regate, process
@@ -69,7 +69,7 @@ class ZeroEngine:
         return None if self.regate.plan is None else self.regate.metrics()
 
     def grad_norm(self) -> float | None:
-        """None without ZeRO: deepspeed 0.19.8 does not tell there."""
+        """Return None without ZeRO: deepspeed 0.19.8 reports no norm there."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -83,18 +83,18 @@ class ZeroEngine:
         self.regate.save(checkpoint)
 
     def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
-        """ZeRO cuts the optimizer's state by rank."""
+        """Refuse another number of ranks, because ZeRO cuts the optimizer's state by rank."""
         stage, num_ranks = self.engine.zero_optimization_stage(), self._process.world_size
         if stage >= 1 and num_saved != num_ranks:
             raise ValueError(
-                f"{checkpoint} is of {num_saved} ranks under ZeRO stage {stage}, this job has "
-                f"{num_ranks}; resume with {num_saved} ranks"
+                f"{checkpoint} was written by {num_saved} ranks under ZeRO stage {stage}, but this "
+                f"job has {num_ranks}; resume with {num_saved} ranks"
             )
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         path, done = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None:
-            raise FileNotFoundError("it lacks the engine's files")
+            raise FileNotFoundError("it lacks the files of DeepSpeed's engine")
         return done
 
     def load_method(self, checkpoint: Path) -> None:

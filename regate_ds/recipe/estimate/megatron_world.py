@@ -1,9 +1,9 @@
-"""A world of thousands of ranks in one process, without a device: groups, plans, shapes, bytes.
+"""Estimate a run on thousands of ranks in one process: groups, plans, shapes and bytes.
 
     python -m regate_ds.recipe.estimate.megatron_world [--all]
 
-Torch's fake process group stands in for the network and meta tensors for activations: the groups
-are Megatron's, the exchange of plans and the moves of rows are the product's own code.
+It needs no device: torch's fake process group stands in for the network, and meta tensors for
+activations. Megatron makes the groups; the library's own code exchanges plans and moves rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from regate_ds.parallel.resharding import SequenceCut, move_rows
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Sizes of the run that is imagined; sequence parallel, constant rows, first_layer 1."""
+    """Sizes of the imagined run. It has sequence parallelism, rows of one length, first_layer 1."""
 
     tensor: int = 8
     pipeline: int = 8
@@ -46,10 +46,10 @@ class World:
     keep_share: float = 0.5
     hidden: int = 8192
     num_bytes: int = 2
-    """Of one activation: bf16."""
+    """Bytes of one activation: 2 is bf16."""
 
     num_answer_tokens: int = 1_000_000_000
-    """Answer tokens of the data set, which the stores hold a value for."""
+    """Answer tokens of the data set; the stores hold a value for each."""
 
     @property
     def size(self) -> int:
@@ -70,18 +70,18 @@ class RankRow:
     stage: int
     data: int
     kept_rows: int
-    """Rows of kept tokens here, summed over micro-batches."""
+    """Rows of kept tokens on this rank, summed over micro-batches."""
 
     plan_bytes: int
     gather_bytes: int
-    """Rows that leave for another rank of the sequence when the kept ones are cut anew."""
+    """Bytes of rows that move to another rank of the sequence when the kept rows are cut anew."""
 
     p2p_bytes: int
     store_bytes: int
 
 
 def ranks_of(world: World) -> list[tuple[int, int, int, int]]:
-    """(tensor, context, stage, data) of each rank, in Megatron's default order."""
+    """Return (tensor, context, stage, data) of each rank, in Megatron's default order."""
     generator = mpu.RankGenerator(
         tp=world.tensor,
         ep=1,
@@ -99,7 +99,7 @@ def ranks_of(world: World) -> list[tuple[int, int, int, int]]:
 
 
 def plans_of(world: World, data_rank: int) -> tuple[ElisionPlan, ...]:
-    """Plans of one replica's micro-batches, of random samples; the rows are of one length."""
+    """Plan one replica's micro-batches of random samples, with rows of one length."""
     generator = torch.Generator().manual_seed(data_rank)
     micro = []
     for number in range(world.num_micro):
@@ -124,7 +124,7 @@ def plans_of(world: World, data_rank: int) -> tuple[ElisionPlan, ...]:
 
 
 def rows_of(world: World) -> list[RankRow]:
-    """One row for each rank, from the plans alone."""
+    """Return one row for each rank, computed from the plans alone."""
     places, rows = ranks_of(world), []
     for data_rank in range(world.data):
         micro = plans_of(world, data_rank)
@@ -162,13 +162,13 @@ def _row(
     tensor, context, stage, data = place
     row_bytes = world.hidden * world.num_bytes
     kept = sum(local.kept_shape[0] for local in micro)
-    at = context * world.tensor + tensor
-    crossing = sum(local.gather.num_crossing(at) for local in micro if local.gather is not None)
-    last = stage == world.pipeline - 1
-    # Activations onward from all but the last stage, gradients back from all but the first.
-    transfers = (not last) + (stage > 0)
-    plans = last and tensor == 0 and context == 0
-    # fp16 reference, mapped from disk; fp32 difficulty, each data rank its share.
+    part = context * world.tensor + tensor
+    crossing = sum(local.gather.num_crossing(part) for local in micro if local.gather is not None)
+    is_last = stage == world.pipeline - 1
+    # All stages but the last send activations onward; all but the first send gradients back.
+    transfers = (not is_last) + (stage > 0)
+    is_planner = is_last and tensor == 0 and context == 0
+    # The fp16 reference is mapped from disk; each data rank has its share of fp32 difficulty.
     stores = 2 * world.num_answer_tokens + 4 * world.num_answer_tokens // world.data
     return RankRow(
         rank=rank,
@@ -180,13 +180,13 @@ def _row(
         plan_bytes=plan_bytes,
         gather_bytes=crossing * row_bytes * (stage == 0),
         p2p_bytes=transfers * kept * row_bytes,
-        store_bytes=stores * plans,
+        store_bytes=stores * is_planner,
     )
 
 
 @contextmanager
 def joined(world: World, rank: int) -> Iterator[Axes]:
-    """Megatron's groups and ours as ``rank`` of the world sees them, over the fake network."""
+    """Make Megatron's groups and ours as ``rank`` of the world sees them, over a fake network."""
     places = ranks_of(world)
     table: Table = [(data, (t, c, s) == (0, 0, world.pipeline - 1)) for t, c, s, data in places]
     dist.init_process_group("fake", rank=rank, world_size=world.size, store=FakeStore())
@@ -214,7 +214,7 @@ def joined(world: World, rank: int) -> Iterator[Axes]:
 
 
 def exchange_plans(world: World, axes: Axes) -> tuple[int, ...]:
-    """Send the plan as the rank that plans would, and move meta rows by it; their shape."""
+    """Send the plan as the planner would, move meta rows by it, and return their shape."""
     micro = plans_of(world, mpu.get_data_parallel_rank())
     counts: dict[str, int] = {}
     planned = StepPlan(0, False, micro, micro[0].num_targets, counts)

@@ -1,4 +1,4 @@
-"""What a run needs of memory and disk, as far as its configuration tells, against what is free.
+"""Estimate from its configuration what memory and disk a run needs, and read what is free.
 
     memory of a rank    weights + gradients + optimizer, without activations and buffers
     weights             4 bytes for each parameter, 2 in bf16; cut over the ranks by ZeRO-3
@@ -8,7 +8,7 @@
                         optimizer; and the finished model: weights
 
 Megatron-core keeps gradients in 4 bytes. Its tensor and pipeline ranks each hold their part of the
-decoder, and those of the first stage, which is meant here, tower and projector whole.
+decoder. The estimate is for a rank of the first stage, which holds tower and projector whole.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes."""
+    """What a run needs, in bytes."""
 
     memory: int
-    """Of each rank."""
+    """Memory of each rank, on its GPU or else in CPU memory."""
 
     disk: int
-    """Of the whole run."""
+    """Disk space of the whole run."""
 
 
 def estimate(config: RunConfig, num_ranks: int) -> Needs:
-    """What ``num_ranks`` ranks need for a run; the student is made without weights."""
+    """Estimate the needs of a run on ``num_ranks`` ranks; the student is made without weights."""
     from regate_ds.recipe.students.load import make_student
     from regate_ds.recipe.students.trainable import trainable
 
@@ -49,26 +49,27 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
     weights, gradients, optimizer = (2, 2, 12) if is_bf16 else (4, 4, 8)
     if config.parallel is not None:
         gradients, parts = 4, config.parallel.weight_parts
-    cut, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
-    per_weight = weights / (cut if stage >= 3 else 1)
-    per_trained = gradients / (cut if stage >= 2 else 1) + optimizer / (cut if stage >= 1 else 1)
+    shards, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
+    per_weight = weights / (shards if stage >= 3 else 1)
+    per_trained = gradients / (shards if stage >= 2 else 1)
+    per_trained += optimizer / (shards if stage >= 1 else 1)
     decoder = family_of(student.model).decoder
     memory, disk, checkpoints = 0.0, 0, _num_checkpoints(config) + 1
     for name, parameter in model.named_parameters():
         size, is_trained = parameter.numel(), parameter.requires_grad
-        shares = parts if _is_of_decoder(name, decoder) else 1
-        memory += size * (per_weight + per_trained * is_trained) / shares
+        num_parts = parts if _is_of_decoder(name, decoder) else 1
+        memory += size * (per_weight + per_trained * is_trained) / num_parts
         disk += size * (checkpoints * (weights + optimizer * is_trained) + weights)
     return Needs(int(memory), disk)
 
 
 def _is_of_decoder(name: str, decoder: str) -> bool:
-    """Whether tensor and pipeline ranks share a weight of the student."""
+    """Return whether a weight of the student is cut over tensor and pipeline ranks."""
     return f"{decoder}." in name or "lm_head." in name
 
 
 def free_memory(ranks: Ranks) -> int:
-    """Bytes for this rank: of its GPU, or its share of the machine's."""
+    """Return the free bytes for this rank: of its GPU, or its share of the node's CPU memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(ranks.local_rank)[0]
     import psutil
@@ -81,7 +82,7 @@ def free_disk(folder: Path) -> int:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """Return the folder, or the nearest folder above it that exists."""
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent

@@ -1,8 +1,8 @@
-"""`run.plan_only=true`: plan the sparse steps of one epoch and say what they keep. No model runs.
+"""`run.plan_only=true`: plan the sparse steps of one epoch and report what they keep.
 
-Without a reference store all positions score alike: with ``align: both`` the count kept depends on
-the scores, otherwise only which positions are kept does. For as many data ranks as the launcher
-announces, or as the environment's WORLD_SIZE says.
+No model runs. Without a reference store all positions have the same score: the kept positions then
+differ from a real run's, and with ``align: both`` their number does too. The steps are planned for
+the data ranks that the launcher announces, or that the variable WORLD_SIZE gives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from regate_ds.stores.reference.reader import ReferenceStore
 
 
 def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
-    """Plan every step of one epoch as if it were sparse; figures over all of them."""
+    """Plan every step of one epoch as if it were sparse, and return figures over all of them."""
     world_size = data_ranks_of(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
@@ -56,12 +56,12 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
 
 
 def data_ranks_of(parallel: ParallelConfig | None, world_size: int) -> int:
-    """How many of a job's ranks read different samples."""
+    """Return how many of a job's ranks read different samples."""
     return world_size if parallel is None else world_size // parallel.ranks_per_copy
 
 
 def _require_layers(config: RunConfig, corpus: Corpus) -> None:
-    """In training, attaching judges this; here nothing is attached."""
+    """Refuse layers that the decoder lacks; in training, attaching to the model refuses them."""
     depth = corpus.student.model.get_decoder().config.num_hidden_layers
     first, last = config.elision.first_layer, config.elision.last_layer
     if first >= depth or (last or 0) > depth:
@@ -115,7 +115,7 @@ class _Tally:
 
 
 class _Planner:
-    """Plans micro-batches of a corpus as sparse steps would, difficulty being 0."""
+    """Plans micro-batches of a corpus as sparse steps would, with difficulty 0."""
 
     def __init__(self, config: RunConfig, corpus: Corpus, regate_config: RegateConfig) -> None:
         self.regate_config, self._data = regate_config, corpus.train
@@ -126,7 +126,7 @@ class _Planner:
             self._store.require(corpus.index.fingerprint)
 
     def plan(self, order: Order) -> _Tally:
-        """Counts over the micro-batches of one rank's step."""
+        """Return the counts over the micro-batches of one rank's step."""
         batches = [
             self._collator([LoadedSample(self._data.encode(i), ()) for i in numbers]).tokens
             for numbers in order

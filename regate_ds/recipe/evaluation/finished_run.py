@@ -1,4 +1,4 @@
-"""What `regate eval` does: measure a finished run's model on its held-out questions."""
+"""The job of `regate eval`: measure a finished run's model on its held-out questions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.run_folder import RunFolder
 
 NUM_GENERATED = 100
-"""Held-out questions that `regate eval` also answers freely."""
+"""Number of held-out questions that `regate eval` also answers freely."""
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
-    """Measure a finished run's model on its held-out questions, teacher-forced and answering."""
+    """Measure a finished run's model on its held-out questions, teacher-forced and generating."""
     run = RunFolder(folder)
     run.require_run()
     if not run.model.is_dir():
-        raise ValueError(f"{folder} has no model/: the run is not finished")
+        raise ValueError(
+            f"{folder} has no model/, so the run is not finished; finish it with run.resume=true"
+        )
     config = load_config(run.config)
     if config.data.test is None:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""How many of the words that only the image can tell appear when the model answers freely.
+"""Count the words that need the image and that the model gets right when it answers freely.
 
-The last turn of a sample (of what `data.max_length` left of it) is answered greedily, the turns
-before it being given. The generated words are aligned with the true answer's by their longest
-common subsequence; a gold word is right if it is part of it.
+The model answers the last turn of a sample (as cut by `data.max_length`) greedily, given the turns
+before it. The generated words are aligned with the true answer's by their longest common
+subsequence; a gold word is right if it is part of it.
 
 Shapes: B rows, T positions.
 """
@@ -41,8 +41,9 @@ def evaluate_generated(
 ) -> Scores:
     """Answer the first ``num_samples`` questions greedily. Collective.
 
-    ``model`` has ``generate`` (a student, a PEFT model, an engine). Returns ``accuracy_generated``
-    (None if no word is visual) and ``num_words_generated``, the same on all ranks.
+    ``model`` has ``generate`` (a student, a PEFT model, DeepSpeed's engine). Returns
+    ``accuracy_generated`` (None if no word is visual) and ``num_words_generated``, the same on all
+    ranks.
     """
     few = replace(held_out, records=held_out.records[:num_samples])
     dataset = SampleDataset(few.records, few.encoder)
@@ -67,9 +68,9 @@ def evaluate_generated(
 
 
 def match_gold_words(turns: Sequence[Turn], sample: EncodedSample, text: str) -> tuple[int, int]:
-    """Count the visual words of the sample's last answer that ``text`` has in their place, and all.
+    """Count the visual words of the sample's last answer that ``text`` has in place, and all.
 
-    Of an answer that is cut off, its words before the cut.
+    If the answer is cut off, only the words before the cut count.
     """
     number = _last_turn(sample)
     turn = turns[number]
@@ -84,8 +85,8 @@ def _in_common(wanted: Sequence[str], given: Sequence[str]) -> list[bool]:
     length = [[0] * (len(given) + 1) for _ in range(len(wanted) + 1)]
     for i in reversed(range(len(wanted))):
         for j in reversed(range(len(given))):
-            skip = max(length[i + 1][j], length[i][j + 1])
-            length[i][j] = 1 + length[i + 1][j + 1] if wanted[i] == given[j] else skip
+            without = max(length[i + 1][j], length[i][j + 1])
+            length[i][j] = 1 + length[i + 1][j + 1] if wanted[i] == given[j] else without
     is_found, i, j = [False] * len(wanted), 0, 0
     while i < len(wanted) and j < len(given):
         if wanted[i] == given[j]:
@@ -118,19 +119,19 @@ def _answers(
 
 
 def prompt_length(sample: EncodedSample) -> int:
-    """Number of tokens before the last answer's first."""
+    """Return the number of tokens before the first one of the last answer."""
     last = _last_turn(sample)
     first = next(n for n, (turn, _, _) in enumerate(sample.char_spans) if turn == last)
     return int((sample.labels_S >= 0).nonzero()[first, 0]) + 1
 
 
 def _last_turn(sample: EncodedSample) -> int:
-    """The last turn of which a cut left an answer token."""
+    """Return the number of the last turn with an answer token before the cut."""
     return sample.char_spans[-1][0]
 
 
 def _images_of(held_out: HeldOut, sample: LoadedSample, length: int) -> list[Image.Image]:
-    """The images that stand in the first ``length`` tokens."""
+    """Return the images that stand in the first ``length`` tokens."""
     if held_out.vision is None:
         return list(sample.images)
     num_placeholders = int(sample.encoded.is_placeholder_S[:length].sum())
@@ -141,7 +142,7 @@ def _images_of(held_out: HeldOut, sample: LoadedSample, length: int) -> list[Ima
 def _left_padded(
     held_out: HeldOut, samples: list[LoadedSample], prompts: list[int]
 ) -> dict[str, Tensor]:
-    """Inputs of ``generate``: rows end together, padding stands before them and is masked."""
+    """Return inputs of ``generate``: rows end together, with masked padding before them."""
     shape = (len(samples), max(prompts))
     ids_BT = torch.full(shape, held_out.pad_id)
     mask_BT = torch.zeros(shape, dtype=torch.int64)

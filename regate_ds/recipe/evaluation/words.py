@@ -1,8 +1,7 @@
-"""How many words of held-out answers the dense model gets right, teacher-forced.
+"""Count the words of held-out answers that the dense model gets right, teacher-forced.
 
 A word (a piece of the answer between spaces) is right if the argmax is right at all of its tokens,
-each given the true words before it. It is visual if it overlaps a gold span: only the image can
-tell it.
+each given the true words before it. It is visual if it overlaps a gold span: it needs the image.
 
 Shapes: B rows, T positions, U columns with a label in any row, N label positions, V vocabulary.
 """
@@ -29,7 +28,7 @@ from regate_ds.parallel.collectives import sum_over
 WORD = re.compile(r"\S+")
 
 _MICRO = 1_000_000
-"""Ranks add up integers, so losses cross the wire in millionths of a nat."""
+"""Ranks add up integers, so they send losses in millionths of a nat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class HeldOut:
 
     @property
     def pad_id(self) -> int:
-        """Right padding is never seen, so any id will do where the tokenizer has no pad."""
+        """Id of padding; it is never seen, so eos stands in where the tokenizer has no pad."""
         pad_id = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad_id is None else pad_id
 
@@ -71,7 +70,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Word:
-    """A word of an answer, [start, end) in its characters."""
+    """A word of an answer; [start, end) counts the answer's characters."""
 
     start: int
     end: int
@@ -104,7 +103,7 @@ def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> Scores:
 
 
 def ratio(part: int, whole: int) -> float | None:
-    """None of nothing: no accuracy is measured where nothing was counted."""
+    """Return ``part / whole``, or None if nothing was counted."""
     return part / whole if whole else None
 
 
@@ -130,10 +129,10 @@ def tally_words(turns: Sequence[Turn], sample: EncodedSample, is_right_N: Sequen
 
 
 def counted_words(turn: Turn, number: int, sample: EncodedSample) -> list[tuple[Word, list[int]]]:
-    """The words of turn ``number`` that a sample can tell, each with its label positions' numbers.
+    """Return the words of turn ``number`` that count, each with its label positions' numbers.
 
-    A word without a token after it is none of them: the sample's end may have cut it, even within
-    a character. Nor is one that has no tokens.
+    A word without a token after it does not count: the sample's end may have cut it, even within a
+    character. Neither does a word without tokens.
     """
     spans = [(n, a, b) for n, (turn_of, a, b) in enumerate(sample.char_spans) if turn_of == number]
     last = max((start for _, start, _ in spans), default=0)
@@ -153,14 +152,14 @@ def _one_word(is_visual: bool, is_right: bool) -> Tally:
 
 @contextmanager
 def dense_inference(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients or dropout, and go back to training as before."""
+    """Run the body without gradients and dropout, then restore each module's train mode."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        # One by one: a user may keep a frozen part in eval mode while the rest trains.
+        # Not model.train(): a user may keep a frozen part in eval mode while the rest trains.
         for module in in_training:
             module.training = True
 
@@ -168,18 +167,19 @@ def dense_inference(model: nn.Module) -> Iterator[None]:
 def share_of(
     has_images: Sequence[bool], process: Process, batch_size: int
 ) -> list[tuple[list[int], bool]]:
-    """Cut this rank's share into batches of sample numbers, each with: does it count?
+    """Cut this rank's share into batches of sample numbers, each with whether it counts.
 
     ``has_images`` says of each sample whether the model gets images with it. All ranks get equally
     many batches, and the n-th has images on all ranks or on none: under ZeRO-3 every rank must run
-    the same modules equally often. A rank that has run out repeats a sample, which does not count.
+    the same modules equally often. A rank without further samples repeats one, which does not
+    count.
     """
     batches: list[tuple[list[int], bool]] = []
     for wanted in (True, False):
         numbers = [i for i, found in enumerate(has_images) if found == wanted]
-        mine = numbers[process.rank :: process.world_size]
+        own = numbers[process.rank :: process.world_size]
         for start in range(0, -(-len(numbers) // process.world_size), batch_size):
-            batch = mine[start : start + batch_size]
+            batch = own[start : start + batch_size]
             batches.append((batch or numbers[:1], bool(batch)))
     return batches
 
@@ -195,7 +195,7 @@ def _batches(
         batch_sampler=[numbers for numbers, _ in batches],
         collate_fn=_Joined(Collator(pad_id=held_out.pad_id, vision=held_out.vision)),
         num_workers=held_out.num_workers,
-        # Without one of its own, the loader would draw a seed from the training run's.
+        # Without this generator, the loader would draw a seed from the run's random state.
         generator=torch.Generator(),
         worker_init_fn=leave_to_parent,
     )
@@ -205,7 +205,7 @@ def _batches(
 
 @dataclass(frozen=True)
 class _Joined:
-    """Collates, and hands the encoded samples on: they know where each token stands."""
+    """Collates, and also returns the encoded samples, which say where each token stands."""
 
     collator: Collator
 
@@ -228,7 +228,7 @@ def _run(
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Is the argmax right, and what is the loss, at each label position [N]; in CPU memory."""
+    """Return whether the argmax is right, and the loss, at each label position [N], on the CPU."""
     labels_BT = batch.tokens.labels_BT
     columns_U = batch.tokens.is_label_BT.any(dim=0).nonzero()[:, 0]
     is_label_BU = batch.tokens.is_label_BT[:, columns_U]

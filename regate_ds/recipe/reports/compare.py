@@ -1,4 +1,4 @@
-"""`regate compare`: runs side by side, as a table, as compare.json, and as pictures."""
+"""`regate compare`: put runs side by side, as a table, compare.json and pictures."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ TABLE_COLUMNS = (
     ("train_cpu_seconds", "train CPU s", "{:.1f}"),
     ("peak_memory_bytes", "peak MB", "{:.0f}"),
 )
-"""Key of a run's summary, heading, and how the value is printed."""
+"""Key of a run's summary, its heading, and the format of its value."""
 
 
-_OWN = {"run.out", "run.resume"}
-"""Settings that may differ between runs that are the same."""
+_MAY_DIFFER = {"run.out", "run.resume"}
+"""Settings that may differ between runs that train the same way."""
 
 
 def compare_runs(folders: Sequence[Path], *, out: Path | None = None) -> str:
-    """The table of finished runs; with ``out``, compare.json and the pictures go there too."""
+    """Return the table of finished runs; with ``out``, write compare.json and pictures there."""
     runs = [RunFolder(folder) for folder in folders]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        raise ValueError(f"runs are named by their folders, and {names} holds a name twice")
+        raise ValueError(
+            f"runs are named by their folders, and {names} holds a name twice; rename a folder"
+        )
     summaries = {run.name: run.summary() for run in runs}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -47,24 +49,25 @@ def compare_runs(folders: Sequence[Path], *, out: Path | None = None) -> str:
 
 
 def differences(runs: Sequence[RunFolder], summaries: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each setting, besides the method's own, in which the runs are not alike."""
+    """Return a line for each setting, except the method's own, in which the runs differ."""
     settings = {
         run.name: {**run.settings(), "world_size": summaries[run.name].get("world_size")}
         for run in runs
     }
-    # In the order of the configuration, as the first run that has the key has it.
+    # The order is the configuration's, as the first run with the key has it.
     keys = dict.fromkeys(key for own in settings.values() for key in own)
     lines = []
     for key in keys:
         values = {name: own.get(key) for name, own in settings.items()}
-        if key.startswith("elision.") or key in _OWN or len(set(map(repr, values.values()))) == 1:
+        may_differ = key.startswith("elision.") or key in _MAY_DIFFER
+        if may_differ or len(set(map(repr, values.values()))) == 1:
             continue
         lines.append(f"note: {key} differs: {', '.join(f'{n} {v}' for n, v in values.items())}")
     return lines
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
-    """One row for each run; a value that a run does not have is a dash."""
+    """Return a table with one row for each run; a missing value is a dash."""
     cells = [["run", *(heading for _, heading, _ in TABLE_COLUMNS)]]
     for name, summary in summaries.items():
         cells.append([name, *(_cell(key, form, summary) for key, _, form in TABLE_COLUMNS)])

@@ -1,4 +1,4 @@
-"""Pictures of runs: accuracy over tokens and over time, and one sample's plan."""
+"""Draw pictures of runs: accuracy over tokens and over time, and one sample's plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DPI = 120
 _PER_LINE = 8
 _STAR = " *"
 _COLOURS = LinearSegmentedColormap.from_list("score", ("#ffffe5", "#fec44f", "#ec7014"))
-"""Light enough, also at the highest score, for black text on it."""
+"""Colours that are light enough, even at the highest score, for black text on them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TokenMark:
 
 
 def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> None:
-    """Two pictures of the accuracy on words that need the image, one line for each run."""
+    """Draw the accuracy on words that need the image, over tokens and over time, a line per run."""
     for key, label, name in _AXES:
         figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=_DPI, layout="constrained")
         for run, rows in evals.items():
@@ -64,9 +64,10 @@ def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -
 
 
 def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], path: Path) -> None:
-    """The image beside the answer's tokens in reading order, coloured by score.
+    """Draw the image beside the answer's tokens in reading order, coloured by score.
 
-    A black frame is kept, a pale one without a frame is elided; a star needs the image.
+    A kept token has a black frame, an elided one a pale dotted frame. A star marks a token that
+    needs the image.
     """
     num_lines = -(-len(tokens) // _PER_LINE)
     figure, (left, right) = plt.subplots(

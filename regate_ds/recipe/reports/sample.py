@@ -1,4 +1,4 @@
-"""One training sample with its scores and its plan, as a picture."""
+"""Draw one training sample with its scores and its plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from regate_ds.stores.reference.reader import ReferenceStore
 
 
 def picture_sample(config: RunConfig, path: Path) -> None:
-    """Plan the first sample of one turn as in its first sparse step (difficulty 0), and draw it."""
+    """Plan the first sample with a single turn as its first sparse step would, and draw it.
+
+    Its difficulty is 0 there.
+    """
     assert config.teacher.store is not None
     corpus = load_corpus(config)
     number = next((i for i, r in enumerate(corpus.train_records) if len(r.turns) == 1), 0)

@@ -1,4 +1,4 @@
-"""`regate store`: what the teacher's losses look like.
+"""`regate store`: describe and verify a store of the teacher's losses.
 
 info STORE      counts, and a histogram of the losses
 verify STORE    compare every byte of every file with its checksum
@@ -24,13 +24,13 @@ from regate_ds.stores.reference.manifest import APPEND_NAME, Manifest, shard_pat
 from regate_ds.stores.reference.reader import ReferenceStore, Verify
 
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, float("inf"))
-"""Of the histogram's bins, in nats."""
+"""Edges of the histogram's bins, in nats."""
 
 _BAR = 40
 
 
 def info(path: Path, verify: Verify = "quick") -> str:
-    """Counts and histogram of a finished store. ValueError if it is damaged or unfinished."""
+    """Return counts and a histogram of a store; ValueError if it is damaged or unfinished."""
     store = ReferenceStore(path, verify=verify)
     index, values_N = store.index, store.read(store.index.keys)
     num_answerless = int((index.num_labels == 0).sum())
@@ -43,7 +43,7 @@ def info(path: Path, verify: Verify = "quick") -> str:
         ("on disk", f"{sum(f.stat().st_size for f in path.iterdir())} bytes"),
         ("shards", f"{store.num_shards}"),
     ]
-    rows += _to_come(path, index.num_samples)
+    rows += _pending_rows(path, index.num_samples)
     lines = [f"{name:<14}{value}" for name, value in rows]
     if len(values_N):
         middle = f"mean {float(values_N.mean()):.3f}, median {float(values_N.median()):.3f} nats"
@@ -51,8 +51,8 @@ def info(path: Path, verify: Verify = "quick") -> str:
     return "\n".join(lines)
 
 
-def _to_come(path: Path, num_samples: int) -> list[tuple[str, str]]:
-    """What a job that was cut short has begun to add."""
+def _pending_rows(path: Path, num_samples: int) -> list[tuple[str, str]]:
+    """Return a row on the samples that an interrupted job has begun to add; [] if there is none."""
     if not (path / APPEND_NAME).exists():
         return []
     shards = Manifest.load(path, APPEND_NAME).shards
@@ -71,18 +71,19 @@ def _histogram(values_N: Tensor) -> Iterator[str]:
 
 
 def verify(path: Path) -> str:
-    """ValueError names the first file that is missing or has a wrong byte."""
+    """Compare every byte; ValueError names the first file that is missing or has a wrong byte."""
     store = ReferenceStore(path, verify="full")
     return f"{path}: {store.num_shards} shards, {store.index.num_tokens} values, all as written"
 
 
 def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
-    """Words of the training answers by the mean over their uses of the teacher's summed loss.
+    """Return tables of the training answers' words that the teacher finds hardest and easiest.
 
-    Words used fewer than ``least`` times are left out.
+    A word's loss is the sum over its tokens, and the mean over its uses. Words used fewer than
+    ``least`` times are left out.
     """
     if config.teacher.store is None:
-        raise ValueError("teacher.store=None: name the folder of the store")
+        raise ValueError("teacher.store=None: there is nothing to show; name the store's folder")
     store = ReferenceStore(config.teacher.store, verify=config.teacher.verify)
     corpus = load_corpus(config, weights=False)
     store.require(corpus.index.fingerprint)
@@ -103,7 +104,7 @@ def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
 def word_losses(
     record: Record, sample: EncodedSample, losses_N: Tensor
 ) -> Iterator[tuple[str, float]]:
-    """Each word of the answers with the summed loss, in nats, of the tokens that overlap it."""
+    """Yield each word of the answers with the summed loss, in nats, of the tokens over it."""
     for number, turn in enumerate(record.turns):
         for word, tokens in counted_words(turn, number, sample):
             yield turn.answer[word.start : word.end], float(losses_N[tokens].sum())

@@ -17,7 +17,7 @@ class LoraConfig:
     """Rank of the update of each adapted matrix."""
 
     alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
+    """Scale of the update, which is multiplied by alpha / rank."""
 
     dropout: float = 0.0
     """Share of the adapter's inputs that is zeroed in training."""
@@ -55,16 +55,16 @@ class ModelConfig:
     """How the decoder computes attention."""
 
     lora: LoraConfig | None = None
-    """Train low-rank adapters (see `model.lora.*`); null trains all weights."""
+    """Low-rank adapters to train (see `model.lora.*`); null trains all weights."""
 
     freeze_vision: bool = False
-    """Leave the vision tower as it is; projector and decoder are trained."""
+    """True leaves the vision tower as it is and trains projector and decoder."""
 
     gradient_checkpointing: bool = False
-    """Recompute the decoder's layers in the backward pass instead of storing their activations."""
+    """True recomputes the decoder's layers in the backward pass; false stores their activations."""
 
     def __post_init__(self) -> None:
         for key in ("text", "vision", "tokenizer"):
-            given = bool(getattr(self, key))
-            require(self, key, not given or self.path is None, "goes with path=null only")
-            require(self, key, given or self.path is not None, "is needed where path is null")
+            is_set, is_fresh = bool(getattr(self, key)), self.path is None
+            require(self, key, is_fresh or not is_set, "conflicts with model.path; leave one out")
+            require(self, key, is_set or not is_fresh, "is needed without model.path; set one")

@@ -1,4 +1,4 @@
-"""A small LLaVA made on the spot."""
+"""Make a small LLaVA with fresh weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_llava(
 ) -> Student:
     """Make a LLaVA with fresh weights; the last layer's patch features go to the projector.
 
-    With ``seed`` None the model is on "meta": it can be asked, but not run.
+    With ``seed`` None the model is on "meta": it has shapes, but cannot run.
     ``text`` and ``vision`` are config dicts with their ``model_type`` (``llama``, ``qwen2``;
     ``clip_vision_model``); vocabulary and special ids come from the tokenizer.
     """

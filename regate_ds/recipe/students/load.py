@@ -1,4 +1,4 @@
-"""Find a student, or make one, as a configuration says."""
+"""Load a student from a folder, or make one from a configuration."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def load_student(
 ) -> Student:
     """Load what ``save_student`` or the model's publisher wrote; nothing is downloaded.
 
-    Without ``weights`` the model is on "meta": it can be asked, but not run.
+    Without ``weights`` the model is on "meta": it has shapes, but cannot run.
 
     Raises:
-        ValueError: not a folder with a model, or a model of an unsupported type.
+        ValueError: the folder holds no model, or one of an unsupported type.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
@@ -41,7 +41,8 @@ def load_student(
     family = FAMILIES.get(config.model_type)
     if family is None or family.vision_inputs is None:
         raise ValueError(
-            f"{folder} is a {config.model_type} model; students are one of {sorted(STUDENTS)}"
+            f"{folder} is a {config.model_type} model; students are one of {sorted(STUDENTS)}, "
+            "give the folder of one"
         )
     model_class = family.load_class()
     if weights:
@@ -60,7 +61,7 @@ def load_student(
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
 
 
-_HOST_REFUSALS = (
+_TRANSFORMERS_ERRORS = (
     StrictDataclassError,
     TypeError,
     KeyError,
@@ -68,7 +69,7 @@ _HOST_REFUSALS = (
     ArithmeticError,
     AssertionError,
 )
-"""What building a model ends in where a value of the user's own config dicts is of a wrong kind."""
+"""Errors of transformers where a value of the user's own config dicts is of a wrong kind."""
 
 
 def make_student(config: ModelConfig, *, seed: int | None) -> Student:
@@ -80,17 +81,22 @@ def make_student(config: ModelConfig, *, seed: int | None) -> Student:
         attention = config.attn_implementation
         return load_student(config.path, attention=attention, weights=seed is not None)
     if config.tokenizer is None:
-        raise ValueError("model.tokenizer=None: a student made from `text` and `vision` needs one")
+        raise ValueError(
+            "model.tokenizer=None: a student made from `text` and `vision` needs one; name a "
+            "tokenizer's folder"
+        )
     if not Path(config.tokenizer).is_dir():
-        raise ValueError(f"model.tokenizer={config.tokenizer}: no such folder")
+        raise ValueError(
+            f"model.tokenizer={config.tokenizer}: no such folder; name a tokenizer's folder"
+        )
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
     build, parts = _BUILDERS[config.kind], {"text": config.text, "vision": config.vision}
     try:
         student = build(tokenizer, **parts, seed=seed)
-    except _HOST_REFUSALS as error:
+    except _TRANSFORMERS_ERRORS as error:
         raise ValueError(
-            f"model.kind={config.kind}: transformers makes no model of {parts}: "
-            f"{type(error).__name__}: {error}"
+            f"model.kind={config.kind}: transformers makes no model of {parts}; correct model.text "
+            f"or model.vision ({type(error).__name__}: {error})"
         ) from error
     student.model.set_attn_implementation(config.attn_implementation)
     return student

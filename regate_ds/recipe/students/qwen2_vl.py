@@ -1,4 +1,4 @@
-"""A small Qwen2-VL made on the spot."""
+"""Make a small Qwen2-VL with fresh weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_qwen2_vl(
 ) -> Student:
     """Make a Qwen2-VL with fresh weights; ``vision["max_pixels"]`` bounds an image's tokens.
 
-    With ``seed`` None the model is on "meta": it can be asked, but not run.
+    With ``seed`` None the model is on "meta": it has shapes, but cannot run.
     ``text["rope_parameters"]`` needs an ``mrope_section`` that sums to half the head size.
     """
     require_size("model.vision", vision, "max_pixels")
@@ -49,7 +49,9 @@ def qwen2_vl_processor(vision: Any, *, max_pixels: int) -> Qwen2VLImageProcessor
     """Make the processor of a small Qwen2-VL's vision config; larger images are shrunk."""
     smallest = (vision.patch_size * vision.spatial_merge_size) ** 2
     if max_pixels < smallest:
-        raise ValueError(f"max_pixels must be at least one merged patch ({smallest}): {max_pixels}")
+        raise ValueError(
+            f"model.vision.max_pixels={max_pixels}: must be at least {smallest}, one merged patch"
+        )
     return Qwen2VLImageProcessorPil(
         size={"shortest_edge": smallest, "longest_edge": max_pixels},
         patch_size=vision.patch_size,

@@ -1,7 +1,7 @@
 """The student: a multimodal model with its tokenizer and image processor, in one folder.
 
-Its family's record (``families/``) says how images become inputs. ``load.py`` finds it in a folder
-or makes it from two dicts, ``trainable.py`` says what of it is trained.
+Its family's record (``families/``) says how images become inputs. ``load.py`` loads it from a
+folder or makes it from two dicts; ``trainable.py`` says which parts of it are trained.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StudentVision(VisionInputs, Protocol):
 
 @dataclass(frozen=True)
 class Student:
-    """A model and what turns records into its inputs."""
+    """A model, and what turns records into its inputs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -43,7 +43,7 @@ class Student:
 
     @property
     def pad_id(self) -> int:
-        """Right padding is never seen, so any id will do where the tokenizer has no pad."""
+        """Id of padding; it is never seen, so eos stands in where the tokenizer has no pad."""
         tokenizer: Any = self.tokenizer
         pad_id = tokenizer.pad_token_id
         return tokenizer.eos_token_id if pad_id is None else pad_id
@@ -59,7 +59,10 @@ def save_student(student: Student, folder: Path) -> None:
 def fresh_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int | None
 ) -> PreTrainedModel:
-    """Initialise from ``seed`` alone, leaving the caller's random state as it was."""
+    """Make a model with weights from ``seed`` alone; None makes it on "meta", without weights.
+
+    The caller's random state is left as it was.
+    """
     if seed is None:
         with torch.device("meta"):
             return model_class(config)
@@ -78,7 +81,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """Look up one token.
+    """Return the id of one token.
 
     Raises:
         ValueError: the tokenizer does not know it.
@@ -89,13 +92,13 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def require_size(name: str, given: Mapping[str, Any], key: str) -> None:
-    """Look at a size that we read ourselves.
+    """Refuse a wrong size among keys that transformers does not judge.
 
     Raises:
         ValueError: it is missing, or not a whole number above 0.
     """
     if key not in given:
-        raise ValueError(f"{name}.{key} is missing; it has no default")
+        raise ValueError(f"{name}.{key} is missing; set it, because it has no default")
     value = given[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}.{key}={value!r}: must be a whole number above 0")

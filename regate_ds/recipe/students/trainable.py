@@ -1,4 +1,4 @@
-"""What of a student is trained."""
+"""Prepare a student for training: which parts of it are trained, and how."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regate_ds.recipe.students.student import Student
 
 
 def trainable(student: Student, config: ModelConfig, *, seed: int) -> nn.Module:
-    """The student as it is trained: LoRA, frozen tower and activation checkpointing, if asked.
+    """Return the student ready to train: with LoRA, frozen tower and checkpointing, if asked.
 
     Adapters get their weights from ``seed`` alone.
     """
@@ -48,7 +48,7 @@ def _with_lora(student: Student, config: LoraConfig) -> Any:
 
 
 def _require_targets(student: Student, targets: Sequence[str]) -> None:
-    """peft itself is content if one of several targets is found."""
+    """Refuse any target that the backbone lacks; peft itself needs only one of several."""
     linear = {
         name.rpartition(".")[2]
         for name, module in student.model.named_modules()
@@ -58,5 +58,5 @@ def _require_targets(student: Student, targets: Sequence[str]) -> None:
         if target not in linear:
             raise ValueError(
                 f"model.lora.target_modules: the text backbone has no linear layer {target!r}; it "
-                f"has {', '.join(sorted(linear))}"
+                f"has these to choose from: {', '.join(sorted(linear))}"
             )

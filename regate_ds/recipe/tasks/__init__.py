@@ -1,5 +1,6 @@
-"""Tasks that the project brings along: their data, a student made on the spot, and what is judged.
+"""Tasks that come with the project: their data, a student made on the spot, and what judges a run.
 
-A task is a folder with one record (`task.py` says what it holds) and a line in `table.py`;
-`regate data NAME` builds its data, `make quickstart` runs it from nothing to the comparison.
+A task is a folder with one record (`task.py` says what it holds) and a line in `table.py`. Tasks
+may import all of the recipe; the rest of the recipe does not import them, only `regate data` does.
+Start at `quickstart.py`, which runs a task from nothing to the comparison of its runs.
 """

@@ -1,9 +1,10 @@
-"""`make quickstart`: a task's job from nothing, on two data-parallel ranks of this machine.
+"""`make quickstart`: a task's runs from nothing, on two data-parallel ranks of this node.
 
     python -m regate_ds.recipe.tasks.quickstart [TASK]
 
-Builds the data and the student, computes the teacher's losses, trains the dense run and the ReGATE
-run from the same weights in the same order, and compares them. All of it lands in runs/quickstart/.
+It builds the data and the student, computes the teacher's losses, trains the dense run and the
+ReGATE run from the same weights in the same order, and compares them. All files go to
+runs/quickstart/.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROOT = Path("runs/quickstart")
 RANKS = 2
 
 RUNS = {
-    # A few steps of the host's own loss and head, for its time a step; it is not evaluated.
+    # A few steps with the host's own loss and head, to measure their time; it is not evaluated.
     "host": ["elision.enabled=false", "run.steps=40", "run.eval_every=0", "data.test=null"],
     "dense": ["elision.keep_share=1.0"],
     "regate": [],
@@ -40,12 +41,12 @@ RUNS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all of it; the exit code is that of the first part that fails."""
+    """Run all parts; if one fails, exit with its exit code."""
     parser = argparse.ArgumentParser(description="Train and compare a task's runs from nothing.")
     parser.add_argument("task", nargs="?", choices=TASKS, default="digits")
     task = TASKS[parser.parse_args(arguments).task]
     begin = time.monotonic()
-    # Matrices this small gain nothing from more, and on a busy machine threads wait for each other.
+    # Matrices this small gain nothing from more threads, which would wait for each other.
     torch.set_num_threads(1)
     with _timed("data"):
         task.build_data(_data_arguments(task, ROOT / "data"))
@@ -74,7 +75,7 @@ def _data_arguments(task: Task, out: Path) -> argparse.Namespace:
 
 
 def _judged(task: Task) -> str:
-    """The task's own figure of each run that was evaluated."""
+    """Return the task's own figure of each run that was evaluated."""
     summaries = {name: RunFolder(ROOT / name).summary() for name in RUNS}
     found = {name: row[task.judged_by] for name, row in summaries.items() if task.judged_by in row}
     return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
@@ -91,14 +92,14 @@ def _overrides(student: Path) -> list[str]:
 
 
 def _launch(arguments: list[str]) -> None:
-    """Run a regate command on all ranks by the deepspeed launcher; exit as it does if it fails."""
+    """Run a regate command on all ranks by the deepspeed launcher; if it fails, exit as it does."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
     if not torch.cuda.is_available():
         # One thread for each rank: two ranks with all cores each would fight for them.
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    code, said = launch(RANKS, arguments, environment)
+    code, error_line = launch(RANKS, arguments, environment)
     if code:
-        report(code, said)
+        report(code, error_line)
         sys.exit(code)
 
 

@@ -1,4 +1,4 @@
-"""All tasks by name: a new one is its record's file and a line here."""
+"""All tasks by name. A new task needs a file with its record, and a line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of a task. What it calls imports its own files when it runs: --help is quick."""
+"""The record of a task. Its functions import their files when they run, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Task:
     """One line for --help."""
 
     add_arguments: Callable[[ArgumentParser], None]
-    """Arguments of `regate data NAME`; the defaults are the quickstart's sizes."""
+    """Adds the arguments of `regate data NAME`; the defaults are the quickstart's sizes."""
 
     build_data: Callable[[Namespace], None]
-    """Write train.json, test.json and images/ into the folder ``out``, by those arguments."""
+    """Writes train.json, test.json and images/ into the folder ``out`` of those arguments."""
 
     make_student: Callable[[Path, Path], Path]
-    """Folder of a student, made from the training file; phases that are done lie in a cache."""
+    """Makes a student from the training file and a cache folder, and returns its folder."""
 
     config: Path
-    """Settings of its run, model and data aside."""
+    """YAML file with the settings of the task's runs; model and data are overridden."""
 
     judged_by: str
-    """The figure of a run's summary that says how well it does."""
+    """Key of the figure in a run's summary that says how well the run does."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from tests.support.measure import Gradients, assert_gradients_equal, gradients, relative_error
-from tests.support.models import packed_positions, random_batch
+from tests.support.models import IMAGE_TOKEN, packed_positions, random_batch, with_images
 from tests.support.oracle import Rotary, oracle_loss
 from tests.support.planning import gate_layers, plan_sparse
 
@@ -23,6 +23,8 @@ LOSS_TOLERANCE = 1e-6
 FLOOR = 2e-7
 """A dense run may hit the exact gradient by luck: allow about two units in the last place of fp32
 before comparing with it."""
+
+TOKENS_OF_LLAVA_IMAGE = 4
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,36 @@ def text_case(rows: list[list[int]], *, seed: int = 1, **knobs: Any) -> Case:
     return Case.of(input_ids, batch, seed=seed, **knobs)
 
 
+def llava_case(rows: list[list[int]], num_images: list[int], seed: int = 2, **knobs) -> Case:
+    """Images at the start of the rows that have any, one after the other."""
+    input_ids, batch = random_batch(rows, seed=seed)
+    batch = with_images(input_ids, batch, [TOKENS_OF_LLAVA_IMAGE * n for n in num_images])
+    case = Case.of(input_ids, batch, seed=seed, **knobs)
+    if not sum(num_images):
+        return case
+    pixels = torch.randn(sum(num_images), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return replace(case, inputs={**case.inputs, "pixel_values": pixels})
+
+
 Embed = Callable[[nn.Module, Case], Tensor]
 """(host in fp64, case) -> what the host's decoder reads, [B, T, H]."""
 
 
 def embed_text(host: nn.Module, case: Case) -> Tensor:
     return host.get_input_embeddings()(case.input_ids)
+
+
+def embed_llava(host: nn.Module, case: Case) -> Tensor:
+    embedded = host.get_input_embeddings()(case.input_ids)
+    if "pixel_values" not in case.inputs:
+        return embedded
+    pixels = case.inputs["pixel_values"].double()
+    features = host.model.get_image_features(pixels, return_dict=True).pooler_output
+    return put_images(embedded, case, torch.cat(tuple(features)))
+
+
+def put_images(embedded: Tensor, case: Case, features: Tensor) -> Tensor:
+    return embedded.masked_scatter((case.input_ids == IMAGE_TOKEN)[..., None], features)
 
 
 def exact_run(

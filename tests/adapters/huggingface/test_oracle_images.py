@@ -8,35 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.adapters.huggingface.gated_cases_helper import Case, assert_exact
+from tests.adapters.huggingface.gated_cases_helper import (
+    Case,
+    assert_exact,
+    embed_llava,
+    llava_case,
+    put_images,
+)
 from tests.support.models import IMAGE_TOKEN, llava, qwen2_vl, random_batch, with_images
 from tests.support.oracle import Rotary
-
-TOKENS_OF_LLAVA_IMAGE = 4
-
-
-def llava_case(rows: list[list[int]], num_images: list[int], seed: int = 2, **knobs) -> Case:
-    """Images at the start of the rows that have any, one after the other."""
-    input_ids, batch = random_batch(rows, seed=seed)
-    batch = with_images(input_ids, batch, [TOKENS_OF_LLAVA_IMAGE * n for n in num_images])
-    case = Case.of(input_ids, batch, seed=seed, **knobs)
-    if not sum(num_images):
-        return case
-    pixels = torch.randn(sum(num_images), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    return replace(case, inputs={**case.inputs, "pixel_values": pixels})
-
-
-def embed_llava(host: nn.Module, case: Case) -> Tensor:
-    embedded = host.get_input_embeddings()(case.input_ids)
-    if "pixel_values" not in case.inputs:
-        return embedded
-    pixels = case.inputs["pixel_values"].double()
-    features = host.model.get_image_features(pixels, return_dict=True).pooler_output
-    return put_images(embedded, case, torch.cat(tuple(features)))
-
-
-def put_images(embedded: Tensor, case: Case, features: Tensor) -> Tensor:
-    return embedded.masked_scatter((case.input_ids == IMAGE_TOKEN)[..., None], features)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -8,7 +8,7 @@ import torch
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Batch
-from regate_ds.recipe.config import megatron_limits as fits
+from regate_ds.recipe.config import megatron_limits
 from regate_ds.recipe.config.megatron_limits import require_decoder, require_ranks, require_student
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.config.tree import load_config
@@ -44,10 +44,10 @@ TEXT: dict[str, Any] = {
         ("sequence: true", (), "parallel.sequence=True: needs parallel.tensor above 1"),
         ("row_format: thd", (), "parallel.row_format='thd': must be one of padded, ragged"),
         ("expert: 2", (), "parallel.expert=2: unknown key; known are tensor, pipeline"),
-        ("tensor: 2", ("model.lora={}",), "model.lora cannot be done .* set it to null"),
-        ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be done .* to store"),
-        ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be done"),
-        ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed cannot be done .* set it to null"),
+        ("tensor: 2", ("model.lora={}",), "model.lora=.* cannot be combined .* set it to null"),
+        ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be .* set it to store"),
+        ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be combined"),
+        ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed={} cannot be .* set it to null"),
         (
             "tensor: 2",
             ("model.gradient_checkpointing=true",),
@@ -56,7 +56,7 @@ TEXT: dict[str, Any] = {
         (
             "pipeline: 2, virtual: 2",
             ("elision.last_layer=3",),
-            "elision.last_layer=3 cannot be done with parallel.virtual=2; set it to null",
+            "elision.last_layer=3 cannot be combined with parallel.virtual=2; set it to null",
         ),
         (
             "pipeline: 3, virtual: 2",
@@ -91,11 +91,11 @@ def test_a_job_must_hold_whole_copies_of_the_model():
     ],
 )
 def test_what_is_not_installed_is_named(monkeypatch, missing, parallel, message):
-    monkeypatch.setattr(fits, "is_installed", lambda package: package != missing)
+    monkeypatch.setattr(megatron_limits, "is_installed", lambda package: package != missing)
     with pytest.raises(ValueError, match=message):
-        fits.require_packages(ParallelConfig(**parallel))
-    monkeypatch.setattr(fits, "is_installed", lambda _: True)
-    fits.require_packages(ParallelConfig(**parallel))
+        megatron_limits.require_packages(ParallelConfig(**parallel))
+    monkeypatch.setattr(megatron_limits, "is_installed", lambda _: True)
+    megatron_limits.require_packages(ParallelConfig(**parallel))
 
 
 def test_without_a_gpu_the_way_out_is_named(monkeypatch):
@@ -117,7 +117,7 @@ def test_without_a_gpu_the_way_out_is_named(monkeypatch):
         ({}, ParallelConfig(pipeline=4, virtual=2), "cut into 8 equal parts"),
         ({}, ParallelConfig(tensor=4), "num_key_value_heads=2 cannot be cut over .*tensor=4"),
         ({"vocab_size": 401}, ParallelConfig(tensor=2), "vocab_size=401 cannot be cut"),
-        ({"model_type": "mistral"}, ParallelConfig(), "decoder 'mistral' has no counterpart"),
+        ({"model_type": "mistral"}, ParallelConfig(), "decoder 'mistral' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn"}}, ParallelConfig(), "rope_type='yarn'"),
         ({"attention_bias": True}, ParallelConfig(), "attention_bias=True in the decoder"),
         ({"hidden_act": "gelu"}, ParallelConfig(), "hidden_act='gelu' is not supported"),

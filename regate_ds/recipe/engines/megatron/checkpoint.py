@@ -1,6 +1,6 @@
-"""One rank's part of a checkpoint: its cut of weights and optimizer, and random states.
+"""One rank's part of a checkpoint: its cut of the weights and the optimizer, and random states.
 
-The file belongs to the rank and the layout that wrote it: a resumed run has the same.
+Only the rank that wrote a file can read it, so a resumed run must have the same layout of ranks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 
 def save_rank(checkpoint: Path, chunks: Sequence[nn.Module], optimizer: Any, more: Any) -> None:
-    """``more`` is plain values, given back by ``load_rank``."""
+    """Write this rank's file; ``more`` is plain values that ``load_rank`` returns."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     state = {
         "weights": [dict(_weights(chunk)) for chunk in chunks],
         "optimizer": [
             {"weights": list(_optimized(inner)), "state": inner.state_dict()}
-            for inner in _inner(optimizer)
+            for inner in _torch_optimizers(optimizer)
         ],
         "random": _tracker().get_states(),
         "more": more,
@@ -31,14 +31,14 @@ def save_rank(checkpoint: Path, chunks: Sequence[nn.Module], optimizer: Any, mor
 
 
 def load_rank(checkpoint: Path, chunks: Sequence[nn.Module], optimizer: Any) -> Any:
-    """Take over what ``save_rank`` wrote on the same rank."""
+    """Load what ``save_rank`` wrote on the same rank, and return its ``more``."""
     device = next(chunks[0].parameters()).device
     state = torch.load(_file(checkpoint), map_location=device, weights_only=True)
     with torch.no_grad():
         for chunk, saved in zip(chunks, state["weights"], strict=True):
             for name, weight in _weights(chunk):
                 weight.copy_(saved[name])
-        for inner, saved in zip(_inner(optimizer), state["optimizer"], strict=True):
+        for inner, saved in zip(_torch_optimizers(optimizer), state["optimizer"], strict=True):
             for weight, value in zip(_optimized(inner), saved["weights"], strict=True):
                 weight.copy_(value)
             inner.load_state_dict(saved["state"])
@@ -47,7 +47,7 @@ def load_rank(checkpoint: Path, chunks: Sequence[nn.Module], optimizer: Any) -> 
 
 
 def _tracker() -> Any:
-    """Random states of what differs on, or is shared by, the tensor ranks."""
+    """Return Megatron's random states: one that tensor ranks share, and one for each."""
     return get_cuda_rng_tracker()
 
 
@@ -60,13 +60,13 @@ def _weights(chunk: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.data
 
 
-def _inner(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Torch's optimizers inside Megatron's, which hold this rank's part."""
+def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return torch's optimizers inside Megatron's; they hold this rank's part."""
     return [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
 
 
 def _optimized(inner: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Single-precision weights, or this data rank's part of them."""
+    """Yield the single-precision weights that an optimizer updates, or this data rank's part."""
     for group in inner.param_groups:
         for parameter in group["params"]:
             yield parameter.data

@@ -1,7 +1,7 @@
 """The recipe's student as Megatron-core's model chunks: tower and projector before a GPTModel.
 
-The tower and the projector are the Hugging Face student's own modules, whole on every tensor rank
-of the first stage: each computes the same features, and gets the whole gradient of them.
+The tower and the projector are copies of the Hugging Face student's own modules. Every tensor rank
+of the first stage holds them whole, computes the same features, and gets their whole gradient.
 
 Shapes: B rows, T positions, I images, P features of an image, H hidden.
 """
@@ -47,12 +47,12 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class StudentChunk(MegatronModule):
-    """One part of the decoder; the first has tower and projector."""
+    """One part of the decoder; the first part also has the tower and the projector."""
 
     def __init__(self, gpt: GPTModel, vision: nn.Module | None, image_id: int) -> None:
         super().__init__(config=gpt.config)
         self.gpt, self.vision, self._image_id = gpt, vision, image_id
-        # What Megatron's schedules and its finalisation of gradients ask a model for.
+        # Megatron's schedules and its finalisation of gradients read these attributes.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = gpt.pre_process, gpt.post_process
         self.vp_stage = gpt.vp_stage
@@ -61,8 +61,10 @@ class StudentChunk(MegatronModule):
     def forward(
         self, ids_BT: Tensor, pixel_values: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Losses [B, T] of the labels, or what the next part takes; of this context rank's part of
-        T, as are the labels."""
+        """Return losses [B, T] of the labels, or the input of the next part.
+
+        Labels and result are those of this context rank's part of T; the ids are whole.
+        """
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         decoder_input = None
         if self.pre_process:
@@ -71,7 +73,7 @@ class StudentChunk(MegatronModule):
         return self.gpt(ids_BT, positions_BT, None, decoder_input=decoder_input, labels=labels)
 
     def _embedded(self, ids_BT: Tensor, positions_BT: Tensor, pixels: Tensor | None) -> Tensor:
-        """[T, B, H], or this rank's part of T under context and sequence parallelism."""
+        """Return [T, B, H], or this rank's part of T under context and sequence parallelism."""
         words_TBH = self.gpt.embedding(input_ids=ids_BT, position_ids=positions_BT)
         if pixels is not None:
             assert self.vision is not None
@@ -82,7 +84,7 @@ class StudentChunk(MegatronModule):
             words_TBH = merged_BTH.transpose(0, 1).contiguous()
         words_TBH = context_part(words_TBH, 0)
         if self.config.sequence_parallel:
-            # Backward gathers: every tensor rank has the gradient of the whole sequence.
+            # Its backward gathers, so every tensor rank gets the gradient of the whole sequence.
             words_TBH = scatter_to_sequence_parallel_region(words_TBH)
         return words_TBH
 
@@ -94,7 +96,7 @@ class StudentChunk(MegatronModule):
 
 
 def context_part(x: Tensor, dim: int) -> Tensor:
-    """This context rank's part of the sequence along ``dim``."""
+    """Return this context rank's part of the sequence along ``dim``."""
     size = mpu.get_context_parallel_world_size()
     if size == 1:
         return x
@@ -107,7 +109,7 @@ def _features(vision: Any, pixels: Tensor) -> Sequence[Tensor]:
 
 
 def decoder_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's settings for the student's decoder under these axes."""
+    """Return Megatron's settings for the student's decoder, cut as ``parallel`` says."""
     return transformer_config(
         text,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
@@ -115,7 +117,7 @@ def decoder_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> T
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Batched transfers are CUDA's.
+        # Only CUDA has batched transfers.
         batch_p2p_comm=torch.cuda.is_available(),
         deallocate_pipeline_outputs=True,
         finalize_model_grads_func=finalize_model_grads,
@@ -126,7 +128,10 @@ def decoder_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> T
 def build_chunks(
     student: Student, model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
 ) -> list[DistributedDataParallel]:
-    """This rank's part of the student with its weights, wrapped; the student is left as it is."""
+    """Build this rank's part of the student with its weights, wrapped for data parallelism.
+
+    The student itself is left as it is.
+    """
     backbone = text_backbone(student.model)
     config = decoder_config(backbone.config, parallel, dtype)
     weights = to_megatron(backbone.state_dict(), backbone.config)
@@ -136,12 +141,12 @@ def build_chunks(
         load_full([gpt], weights)
         vision = _vision(student, model) if gpt.pre_process else None
         chunk = StudentChunk(gpt, vision, student.model.config.image_token_id).train()
-        chunks.append(_wrapped(chunk, config, parallel))
+        chunks.append(_wrap(chunk, config, parallel))
     return chunks
 
 
 def _vision(student: Student, config: ModelConfig) -> nn.Module:
-    """A copy of the student without its decoder."""
+    """Return a copy of the student without its decoder."""
     family = family_of(student.model)
     inner: Any = student.model.model
     decoder = family.decoder_of(student.model)
@@ -155,7 +160,7 @@ def _vision(student: Student, config: ModelConfig) -> nn.Module:
     return vision
 
 
-def _wrapped(
+def _wrap(
     chunk: nn.Module, config: TransformerConfig, parallel: ParallelConfig
 ) -> DistributedDataParallel:
     chunk = chunk.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,5 +174,5 @@ def _wrapped(
 
 
 def student_chunks(chunks: Sequence[nn.Module]) -> list[StudentChunk]:
-    """Below what wraps them."""
+    """Find the StudentChunks inside their wrappers."""
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, StudentChunk)]

@@ -1,4 +1,4 @@
-"""A Llama-shaped decoder as Megatron-core's GPTModel, under the axes that are set up."""
+"""Build a Llama-shaped decoder as Megatron-core's GPTModel, for the groups that are set up."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ else:
 
 
 def transformer_config(text: Any, **more: Any) -> TransformerConfig:
-    """Megatron's settings for a Hugging Face decoder config. ValueError names what differs."""
+    """Return Megatron's settings for a Hugging Face decoder config.
+
+    ValueError names what Megatron-core would compute differently.
+    """
     require_decoder(text)
     settings = {
         "num_layers": text.num_hidden_layers,
@@ -53,7 +56,7 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "calculate_per_token_loss": True,
-        # The weights are the student's: what initialises them does not matter.
+        # The student's weights are loaded afterwards, so the initial ones do not matter.
         "use_cpu_initialization": not torch.cuda.is_available(),
         "tensor_model_parallel_size": mpu.get_tensor_model_parallel_world_size(),
         "context_parallel_size": mpu.get_context_parallel_world_size(),
@@ -63,7 +66,7 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
 
 
 def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
-    """This rank's part of the decoder with its output layer."""
+    """Build this rank's part of the decoder, with embedding and output layer where they belong."""
     return GPTModel(
         config,
         get_gpt_layer_with_transformer_engine_spec() if HAS_ENGINE else _plain_layers(config),
@@ -80,7 +83,7 @@ def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None)
 
 
 def _plain_layers(config: TransformerConfig) -> Any:
-    """This rank's layers of torch's own operations."""
+    """Return the specs of this rank's layers, made of torch's own operations."""
     layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RootMeanSquareNorm

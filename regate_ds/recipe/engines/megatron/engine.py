@@ -1,7 +1,7 @@
-"""A run's steps through Megatron-core: its model, its schedule and its optimizer.
+"""MegatronEngine: a run's steps through Megatron-core's model, schedule and optimizer.
 
-All ranks of a replica read their data rank's samples; the plan is made and sent as in a training
-loop of a user's own (regate_ds/adapters/megatron/attach.py).
+All ranks of a replica read the samples of their data rank. The plan is made and sent as in a
+user's own training loop (regate_ds/adapters/megatron/attach.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class StepResult:
-    """What the last step ended in."""
+    """The outcome of the last step."""
 
     applied: bool = False
     grad_norm: float | None = None
@@ -47,7 +47,7 @@ class StepResult:
 
 
 class MegatronEngine:
-    """One rank's part in the run."""
+    """Runs this rank's part of each step."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class MegatronEngine:
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]
         chunks = build_chunks(student, config.model, config.parallel, dtype)
-        # From here on it is only filled, to be evaluated or written.
+        # From here on the student is only filled with weights, to be evaluated or written.
         model.to(dtype)
         regate = attach(
             chunks,
@@ -83,7 +83,7 @@ class MegatronEngine:
             optimizer_settings(config), [*chunks], use_gloo_process_groups=False
         )
         for group in optimizer.param_groups:
-            # Megatron leaves it to its own scheduler to apply this.
+            # Megatron's own scheduler, which is not used here, would set this.
             group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
         return cls(setup, chunks, regate, optimizer)
 
@@ -119,14 +119,14 @@ class MegatronEngine:
         return list(torch.tensor(losses, dtype=torch.float64))
 
     def _run_schedule(self, window: list[Batch]) -> Sequence[dict[str, Tensor]]:
-        several = len(self.chunks) > 1
+        has_several = len(self.chunks) > 1
         on_device = [batch.to(self._setup.process.device) for batch in window]
         iterators = [iter(on_device) for _ in self.chunks]
         rows, length = window[0].tokens.segment_BT.shape
         return self._schedule(
             forward_step_func=forward_step,
-            data_iterator=iterators if several else iterators[0],
-            model=self.chunks if several else self.chunks[0],
+            data_iterator=iterators if has_several else iterators[0],
+            model=self.chunks if has_several else self.chunks[0],
             num_microbatches=len(window),
             seq_length=length,
             micro_batch_size=rows,
@@ -136,9 +136,10 @@ class MegatronEngine:
     def _figures(
         self, reports: Sequence[dict[str, Tensor]]
     ) -> tuple[list[float], dict[str, Any] | None] | None:
-        """Each micro-batch's share in the step's loss, and the plan's counts; on the last stage.
+        """Return the micro-batches' losses and the plan's counts; None before the last stage.
 
-        A share times the number of micro-batches and data ranks: their mean is the loss.
+        A loss is the micro-batch's share of the step's loss, times the number of micro-batches and
+        data ranks, so that the mean over both is the step's loss.
         """
         if not reports:
             return None
@@ -159,7 +160,7 @@ class MegatronEngine:
         return self._last.counts
 
     def grad_norm(self) -> float | None:
-        """None where nothing is clipped: Megatron does not measure it then."""
+        """Return None if nothing is clipped: Megatron does not measure the norm then."""
         return self._last.grad_norm
 
     @contextmanager
@@ -179,8 +180,8 @@ class MegatronEngine:
         num_ranks = self._setup.process.world_size
         if num_saved != num_ranks:
             raise ValueError(
-                f"{checkpoint} is of {num_saved} ranks of Megatron-core, this job has {num_ranks}; "
-                f"resume with {num_saved} ranks"
+                f"{checkpoint} was written by {num_saved} ranks of Megatron-core, but this job has "
+                f"{num_ranks}; resume with {num_saved} ranks"
             )
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
@@ -193,7 +194,10 @@ class MegatronEngine:
 
 
 def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
-    """The host's own: the loss of every label position. Elision puts its plan in place of it."""
+    """Run the next micro-batch as the host does, with a loss over all label positions.
+
+    With elision, ``MegatronRegate.wrap`` replaces that loss by the one over the plan's targets.
+    """
     batch = next(iterator)
     labels_BT = context_part(batch.tokens.labels_BT.to(batch.inputs["input_ids"].device), 1)
     output = model(
@@ -212,7 +216,7 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
 
 
 def optimizer_settings(config: RunConfig) -> OptimizerConfig:
-    """AdamW as under DeepSpeed: vectors do not decay, which is Megatron's own rule, too."""
+    """Return the settings of AdamW as under DeepSpeed; Megatron too leaves vectors undecayed."""
     ours, is_half = config.optimizer, config.run.precision == "bf16"
     assert config.parallel is not None
     return OptimizerConfig(

@@ -1,4 +1,4 @@
-"""The trained student in the Hugging Face form, put together from all ranks."""
+"""Put the trained student together from all ranks, in its Hugging Face form."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from regate_ds.teacher.backbone import text_backbone
 
 
 def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:
-    """Put all trained weights into the student, on the CPU. Collective over the model's ranks."""
+    """Copy all trained weights into the student, in CPU memory.
+
+    Collective over the ranks that hold the model together.
+    """
     model: Any = student.model
     model.to("cpu")
     backbone = text_backbone(model)
     decoder = from_megatron(gather_full([chunk.gpt for chunk in chunks]), backbone.config)
     vision = _gather_vision(chunks)
     with torch.no_grad():
-        # The view's weights lie where the student's do.
+        # The backbone is a view: its weights are the student's own storage.
         for name, parameter in backbone.named_parameters():
             parameter.copy_(decoder[name])
         for name, parameter in model.model.named_parameters():
@@ -34,13 +37,13 @@ def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:
 
 
 def _gather_vision(chunks: Sequence[StudentChunk]) -> dict[str, Tensor]:
-    """Tower and projector, from the first stage."""
-    mine = {
+    """Return the weights of tower and projector, from the first stage."""
+    own_weights = {
         name: parameter.detach().cpu()
         for chunk in chunks
         if chunk.vision is not None
         for name, parameter in chunk.vision.named_parameters()
     }
     stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, mine, group=mpu.get_pipeline_model_parallel_group())
+    dist.all_gather_object(stages, own_weights, group=mpu.get_pipeline_model_parallel_group())
     return stages[0]

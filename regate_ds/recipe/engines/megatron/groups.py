@@ -1,4 +1,4 @@
-"""Megatron's groups for a run, and the one over which a replica's figures are values."""
+"""Make Megatron's groups for a run, and a group over which a replica shares a step's figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regate_ds.recipe.config.tree import RunConfig
 
 
 def join(config: RunConfig, process: Process) -> Process:
-    """Make the groups; this process among the data ranks. Collective over the job."""
+    """Make the groups, and return this process among the data ranks. Collective over the job."""
     parallel = config.parallel
     assert parallel is not None
     require_device()
@@ -34,7 +34,7 @@ def join(config: RunConfig, process: Process) -> Process:
 
 
 def require_device() -> None:
-    """ValueError where there is no CUDA device: Megatron-core makes its small tensors on it."""
+    """Refuse, by ValueError, a job without a GPU: Megatron-core makes its small tensors on it."""
     try:
         torch.cuda.current_device()
     except (AssertionError, RuntimeError) as error:
@@ -46,22 +46,22 @@ def require_device() -> None:
 
 @dataclass(frozen=True)
 class Replica:
-    """The ranks of one copy of the model; the planner has the losses."""
+    """The ranks that hold one copy of the model; their planner has the losses."""
 
     group: dist.ProcessGroup | None
     planner: int
-    """A rank of the world: last stage, first tensor and context rank."""
+    """Rank in the world of the last stage's first tensor and context rank."""
 
     @classmethod
     def of_this_rank(cls) -> Replica:
-        """Collective over the job."""
+        """Return the replica that this rank belongs to. Collective over the job."""
         table = rank_table()
         groups = replicas([data_rank for data_rank, _ in table])
         own = next(ranks for ranks in groups if dist.get_rank() in ranks)
         return cls(cpu_group(groups), next(rank for rank in own if table[rank][1]))
 
     def broadcast(self, value: Any) -> Any:
-        """The planner's value, on all ranks. Collective over the replica."""
+        """Return the planner's value on all ranks. Collective over the replica."""
         if self.group is None:
             return value
         values = [value]

@@ -1,6 +1,6 @@
 """The decoder's norm where Transformer Engine is missing.
 
-Torch's own, which Megatron would take, refuses sequence parallelism.
+Megatron would take torch's own norm, which refuses sequence parallelism.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 
 class RootMeanSquareNorm(nn.Module):
-    """As Hugging Face's decoders compute it: in single precision, then the weight."""
+    """Normalizes as Hugging Face's decoders do: in single precision, then times the weight."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        """The names are those by which Megatron builds a norm."""
+        """Take the arguments with which Megatron builds a norm, by its names."""
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each tensor rank's gradient is of its part of the sequence: Megatron adds them up.
+        # Each tensor rank has the gradient of its part of the sequence. By this mark Megatron
+        # sums them.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The micro-batches of one optimizer step, brought to the one length that a pipeline needs."""
+"""Pad the micro-batches of one optimizer step to the one length that a pipeline needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from regate_ds.data.collate import Batch
 def windows(
     loader: Iterable[Batch], size: int, *, pad_id: int, multiple: int
 ) -> Iterator[list[Batch]]:
-    """Groups of ``size`` micro-batches; rows end in padding up to a multiple of ``multiple``."""
+    """Yield groups of ``size`` micro-batches, padded to one length in each group.
+
+    The length is a multiple of ``multiple``.
+    """
     for micro in in_steps(loader, size, keep_rest=False):
         yield to_one_length(micro, pad_id=pad_id, multiple=multiple)
 
@@ -24,10 +27,10 @@ def windows(
 def to_one_length(micro: Sequence[Batch], *, pad_id: int, multiple: int) -> list[Batch]:
     longest = max(batch.tokens.segment_BT.shape[1] for batch in micro)
     length = math.ceil(longest / multiple) * multiple
-    return [_widened(batch, length, pad_id) for batch in micro]
+    return [_widen(batch, length, pad_id) for batch in micro]
 
 
-def _widened(batch: Batch, length: int, pad_id: int) -> Batch:
+def _widen(batch: Batch, length: int, pad_id: int) -> Batch:
     tokens = batch.tokens
     missing = (0, length - tokens.segment_BT.shape[1])
     return Batch(

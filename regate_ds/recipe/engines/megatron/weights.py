@@ -1,8 +1,8 @@
-"""Weights of a Llama-shaped Hugging Face decoder in Megatron-core's names and cuts, and back.
+"""Turn weights of a Llama-shaped Hugging Face decoder into Megatron-core's, and back.
 
-whole names     Megatron's, with layers counted through the whole model
-into a model    every rank takes its cut of each whole weight
-out of a model  the tensor ranks' cuts are joined, the stages' weights put together
+full names      Megatron's names, with layers counted through the whole model
+into a model    every rank takes its cut of each full weight
+out of a model  the tensor ranks' cuts are joined, and the stages' weights are put together
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ _PLAIN = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
 }
-"""Names inside a layer that hold one weight on both sides."""
+"""Names inside a layer that hold one weight in both forms: Megatron's, then Hugging Face's."""
 
-_ENDS = {
+_OUTSIDE_LAYERS = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
+"""Names outside the layers, in the same order."""
 
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-"""Transformer Engine's layers hold the norms before them."""
+"""Names of norms where Transformer Engine's linear layers hold them, and their plain names."""
 
 
 @dataclass(frozen=True)
 class WeightMap:
-    """A whole weight of Megatron's, and the host's that it is made of."""
+    """A full weight of Megatron-core, and the Hugging Face weights that it is made of."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -52,8 +53,8 @@ class WeightMap:
 
 
 def parts_of(config: Any) -> Iterator[WeightMap]:
-    """Every weight that a decoder with this Hugging Face config may have."""
-    for ours, theirs in _ENDS.items():
+    """Yield every weight that a decoder with this Hugging Face config may have."""
+    for ours, theirs in _OUTSIDE_LAYERS.items():
         yield WeightMap(ours, (theirs,))
     for number in range(config.num_hidden_layers):
         at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
@@ -68,13 +69,13 @@ def parts_of(config: Any) -> Iterator[WeightMap]:
 
 
 def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:
-    """Whole weights of a causal LM under Megatron's names."""
+    """Return the full weights of a causal LM under Megatron's names."""
     present = (part for part in parts_of(config) if part.theirs[0] in weights)
     return {part.ours: part.join(*(weights[name] for name in part.theirs)) for part in present}
 
 
 def from_megatron(full: Mapping[str, Tensor], config: Any) -> Weights:
-    """The inverse of ``to_megatron``."""
+    """Return weights under Hugging Face's names; the inverse of ``to_megatron``."""
     weights: Weights = {}
     for part in parts_of(config):
         if part.ours in full:
@@ -88,7 +89,7 @@ def head_size(config: Any) -> int:
 
 
 def _join_heads(config: Any, *query_key_value: Tensor) -> Tensor:
-    """Megatron's order: each group's queries, then its key, then its value."""
+    """Join in Megatron's order: each group's queries, then its key, then its value."""
     groups, rest = config.num_key_value_heads, query_key_value[0].shape[1:]
     parts = [x.view(groups, -1, head_size(config), *rest) for x in query_key_value]
     return torch.cat(parts, dim=1).reshape(-1, *rest)
@@ -117,14 +118,17 @@ def load_full(chunks: Sequence[nn.Module], full: Mapping[str, Tensor]) -> None:
             cut = _pieces(name, full[name], parameter, size)[rank]
             if cut.shape != parameter.shape:
                 raise ValueError(
-                    f"{name} has {tuple(parameter.shape)} on this rank, the student's cut is "
+                    f"{name} has {tuple(parameter.shape)} on this rank, but the student's cut has "
                     f"{tuple(cut.shape)}; choose parallel sizes that divide the student"
                 )
             parameter.copy_(cut)
 
 
 def gather_full(chunks: Sequence[nn.Module]) -> Weights:
-    """All weights of the model, on the CPU of every rank. Collective over the model's ranks."""
+    """Return all weights of the model, in CPU memory on every rank.
+
+    Collective over the ranks that hold the model together.
+    """
     size, found = mpu.get_tensor_model_parallel_world_size(), {}
     for name, parameter in named_parameters(chunks):
         pieces = [torch.empty_like(parameter.data) for _ in range(size)]
@@ -138,7 +142,7 @@ def gather_full(chunks: Sequence[nn.Module]) -> Weights:
 
 
 def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of GPTModel chunks by whole names."""
+    """Yield the parameters of GPTModel chunks with their full names."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             yield _full_name(chunk, name), parameter
@@ -160,7 +164,7 @@ def _pieces(name: str, full: Tensor, parameter: Any, size: int) -> list[Tensor]:
     if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return [full] * size
     if "linear_fc1" in name:
-        # Gate and value, each cut over the ranks.
+        # Gate and value are each cut over the ranks.
         gates, values = (half.chunk(size) for half in full.chunk(2))
         return [torch.cat(pair) for pair in zip(gates, values, strict=True)]
     return list(full.chunk(size, dim=parameter.partition_dim))

@@ -1,8 +1,8 @@
 """The last phase of a student: projector and backbone learn together to look at the image.
 
-Half-way between a caption and a question: notes on crowded scenes, in which a place or a digit is
-named and what belongs to it must be read from the image. The data set's answers are mixed in as
-text, so that the backbone keeps what it knows; its questions are never shown with an image here.
+They learn from notes on crowded scenes, which lie between captions and questions: a note names a
+place or a digit, and the rest of it must be read from the image. The data set's answers are mixed
+in as text, so that the backbone keeps what it knows; its questions never come with an image here.
 
 Shapes: B samples, T positions, S positions of one sample, N label positions, H hidden.
 """
@@ -28,7 +28,7 @@ from regate_ds.recipe.tasks.digits.scenes import Split, handwritten, render
 from regate_ds.recipe.tasks.digits.tower import Cells, crowded_scene
 
 _MOST_NOTES = 6
-"""So many cells of a scene are told of: rows of about the same length."""
+"""Largest number of notes on a scene, so that rows have about the same length."""
 
 _BY_PLACE = ("row", "column", "digit", "colour", "size")
 _BY_DIGIT = ("digit", "colour", "size", "row", "column")
@@ -39,7 +39,7 @@ def align_student(
 ) -> None:
     """Train projector and backbone on scenes' notes and, for ``text_share`` of a batch, on text.
 
-    The tower stays as it is: the loss of a backbone that does not look yet would wipe it out.
+    The tower is frozen: gradients of a backbone that does not use the image yet would ruin it.
     """
     part = Split("train", handwritten("train"), seed, None)
     collator = Collator(pad_id=student.tokenizer.pad_token_id, vision=student.vision)
@@ -53,7 +53,7 @@ def align_student(
         noted = [_note_sample(student, cells, rng, tokens_of) for cells in scenes]
         drawn = [texts[number] for number in rng.sample(range(len(texts)), num_text)]
         unseen = [_without_image(sample, student.tokenizer.pad_token_id) for sample in drawn]
-        # One by one: notes are far shorter, and padding costs as much as text.
+        # Notes and text run apart: notes are far shorter, and padding costs as much as text.
         states = [_label_states(model, collator, samples) for samples in (noted, unseen) if samples]
         hidden_NH, labels_N = (torch.cat(parts) for parts in zip(*states))
         return F.cross_entropy(model.lm_head(hidden_NH), labels_N)
@@ -63,9 +63,9 @@ def align_student(
 
 
 def notes(cells: Cells, rng: Random) -> list[tuple[str, bool]]:
-    """Words on some cells of a scene, each with: must it be read from the image?
+    """Return words on some cells of a scene, each with whether it must be read from the image.
 
-    A note names a place, or a digit that the scene shows once, and tells the rest in fixed order.
+    A note names a place, or a digit that the scene shows once, and adds the rest in fixed order.
     """
     shown = [placed.shown for placed in cells.values()]
     digits = [each.digit for each in shown]
@@ -76,15 +76,15 @@ def notes(cells: Cells, rng: Random) -> list[tuple[str, bool]]:
     return words
 
 
-def _note(shown: Shown, order: tuple[str, ...], num_told: int) -> list[tuple[str, bool]]:
-    words = [(f" {getattr(shown, name)}", i >= num_told) for i, name in enumerate(order)]
+def _note(shown: Shown, order: tuple[str, ...], num_given: int) -> list[tuple[str, bool]]:
+    words = [(f" {getattr(shown, name)}", i >= num_given) for i, name in enumerate(order)]
     return [*words, (".", False)]
 
 
 def _note_sample(
     student: Student, cells: Cells, rng: Random, tokens_of: dict[str, list[int]]
 ) -> LoadedSample:
-    """One scene with its notes; ``tokens_of`` remembers the few words that notes are made of."""
+    """Encode one scene with its notes; ``tokens_of`` caches the tokens of each word."""
     image = render(list(cells.values()))
     num_image = student.vision.num_tokens(image.size)
     ids = [student.tokenizer.bos_token_id, *[student.model.config.image_token_id] * num_image]
@@ -110,7 +110,7 @@ def _note_sample(
 def _label_states(
     model: Any, collator: Collator, samples: Sequence[LoadedSample]
 ) -> tuple[Tensor, Tensor]:
-    """Last hidden state [N, H] and target [N] of each label position."""
+    """Return the last hidden state [N, H] and the target [N] of each label position."""
     batch = collator(samples)
     hidden_BTH = model.model(**batch.inputs, use_cache=False).last_hidden_state
     is_label_BT = batch.tokens.is_label_BT
@@ -118,7 +118,7 @@ def _label_states(
 
 
 def _without_image(sample: LoadedSample, pad_id: int) -> LoadedSample:
-    """The sample as the teacher sees it."""
+    """Return the sample as the teacher sees it: the pad id at image positions, and no image."""
     encoded = sample.encoded
     ids_S = encoded.input_ids_S.masked_fill(encoded.is_placeholder_S, pad_id)
     none_S = torch.zeros_like(encoded.is_placeholder_S)

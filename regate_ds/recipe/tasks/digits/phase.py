@@ -19,12 +19,12 @@ from regate_ds.job.progress import progress
 from regate_ds.recipe.optimizer import OptimizerConfig, make_lr_schedule, make_optimizer
 
 UNFINISHED = ".unfinished-"
-"""Begins the name of a folder in the making; one left by a killed job may be deleted."""
+"""Prefix of a folder that is being made; one left by a killed job may be deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
-    """Length of one phase."""
+    """Length, batch and learning rate of one phase."""
 
     steps: int
     batch: int
@@ -37,10 +37,11 @@ class PhaseConfig:
 
 
 def finished_phase(cache: Path, name: str, basis: list[Any], make: Callable[[Path], None]) -> Path:
-    """The folder of a phase, named by a hash of ``basis``: made now, or found in ``cache``.
+    """Return the folder of a phase, found in ``cache`` or made now; a hash of ``basis`` names it.
 
-    ``basis`` is JSON and holds all that decides the result. ``make`` fills the folder it is given;
-    that gets its name only when it is whole, so that a killed phase leaves nothing that looks done.
+    ``basis`` is JSON and holds everything that decides the result. ``make`` fills the folder that
+    it is given. The folder gets its name when it is complete, so that a killed phase leaves
+    nothing that looks finished.
     """
     digest = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     folder = cache / f"{name}-{digest[:12]}"
@@ -57,7 +58,7 @@ def finished_phase(cache: Path, name: str, basis: list[Any], make: Callable[[Pat
 
 
 def digest_of_files(files: Iterable[Path]) -> str:
-    """One hash over the content of files, in the order given."""
+    """Return one hash over the content of files, in the order given."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -67,7 +68,7 @@ def digest_of_files(files: Iterable[Path]) -> str:
 def optimise(
     name: str, model: nn.Module, loss: Callable[[Random], Tensor], phase: PhaseConfig, seed: int
 ) -> None:
-    """AdamW on what of ``model`` is not frozen; ``loss`` draws its batch from the generator."""
+    """Train the unfrozen parts of ``model`` with AdamW; ``loss`` draws its batch by a generator."""
     config = OptimizerConfig(lr=phase.lr, betas=(0.9, 0.98), warmup_steps=0.05)
     optimizer = make_optimizer(model, config)
     schedule = make_lr_schedule(optimizer, config, phase.steps)

@@ -1,8 +1,8 @@
-"""What is asked and answered about a digit scene, and which words only the image can tell.
+"""The questions and answers about a digit scene, and which words need the image.
 
 A question fixes how its answer is phrased, so that a reader without the image can predict every
 word but the gold ones. No gold word follows from the question, from an earlier answer, or from the
-order of the answer: digits are described in an order that shows none of the told properties.
+order of the answer: digits are described in an order that reveals none of the answer's properties.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Answer:
         return Answer(self.text + other.text, self.gold_spans + moved)
 
 
-def fill(template: str, told: dict[str, str], seen: dict[str, str]) -> Answer:
-    """Fill in the fields of ``template``: those in ``seen`` are gold, those in ``told`` are not."""
+def fill(template: str, given: dict[str, str], seen: dict[str, str]) -> Answer:
+    """Fill in the fields of ``template``: gold from ``seen``, unless they are in ``given``."""
     answer = Answer()
     for literal, name, _, _ in string.Formatter().parse(template):
         answer += Answer(literal)
-        if name is not None and name in told:
-            answer += Answer(told[name])
+        if name is not None and name in given:
+            answer += Answer(given[name])
         elif name is not None:
             answer += Answer(seen[name], ((0, len(seen[name])),))
     return answer
@@ -140,7 +140,7 @@ _COUNT_LARGE = (
 
 
 def ask(scene: list[Shown], medium: str, rng: Random) -> list[QuestionAnswer]:
-    """Questions about one scene, one or several turns; ``medium`` is "picture" or "clip".
+    """Return one or several turns about one scene; ``medium`` is "picture" or "clip".
 
     ``scene`` is in the order in which a description names the digits. Digits differ; all other
     properties may repeat.
@@ -179,7 +179,7 @@ def _where_all(scene: list[Shown], rng: Random) -> QuestionAnswer:
 
 
 def _about_one(shown: Shown, scene: list[Shown], rng: Random) -> QuestionAnswer:
-    """One question that singles ``shown`` out by its digit, its place or its colour."""
+    """Return a question that singles ``shown`` out by its digit, its place or its colour."""
     asks: list[tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = [
         (("digit",), _ABOUT_DIGIT),
         (("row", "column"), _ABOUT_PLACE),
@@ -188,8 +188,8 @@ def _about_one(shown: Shown, scene: list[Shown], rng: Random) -> QuestionAnswer:
         asks.append((("colour",), _ABOUT_COLOUR))
     named, phrases = rng.choice(asks)
     question, sentence = rng.choice(phrases)
-    told = {name: getattr(shown, name) for name in named}
-    return question.format(**told), fill(sentence, told, shown._asdict())
+    given = {name: getattr(shown, name) for name in named}
+    return question.format(**given), fill(sentence, given, shown._asdict())
 
 
 def _count(phrase: tuple[str, str], scene: list[Shown]) -> QuestionAnswer:

@@ -1,9 +1,9 @@
-"""`make realmodel`: which words need the image, by a real pretrained teacher from a GGUF file.
+"""`make realmodel`: test whether a real teacher from a GGUF file finds the words that need images.
 
-Twice over the same digit scenes: with a student of the teacher's own tokenizer, and with a student
-of the tokenizer that we train ourselves, whose losses are aligned by characters. A word that only
-the image can tell counts as found if its hardest token is in the upper half of its sample's label
-positions, those that a sparse step at keep_share=0.5 keeps.
+It scores the same digit scenes twice: for a student with the teacher's own tokenizer, and for one
+with a tokenizer trained here, whose losses are aligned by characters. A word that needs the image
+counts as found if its hardest token is in the upper half of its sample's label positions, those
+that a sparse step at keep_share=0.5 keeps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.loading import load_teacher_tokenizer
 
 WANTED = 0.85
-"""Share of the words that must be found, or the command fails."""
+"""Share of the words above which the command succeeds."""
 
 TINY_TEXT = {
     "model_type": "llama",
@@ -42,7 +42,7 @@ TINY_TEXT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-"""The teacher reads only the student's tokenizer: its decoder may be as small as can be."""
+"""The student's decoder, as small as possible: the teacher needs only the student's tokenizer."""
 
 TINY_VISION = {
     "model_type": "clip_vision_model",
@@ -57,7 +57,7 @@ TINY_VISION = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if enough words are found with both tokenizers."""
+    """Return 0 if enough words are found with both tokenizers, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="GGUF file of a causal language model")
     parser.add_argument("--scenes", type=int, default=60, metavar="N", help="samples to score")
@@ -70,19 +70,22 @@ def main(arguments: list[str] | None = None) -> int:
         config = _configure(args.out / mode, args.out / "data", args.model, tokenizer, mode)
         command = [sys.executable, "-m", "regate_ds.cli", "teacher", str(config)]
         subprocess.run(command, check=True)
-        found, of = words_found(config)
-        lowest = min(lowest, found / of)
+        num_found, num_words = words_found(config)
+        lowest = min(lowest, num_found / num_words)
         print(
-            f"teacher.tokenizer={mode}: {found} of {of} words that need the image "
-            f"({found / of:.1%}) are in the upper half; {time.monotonic() - begin:.0f} s",
+            f"teacher.tokenizer={mode}: {num_found} of {num_words} words that need the image "
+            f"({num_found / num_words:.1%}) are in the upper half; "
+            f"{time.monotonic() - begin:.0f} s",
             flush=True,
         )
     return 0 if lowest > WANTED else 1
 
 
 def words_found(config: Path) -> tuple[int, int]:
-    """How many gold words of the training set are in the upper half by a finished store, and of
-    how many."""
+    """Count the gold words of the training set that a finished store puts in the upper half.
+
+    Returns that count, and the number of all gold words.
+    """
     run = load_config(config)
     corpus = load_corpus(run, weights=False)
     assert run.teacher.store is not None
@@ -95,7 +98,7 @@ def words_found(config: Path) -> tuple[int, int]:
 
 
 def words_in_upper_half(record: Record, sample: EncodedSample, losses_N: Tensor) -> Iterator[bool]:
-    """For each gold span: is its hardest token among the harder half of the label positions?"""
+    """Yield for each gold span whether its hardest token is in the harder half of the labels."""
     order = losses_N.argsort(descending=True, stable=True).tolist()
     upper = set(order[: -(-len(order) // 2)])
     for number, turn in enumerate(record.turns):
@@ -109,7 +112,7 @@ def words_in_upper_half(record: Record, sample: EncodedSample, losses_N: Tensor)
 
 
 def _tokenizers(model: Path, train: Path) -> Iterator[tuple[str, Any]]:
-    """The student's in each mode of `teacher.tokenizer`."""
+    """Yield each mode of `teacher.tokenizer`, with the student's tokenizer in it."""
     same = deepcopy(load_teacher_tokenizer(model))
     same.add_special_tokens({"additional_special_tokens": ["<image>"]})
     yield "same", same
@@ -119,7 +122,7 @@ def _tokenizers(model: Path, train: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _configure(out: Path, data: Path, model: Path, tokenizer: Any, mode: str) -> Path:
-    """A student's folder and the file that names it and the teacher."""
+    """Write a student's folder and a configuration that names it and the teacher; return that."""
     student = build_llava(tokenizer, text=TINY_TEXT, vision=TINY_VISION, seed=0)
     save_student(student, out / "student")
     config = {

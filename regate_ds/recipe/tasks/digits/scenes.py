@@ -1,7 +1,7 @@
 """A small visual question set from real handwritten digits, in LLaVA format.
 
-Two to four MNIST digits stand in a 3x3 grid, each with a colour, a size and a place. What is asked
-about them is in ``digit_questions``. The test part shows digits that the training part never does.
+Two to four MNIST digits stand in a 3x3 grid, each with a colour, a size and a place; questions.py
+asks about them. The test part shows handwritten digits that the training part never shows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _INK = slice(2, 26)
 
 @dataclass(frozen=True)
 class Split:
-    """What makes one part of the set: its name, its digits, and how its scenes are drawn."""
+    """One part of the set: its name, its digits, and how its scenes are drawn."""
 
     name: str
     inks: dict[int, np.ndarray]
@@ -55,7 +55,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Placed:
-    """One digit of a scene: its words, its ink as uint8 [side, side], its top left corner."""
+    """One digit of a scene: its words, its ink as uint8 [side, side], and its top left corner."""
 
     shown: Shown
     ink: np.ndarray
@@ -65,16 +65,16 @@ class Placed:
 
 @cache
 def handwritten(part: str) -> dict[int, np.ndarray]:
-    """MNIST digits of "train" or "test": digit -> uint8 [N, 28, 28].
+    """Return the MNIST digits of "train" or "test": digit -> uint8 [N, 28, 28].
 
     Every fifth image of each digit is a test image, whatever the seed of the scenes is.
     """
     images, labels = _mnist()
     inks = {}
     for digit in range(10):
-        mine = images[labels == digit]
-        is_test = np.arange(len(mine)) % 5 == 0
-        inks[digit] = mine[is_test if part == "test" else ~is_test]
+        of_digit = images[labels == digit]
+        is_test = np.arange(len(of_digit)) % 5 == 0
+        inks[digit] = of_digit[is_test if part == "test" else ~is_test]
     return inks
 
 
@@ -95,12 +95,14 @@ def build_digits(
     """
     if num_frames is not None and num_frames < 2:
         raise ValueError(
-            f"a clip needs at least 2 frames, got {num_frames}; leave it out for images"
+            f"a clip needs at least 2 frames, got {num_frames}; set more, or none for images"
         )
     numbers = {"train": num_train, "test": num_test}
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"the {name} part needs at least 1 sample, got {number}")
+            raise ValueError(
+                f"the {name} part needs at least 1 sample, got {number}; ask for 1 or more"
+            )
     for name, number in numbers.items():
         part = Split(name, handwritten(name), seed, num_frames)
         records = []
@@ -137,7 +139,7 @@ def _write_sample(out: Path, part: Split, number: int) -> dict[str, Any]:
 
 
 def draw_scene(part: Split, rng: Random) -> list[Placed]:
-    """Different digits in different cells: in reading order, or in order of appearance."""
+    """Draw different digits in different cells, in reading order, or for a clip as they appear."""
     most = MAX_DIGITS if part.num_frames is None else min(MAX_DIGITS, part.num_frames)
     num_digits = rng.randint(2, most)
     cells = rng.sample(range(9), num_digits)

@@ -1,12 +1,12 @@
-"""Make the quickstart's student on the spot: a backbone, a tower, and the two brought together.
+"""Make the quickstart's student in four phases: first its backbone and tower, then both together.
 
     text     the backbone learns the training set's answers, without the images
     tower    the vision tower learns to tell what stands in each cell of a scene
-    words    the projector learns to say it in the backbone's own word embeddings
-    align    projector and backbone learn from scenes' notes and text, mixed
+    words    the projector learns to express it in the backbone's own word embeddings
+    align    projector and backbone learn from a mix of notes on scenes and text
 
-What comes out knows what the answers sound like and how to look at a place or for a digit, but has
-never answered a question with an image: that is what fine-tuning is for. Each phase is cached; see
+The student then knows how answers are phrased and how to look at a place or for a digit, but it has
+never answered a question with an image: it learns that in fine-tuning. Each phase is cached; see
 ``finished_phase``.
 
 Shapes: B samples, T positions, N label positions, V vocabulary.
@@ -45,10 +45,10 @@ from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import teacher_inputs
 
 _RECIPE = 4
-"""Part of every cache name: counts up when a phase's code changes its result."""
+"""Part of every cache name; raise it when a phase's code changes its result."""
 
 _POOL = 8
-"""Text batches are cut from so many batches' worth of samples sorted by length: little padding."""
+"""Number of text batches that are drawn at once and sorted by length, so that they pad little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class PretrainConfig:
 
 
 def make_digits_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
-    """Folder of the student, made from the records in ``train``, or found in ``cache``."""
+    """Return the student's folder, made from the records in ``train`` or found in ``cache``."""
     records, _ = read_records(train, name="pretrain")
     images = (image for record in records for image in record.images)
     settings = asdict(config)
@@ -124,13 +124,13 @@ def encoder_of(student: Student, max_length: int) -> Encoder:
 
 
 def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
-    """Make a student and train its backbone on the answers, seeing what the teacher will see."""
+    """Make a student and train its backbone on the answers, in the form that the teacher sees."""
     texts = [text for record in records for t in record.turns for text in (t.question, t.answer)]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     student = build_llava(tokenizer, text=config.text, vision=config.vision, seed=config.seed)
     encoder = encoder_of(student, config.max_length)
     samples = [encoder.encode(record) for record in records]
-    # The view's weights are the student's own storage: training it trains the student.
+    # The backbone's weights are the student's own storage: training it trains the student.
     backbone: Any = text_backbone(student.model).train()
     pool: list[list[EncodedSample]] = []
 
@@ -144,7 +144,7 @@ def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
             tokenizer.pad_token_id,
         ).input_ids_BT
         labels_BT = nn.utils.rnn.pad_sequence([s.labels_S for s in batch], True, IGNORE)
-        # Right padding under a causal mask is never seen: no mask is needed.
+        # Under a causal mask no token sees the padding on its right, so no mask is needed.
         hidden_BTH = backbone.model(input_ids=ids_BT, use_cache=False).last_hidden_state
         return _answer_loss(backbone, hidden_BTH, labels_BT)
 

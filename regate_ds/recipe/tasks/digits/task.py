@@ -1,4 +1,4 @@
-"""The digits as a task: what `regate data digits` takes, and the quickstart's student."""
+"""The record of the digits task: arguments of `regate data digits`, and sizes of its student."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    # Words told by the head are the words that the projector learns to say.
+    # The projector learns the embeddings of words; tied, they are also the head's.
     "tie_word_embeddings": True,
     "initializer_range": 0.1,
 }
@@ -28,7 +28,7 @@ VISION: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "image_size": 48,
-    # A token for each cell: a quarter of a digit does not tell which one it is.
+    # One token covers a cell, because a quarter of a digit does not show which one it is.
     "patch_size": 16,
     "projection_dim": 64,
 }

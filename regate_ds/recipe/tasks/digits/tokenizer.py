@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer trained on a data set's own text."""
+"""Train a small byte-level tokenizer on a data set's own text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a BPE tokenizer with at most ``vocab_size`` entries; any text round-trips.
 
-    Text alone decides the entries: ties between merges are broken alike on every machine. Offsets
-    leave out the space before a word.
+    The text alone decides the entries: ties between merges are broken the same way everywhere.
+    Offsets leave out the space before a word.
     """
     specials = [BOS, EOS, PAD, image_token]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

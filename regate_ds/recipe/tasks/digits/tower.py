@@ -1,10 +1,10 @@
 """The phases of a student that learn from digit scenes whose content is known.
 
     tower    tell the digit, colour, size and place of each cell of the grid
-    words    bring each cell's features to where the backbone tells the words for it apart
+    words    map each cell's features to the directions in which the backbone tells words apart
 
-Scenes are drawn on the way, from the training part's digits, and are more crowded than those of the
-data set: nearly every cell teaches something.
+Scenes are drawn during training, from the training part's digits. They are more crowded than those
+of the data set, so that nearly every cell teaches something.
 
 Shapes: B scenes, C cells, P patches of an image, F features of the tower, H hidden, N patches.
 """
@@ -33,20 +33,20 @@ from regate_ds.recipe.tasks.digits.scenes import (
 )
 
 _CHOICES = (DIGITS, tuple(COLOURS), tuple(SIZES), ROWS, COLUMNS)
-"""What is told of each cell; an empty cell is one more choice of each but the last two."""
+"""Words that describe a cell, by kind; an empty cell is one more choice of all but the last two."""
 
 _PLACES = [(row, column) for row in ROWS for column in COLUMNS]
-"""Of the cells 0 to 8."""
+"""Row and column of the cells 0 to 8."""
 
 _MOST_SCENES = 5
-"""So many scenes are laid over each other; where two have a digit, the later one stays."""
+"""Largest number of scenes laid over each other; where two have a digit, the later one stays."""
 
 Cells = dict[int, Placed]
 """A scene: what stands in each of the cells 0 to 8 that is not empty."""
 
 
 def learn_scenes(student: Student, phase: PhaseConfig, *, seed: int) -> None:
-    """Train the tower on what stands in each cell, told by throw-away heads on its patches."""
+    """Train the tower to tell what stands in each cell, through heads that are then discarded."""
     tower = student.model.model.vision_tower.train()
     config = student.model.config.vision_config
     side = config.image_size // config.patch_size
@@ -70,7 +70,7 @@ def learn_scenes(student: Student, phase: PhaseConfig, *, seed: int) -> None:
 
 
 def learn_words(student: Student, phase: PhaseConfig, *, num_scenes: int, seed: int) -> None:
-    """Train the projector alone: a patch becomes the sum of the words' directions of its cell.
+    """Train the projector alone to turn a patch into the sum of its cell's word directions.
 
     ``phase.batch`` counts patches. The tower runs once over each of ``num_scenes`` scenes.
     """
@@ -95,6 +95,7 @@ def learn_words(student: Student, phase: PhaseConfig, *, num_scenes: int, seed: 
 
 
 def crowded_scene(part: Split, rng: Random) -> Cells:
+    """Lay one or several scenes over each other."""
     cells: Cells = {}
     for _ in range(rng.randint(1, _MOST_SCENES)):
         for placed in draw_scene(part, rng):
@@ -107,7 +108,7 @@ def _cell(shown: Shown) -> int:
 
 
 def _features(student: Student, scenes: list[Cells]) -> Tensor:
-    """Patch features of the tower [B, P, F], the class token left out."""
+    """Return the tower's patch features [B, P, F], without the class token."""
     images: list[Image.Image] = [render(list(cells.values())) for cells in scenes]
     tower: Any = student.model.model.vision_tower
     return tower(**student.vision.pixels(images)).last_hidden_state[:, 1:]
@@ -122,7 +123,7 @@ def _by_cell(patches_BPF: Tensor, side: int) -> Tensor:
 
 
 def _truth(cells: Cells) -> list[list[int]]:
-    """The number of each cell's choices: of the first three, the last stands for an empty cell."""
+    """Return the numbers of each cell's choices; an empty cell has the last of the first three."""
     nothing = [len(words) for words in _CHOICES[:3]]
     truth = [[*nothing, *divmod(cell, 3)] for cell in range(9)]
     for cell, placed in cells.items():
@@ -131,10 +132,10 @@ def _truth(cells: Cells) -> list[list[int]]:
 
 
 def _words(student: Student, cells: Cells, side: int) -> Tensor:
-    """For each patch of a scene, the sum of its cell's words' directions: [P, H].
+    """Return the sum of its cell's word directions for each patch of a scene: [P, H].
 
-    An empty cell tells its place. As a target of nothing, its token is noise that the decoder's
-    first norm makes as large as any other token.
+    An empty cell has the words of its place. With a target of zero its token would be noise, which
+    the decoder's first norm makes as large as any other token.
     """
     directions = _directions(student)
     words_CH = torch.stack([directions[row] + directions[column] for row, column in _PLACES])
@@ -147,15 +148,15 @@ def _words(student: Student, cells: Cells, side: int) -> Tensor:
 
 
 def _directions(student: Student) -> dict[str, Tensor]:
-    """What sets each word's embedding apart from the other words of its kind, as long as a word.
+    """Return how each word's embedding differs from the others of its kind, as long as a word.
 
-    Text alone hardly tells the words of a kind apart: most of an embedding is what they share.
+    Text alone hardly tells the words of a kind apart: they share most of their embeddings.
     """
     embedding = student.model.get_input_embeddings().weight.detach()
     length = embedding.norm(dim=1).mean()
     directions: dict[str, Tensor] = {}
     for words in _CHOICES:
-        # With its space, as inside a sentence; a word of several tokens is their mean.
+        # A word has its space, as inside a sentence; one of several tokens is their mean.
         ids = [student.tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in words]
         own = torch.stack([embedding[tokens].mean(dim=0) for tokens in ids])
         own = F.normalize(own - own.mean(dim=0), dim=1) * length
