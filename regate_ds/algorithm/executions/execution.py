@@ -50,13 +50,14 @@ def gated_span(spans: tuple[Span, ...]) -> Span | None:
 
     ValueError for spans of another kind, which no adapter carries out yet.
     """
-    if not spans:
+    if len(spans) == 0:
         return None
-    if len(spans) > 1 or spans[0].part != "layer":
+    first, *others = spans
+    if others or first.part != "layer":
         raise ValueError(
             f"spans {spans}: adapters carry out one span of whole layers; choose another execution"
         )
-    return spans[0]
+    return first
 
 
 class Execution(Protocol):
