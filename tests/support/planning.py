@@ -23,8 +23,12 @@ from regate_ds.settings.section import read_section
 
 
 def config_of(**knobs: Any) -> RegateConfig:
-    """A configuration from its knobs by name, as a file has them; older names are taken."""
-    return read_section(RegateConfig, knobs, where="")
+    """A configuration from its knobs, each by its own name, wherever it stands in a file."""
+    placed: dict[str, Any] = {}
+    for name, value in knobs.items():
+        section, _, inner = RegateConfig.MOVED.get(name, name).partition(".")
+        placed[section] = {**placed.get(section, {}), inner: value} if inner else value
+    return read_section(RegateConfig, placed, where="")
 
 
 def gate_layers(

@@ -154,9 +154,8 @@ def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     run(begun, other, batches(), engine())
     begun.save(tmp_path)
     third, resumed = made(**by_memory_alone)
-    fresh = engine()
-    resumed.load(tmp_path, fresh)
-    found = run(resumed, third, batches(), fresh)
+    resumed.load(tmp_path)
+    found = run(resumed, third, batches(), engine())
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert resumed.metrics() == whole.metrics()
     for batch, with_memory in zip(batches(), wanted, strict=True):

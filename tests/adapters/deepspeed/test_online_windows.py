@@ -134,8 +134,8 @@ def test_a_stream_resumed_goes_on_as_if_never_stopped(tmp_path: Path):
     run(begun, model, LOADER[:6], engine(num_micro=2))
     begun.save(tmp_path)
     model, resumed = made(teacher().online())
-    resumed.load(tmp_path, used := engine(num_micro=2))
-    found = run(resumed, model, LOADER[6:], used)
+    resumed.load(tmp_path)
+    found = run(resumed, model, LOADER[6:], engine(num_micro=2))
     assert len(found) == 6
     assert all(torch.equal(a, b) for a, b in zip(found, expected[6:], strict=True))
 

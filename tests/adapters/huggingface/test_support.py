@@ -68,7 +68,7 @@ def test_a_plan_of_other_rows_is_refused(case, cut: int, found: str):
     gate_layers(model)
     longer = text_case([[28 - cut], [13]]).input_ids
     if cut:
-        case = text_case([[24], [13]]) if not case.plan.is_dense else text_case([[24], [13]]).dense
+        case = text_case([[24], [13]]) if case.plan.moves_rows else text_case([[24], [13]]).dense
     planned = case.plan.num_tokens
     message = f"the decoder reads {found} tokens, the plan is of 2 rows of {planned}"
     with pytest.raises(ValueError, match=message):
