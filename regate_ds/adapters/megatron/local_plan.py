@@ -183,7 +183,7 @@ def _ragged(plan: ElisionPlan, place: Place) -> _Ragged:
     """Lay the kept slots of a micro-batch's samples one after the other."""
     kept = plan.sample_lengths
     lengths = place.rows.ragged_lengths(kept)
-    padding = torch.tensor(lengths[: len(kept)]) - kept
+    padding = torch.tensor(lengths[: len(kept)], dtype=torch.long) - kept
     padding_before = padding.cumsum(0) - padding
     index_R = torch.arange(plan.num_kept) + padding_before.repeat_interleave(kept)
     return _Ragged(lengths, kept, index_R)
