@@ -47,8 +47,6 @@ class ImageTokens:
 def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) -> TokenBatch:
     """Read a micro-batch of Megatron's loader.
 
-    dataset: name of the data set in the keys of samples.
-
     Positions after a sample's last target count as padding, because no loss depends on them.
 
     ValueError names what the micro-batch lacks, or what it has that the method cannot honour.
