@@ -97,7 +97,7 @@ def open_session(
 ) -> Opened:
     """Make the session of a run of ``total_steps`` steps, and the difficulty that its score needs.
 
-    ValueError if the score needs reference losses, or an index of the data, and has none.
+    ValueError if the score needs reference losses and has none.
     """
     difficulty = _difficulty(config, reference, layout) if config.statistics else None
     stores = Stores(reference, difficulty)
@@ -109,8 +109,10 @@ def _difficulty(
     config: RegateConfig, reference: Reference | None, layout: ParallelLayout
 ) -> Difficulty | None:
     columns = {statistic.name: statistic.unseen for statistic in config.statistics}
-    if reference is None:
+    if reference is None and config.needs_reference:
         return None
-    if isinstance(reference, OnlineReference) and reference.is_stream:
+    is_stream = isinstance(reference, OnlineReference) and reference.is_stream
+    if reference is None or is_stream:
+        # Nothing lists the samples beforehand.
         return StreamDifficulty(layout.data, columns=columns, device=layout.device)
     return DifficultyStore(reference.index, layout.data, columns=columns, device=layout.device)

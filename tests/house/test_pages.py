@@ -1,0 +1,92 @@
+"""The pages that lead through an addition are carried out, step by step, in a copy of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.house.test_docs import blocks
+from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.slow
+
+FOLDER, FILE = re.compile(r"`([\w/]+/)`"), re.compile(r"`(\w+\.py)`")
+"""What the line above a block says: the folder, and the name of the file in it."""
+
+WHOLE = re.compile(r"`((?:tests|regate_ds)/[\w/]+\.py)`")
+"""A file that is there already, by its path from the root."""
+
+
+def carried_out(page: str, root: Path) -> list[Path]:
+    """Copy the package and its tests, and write or change the files that a page says."""
+    for name in ("regate_ds", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", root)
+    text = (ROOT / "docs" / page).read_text()
+    made = []
+    for block, above in blocks(ROOT / "docs" / page):
+        place = _place(text, block)
+        if place is None or above.startswith("<!--"):
+            continue
+        path = root / place
+        if block.startswith('"""'):
+            assert not path.exists(), f"{page} writes {place}, which is in the package"
+            path.write_text(block + "\n")
+        else:
+            path.write_text(_changed(path.read_text(), block))
+        made.append(path)
+    return made
+
+
+def _place(text: str, block: str) -> str | None:
+    """The file that the paragraph above a block names."""
+    paragraph = text[: text.index(block)].rstrip().removesuffix("```python").removesuffix("```diff")
+    paragraph = " ".join(paragraph.rstrip().rpartition("\n\n")[2].split())
+    if whole := WHOLE.search(paragraph):
+        return whole[1]
+    folder, file = FOLDER.search(paragraph), FILE.search(paragraph)
+    return folder[1] + file[1] if folder and file else None
+
+
+def _changed(text: str, diff: str) -> str:
+    """Put each added line behind the line that the page shows before it."""
+    lines, at = text.splitlines(), -1
+    for line in diff.splitlines():
+        if line.startswith("+"):
+            lines.insert(at + 1, line[1:])
+            at += 1
+        else:
+            at = lines.index(line[1:])
+    return "\n".join(lines) + "\n"
+
+
+def run(root: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_tests(root: Path, *paths: str) -> None:
+    run(root, "pytest", "-q", "-p", "no:cacheprovider", *paths)
+
+
+def test_the_page_on_methods_can_be_followed(tmp_path):
+    carried_out("add_a_method.md", tmp_path)
+    run_tests(tmp_path, "tests/algorithm/test_progress.py", "tests/algorithm/test_scores.py")
+    run_tests(tmp_path, "tests/session/test_config.py")
+    (file,) = (block for block, _ in blocks(ROOT / "docs/add_a_method.md") if "elision:" in block)
+    given = repr(yaml.safe_load(file)["elision"])
+    code = f"from tests.support.planning import config_of; c = config_of(**{given})"
+    checked = f"{code}; assert type(c.score).__name__ == 'Progress' and c.score.slow == 0.8"
+    (tmp_path / "reads_file.py").write_text(checked)
+    run(tmp_path, "reads_file")
