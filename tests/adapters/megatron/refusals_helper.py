@@ -132,8 +132,10 @@ def check_attached(case: Case, chunks: list[Any], tried: Callable[..., Any]) -> 
         run_chunks(case, build(case), schedule, forward_step(case))
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
         run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
-    with refused(ValueError, "is a dict without .tokens"):
+    with refused(ValueError, "no labels, loss_mask, regate_key; wrap the data set in Keyed"):
         schedule(data_iterator=iter([{}]), num_microbatches=1)
+    with refused(ValueError, "is a list without .tokens"):
+        schedule(data_iterator=iter([[]]), num_microbatches=1)
     longer = replace(case, length=case.length + 4)
     with refused(ValueError, r"given \(28, 2\) rows .* plan is of \(24, 2\)"):
         run_chunks(
