@@ -37,7 +37,7 @@ def off(device: torch.device) -> Iterator[Check]:
 def disabled(student: Student, device: torch.device, dtype: torch.dtype) -> Measured:
     def change(model: nn.Module) -> None:
         before = own_attributes(model)
-        attach(model, RegateConfig(total_steps=4, enabled=False))
+        attach(model, RegateConfig(enabled=False), total_steps=4)
         assert own_attributes(model) == before, "attach touched the model"
 
     return compared(student, device, dtype, change)

@@ -131,7 +131,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     for name, weight in weights(corpus / "whole").items():
         assert torch.equal(weights(corpus / "resumed")[name], weight), name
     mine, theirs = (
-        [np.load(path)["values"] for path in sorted(last.glob("difficulty-*.npz"))]
+        [np.load(path)["column.difficulty"] for path in sorted(last.glob("difficulty-*.npz"))]
         for last in (
             corpus / name / "checkpoints" / f"step-{STEPS:06d}" / "regate"
             for name in ("whole", "resumed")
