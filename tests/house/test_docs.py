@@ -16,10 +16,23 @@ NOT_RUN = "<!-- not run"
 PRINTED = re.compile(r"\bprinted\b")
 """In the line above what a command wrote: nothing that a reader could run."""
 
+PAGES_RUN = "tests/house/test_pages.py"
+
 RUN_BY = {
     "README.md": {
         "make test": ".ci/run",
         "engine, _, loader, _ = deepspeed.initialize(": "tests/recipe/readme_example_helper.py",
+    },
+    "add_a_method.md": {
+        "class Progress:": PAGES_RUN,
+        "+from regate_ds.algorithm.scores.progress import Progress": PAGES_RUN,
+        "def plain_value(": PAGES_RUN,
+    },
+    "add_a_framework.md": {
+        "class Decoder(nn.Module):": PAGES_RUN,
+        "class PlainTorchRegate:": PAGES_RUN,
+        '+    "plain_torch": ': PAGES_RUN,
+        "def plain_loss(": PAGES_RUN,
     },
     "configuration.md": {
         "train_tokenizer(texts, vocab_size=448)": "tests/recipe/config/test_tree.py",

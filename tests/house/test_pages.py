@@ -1,4 +1,4 @@
-"""The pages that lead through an addition are carried out, step by step, in a copy of the package."""
+"""Pages that lead through an addition are carried out, step by step, in a copy of the package."""
 
 from __future__ import annotations
 
@@ -17,42 +17,34 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-FOLDER, FILE = re.compile(r"`([\w/]+/)`"), re.compile(r"`(\w+\.py)`")
-"""What the line above a block says: the folder, and the name of the file in it."""
+NEW = re.compile(r"into `([\w/]+/)`, as `(\w+\.py)`")
+"""How the paragraph above a block names the file that the block is."""
 
-WHOLE = re.compile(r"`((?:tests|regate_ds)/[\w/]+\.py)`")
-"""A file that is there already, by its path from the root."""
+CHANGED = re.compile(r"`((?:tests|regate_ds)/[\w/]+\.py)`")
+"""The file that a block of added lines changes."""
 
 
-def carried_out(page: str, root: Path) -> list[Path]:
+def carry_out(page: str, root: Path) -> None:
     """Copy the package and its tests, and write or change the files that a page says."""
     for name in ("regate_ds", "tests"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", root)
     text = (ROOT / "docs" / page).read_text()
-    made = []
-    for block, above in blocks(ROOT / "docs" / page):
-        place = _place(text, block)
-        if place is None or above.startswith("<!--"):
-            continue
-        path = root / place
+    for block, _ in blocks(ROOT / "docs" / page):
+        paragraph = _paragraph_above(text, block)
         if block.startswith('"""'):
-            assert not path.exists(), f"{page} writes {place}, which is in the package"
+            ((folder, file),) = NEW.findall(paragraph)
+            path = root / folder / file
+            assert not path.exists(), f"{page} writes {path.name}, which is in the package"
             path.write_text(block + "\n")
-        else:
-            path.write_text(_changed(path.read_text(), block))
-        made.append(path)
-    return made
+        elif "\n+" in block:
+            (changed,) = CHANGED.findall(paragraph)
+            (root / changed).write_text(_changed((root / changed).read_text(), block))
 
 
-def _place(text: str, block: str) -> str | None:
-    """The file that the paragraph above a block names."""
-    paragraph = text[: text.index(block)].rstrip().removesuffix("```python").removesuffix("```diff")
-    paragraph = " ".join(paragraph.rstrip().rpartition("\n\n")[2].split())
-    if whole := WHOLE.search(paragraph):
-        return whole[1]
-    folder, file = FOLDER.search(paragraph), FILE.search(paragraph)
-    return folder[1] + file[1] if folder and file else None
+def _paragraph_above(text: str, block: str) -> str:
+    before = text[: text.index(block)].rpartition("```")[0]
+    return " ".join(before.rstrip().rpartition("\n\n")[2].split())
 
 
 def _changed(text: str, diff: str) -> str:
@@ -81,7 +73,7 @@ def run_tests(root: Path, *paths: str) -> None:
 
 
 def test_the_page_on_methods_can_be_followed(tmp_path):
-    carried_out("add_a_method.md", tmp_path)
+    carry_out("add_a_method.md", tmp_path)
     run_tests(tmp_path, "tests/algorithm/test_progress.py", "tests/algorithm/test_scores.py")
     run_tests(tmp_path, "tests/session/test_config.py")
     (file,) = (block for block, _ in blocks(ROOT / "docs/add_a_method.md") if "elision:" in block)
@@ -90,3 +82,8 @@ def test_the_page_on_methods_can_be_followed(tmp_path):
     checked = f"{code}; assert type(c.score).__name__ == 'Progress' and c.score.slow == 0.8"
     (tmp_path / "reads_file.py").write_text(checked)
     run(tmp_path, "reads_file")
+
+
+def test_the_page_on_frameworks_can_be_followed(tmp_path):
+    carry_out("add_a_framework.md", tmp_path)
+    run_tests(tmp_path, "tests/adapters/test_plain_torch.py")
