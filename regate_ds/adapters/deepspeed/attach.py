@@ -46,7 +46,11 @@ def attach(
         )
     # On several ranks such a model runs its tower on an empty image where a micro-batch has none.
     tower_unwatched = not several_ranks and has_tower(model)
-    options = LoopOptions(own_loss=own_loss, tower_unwatched=tower_unwatched)
+    options = LoopOptions(
+        own_loss=own_loss,
+        tower_unwatched=tower_unwatched,
+        image_token_id=getattr(getattr(model, "config", None), "image_token_id", None),
+    )
     return DeepSpeedRegate(
         config, attachment, total_steps=total_steps, reference=reference, options=options
     )

@@ -23,6 +23,9 @@ class LoopOptions:
     tower_unwatched: bool = False
     """The model has a tower, and runs no empty image where a micro-batch has none."""
 
+    image_token_id: int | None = None
+    """The token id of image placeholders; None if the model has none."""
+
 
 def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
     """Log a warning if the run should elide tokens, but its schedule makes every step dense."""

@@ -58,7 +58,9 @@ class DeepSpeedRegate:
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> KeyedCollate | PlainCollate:
         """Wrap your collate function; the items need a ``regate_key``, which ``Keyed`` adds."""
-        return KeyedCollate(collate_fn) if self.config.enabled else PlainCollate(collate_fn)
+        if not self.config.enabled:
+            return PlainCollate(collate_fn)
+        return KeyedCollate(collate_fn, self._options.image_token_id)
 
     def windows(self, loader: Iterable[Any], engine: Any = None) -> Iterator[Window]:
         """Yield the loader's micro-batches in groups of one optimizer step, each with its plan.

@@ -73,11 +73,14 @@ def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) ->
     labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORE)
     if item.get("attention_mask") is not None:
         _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
+    image_BT = None
     if image is not None:
-        labels_BT = with_images(labels_BT, item["tokens"].cpu(), image)
+        ids_BS = item["tokens"].cpu()
+        labels_BT = with_images(labels_BT, ids_BS, image)
+        image_BT = image_numbers(ids_BS, image, labels_BT.shape[1])
     names, numbers = item[KEY]
     keys = tuple((key,) for key in zip(names, numbers.tolist(), strict=True))
-    return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT)
+    return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT, image_BT)
 
 
 def _is_used(labels_BT: Tensor) -> Tensor:
@@ -115,6 +118,17 @@ def with_images(labels_BS: Tensor, ids_BS: Tensor, image: ImageTokens) -> Tensor
     has_no_target_BS = is_image_BS | _shifted_left(is_image_BS)
     labels_BT.scatter_(1, length_BS.cumsum(1) - 1, labels_BS.masked_fill(has_no_target_BS, IGNORE))
     return labels_BT[:, : limit if image.pads else min(limit, longest)]
+
+
+def image_numbers(ids_BS: Tensor, image: ImageTokens, num_positions: int) -> Tensor:
+    """Number the images of each row: at their positions among ``num_positions`` (T), else -1."""
+    is_image_BS = ids_BS == image.placeholder
+    end_BS = torch.where(is_image_BS, image.num_positions, 1).cumsum(1)
+    position_BT = torch.arange(num_positions).expand(len(ids_BS), -1).contiguous()
+    # A position belongs to the first token whose end lies behind it; what is padded on, to none.
+    token_BT = torch.searchsorted(end_BS, position_BT, right=True)
+    number_BS = (is_image_BS.long().cumsum(1) - 1).masked_fill(~is_image_BS, -1)
+    return torch.nn.functional.pad(number_BS, (0, 1), value=-1).gather(1, token_BT)
 
 
 class TeacherItems(Dataset[dict[str, Any]]):

@@ -114,7 +114,7 @@ def _first_labels(sample: EncodedSample, num_labels: int) -> EncodedSample:
         sample,
         input_ids_S=sample.input_ids_S[:length],
         labels_S=labels_S,
-        is_placeholder_S=sample.is_placeholder_S[:length],
+        image_S=sample.image_S[:length],
         char_spans=sample.char_spans[:num_labels],
     )
 
