@@ -23,6 +23,7 @@ from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.digests import IndexedSample, as_words, digest_of, hash_labels
 
 INDEX_FORMAT = 3
+_ANEW = "make the store anew in an empty folder (regate teacher CONFIG, or score_dataset)"
 """Version of the saved file and of the fingerprint."""
 
 
@@ -161,12 +162,11 @@ class AnswerIndex:
                 saved = {name: file[name] for name in file.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"cannot read the answer index {path}: {error}; build it again"
+                f"cannot read the answer index {path}: {error}; {_ANEW}"
             ) from error
         if (found := int(saved.get("format", 0))) != INDEX_FORMAT:
             raise ValueError(
-                f"{path} has index format {found}, not {INDEX_FORMAT} as this version reads; build "
-                "it again"
+                f"{path} has index format {found}, this version reads {INDEX_FORMAT}; {_ANEW}"
             )
         names = [str(name) for name in saved["names"]]
         numbers = zip(saved["name_numbers"].tolist(), saved["record_numbers"].tolist())
