@@ -143,6 +143,7 @@ def check(case: Case) -> Report:
     regate, chunks = run_step(case)
     session, plan, difficulty = plans_of(case)
     model, losses = plain_step(case, plan)
+    check_counts(case, regate, plan)
     report = Report()
     report.gradient = check_gradients(chunks, model.weights, lambda: own_errors(model, plan))
     report.loss = check_losses(case, regate, losses)
@@ -221,6 +222,15 @@ def check_gradients(
     ]
     assert not bad, f"{len(bad)} gradients differ: " + "; ".join(bad[:6])
     return worst
+
+
+def check_counts(case: Case, regate: MegatronRegate, expected: StepPlan) -> None:
+    """Every rank knows the step's counts. Data ranks pad their own rows, each to its longest."""
+    found = regate.metrics()
+    names = [name for name in expected.counts if name != "padded" or case.dp == 1]
+    assert {name: found[name] for name in names} == {n: expected.counts[n] for n in names}
+    assert regate.plan is not None
+    assert regate.plan.num_targets_global == expected.num_targets_global
 
 
 def check_losses(case: Case, regate: MegatronRegate, expected: list[Tensor]) -> float:
