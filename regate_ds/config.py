@@ -193,6 +193,14 @@ class RegateConfig:
         )
 
 
+def require_config(key: str, config: object) -> None:
+    """Refuse, by ValueError naming the argument ``key``, what is no RegateConfig: a dict, say."""
+    if not isinstance(config, RegateConfig):
+        raise ValueError(
+            f"{key}={config!r}: must be a RegateConfig; write {key}=RegateConfig(keep_share=0.5)"
+        )
+
+
 def _one_of(kinds: tuple[type[Any], ...]) -> str:
     names = ", ".join(kind.__name__ for kind in kinds)
     return f"one of {names}" if len(kinds) > 1 else f"a {names}"

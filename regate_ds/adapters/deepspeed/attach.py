@@ -9,7 +9,7 @@ from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_spars
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import attach_model, has_tower
 from regate_ds.adapters.session_state import Reference
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.parallel.layout import num_ranks
 from regate_ds.teacher.online import OnlineReference
 
@@ -31,6 +31,7 @@ def attach(
 
     ValueError names what is not supported. With enabled=False the model is not changed.
     """
+    require_config("config", config)
     if reference is not None and not hasattr(reference, "read"):
         raise ValueError(
             f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore or "

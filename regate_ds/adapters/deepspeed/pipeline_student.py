@@ -13,7 +13,7 @@ from regate_ds.adapters.huggingface.gates import has_tower
 from regate_ds.adapters.huggingface.support import require_language_model, require_supported_decoder
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.families.text_decoders import TEXT_DECODERS
 
 
@@ -53,6 +53,7 @@ def pipeline_student(
 
     ValueError names what is not supported.
     """
+    require_config("config", config)
     require_language_model(model, model)
     host: Any = model
     decoder = host.get_decoder()

@@ -39,7 +39,7 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.rows import RowFormat
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -65,6 +65,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     ValueError names what is not supported; RuntimeError if the model is already attached. With
     enabled=False the model is not changed.
     """
+    require_config("config", config)
     tokens = tokens or tokens_of
     if not config.enabled:
         return MegatronRegate(config, None, tokens)

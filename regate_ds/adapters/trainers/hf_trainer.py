@@ -33,7 +33,7 @@ from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.deepspeed.checks import warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.window import PLAN
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.data.keyed import KEY, PlainCollate
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -48,6 +48,7 @@ class RegateMixin:
         reference: ReferenceStore | None = None,
         **kwargs: Any,
     ) -> None:
+        require_config("regate", regate)
         super().__init__(*args, **kwargs)
         self._resume_from: str | bool | None = None
         if regate.enabled:
