@@ -31,7 +31,7 @@ from regate_ds.parallel.collectives import all_or_none, gather_rows
 from regate_ds.parallel.layout import ParallelLayout, is_first
 from regate_ds.stores.values import Stores
 
-Window = Sequence[TokenBatch]
+_Window = Sequence[TokenBatch]
 
 STATE_FORMAT = 2
 """Version of what ``state_dict`` returns."""
@@ -85,7 +85,7 @@ class Regate:
     def is_dense(self, step: int) -> bool:
         return not self.config.chooses or self.schedule.is_dense(step)
 
-    def plan_step(self, window: Window | Callable[[], Window]) -> StepPlan:
+    def plan_step(self, window: _Window | Callable[[], _Window]) -> StepPlan:
         """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
 
         window: the micro-batches, or a function that reads them, whose error is then an error on
@@ -112,7 +112,7 @@ class Regate:
         self._open = OpenStep(plan, batches, statistics, quota_state)
         return plan
 
-    def plan_evaluation(self, window: Callable[[], Window]) -> StepPlan:
+    def plan_evaluation(self, window: Callable[[], _Window]) -> StepPlan:
         """Return a plan of what ``window`` reads that elides nothing, and belongs to no step.
 
         Collective over data ranks, as ``plan_step``.
@@ -122,7 +122,7 @@ class Regate:
         return self._counted(batches, partial(plan_dense_window, batches), dense=True)
 
     def _counted(
-        self, window: Window, make: Callable[[], tuple[ElisionPlan, ...]], *, dense: bool
+        self, window: _Window, make: Callable[[], tuple[ElisionPlan, ...]], *, dense: bool
     ) -> StepPlan:
         """Make the plans and count over all data ranks what they keep."""
         with self.together(num_values=len(COUNTS)) as totals:
@@ -132,7 +132,7 @@ class Regate:
         return StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
 
     def _choose(
-        self, window: Window, statistics: Mapping[str, Tensor]
+        self, window: _Window, statistics: Mapping[str, Tensor]
     ) -> tuple[Callable[[], tuple[ElisionPlan, ...]], QuotaState]:
         """Return what makes the plans of a sparse step, and the quota's next state."""
         method, reference = self.config.method, self._reference
@@ -154,7 +154,7 @@ class Regate:
         """Make an error on one data rank an error on all. Collective, when the block ends."""
         return all_or_none(self._layout.data, self._layout.device, num_values=num_values)
 
-    def _read(self, window: Window | Callable[[], Window]) -> Window:
+    def _read(self, window: _Window | Callable[[], _Window]) -> _Window:
         if self._open is not None:
             raise RuntimeError(
                 f"step {self.step} is planned but not ended; end it before the next one is planned "

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.data.llava.encode import EncodedSample, Encoder, VisionInputs, describe
+from regate_ds.data.llava.encode import Encoder, VisionInputs, describe
 from regate_ds.data.llava.images import IMAGE_ERRORS
 from regate_ds.data.llava.records import Record, bad_record
+from regate_ds.data.llava.sample import EncodedSample
 
 
 @dataclass(frozen=True)

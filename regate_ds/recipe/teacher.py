@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.corpus import Corpus
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.config import TeacherConfig

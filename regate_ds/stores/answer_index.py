@@ -161,9 +161,7 @@ class AnswerIndex:
             with np.load(path, allow_pickle=False) as file:
                 saved = {name: file[name] for name in file.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"cannot read the answer index {path}: {error}; {_ANEW}"
-            ) from error
+            raise ValueError(f"cannot read the answer index {path}: {error}; {_ANEW}") from error
         if (found := int(saved.get("format", 0))) != INDEX_FORMAT:
             raise ValueError(
                 f"{path} has index format {found}, this version reads {INDEX_FORMAT}; {_ANEW}"

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, number_runs
 from regate_ds.data.collate import Batch
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.parallel.collectives import gather_integers, gather_vectors
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.shard import LARGEST
 from regate_ds.teacher.batching import by_length, cut_batches
-from regate_ds.teacher.precompute import Score
+from regate_ds.teacher.precompute import ScoreSamples
 from regate_ds.teacher.scoring import ScoredSample
 
 Read = Callable[[Batch], Sequence[ScoredSample]]
@@ -36,7 +36,7 @@ class OnlineReference:
 
     def __init__(
         self,
-        score: Score,
+        score: ScoreSamples,
         read: Read,
         *,
         teacher_id: str,
@@ -126,7 +126,7 @@ class OnlineReference:
 class WindowScorer:
     """Scores any number of samples in batches of similar length, on all ranks of a teacher."""
 
-    score: Score
+    score: ScoreSamples
 
     tokens_per_batch: int
     """Upper limit of padded tokens in a forward pass; a longer sample gets a pass of its own."""

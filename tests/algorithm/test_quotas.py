@@ -12,7 +12,7 @@ from torch import Tensor
 from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.quota import Quota, QuotaState, Samples, alone
-from regate_ds.algorithm.quotas.threshold import VALUE, Threshold
+from regate_ds.algorithm.quotas.threshold import QUANTILE_STATE, Threshold
 
 
 def wild(rng: random.Random) -> tuple[Tensor, Samples]:
@@ -97,12 +97,12 @@ def test_the_threshold_starts_at_the_share_of_its_first_step():
     counts, state = count(Threshold(), torch.arange(10.0), samples, 0.3)
     assert counts == [3]
     # The mean of 0 to 9 is 4.5, their standard deviation 2.8723; 6 is the highest that is elided.
-    assert state[VALUE] == pytest.approx((6.0 - 4.5) / 2.8723, abs=1e-3)
+    assert state[QUANTILE_STATE] == pytest.approx((6.0 - 4.5) / 2.8723, abs=1e-3)
 
 
 def test_a_sample_below_the_threshold_keeps_one_position_and_an_empty_one_none():
     samples = Samples((("a", 0), ("a", 1)), torch.tensor([5, 0]))
-    assert count(Threshold(), torch.zeros(5), samples, 0.5, {VALUE: 9.0})[0] == [1, 0]
+    assert count(Threshold(), torch.zeros(5), samples, 0.5, {QUANTILE_STATE: 9.0})[0] == [1, 0]
 
 
 @pytest.mark.parametrize("quota", [PerSample(), PerWindow(), PerWindow(floor=0.3), Threshold()])
@@ -116,5 +116,5 @@ def test_positions_that_never_ran_come_first_and_do_not_move_the_threshold():
     values_N = torch.tensor([math.inf, 1.0, math.inf, 0.5], dtype=torch.float64)
     assert count(PerWindow(), values_N, samples, 0.5)[0] == [1, 1]
     counts, state = count(Threshold(), values_N, samples, 0.5)
-    assert math.isfinite(state[VALUE])
+    assert math.isfinite(state[QUANTILE_STATE])
     assert min(counts) >= 1

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Collator, LoadedSample, SampleDataset, first_fit
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, SampleError, Turn
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.llava.template import Template
 
 PAD = 0

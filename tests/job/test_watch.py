@@ -23,11 +23,11 @@ class Sum:
     def __call__(self, values) -> list[int]:
         with self._lock:
             self._given.append(list(values))
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         total = [sum(column) for column in zip(*self._given)]
-        if self._barrier.wait(10) == 0:
+        if self._barrier.wait(60) == 0:
             self._given.clear()
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         return total
 
 
@@ -42,7 +42,7 @@ class Rank:
         self._told.set()
 
     def wait(self) -> list[Failure]:
-        assert self._told.wait(5)
+        assert self._told.wait(60)
         return self.heard
 
     def die(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from regate_ds.algorithm.batch import TokenBatch, number_runs
 from regate_ds.data.collate import Batch, Collator, LoadedSample
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.api import Teacher
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of

@@ -167,8 +167,7 @@ class DeepSpeedRegate:
             return
         read_state(checkpoint_dir)
         self._load_from = Path(checkpoint_dir)
-        if self._opened is not None:
-            self._load()
+        self._load()
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of the step planned last, over all data ranks (see ``metrics_of``).
@@ -210,13 +209,13 @@ class DeepSpeedRegate:
         self._opened = open_session(
             self.config, self._reference, layout, total_steps=self.total_steps
         )
-        if self._load_from is not None:
-            self._load()
+        self._load()
 
     def _load(self) -> None:
-        assert self._load_from is not None
-        self._require_opened().load(self._load_from)
-        self._load_from = None
+        """Load what ``load`` was given, as soon as there is a session."""
+        if self._opened is not None and self._load_from is not None:
+            self._opened.load(self._load_from)
+            self._load_from = None
 
     @property
     def _online(self) -> OnlineReference | None:

@@ -10,7 +10,7 @@ as an argument, so that activation checkpointing recomputes a layer with the pla
 If the gated range ends before the last layer, each gated layer puts its results back into the full
 stream.
 
-Shapes: B rows, T positions, K slots, H hidden, L targets, D size of a rotary embedding.
+Shapes: B rows, T positions, K slots, H hidden, L targets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.attention import (
-    BOUNDARIES,
+    at_kept,
     attention_inputs,
     ungated_attention_inputs,
 )
@@ -201,34 +201,8 @@ def _layer_forward(
     if not plan.moves_rows or not gate.gated:
         return host_forward(hidden_states, *args, **{**kwargs, **regate_plan.ungated_attention})
     x = keep(hidden_states, plan) if gate.packs else hidden_states
-    y = host_forward(x, *args, **_at_kept(kwargs, plan), **regate_plan.attention)
+    y = host_forward(x, *args, **at_kept(kwargs, plan), **regate_plan.attention)
     return restore(hidden_states, y, plan) if gate.restores else y
-
-
-def _at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
-    """Return the layer's inputs at kept positions.
-
-    The mask and the boundaries are left out, because ``attention_inputs`` gives those of the plan.
-    """
-    replaced = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
-    rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
-    return {
-        **{k: v for k, v in kwargs.items() if k not in replaced},
-        "position_ids": None,
-        "position_embeddings": rotary,
-    }
-
-
-def _rotary_at_kept(x: Tensor, plan: ElisionPlan) -> Tensor:
-    """Select the rotary embedding of kept positions: [..., B or 1, T, D] -> [..., B, K, D].
-
-    Kept tokens thus have their original positions.
-    """
-    *lead, _, num_tokens, size = x.shape
-    num_rows, num_slots = plan.kept_BK.shape
-    x_BTD = x.expand(*lead, num_rows, num_tokens, size)
-    index = plan.kept_BK.unsqueeze(-1).expand(*lead, num_rows, num_slots, size)
-    return x_BTD.gather(-2, index)
 
 
 def _head_forward(

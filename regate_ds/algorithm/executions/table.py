@@ -28,6 +28,8 @@ def execution_name(execution: Execution) -> str:
 
 def require_execution(execution: Execution, host: str) -> None:
     """Refuse, by ValueError, an execution that a host's adapter does not carry out."""
+    if host not in SUPPORTED:
+        raise ValueError(f"host={host!r} has no line in SUPPORTED, which has {list(SUPPORTED)}")
     name = execution_name(execution)
     if name not in SUPPORTED[host]:
         raise ValueError(

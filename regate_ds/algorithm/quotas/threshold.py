@@ -24,7 +24,7 @@ from torch import Tensor
 from regate_ds.algorithm.knobs import refuse_knobs
 from regate_ds.algorithm.quotas.quota import Exchange, QuotaState, Samples, bits, numbers
 
-VALUE = "z"
+QUANTILE_STATE = "z"
 
 _UNIT = 1024
 """Scores are added up as whole multiples of 1 / 1024, so that no order of adding shows."""
@@ -52,7 +52,7 @@ class Threshold:
         state: QuotaState,
     ) -> tuple[Tensor, QuotaState]:
         mean, deviation = _moments(values_N, exchange)
-        z = state.get(VALUE)
+        z = state.get(QUANTILE_STATE)
         if z is None:
             everything, _ = exchange(bits(values_N)[:, None])
             z = (_quantile(numbers(everything[:, 0]), keep_share) - mean) / deviation
@@ -62,7 +62,7 @@ class Threshold:
         num_hard_S = above_S.clamp(min=1).minimum(samples.num_S)
         kept, total = _totals([num_hard_S.sum(), samples.num_S.sum()], exchange)
         share = kept / total if total else keep_share
-        return num_hard_S, {VALUE: z + self.gain * (share - keep_share)}
+        return num_hard_S, {QUANTILE_STATE: z + self.gain * (share - keep_share)}
 
 
 def _moments(values_N: Tensor, exchange: Exchange) -> tuple[float, float]:

@@ -16,13 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regate_ds.algorithm.batch import IGNORE, SampleKey, shift_labels
+from regate_ds.algorithm.batch import IGNORE, shift_labels
 from regate_ds.data.llava.images import IMAGE_ERRORS
 from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
+from regate_ds.data.llava.sample import CharSpan, EncodedSample
 from regate_ds.data.llava.template import Template, prompt, require_no_image
-
-CharSpan = tuple[int, int, int]
-"""Turn number, start, end: a token's place in the characters of that turn's answer."""
 
 
 class VisionInputs(Protocol):
@@ -39,36 +37,6 @@ class VisionInputs(Protocol):
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
         """Make further model inputs that follow from the tokens; by default there are none."""
         return {}
-
-
-@dataclass(frozen=True)
-class EncodedSample:
-    """One sample as the model reads it."""
-
-    key: SampleKey
-
-    input_ids_S: Tensor
-    """int64: the token ids, with each image expanded to its placeholders."""
-
-    labels_S: Tensor
-    """int64: the token at t+1 where it belongs to an answer (eos included), else IGNORE."""
-
-    image_S: Tensor
-    """int64: the number of the image at image positions, -1 elsewhere."""
-
-    char_spans: tuple[CharSpan, ...]
-    """Place of each label position's target, in order; that of an eos is (turn, len, len)."""
-
-    images: tuple[Path, ...]
-    """Image files, in reading order."""
-
-    @property
-    def is_placeholder_S(self) -> Tensor:
-        """bool: True at image positions."""
-        return self.image_S >= 0
-
-    def __len__(self) -> int:
-        return self.input_ids_S.numel()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True)

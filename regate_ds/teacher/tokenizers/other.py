@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, SampleError
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.tokenizers.alignment import Alignment, align
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE, number_runs, shift_labels
 from regate_ds.data.collate import Collator, LoadedSample, SampleDataset
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.students.student import Student
 from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
 from regate_ds.recipe.tasks.digits.questions import Shown
