@@ -12,7 +12,7 @@ from regate_ds.teacher.tokenizers.alignment import CharRange, align, align_text,
 from tests.teacher.two_tokenizers_helper import any_text, by_bytes, by_pieces
 
 CELLS = 60
-"""Of a character: any number of tokens up to six shares it evenly."""
+"""Parts of a character: any number of tokens up to six shares it evenly."""
 
 
 def cells_of(spans: list[CharRange], num_chars: int) -> list[set[int]]:

@@ -27,7 +27,7 @@ from tests.recipe.engines.runs_helper import Run, train, train_plainly, train_wi
 TIMES = {"step_seconds", "cpu_seconds"}
 
 TIMEOUT_SECONDS = 400
-"""Of a whole run, its model's loading and its evaluation, on a loaded machine."""
+"""Seconds for a whole run, its model's loading and its evaluation, on a loaded machine."""
 
 
 def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
