@@ -58,7 +58,7 @@ def removed(student: Student, device: torch.device, dtype: torch.dtype) -> Measu
 
 
 def dense_plan(student: Student, device: torch.device, dtype: torch.dtype) -> Measured:
-    """Measure the decoder's output under a dense plan; the head runs at targets only and is not the host's."""
+    """Measure what the decoder returns under a dense plan: the head runs at targets alone."""
 
     def planned(model: nn.Module, case: Case) -> Outputs:
         plan = plan_dense(case.batch).to(case.input_ids.device)
