@@ -23,7 +23,7 @@ from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.head_loss import HeadPart
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher
-from regate_ds.teacher.precompute import Score, TeacherJob, precompute
+from regate_ds.teacher.precompute import ScoreSamples, TeacherJob, precompute
 from regate_ds.teacher.scoring import ScoredSample, score_samples
 from regate_ds.teacher.sharding.placement import PlacedTeacher, TeacherSource, place_teacher
 from regate_ds.teacher.sharding.tensor_parallel import ShardedTeacher, require_share
@@ -144,7 +144,7 @@ def _tensor_job(store: Path, placed: PlacedTeacher) -> TeacherJob:
     )
 
 
-def _ends_after(num_batches: int, score: Score) -> Score:
+def _ends_after(num_batches: int, score: ScoreSamples) -> ScoreSamples:
     left = iter(range(num_batches))
 
     def scored(samples: Sequence[ScoredSample]) -> torch.Tensor:
