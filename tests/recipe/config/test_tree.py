@@ -170,7 +170,10 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_name(small, text, mess
 
 def test_the_documentation_lists_every_key_as_it_is():
     text = (ROOT / "docs" / "configuration.md").read_text()
-    assert text.partition(HEAD)[2].strip().splitlines() == list(rows())
+    assert text.partition(HEAD)[2].strip().splitlines() == list(rows()), (
+        "replace the table under 'Every key' in docs/configuration.md by what is printed by "
+        "python -m tests.recipe.config.table_helper"
+    )
 
 
 def test_the_documented_student_is_made_as_it_stands(small, tmp_path, monkeypatch):
