@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.table import EXECUTIONS
-from regate_ds.algorithm.knobs import type_problems
+from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.quotas.quota import Quota
 from regate_ds.algorithm.quotas.table import QUOTAS
@@ -47,13 +47,12 @@ class ScheduleConfig:
     """Share of the run at its end that is dense."""
 
     def __post_init__(self) -> None:
-        for key, problem in type_problems(self) or self._range_problems():
-            raise ValueError(f"{key}={getattr(self, key)!r}: {problem}")
+        refuse_knobs(self, self._rules)
 
-    def _range_problems(self) -> list[tuple[str, str]]:
+    def _rules(self) -> list[Rule]:
         total, cycle = self.total_steps, self.cycle_steps
         whole_warmup = self.warmup < 1 or float(self.warmup).is_integer()
-        rules = [
+        return [
             ("total_steps", total is None or total >= 1, "must be at least 1, or null"),
             ("warmup", self.warmup >= 0.0, "must be 0 or more"),
             ("warmup", whole_warmup, "must be a whole number of steps, or a share below 1"),
@@ -65,7 +64,6 @@ class ScheduleConfig:
             ),
             ("final_dense_share", 0.0 <= self.final_dense_share <= 1.0, "must be in [0, 1]"),
         ]
-        return [(key, problem) for key, holds, problem in rules if not holds]
 
     def in_steps(self, total_steps: int) -> Schedule:
         """Return the schedule of a run of so many optimizer steps."""
@@ -139,10 +137,9 @@ class RegateConfig:
         return moved_keys(values, cls.MOVED, where)
 
     def __post_init__(self) -> None:
-        # Ranges are judged only where the types are right.
-        problems = type_problems(self) + self._choice_problems()
-        for key, problem in problems or self._range_problems():
+        for key, problem in self._choice_problems():
             raise ValueError(f"{key}={getattr(self, key)!r}: {problem}")
+        refuse_knobs(self, self._rules)
 
     def _choice_problems(self) -> list[tuple[str, str]]:
         kinds = {name: tuple(table.values()) for name, table in self.CHOICES.items()}
@@ -153,9 +150,9 @@ class RegateConfig:
             if not isinstance(getattr(self, name), allowed)
         ]
 
-    def _range_problems(self) -> list[tuple[str, str]]:
+    def _rules(self) -> list[Rule]:
         last, first = self.last_layer, self.first_layer
-        rules = [
+        return [
             # Less would round to no position at all: k = ceil(p * n - 1e-9).
             ("keep_share", 1e-6 <= self.keep_share <= 1.0, "must be in [1e-6, 1]"),
             ("first_layer", first >= 0, "must be 0 or more"),
@@ -166,7 +163,6 @@ class RegateConfig:
             ),
             ("token_multiple", self.token_multiple >= 1, "must be at least 1"),
         ]
-        return [(key, problem) for key, holds, problem in rules if not holds]
 
     @property
     def chooses(self) -> bool:

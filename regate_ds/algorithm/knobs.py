@@ -17,13 +17,17 @@ def type_problems(settings: Any) -> list[tuple[str, str]]:
     ]
 
 
-def refuse_knobs(settings: Any, rules: list[tuple[str, bool, str]]) -> None:
-    """Refuse, by ValueError naming it, the first knob of a wrong type, or for which no rule holds.
+Rule = tuple[str, bool, str]
+"""A field's name, whether its value is allowed, and what is allowed."""
 
-    rules: (name, whether the value is allowed, what is allowed); judged where the types are right.
+
+def refuse_knobs(settings: Any, rules: Callable[[], list[Rule]] = list) -> None:
+    """Refuse, by ValueError naming it, the first knob of a wrong type, or that breaks a rule.
+
+    rules: a function, which is called only if all types are right.
     """
     wrong = type_problems(settings)
-    for name, problem in wrong or [(name, text) for name, holds, text in rules if not holds]:
+    for name, problem in wrong or [(name, text) for name, holds, text in rules() if not holds]:
         raise ValueError(f"{name}={getattr(settings, name)!r}: {problem}")
 
 

@@ -54,7 +54,7 @@ def score_window(
 ) -> Tensor:
     """Return one fp64 value for each label position [N].
 
-    RuntimeError if a value cannot be ranked.
+    ValueError if the score returns something else, RuntimeError if a value cannot be ranked.
     """
     counts = [count for batch in window for count in batch.num_labels_per_sample]
     inputs = ScoreInputs(
@@ -64,13 +64,14 @@ def score_window(
         reference_N=reference_N,
         statistics=statistics,
     )
-    values_N = method.score(inputs).double()
+    values_N = _one_each(method.score, method.score(inputs), sum(counts)).double()
     # A position that never ran may be at infinity: it is kept first.
     may_be_unseen = any(one.unseen == torch.inf for one in method.score.statistics)
     is_bad_N = ~values_N.isfinite() & ~((values_N == torch.inf) & may_be_unseen)
     if bool(is_bad_N.any()):
         raise RuntimeError(
-            "a score is not finite: a reference or student loss is NaN; check the reference store "
+            f"the score {type(method.score).__name__} is {float(values_N[is_bad_N][0])} at a label "
+            "position; if it reads losses, one of them is not finite: check the reference store "
             "with `regate store verify`, or resume from an earlier checkpoint"
         )
     return values_N
@@ -104,7 +105,17 @@ def plan_window(
     num_hard_S: Tensor,
     rows: RowLayout,
 ) -> tuple[ElisionPlan, ...]:
-    """Return the plan of each micro-batch in a sparse step."""
+    """Return the plan of each micro-batch in a sparse step.
+
+    ValueError if the quota has not given each sample a number that it has.
+    """
+    num_S = torch.cat([_num_elidable(batch) for batch in window])
+    _one_each(method.quota, num_hard_S, len(num_S))
+    if num_hard_S.is_floating_point() or bool(((num_hard_S < 0) | (num_hard_S > num_S)).any()):
+        raise ValueError(
+            f"the quota {type(method.quota).__name__} keeps {num_hard_S.tolist()} of samples with "
+            f"{num_S.tolist()} positions; count must return whole numbers between 0 and these"
+        )
     values = values_N.split([int(batch.is_label_BT.sum()) for batch in window])
     counts = num_hard_S.split([len(batch.flat_keys) for batch in window])
     plans = [
@@ -120,6 +131,16 @@ def plan_window(
 def plan_dense_window(window: Sequence[TokenBatch]) -> tuple[ElisionPlan, ...]:
     """Return the plan of each micro-batch in a dense step."""
     return tuple(replace(plan_dense(batch), micro=number) for number, batch in enumerate(window))
+
+
+def _one_each(maker: object, found: Tensor, num: int) -> Tensor:
+    """Refuse what is no tensor with ``num`` values; ``maker`` is the score or quota it is from."""
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (num,):
+        raise ValueError(
+            f"{type(maker).__name__} returned {shape}; it must return a tensor of shape ({num},)"
+        )
+    return found
 
 
 def _num_elidable(batch: TokenBatch) -> Tensor:

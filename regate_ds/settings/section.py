@@ -72,7 +72,7 @@ class _Choices:
         for field, table in self.tables.items():
             default = self.name_of(field, specs[field].default_factory())
             name = values.get(field, default)
-            if name not in table:
+            if not isinstance(name, str) or name not in table:
                 allowed = ", ".join(table)
                 raise ValueError(f"{_join(where, field)}={name!r}: must be one of {allowed}")
             chosen[field] = made[name]

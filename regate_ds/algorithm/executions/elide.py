@@ -31,7 +31,7 @@ class Elide:
 
     def __post_init__(self) -> None:
         known = get_args(Align)
-        refuse_knobs(self, [("align", self.align in known, f"must be one of {known}")])
+        refuse_knobs(self, lambda: [("align", self.align in known, f"must be one of {known}")])
 
     @property
     def chooses(self) -> bool:

@@ -36,7 +36,7 @@ class PerWindow:
     """Share of each sample that is kept in any case; if that is more than k, more is kept."""
 
     def __post_init__(self) -> None:
-        refuse_knobs(self, [("floor", 0.0 <= self.floor <= 1.0, "must be in [0, 1]")])
+        refuse_knobs(self, lambda: [("floor", 0.0 <= self.floor <= 1.0, "must be in [0, 1]")])
 
     def count(
         self,

@@ -40,7 +40,7 @@ class Threshold:
     """How far z moves for a share that is off by 1."""
 
     def __post_init__(self) -> None:
-        refuse_knobs(self, [("gain", self.gain > 0.0, "must be above 0")])
+        refuse_knobs(self, lambda: [("gain", self.gain > 0.0, "must be above 0")])
 
     def count(
         self,

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.knobs import refuse_knobs
+from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
 
 Fusion = Literal["additive", "convex"]
@@ -29,8 +29,11 @@ class Fused:
     """beta, the share of the old value in the moving average of a position's loss."""
 
     def __post_init__(self) -> None:
+        refuse_knobs(self, self._rules)
+
+    def _rules(self) -> list[Rule]:
         weight, known = self.reference_weight, get_args(Fusion)
-        rules = [
+        return [
             ("fusion", self.fusion in known, f"must be one of {known}"),
             ("decay", 0.0 <= self.decay < 1.0, "must be in [0, 1)"),
             ("reference_weight", weight >= 0.0, "must be 0 or more"),
@@ -40,7 +43,6 @@ class Fused:
                 "must be in [0, 1] with fusion=convex",
             ),
         ]
-        refuse_knobs(self, rules)
 
     @property
     def needs_reference(self) -> bool:

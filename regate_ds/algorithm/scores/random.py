@@ -24,7 +24,7 @@ class Random:
     """Seed of the draw: with the sample's key and the step it decides all values."""
 
     def __post_init__(self) -> None:
-        refuse_knobs(self, [])
+        refuse_knobs(self)
 
     @property
     def needs_reference(self) -> bool:
