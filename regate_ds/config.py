@@ -197,6 +197,15 @@ def require_config(key: str, config: object) -> None:
         )
 
 
+def require_steps(total_steps: object) -> None:
+    """Refuse, by ValueError, a length of a run that is not a whole number of optimizer steps."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps={total_steps!r}: must be a whole number, at least 1: the optimizer steps "
+            "of the whole run"
+        )
+
+
 def _one_of(kinds: tuple[type[Any], ...]) -> str:
     names = ", ".join(kind.__name__ for kind in kinds)
     return f"one of {names}" if len(kinds) > 1 else f"a {names}"

@@ -25,7 +25,7 @@ from regate_ds.algorithm.window import (
     score_window,
     window_keys,
 )
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.open_step import OpenStep
 from regate_ds.parallel.collectives import all_or_none, gather_rows
 from regate_ds.parallel.layout import ParallelLayout, is_first
@@ -56,6 +56,8 @@ class Regate:
 
         ValueError if the configuration needs a store that is not given.
         """
+        require_config("config", config)
+        require_steps(total_steps)
         self.config, self.schedule = config, config.schedule.in_steps(total_steps)
         self.total_steps = total_steps
         self.step = 0
@@ -65,11 +67,18 @@ class Regate:
         self._open: OpenStep | None = None
         self._reference = stores.reference if config.needs_reference else None
         self._difficulty = stores.difficulty if config.statistics else None
-        lacks_reference = config.needs_reference and stores.reference is None
-        if lacks_reference or (config.statistics and stores.difficulty is None):
+        lacking = {
+            "the teacher's losses; give Stores(reference=...)": (
+                config.needs_reference and stores.reference is None
+            ),
+            "statistics of its own; give Stores(difficulty=...)": (
+                bool(config.statistics) and stores.difficulty is None
+            ),
+        }
+        for what in (what for what, is_lacking in lacking.items() if is_lacking):
             raise ValueError(
-                f"keep_share={config.keep_share} needs the teacher's losses: give a "
-                "ReferenceStore, or an online teacher, or set execution=none for the dense run"
+                f"score={type(config.score).__name__} needs {what}, or set execution=none for the "
+                "dense run"
             )
 
     @property
@@ -166,6 +175,8 @@ class Regate:
                 "set total_steps to the optimizer steps of the whole run"
             )
         batches = window() if callable(window) else window
+        if not batches:
+            raise ValueError(f"the window of step {self.step} is empty; give its micro-batches")
         if self._difficulty is not None:
             self._difficulty.admit(batches)
         return batches
@@ -181,8 +192,8 @@ class Regate:
     def finish_step(self, *, applied: bool) -> None:
         """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
 
-        RuntimeError names the sample whose loss is not finite, on all data ranks; nothing is
-        remembered then.
+        RuntimeError names the sample of a loss that is to be remembered and is not finite, on all
+        data ranks; nothing is remembered then.
         """
         with self.together():
             current = self._require_open("finish_step")
@@ -207,7 +218,16 @@ class Regate:
         return {**own, "run_steps": self.total_steps, **asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned; ValueError if the run would go on otherwise."""
+        """Take over what ``state_dict`` returned, and forget a step that is not ended.
+
+        ValueError as ``require_state``.
+        """
+        self.require_state(state)
+        self.step, self._quota_state = state["step"], state["quota"]
+        self._open = None
+
+    def require_state(self, state: dict[str, Any]) -> None:
+        """Refuse, by ValueError, a state of another format, length of the run or schedule."""
         if state.get("version") != STATE_FORMAT:
             raise ValueError(
                 f"the checkpoint has state version {state.get('version')}, this version reads "
@@ -219,7 +239,6 @@ class Regate:
                 f"{state['run_steps']}: the schedule would change; resume with the same value"
             )
         self.schedule.require_same(state)
-        self.step, self._quota_state = state["step"], state["quota"]
 
     def _require_open(self, call: str) -> OpenStep:
         if self._open is None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ _SHAPE = 8
 """Number of integers that say what follows for a micro-batch."""
 
 _DONE, _FAILED = 0, 1
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -51,33 +54,31 @@ class Replica:
         """
         header, array = None, None
         if make is not None:
-            header, array = encode(self._planned(make))
+            header, array = self._call(lambda: encode(make()))
         header = broadcast_integers(header, HEADER, self.planner, self.group, torch.int64)
         array = broadcast_integers(array, array_length(header), self.planner, self.group)
         return decode(header, array)
 
-    def end(self, end: Callable[[], None] | None) -> None:
-        """Wait until the rank that plans has ended the step by ``end``.
+    def confirm(self, call: Callable[[], None] | None) -> None:
+        """Wait until the rank that plans has done ``call``: the end of a step, a save, a load.
 
-        Collective over the replica: an error of ``end`` is a RuntimeError on all other ranks. It
-        costs no extra waiting, as the ranks would wait for the next plan at this point anyway.
+        Collective over the replica: an error of ``call`` is a RuntimeError on all other ranks.
         """
         header = None
-        if end is not None:
-            self._planned(end)
+        if call is not None:
+            self._call(call)
             header = torch.zeros(HEADER, dtype=torch.int64)
         array_length(broadcast_integers(header, HEADER, self.planner, self.group, torch.int64))
 
-    def _planned(self, call: Callable[[], StepPlan | None]) -> StepPlan:
+    def _call(self, call: Callable[[], Found]) -> Found:
         """Call on the rank that plans; where it fails, no other rank waits for what comes."""
         try:
-            found = call()
+            return call()
         except BaseException:
             if self.group is not None:
                 failure = torch.full((HEADER,), _FAILED, dtype=torch.int64)
                 broadcast_integers(failure, HEADER, self.planner, self.group, torch.int64)
             raise
-        return found  # type: ignore[return-value]
 
 
 def encode(plan: StepPlan) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,11 @@ class Opened:
         ValueError if the checkpoint is incomplete, or does not fit the run.
         """
         state, folder = read_state(checkpoint_dir), Path(checkpoint_dir) / STATE_FOLDER
+        self.session.require_state(state)
+        self._load_difficulty(state, folder)
         self.session.load_state_dict(state)
+
+    def _load_difficulty(self, state: dict[str, Any], folder: Path) -> None:
         if self.difficulty is None:
             return
         if "num_files" not in state:
@@ -77,6 +81,24 @@ class Opened:
                 "interrupted; resume from another checkpoint, and save each checkpoint into its "
                 "own folder"
             )
+
+
+def require_reference(config: RegateConfig, reference: object, *, online: bool = False) -> None:
+    """Refuse, by ValueError, a run without the losses that its score reads.
+
+    It needs the arguments alone, so that every rank that attaches raises. online: whether the host
+    can use a teacher that scores while training.
+    """
+    if isinstance(reference, OnlineReference) and not online:
+        raise ValueError(
+            "reference is an online teacher, which works in a DeepSpeed loop only; write a store "
+            "with score_dataset and give ReferenceStore(path)"
+        )
+    if config.needs_reference and reference is None:
+        raise ValueError(
+            f"score={type(config.score).__name__} needs the teacher's losses, but reference=None; "
+            "give a ReferenceStore, or an online teacher, or set execution=none for the dense run"
+        )
 
 
 def read_state(checkpoint_dir: str | Path) -> dict[str, Any]:

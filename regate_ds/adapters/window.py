@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from regate_ds.algorithm.batch import host_labels
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.data.collate import Batch, moved
 
@@ -32,11 +33,21 @@ class Window(Sequence[Any]):
         return len(self._micro)
 
     def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return Window(self._micro[number], self._plans[number], self._device)
         batch, plan = self._micro[number], self._plans[number]
-        inputs = batch.inputs if isinstance(batch, Batch) else batch
-        if isinstance(inputs, Mapping):
-            inputs = moved(dict(inputs), self._device)
-        return inputs if plan is None else {**inputs, PLAN: plan.to(self._device)}
+        if plan is not None:
+            inputs = moved(batch.inputs, self._device)
+            if PLAN in inputs:
+                raise ValueError(f"the batch has an input {PLAN!r}, the plan's own name; rename it")
+            return {**inputs, PLAN: plan.to(self._device)}
+        inputs = _with_labels(batch) if isinstance(batch, Batch) else batch
+        return moved(dict(inputs), self._device) if isinstance(inputs, Mapping) else inputs
+
+
+def _with_labels(batch: Batch) -> dict[str, Any]:
+    """Return the host's own batch, of which the labels were taken."""
+    return {**batch.inputs, "labels": host_labels(batch.tokens.labels_BT)}
 
 
 def require_collated(micro: Sequence[Any]) -> None:

@@ -11,7 +11,10 @@ from regate_ds.algorithm.plan import ElisionPlan
 
 
 def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
-    """The kept positions of each row in reading order, [B, K, H]; the input itself if dense."""
+    """Return the kept positions of each row in reading order, [B, K, H].
+
+    It is the input itself if the plan moves no rows.
+    """
     if not plan.moves_rows:
         return x_BTH
     index_BK1 = plan.kept_BK.unsqueeze(-1)

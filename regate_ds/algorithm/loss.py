@@ -50,8 +50,6 @@ def token_losses(
         checkpoint(_chunk_losses, h, weight_VH, bias_V, t, use_reentrant=False)
         for h, t in zip(hidden_LH.split(CHUNK), targets_L.split(CHUNK), strict=True)
     ]
-    if not losses:
-        return hidden_LH.new_zeros(0, dtype=_precise(hidden_LH)) + 0.0 * hidden_LH.sum()
     return torch.cat(losses)
 
 

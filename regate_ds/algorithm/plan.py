@@ -30,7 +30,8 @@ class ElisionPlan:
     """T, the length of a row before the gate."""
 
     kept_BK: Tensor
-    """int64: position of each slot, in reading order; padding slots, at the end, point to 0."""
+    """int64: position of each slot, in reading order; padding slots, at the end, point to 0.
+    Where no row moves, slots are positions."""
 
     segment_BK: Tensor
     """int64: sample of the row that a slot belongs to; -1 is padding. Attention stays inside."""
@@ -107,7 +108,7 @@ class StepPlan:
 
     step: int
     is_dense: bool
-    """The schedule makes this step a dense one: nothing is elided, from no layer and no loss."""
+    """Nothing is elided, from no layer and no loss: by the schedule, or by the configuration."""
 
     micro: tuple[ElisionPlan, ...]
     num_targets_global: int

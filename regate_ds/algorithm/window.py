@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def plan_dense_window(window: Sequence[TokenBatch]) -> tuple[ElisionPlan, ...]:
     return tuple(replace(plan_dense(batch), micro=number) for number, batch in enumerate(window))
 
 
-def _one_each(maker: object, found: Tensor, num: int) -> Tensor:
+def _one_each(maker: object, found: Any, num: int) -> Tensor:
     """Refuse what is no tensor with ``num`` values; ``maker`` is the score or quota it is from."""
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != (num,):

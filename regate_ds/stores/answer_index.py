@@ -23,8 +23,9 @@ from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.digests import IndexedSample, as_words, digest_of, hash_labels
 
 INDEX_FORMAT = 3
-_ANEW = "make the store anew in an empty folder (regate teacher CONFIG, or score_dataset)"
 """Version of the saved file and of the fingerprint."""
+
+_ANEW = "make the store anew in an empty folder (regate teacher CONFIG, or score_dataset)"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import attach_model, has_tower
-from regate_ds.adapters.session_state import Reference
-from regate_ds.config import RegateConfig, require_config
+from regate_ds.adapters.session_state import Reference, require_reference
+from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.parallel.layout import num_ranks
 from regate_ds.teacher.online import OnlineReference
 
@@ -39,6 +39,10 @@ def attach(
         )
     if isinstance(reference, OnlineReference):
         reference.require_frozen(model)
+    if config.enabled:
+        require_reference(config, reference, online=True)
+        if total_steps is not None:
+            require_steps(total_steps)
     warn_if_never_sparse(config, total_steps)
     attachment, several_ranks = Attachment(), num_ranks() > 1
     if config.enabled:

@@ -15,6 +15,7 @@ A window is the micro-batches of one optimizer step, which are planned together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from regate_ds.adapters.run import metrics_of
 from regate_ds.adapters.session_state import Opened, Reference, open_session, read_state
 from regate_ds.adapters.window import Window, in_steps, require_collated
 from regate_ds.algorithm.plan import StepPlan
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_steps
 from regate_ds.data.keyed import KeyedCollate, PlainCollate
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.teacher.online import OnlineReference
@@ -179,8 +180,9 @@ class DeepSpeedRegate:
         return metrics_of(self) | cost
 
     def remove(self) -> None:
-        """Leave the model as it was before ``attach``."""
+        """Leave the model as it was before ``attach``: what follows is the host's own run."""
         self._attachment.remove()
+        self.config, self._opened, self.plan = replace(self.config, enabled=False), None, None
 
     def _bind(self, engine: Any) -> Any:
         """Open the session for the engine, once; return the engine."""
@@ -200,10 +202,8 @@ class DeepSpeedRegate:
         return engine
 
     def _open(self, engine: Any) -> None:
-        if self.total_steps is None:
-            raise ValueError(
-                "total_steps=None; give attach the optimizer steps of the whole run as total_steps"
-            )
+        require_steps(self.total_steps)
+        assert self.total_steps is not None
         group = engine.data_parallel_group if engine.dp_world_size > 1 else None
         layout = ParallelLayout(data=group, device=engine.device)
         self._opened = open_session(

@@ -32,7 +32,7 @@ from regate_ds.adapters.deepspeed.pipeline_layers import (
 from regate_ds.adapters.deepspeed.pipeline_student import PipelineStudent
 from regate_ds.adapters.plan_wire import Replica
 from regate_ds.adapters.run import metrics_of
-from regate_ds.adapters.session_state import Opened, open_session
+from regate_ds.adapters.session_state import Opened, open_session, require_reference
 from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
@@ -55,6 +55,7 @@ def attach_pipeline(
             f"engine.module is a {type(student).__name__}, not a PipelineStudent; make the model "
             "with pipeline_student before deepspeed.initialize"
         )
+    require_reference(student.regate_config, reference)
     opened = None
     if student.regate_config.enabled and engine.is_last_stage():
         data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
@@ -75,53 +76,63 @@ class PipelineRegate:
         """The plan of the current step, or of the last one."""
         self._engine, self._student = engine, student
         self._replica, self._opened = replica, opened
+        self._losses: dict[int, Tensor] = {}
+        """Losses of each micro-batch's targets, of the step that was trained last."""
 
     def train_batch(self, iterator: Iterator[Batch]) -> Tensor:
         """Run one optimizer step and return the mean loss over all targets of the step.
 
         All ranks must call it.
         """
-        window = self._read(iterator)
+        window: list[Any] = []
         if self.config.enabled:
-            self.plan = self._replica.share(self._planning(window))
-        return self._engine.train_batch(self._feed(window, self.plan))
+            make = partial(self._plan_step, window, iterator) if self._opened is not None else None
+            self.plan = self._replica.share(make)
+        loss = self._engine.train_batch(self._feed(window, iterator, self.plan))
+        self._losses = dict(self._student.losses)
+        return loss
 
     def step(self, *, applied: bool) -> None:
         """End an optimizer step; ``applied`` is ``engine.was_step_applied()``. All ranks call it.
 
         An error on the last stage is an error on all stages.
         """
-        if self.config.enabled:
-            end = partial(self._end, applied) if self._opened is not None else None
-            self._replica.end(end)
+        if not self.config.enabled:
+            return
+        if self.plan is None:
+            raise RuntimeError("step() without a step; call train_batch first")
+        self._confirm(partial(self._end, self.plan, applied))
 
-    def _end(self, applied: bool) -> None:
+    def _end(self, plan: StepPlan, applied: bool) -> None:
         assert self._opened is not None
-        assert self.plan is not None
-        for number, plan in enumerate(self.plan.micro):
-            self._opened.session.record(plan, self._student.losses[number])
+        for number, micro in enumerate(plan.micro):
+            self._opened.session.record(micro, self._losses[number])
         self._opened.session.finish_step(applied=applied)
+
+    def _confirm(self, call: Callable[[], None]) -> None:
+        """Call on the last stage; an error there is an error on all stages."""
+        self._replica.confirm(call if self._opened is not None else None)
 
     def eval_batch(self, iterator: Iterator[Batch]) -> Tensor:
         """Return the dense model's mean loss over all targets of one step's micro-batches.
 
         It reads as many micro-batches as a step has. All ranks must call it.
         """
-        window, plan = self._read(iterator), None
+        window, plan = list[Any](), None
         if self.config.enabled:
-            make = partial(self._dense_plan, window) if self._opened is not None else None
+            make = partial(self._plan_dense, window, iterator) if self._opened is not None else None
             plan = self._replica.share(make)
-        return self._engine.eval_batch(self._feed(window, plan))
+        return self._engine.eval_batch(self._feed(window, iterator, plan))
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into a checkpoint folder. All ranks call it."""
-        if self._opened is not None:
-            self._opened.save(checkpoint_dir)
+        if self.config.enabled:
+            self._confirm(lambda: self._require_opened().save(checkpoint_dir))
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Load what ``save`` wrote; the number of data ranks may differ from the saved one."""
-        if self._opened is not None:
-            self._opened.load(checkpoint_dir)
+        if self.config.enabled:
+            self._confirm(lambda: self._require_opened().load(checkpoint_dir))
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of the step planned last, over all data ranks (see ``metrics_of``)."""
@@ -131,27 +142,29 @@ class PipelineRegate:
         """Leave the stages to the host: steps that follow are its own, with its own loss."""
         self.config, self._opened, self.plan = replace(self.config, enabled=False), None, None
 
-    def _read(self, iterator: Iterator[Any]) -> list[Any] | None:
-        """Read the step's micro-batches; None on stages that read no data."""
-        engine = self._engine
-        if not (engine.is_first_stage() or engine.is_last_stage()):
-            return None
-        return list(itertools.islice(iterator, engine.micro_batches))
-
-    def _planning(self, window: list[Batch] | None) -> Callable[[], StepPlan] | None:
-        """Return what plans the step, on the last stage."""
-        if self._opened is None:
-            return None
-        return partial(self._opened.session.plan_step, partial(self._step_tokens, window))
-
-    def _dense_plan(self, window: list[Batch] | None) -> StepPlan:
-        """Return a plan of this window that elides nothing, for an evaluation. Collective."""
+    def _require_opened(self) -> Opened:
         assert self._opened is not None
-        return self._opened.session.plan_evaluation(partial(self._step_tokens, window))
+        return self._opened
 
-    def _step_tokens(self, window: list[Batch] | None) -> list[TokenBatch]:
-        """Return the tokens of a step's micro-batches; ValueError if they cannot make up a step."""
-        assert window is not None
+    def _read(self, window: list[Any], iterator: Iterator[Any]) -> None:
+        """Put the step's micro-batches into ``window``."""
+        window += itertools.islice(iterator, self._engine.micro_batches)
+
+    def _plan_step(self, window: list[Batch], iterator: Iterator[Batch]) -> StepPlan:
+        session = self._require_opened().session
+        return session.plan_step(partial(self._tokens, window, iterator))
+
+    def _plan_dense(self, window: list[Batch], iterator: Iterator[Batch]) -> StepPlan:
+        """Return a plan of this window that elides nothing, for an evaluation. Collective."""
+        session = self._require_opened().session
+        return session.plan_evaluation(partial(self._tokens, window, iterator))
+
+    def _tokens(self, window: list[Batch], iterator: Iterator[Batch]) -> list[TokenBatch]:
+        """Read a step's micro-batches; ValueError if they cannot make up a step.
+
+        It is read where an error is an error on all stages.
+        """
+        self._read(window, iterator)
         if len(window) < self._engine.micro_batches:
             raise ValueError(
                 f"the data ended after {len(window)} of the step's {self._engine.micro_batches} "
@@ -165,19 +178,24 @@ class PipelineRegate:
             )
         return [batch.tokens for batch in window]
 
-    def _feed(self, window: list[Any] | None, plan: StepPlan | None) -> Iterator[Any] | None:
+    def _feed(
+        self, window: list[Any], iterator: Iterator[Any], plan: StepPlan | None
+    ) -> Iterator[Any] | None:
         """Return what the engine reads: for each micro-batch the input tensors and the labels.
 
         The engine uses the tensors on the first stage and the labels on the last. The plans are put
         where this stage's layers look them up. None on stages that read no data.
         """
         engine, student = self._engine, self._student
+        reads = engine.is_first_stage() or engine.is_last_stage()
+        if reads and not window:
+            self._read(window, iterator)
         student.losses.clear()
         if plan is not None:
             # The engine divides by micro-batches and data ranks, where we divide by all targets.
             divisor = engine.dp_world_size * engine.micro_batches
             student.scale = divisor / max(1, plan.num_targets_global)
-        batches = [{}] * engine.micro_batches if window is None else window
+        batches = window if reads else [{}] * engine.micro_batches
         names, feed = [], []
         for number, batch in enumerate(batches):
             inputs, labels = _inputs_and_labels(batch)
@@ -192,7 +210,7 @@ class PipelineRegate:
         if plan is not None:
             micro = [one.to(engine.device) for one in plan.micro]
         student.table.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
-        return None if window is None else iter(feed)
+        return iter(feed) if reads else None
 
 
 def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:

@@ -118,7 +118,10 @@ class Decoder(nn.Module):
 
 
 def gathered(flow: Flow, plan: ElisionPlan | None) -> Flow:
-    """Return the flow of kept slots only, with their original positions; itself if dense."""
+    """Return the flow of kept slots only, with their original positions.
+
+    It is the flow itself if the plan moves no rows.
+    """
     hidden, positions, number = flow
     if plan is None or not plan.moves_rows:
         return flow
@@ -138,7 +141,7 @@ class Head(nn.Module):
         plan = self._table.look_up(number).plan
         if plan is None:
             return self.head(self.norm(hidden)), hidden.new_zeros(0), number
-        # In a dense step, where there was no gather, slots are positions.
+        # Where the plan moves no rows, slots are positions.
         hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, plan.label_slot_L)
         weight, bias = self.head.weight, self.head.bias
         loss_sum, losses_L = summed_loss(

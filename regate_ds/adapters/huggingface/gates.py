@@ -40,7 +40,7 @@ from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, require_config
 
 
 @dataclass
@@ -116,7 +116,8 @@ def attach_model(
     require_language_model(model, host)
     decoder = host.get_decoder()
     depth = len(decoder.layers)
-    config = config or RegateConfig()
+    config = RegateConfig() if config is None else config
+    require_config("config", config)
     last_layer = depth if config.last_layer is None else config.last_layer
     require_supported_decoder(host, decoder, config.first_layer, last_layer)
     require_execution(config.execution, "huggingface")

@@ -34,7 +34,7 @@ from regate_ds.adapters.megatron.groups import find_axes, group_device
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.regate import Attached, MegatronRegate, tokens_of
 from regate_ds.adapters.megatron.support import require_supported_chunks
-from regate_ds.adapters.session_state import open_session
+from regate_ds.adapters.session_state import open_session, require_reference
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
@@ -69,6 +69,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     tokens = tokens or tokens_of
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
+    require_reference(config, reference)
     models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
     host: Any = chunks[0].config

@@ -47,18 +47,19 @@ class LocalPlan:
     """[S, B]: shape of this rank's part of the rows that gated layers see."""
 
     gather: Route | None
-    """Route from the full rows to the kept rows; None if nothing is elided."""
+    """Route from the full rows to the kept rows; None if the plan moves no rows."""
 
     elided_N: Tensor | None
     """Rows of this rank that go around the gated layers, padding of the full rows included; None if
-    nothing is elided, or if the full rows are never restored."""
+    the plan moves no rows, or if the full rows are never restored."""
 
     rotary_position: Tensor
     """int64 [S, B]: original positions of this context rank's kept slots. Ragged rows have the
     slots of all context ranks, of which Megatron takes this rank's part."""
 
     packing: Packing | None
-    """Bounds of the samples in ragged rows; None for padded rows, or if nothing is elided."""
+    """Bounds of the samples in ragged rows; None for padded rows, or if no
+    row moves."""
 
     padding_BK: Tensor | None
     """bool [B, S]: True at padding slots of this rank; None if there are none."""

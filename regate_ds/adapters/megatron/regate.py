@@ -116,7 +116,7 @@ class MegatronRegate:
         losses = self._collect(axes, self.run)
         if planner is not None:
             end = partial(planner.finish_step, losses, applied=applied)
-        axes.replica.end(end)
+        axes.replica.confirm(end)
 
     def abandon(self) -> None:
         """Forget a step that is planned and will not be ended, as a later job runs it again."""
@@ -125,17 +125,22 @@ class MegatronRegate:
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into a checkpoint folder. All ranks must call it."""
-        if self._planner is not None:
-            self._planner.opened.save(checkpoint_dir)
+        self._confirm(lambda planner: planner.opened.save(checkpoint_dir))
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Load what ``save`` wrote, and forget a step that is not ended. All ranks must call it.
 
         The parallel layout may differ from the saved one.
         """
-        if self._planner is not None:
-            self._planner.abandon_step()
-            self._planner.opened.load(checkpoint_dir)
+        self.abandon()
+        self._confirm(lambda planner: planner.opened.load(checkpoint_dir))
+
+    def _confirm(self, call: Callable[[Planner], None]) -> None:
+        """Call on the rank that plans; an error there is an error on all ranks of the replica."""
+        if self._attached is not None:
+            planner = self._planner
+            mine = partial(call, planner) if planner is not None else None
+            self._attached.axes.replica.confirm(mine)
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of the step planned last, over all data ranks (see ``metrics_of``)."""

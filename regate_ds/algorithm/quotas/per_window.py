@@ -57,20 +57,21 @@ class PerWindow:
     def _choose(self, rows_M4: Tensor, keep_share: float) -> Tensor:
         """Mark what is kept of all data ranks' positions."""
         values_M = numbers(rows_M4[:, 0])
-        _, sample_M = rows_M4[:, 1:3].unique(dim=0, return_inverse=True)
+        # Rows come sample by sample; a sample that comes twice is two.
+        sample_M = (rows_M4[:, 3] == 0).cumsum(0) - 1
         order_M = order_by([-values_M, *rows_M4[:, 1:].unbind(1)])
         is_floor_M = self._is_floor(sample_M[order_M])
         num_left = int(share_of(torch.tensor(len(rows_M4)), keep_share)) - int(is_floor_M.sum())
         is_next_M = (~is_floor_M).cumsum(0) <= num_left
         chosen_M = torch.zeros(len(rows_M4), dtype=torch.bool)
-        chosen_M[order_M] = is_floor_M | (is_next_M & ~is_floor_M)
+        chosen_M[order_M] = is_floor_M | is_next_M
         return chosen_M
 
     def _is_floor(self, sample_M: Tensor) -> Tensor:
         """Mark the first of each sample, in the order given, that its floor asks for."""
-        floor_S = share_of(torch.bincount(sample_M), self.floor)
-        by_sample_M = sample_M.argsort(stable=True)
         sizes_S = torch.bincount(sample_M)
+        floor_S = share_of(sizes_S, self.floor)
+        by_sample_M = sample_M.argsort(stable=True)
         start_S = sizes_S.cumsum(0) - sizes_S
         rank_M = torch.empty_like(sample_M)
         rank_M[by_sample_M] = torch.arange(len(sample_M)) - start_S.repeat_interleave(sizes_S)

@@ -4,7 +4,8 @@
 
 how many of each sample's elidable label positions are hard targets, as integers that are known
 before the forward pass. A sample's own order is by value, then by position; ties between samples
-go to the lower key.
+go by their keys in an order that is the same on all ranks (a hash of the data set's name, then the
+record).
 
 Shapes: S samples of the window on this data rank, N elidable label positions of these, sample by
 sample; M rows of all data ranks, C columns.

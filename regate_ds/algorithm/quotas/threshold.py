@@ -29,7 +29,8 @@ QUANTILE_STATE = "z"
 _UNIT = 1024
 """Scores are added up as whole multiples of 1 / 1024, so that no order of adding shows."""
 
-_LARGEST = 1e5
+_LARGEST = 1e4
+"""Scores beyond it count as this: losses are in nats, and squares are added up in int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,11 @@ class Threshold:
         z = state.get(QUANTILE_STATE)
         if z is None:
             everything, _ = exchange(bits(values_N)[:, None])
-            z = (_quantile(numbers(everything[:, 0]), keep_share) - mean) / deviation
+            first = _quantile(numbers(everything[:, 0]), keep_share)
+            if first is None:
+                # Nothing was seen yet, or nothing is there: all is kept, and z waits.
+                return samples.num_S, state
+            z = (first - mean) / deviation
         sample_N = torch.arange(len(samples.keys)).repeat_interleave(samples.num_S)
         is_above_N = values_N > mean + z * deviation
         above_S = torch.bincount(sample_N[is_above_N], minlength=len(samples.keys))
@@ -79,11 +84,11 @@ def _moments(values_N: Tensor, exchange: Exchange) -> tuple[float, float]:
     return total / count / _UNIT, math.sqrt(variance) / _UNIT or 1.0
 
 
-def _quantile(values_M: Tensor, keep_share: float) -> float:
-    """Return the value that the share p of the finite values is above; 0 if there is none."""
+def _quantile(values_M: Tensor, keep_share: float) -> float | None:
+    """Return the value that the share p of the finite values is above; None if there is none."""
     finite_M = values_M[values_M.isfinite()].sort(descending=True).values
     if len(finite_M) == 0:
-        return 0.0
+        return None
     return float(finite_M[min(len(finite_M) - 1, int(keep_share * len(finite_M)))])
 
 

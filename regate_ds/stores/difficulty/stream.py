@@ -1,7 +1,7 @@
 """The difficulty of samples that no index lists beforehand: streams, and augmented data.
 
-A sample is remembered by its key and a hash over its answer tokens; with other answers it starts at
-0 again. The values are spread over the data ranks by a hash of the key, so that any rank may see
+A sample is remembered by its key and a hash over its answer tokens; with other answers it is new
+again. The values are spread over the data ranks by a hash of the key, so that any rank may see
 any sample. The memory in use grows with the number of samples seen.
 
 Shapes: N label positions of the samples that a call names, R samples, in rows of (hash of the key,
@@ -43,7 +43,8 @@ STREAM_STEM = "stream-difficulty"
 
 
 class StreamDifficulty:
-    """The difficulty of every label position of the samples seen; it is 0 before the first write.
+    """The difficulty of every label position of the samples seen; before the first
+    write it is the column's value for what was never seen.
 
     With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore`` are.
     """

@@ -117,7 +117,7 @@ def _pixels(family: str, ids_BT: torch.Tensor, seed: int) -> dict[str, torch.Ten
     }
 
 
-BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window", {"floor": 0.2}))
+BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 0.2))
 
 
 def cases() -> Iterator[tuple[str, ZeroCase]]:
