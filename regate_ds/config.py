@@ -208,4 +208,7 @@ def require_steps(total_steps: object) -> None:
 
 def _one_of(kinds: tuple[type[Any], ...]) -> str:
     names = ", ".join(kind.__name__ for kind in kinds)
-    return f"one of {names}" if len(kinds) > 1 else f"a {names}"
+    if len(kinds) == 1:
+        return f"a {names}; write {names}(...)"
+    package = kinds[0].__module__.rpartition(".")[0]
+    return f"one of {names}; write {kinds[0].__name__}(...), from {package}'s modules"

@@ -46,8 +46,8 @@ class Window(Sequence[Any]):
 
 
 def _with_labels(batch: Batch) -> dict[str, Any]:
-    """Return the host's own batch, of which the labels were taken."""
-    return {**batch.inputs, "labels": host_labels(batch.tokens.labels_BT)}
+    """Return the host's own batch, of which ``KeyedCollate`` took the labels."""
+    return {"labels": host_labels(batch.tokens.labels_BT), **batch.inputs}
 
 
 def require_collated(micro: Sequence[Any]) -> None:
@@ -63,19 +63,26 @@ def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[l
     """Yield groups of ``size`` micro-batches.
 
     Micro-batches at the end that do not fill a group are yielded if ``keep_rest`` is true;
-    otherwise a warning in the log says how many are left out.
+    otherwise a warning in the log says how many are left out. ValueError if there is no group.
     """
     micro: list[Any] = []
+    has_group = keep_rest
     for batch in loader:
         micro.append(batch)
         if len(micro) == size:
+            has_group = True
             yield micro
             micro = []
+    if micro and not has_group:
+        raise ValueError(
+            f"the loader ended after {len(micro)} of the {size} micro-batches of a step, so there "
+            "is no step; give more samples, or lower gradient_accumulation_steps"
+        )
     if micro and keep_rest:
         yield micro
     elif micro:
         _log.warning(
-            "left out %d micro-batches at the end of the epoch: a step takes %d; shuffle the "
+            "left out the last %d micro-batches of the epoch: a step takes %d; shuffle the "
             "loader every epoch, or it will leave out the same samples each time",
             len(micro),
             size,

@@ -118,3 +118,24 @@ def test_positions_that_never_ran_come_first_and_do_not_move_the_threshold():
     counts, state = count(Threshold(), values_N, samples, 0.5)
     assert math.isfinite(state[QUANTILE_STATE])
     assert min(counts) >= 1
+
+
+def test_a_threshold_waits_for_its_first_score():
+    none = Samples((("a", 0),), torch.tensor([0]))
+    empty = torch.zeros(0, dtype=torch.float64)
+    assert count(Threshold(), empty, none, 0.1) == ([0], {})
+    unseen = Samples((("a", 0),), torch.tensor([3]))
+    assert count(Threshold(), torch.full((3,), math.inf).double(), unseen, 0.1) == ([3], {})
+
+
+def test_scores_far_out_do_not_overflow_the_threshold():
+    values_N = torch.full((1000,), 1e9, dtype=torch.float64)
+    values_N[::2] = 0.0
+    _, state = count(Threshold(), values_N, Samples((("a", 0),), torch.tensor([1000])), 0.5)
+    assert math.isfinite(state[QUANTILE_STATE])
+
+
+def test_a_sample_that_comes_twice_has_its_floor_twice():
+    samples = Samples((("a", 0), ("a", 0)), torch.tensor([1, 1]))
+    counts, _ = count(PerWindow(floor=0.5), torch.zeros(2, dtype=torch.float64), samples, 0.5)
+    assert counts == [1, 1]

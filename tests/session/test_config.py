@@ -68,6 +68,31 @@ def test_an_impossible_value_is_refused_by_name(kind: type, knobs: dict, problem
         kind(**knobs)
 
 
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: Fused(decay="0.5"), "decay='0.5': must be a number"),  # type: ignore[arg-type]
+        (lambda: Threshold(gain=None), "gain=None: must be a number"),  # type: ignore[arg-type]
+        (lambda: PerWindow(floor="a"), "floor='a': must be a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_knob_of_a_wrong_type_is_refused_before_its_range(make, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        make()
+
+
+@pytest.mark.parametrize("name", [["fused"], {"fused": {"decay": 0.5}}, None])
+def test_what_is_no_name_of_a_method_is_refused(name):
+    with pytest.raises(ValueError, match=r"^score=.*: must be one of fused, random"):
+        read_section(RegateConfig, {"score": name}, where="")
+
+
+@pytest.mark.parametrize("section", [5, "additive", [1]])
+def test_an_older_key_does_not_hide_what_stands_where_its_section_belongs(section):
+    with pytest.raises(ValueError, match=r"^schedule=.*: must hold keys; write warmup there"):
+        read_section(RegateConfig, {"schedule": section, "warmup": 3}, where="")
+
+
 def test_every_knob_has_a_refusal():
     kinds = {RegateConfig, ScheduleConfig}
     for table in (SCORES, QUOTAS, EXECUTIONS):

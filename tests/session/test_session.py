@@ -179,7 +179,8 @@ def test_elision_without_both_stores_is_refused(given: str | None):
     index = index_of([BATCH])
     stores = {"reference": RandomReference(index), "difficulty": DifficultyStore(index)}
     chosen = {name: stores[name] if name == given else None for name in stores}
-    with pytest.raises(ValueError, match="keep_share=0.5 needs the teacher's losses"):
+    lacking = "statistics of its own" if given == "reference" else "the teacher's losses"
+    with pytest.raises(ValueError, match=f"score=Fused needs {lacking}; give Stores"):
         Regate(RegateConfig(), Stores(**chosen), total_steps=4)
 
 

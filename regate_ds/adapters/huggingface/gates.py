@@ -33,6 +33,7 @@ from regate_ds.adapters.huggingface.support import (
     require_plain_call,
     require_rows,
     require_supported_decoder,
+    require_tested_decoder,
     require_window,
 )
 from regate_ds.algorithm.executions.execution import gated_span
@@ -115,6 +116,7 @@ def attach_model(
     host = model.get_base_model() if hasattr(model, "get_base_model") else model
     require_language_model(model, host)
     decoder = host.get_decoder()
+    require_tested_decoder(decoder)
     depth = len(decoder.layers)
     config = RegateConfig() if config is None else config
     require_config("config", config)

@@ -39,14 +39,18 @@ def require_language_model(model: nn.Module, host: Any) -> None:
         )
 
 
+def require_tested_decoder(decoder: Any) -> None:
+    """Refuse a kind of decoder that no test has compared with an oracle."""
+    if decoder.config.model_type not in TEXT_DECODERS:
+        raise ValueError(
+            f"decoder {decoder.config.model_type!r} is not supported; tested are "
+            f"{tuple(TEXT_DECODERS)}: use one of these"
+        )
+
+
 def require_supported_decoder(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
     """Refuse a decoder, gated range or head that elision would compute wrongly."""
     config: Any = decoder.config
-    if config.model_type not in TEXT_DECODERS:
-        raise ValueError(
-            f"decoder {config.model_type!r} is not supported; tested are {tuple(TEXT_DECODERS)}: "
-            "use one of these"
-        )
     if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} is not supported; "

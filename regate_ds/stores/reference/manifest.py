@@ -78,7 +78,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(
                 f"{store} is not a reference store (it has no {name}); "
-                "compute one with `regate teacher`"
+                "compute one (regate teacher CONFIG, or score_dataset)"
             )
         content = path.read_bytes()
         try:

@@ -210,7 +210,13 @@ def check_memory() -> None:
     case = SMALL["text"]
     pipe = start(case)
     batches = case.zero.batches(0)
+    with pytest.raises(RuntimeError, match="call train_batch first"):
+        pipe.regate.step(applied=True)
     pipe.regate.train_batch(iter(batches))
+    # An evaluation before the step is ended does not change what the step is remembered by.
+    losses = dict(pipe.regate._losses)
+    pipe.regate.eval_batch(iter(batches[::-1]))
+    assert all(pipe.regate._losses[number] is losses[number] for number in losses)
     pipe.regate.step(applied=True)
     keys = [key for batch in batches for key in batch.tokens.flat_keys]
     learnt = remembered(pipe, keys) if pipe.engine.is_last_stage() else None

@@ -17,7 +17,7 @@ from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.window import PLAN
-from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.batch import IGNORE, TokenBatch, host_labels
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed
@@ -140,8 +140,15 @@ def test_a_window_is_one_step_and_what_does_not_fill_one_is_left_out_and_said(ca
     with caplog.at_level(logging.WARNING):
         kept = run(regate, model, loader, engine(num_micro=2))
     assert len(kept) == 4
-    assert "left out 1 micro-batches at the end of the epoch: a step takes 2" in caplog.text
+    assert "left out the last 1 micro-batches of the epoch: a step takes 2" in caplog.text
     assert regate.metrics()["step"] == 1
+
+
+def test_a_loader_shorter_than_a_step_is_refused():
+    loader = batches(2)
+    _, regate = made(loader)
+    with pytest.raises(ValueError, match="ended after 2 of the 3 micro-batches of a step"):
+        list(regate.windows(loader, engine()))
 
 
 def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
@@ -206,7 +213,9 @@ def test_disabled_touches_neither_model_nor_batch_nor_disk(tmp_path):
     model, regate = made(loader, enabled=False)
     assert all("forward" not in vars(module) for module in model.modules())
     (window,) = regate.windows(loader, engine())
-    assert all(inputs == batch.inputs for inputs, batch in zip(window, loader, strict=True))
+    for inputs, batch in zip(window, loader, strict=True):
+        assert inputs.keys() == {"input_ids", "labels"}
+        assert torch.equal(inputs["labels"], host_labels(batch.tokens.labels_BT))
     loss = torch.rand(())
     assert regate.loss(SimpleNamespace(loss=loss)) is loss
     regate.step(applied=True)
@@ -215,10 +224,57 @@ def test_disabled_touches_neither_model_nor_batch_nor_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_removing_gives_the_model_back():
-    model, regate = made()
+def test_what_follows_a_removal_is_the_hosts_own_run(tmp_path):
+    loader, used = batches(), engine()
+    model, regate = made(loader)
+    run(regate, model, loader, used)
     regate.remove()
     assert all("forward" not in vars(module) for module in model.modules())
+    for inputs in first_window(regate, loader, used):
+        assert PLAN not in inputs
+        output = model(**inputs)
+        assert regate.loss(output) is output.loss
+    regate.step(applied=True)
+    regate.save(tmp_path)
+    assert regate.metrics() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_load_forgets_a_step_that_is_not_ended(tmp_path):
+    loader, used = batches(), engine()
+    model, regate = made(loader)
+    run(regate, model, loader, used)
+    regate.save(tmp_path)
+    first_window(regate, loader, used)
+    regate.load(tmp_path)
+    run(regate, model, loader, used)
+    assert regate.metrics()["step"] == 1
+
+
+def test_a_slice_of_a_window_is_a_window():
+    _, regate = made()
+    window = first_window(regate, batches())
+    assert [inputs[PLAN].micro for inputs in window[1:]] == [1, 2]
+
+
+def test_an_input_with_the_plans_name_is_refused():
+    loader = [Batch({**batch.inputs, PLAN: torch.ones(1)}, batch.tokens) for batch in batches()]
+    _, regate = made(loader)
+    with pytest.raises(ValueError, match="an input 'regate_plan', the plan's own name; rename it"):
+        first_window(regate, loader)[0]
+
+
+@pytest.mark.parametrize("total_steps", [0, 16.0, "16", True])
+def test_a_length_that_is_no_number_of_steps_is_refused(total_steps):
+    message = f"total_steps={total_steps!r}: must be a whole number, at least 1"
+    with pytest.raises(ValueError, match=message):
+        made(total_steps=total_steps)
+
+
+def test_a_score_without_the_losses_that_it_reads_is_refused_when_it_is_attached():
+    message = "score=Fused needs the teacher's losses, but reference=None; give a ReferenceStore"
+    with pytest.raises(ValueError, match=message):
+        attach(causal_lm(), config(), total_steps=4)
 
 
 def test_a_wrapped_collate_hides_labels_from_an_elided_run_and_leaves_them_to_the_host():
@@ -341,7 +397,7 @@ def test_a_run_without_a_sparse_step_is_warned_of(caplog):
 
 def test_an_engine_is_not_attached_to():
     with pytest.raises(ValueError, match="attach to the model before deepspeed.initialize"):
-        attach(engine(), config())  # type: ignore[arg-type]
+        attach(engine(), config(score="random"))  # type: ignore[arg-type]
 
 
 def test_without_elision_there_are_no_counts():
