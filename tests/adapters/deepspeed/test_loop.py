@@ -264,19 +264,6 @@ def test_an_input_with_the_plans_name_is_refused():
         first_window(regate, loader)[0]
 
 
-@pytest.mark.parametrize("total_steps", [0, 16.0, "16", True])
-def test_a_length_that_is_no_number_of_steps_is_refused(total_steps):
-    message = f"total_steps={total_steps!r}: must be a whole number, at least 1"
-    with pytest.raises(ValueError, match=message):
-        made(total_steps=total_steps)
-
-
-def test_a_score_without_the_losses_that_it_reads_is_refused_when_it_is_attached():
-    message = "score=Fused needs the teacher's losses, but reference=None; give a ReferenceStore"
-    with pytest.raises(ValueError, match=message):
-        attach(causal_lm(), config(), total_steps=4)
-
-
 def test_a_wrapped_collate_hides_labels_from_an_elided_run_and_leaves_them_to_the_host():
     ids = torch.tensor([[4, 5, 6]])
     dataset = Keyed([{"input_ids": ids, "labels": ids}], "mine")
