@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
 from regate_ds.adapters.megatron import attach
-from regate_ds.adapters.megatron.samples import Numbered, TeacherItems, read_tokens, teacher_batch
+from regate_ds.adapters.megatron.samples import TeacherItems, teacher_batch
 
 WORDS, LENGTH, NUM_SAMPLES, NUM_MICRO, ROWS = 64, 32, 256, 4, 4
 
@@ -118,7 +117,7 @@ def build() -> list[nn.Module]:
 
 def batches() -> Iterator[dict[str, Tensor]]:
     """Yield the micro-batches of this data rank, epoch after epoch."""
-    data = Numbered(Samples())  # regate: an item says its number
+    data = Keyed(Samples(), "train")  # regate: an item says its key
     size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     sampler = DistributedSampler(data, size, rank, drop_last=True)
     for epoch in range(1_000_000):
@@ -141,10 +140,8 @@ def forward_step(iterator: Iterator[dict[str, Tensor]], model: nn.Module) -> Any
 
 def train(options: argparse.Namespace) -> None:
     chunks = build()
-    config = RegateConfig(total_steps=options.steps)  # regate
     store = ReferenceStore(options.out / "store")  # regate
-    tokens = partial(read_tokens, dataset="train")  # regate
-    regate = attach(chunks, config, reference=store, tokens=tokens)
+    regate = attach(chunks, RegateConfig(), total_steps=options.steps, reference=store)
     forward_backward = regate.wrap(get_forward_backward_func())
     settings = OptimizerConfig(optimizer="adam", lr=0.003, clip_grad=1.0)
     optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
@@ -163,7 +160,9 @@ def train(options: argparse.Namespace) -> None:
         )
         applied, _, _ = optimizer.step()
         regate.step(applied=applied)
-        if (counts := regate.metrics()) is not None:
+        # The last rank is on the last stage, which has the losses.
+        if dist.get_rank() == dist.get_world_size() - 1:
+            counts = regate.metrics()
             total, count = sum(report["lm loss"] for report in reports).tolist()
             kept = f"{counts['answer_kept']} of {counts['answer_total']} answer tokens"
             print(f"step {step}: loss {total / count:.3f}, {kept}", flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 _HOME = {
     "RegateConfig": "regate_ds.config",
+    "ScheduleConfig": "regate_ds.config",
     "Regate": "regate_ds.session",
     "ReferenceStore": "regate_ds.stores.reference.reader",
     "Keyed": "regate_ds.data.keyed",

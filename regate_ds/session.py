@@ -1,248 +1,246 @@
-"""One run of the method: plan a step, record its losses, remember which tokens are still hard.
+"""One run of the method: plan a step, take back its losses, remember what is still hard.
 
-A step is ``plan_step``, then the host's forward and backward passes with one ``record`` for each
-micro-batch, then ``finish_step``. The session scales no loss, calls no framework and opens no file.
+A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` per micro-batch
+-> ``finish_step``. The session scales no loss, calls no framework and touches no file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from operator import attrgetter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.counts import COUNTS, count_step
-from regate_ds.algorithm.difficulty import updated_difficulty
-from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, widen
-from regate_ds.algorithm.select import fuse_scores, plan_ragged, plan_sparse
-from regate_ds.config import RegateConfig, schedule_of
-from regate_ds.parallel.collectives import all_or_none
-from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.stores.values import MutableValues, Values
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan
+from regate_ds.algorithm.quotas.quota import QuotaState
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.window import (
+    count_hard,
+    plan_dense_window,
+    plan_window,
+    score_window,
+    window_keys,
+)
+from regate_ds.config import RegateConfig, require_config, require_steps
+from regate_ds.open_step import OpenStep
+from regate_ds.parallel.collectives import all_or_none, gather_rows
+from regate_ds.parallel.layout import ParallelLayout, is_first
+from regate_ds.stores.values import Stores
 
+_Window = Sequence[TokenBatch]
 
-@dataclass
-class _Open:
-    """A step that is planned but not finished."""
-
-    plan: StepPlan
-    window: Sequence[TokenBatch]
-    difficulty: list[Tensor]
-    losses: dict[int, Tensor] = field(default_factory=dict)
+STATE_FORMAT = 2
+"""Version of what ``state_dict`` returns."""
 
 
 class Regate:
-    """The state of the method: the step number, the open step and the difficulty store."""
+    """The method's state: the step number, the quota's value, and the difficulty store."""
 
     def __init__(
         self,
         config: RegateConfig,
+        stores: Stores,
         *,
-        reference: Values | None,
-        difficulty: MutableValues | None,
+        total_steps: int,
         layout: ParallelLayout | None = None,
-        device: torch.device | str = "cpu",
+        rows: RowLayout | None = None,
     ) -> None:
-        """Start at step 0. ``device`` is where the backend of the layout's groups wants tensors."""
-        self.config = config
-        self.schedule = schedule_of(config)
+        """Open a run of ``total_steps`` optimizer steps.
+
+        stores: the teacher's losses and the score's statistics, where the score needs them.
+        rows: how the host lays kept tokens out.
+
+        ValueError if the configuration needs a store that is not given.
+        """
+        require_config("config", config)
+        require_steps(total_steps)
+        self.config, self.schedule = config, config.schedule.in_steps(total_steps)
+        self.total_steps = total_steps
         self.step = 0
-        self.equal_slots = False
-        """True widens all micro-batches of a step to one row length, for hosts whose shapes must
-        not change within a step."""
-        self.one_row = False
-        """True (row format `ragged`) applies token_multiple to the micro-batch, not to each row."""
-        self.padding: Callable[[ElisionPlan], int] = attrgetter("num_padded")
-        """Counts the padding of a plan; a host with a row layout of its own replaces it."""
-        self._layout, self._device = layout or ParallelLayout(), device
-        self._open: _Open | None = None
-        if self.elides and (reference is None or difficulty is None):
+        self.rows = rows or RowLayout(multiple=config.token_multiple)
+        self._layout = layout or ParallelLayout()
+        self._quota_state: QuotaState = {}
+        self._open: OpenStep | None = None
+        self._reference = stores.reference if config.needs_reference else None
+        self._difficulty = stores.difficulty if config.statistics else None
+        lacking = {
+            "the teacher's losses; give Stores(reference=...)": (
+                config.needs_reference and stores.reference is None
+            ),
+            "statistics of its own; give Stores(difficulty=...)": (
+                bool(config.statistics) and stores.difficulty is None
+            ),
+        }
+        for what in (what for what, is_lacking in lacking.items() if is_lacking):
             raise ValueError(
-                f"keep_share={config.keep_share} needs the teacher's losses: give a "
-                "ReferenceStore, or an online teacher, or set keep_share=1.0 for a dense run"
+                f"score={type(config.score).__name__} needs {what}, or set execution=none for the "
+                "dense run"
             )
-        self._reference, self._difficulty = reference, difficulty
 
     @property
-    def elides(self) -> bool:
-        """False for a dense run, which needs neither reference nor difficulty."""
-        return self.config.keep_share < 1.0
+    def is_first(self) -> bool:
+        """Whether this is the first data rank: the one that writes what all share."""
+        return is_first(self._layout.data)
 
     @property
     def coming_step(self) -> int:
-        """Number of the step that the next call of ``plan_step`` plans."""
+        """The step that is planned next."""
         return self.step + (self._open is not None)
 
     def is_dense(self, step: int) -> bool:
-        return not self.elides or self.schedule.is_dense(step)
+        return not self.config.chooses or self.schedule.is_dense(step)
 
-    def plan_step(
-        self, window: Sequence[TokenBatch] | Callable[[], Sequence[TokenBatch]]
-    ) -> StepPlan:
-        """Plan all micro-batches of the coming optimizer step. Collective over data ranks.
+    def plan_step(self, window: _Window | Callable[[], _Window]) -> StepPlan:
+        """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
 
-        window: the micro-batches, or a function that reads them; if it fails, all data ranks raise.
+        window: the micro-batches, or a function that reads them, whose error is then an error on
+        all data ranks.
 
-        ValueError if the run is over or the step has no target on any rank. RuntimeError if the
+        ValueError if the run is over or the step has no target on any rank, RuntimeError if the
         step before is still open, or if another data rank raises.
         """
-        with all_or_none(self._layout.data, self._device):
+        with self.together():
             batches = self._read(window)
-        difficulty = self._read_difficulty(batches)
+        keys = window_keys(batches)
+        statistics = {} if self._difficulty is None else self._difficulty.read(keys)
         dense = self.is_dense(self.step)
-        with all_or_none(self._layout.data, self._device, num_values=len(COUNTS)) as totals:
-            micro = self._plan(batches, difficulty, dense=dense)
-            totals += count_step(batches, micro, self.padding)
-        counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
-        if counts["answer_kept"] == 0:
+        if dense:
+            make, quota_state = partial(plan_dense_window, batches), self._quota_state
+        else:
+            make, quota_state = self._choose(batches, statistics)
+        plan = self._counted(batches, make, dense=dense)
+        if plan.num_targets_global == 0:
             raise ValueError(
                 f"step {self.step} has no answer token on any rank; leave out samples without "
                 "answers"
             )
-        plan = StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
-        self._open = _Open(plan, batches, difficulty)
+        self._open = OpenStep(plan, batches, statistics, quota_state)
         return plan
 
-    def _read(
-        self, window: Sequence[TokenBatch] | Callable[[], Sequence[TokenBatch]]
-    ) -> Sequence[TokenBatch]:
+    def plan_evaluation(self, window: Callable[[], _Window]) -> StepPlan:
+        """Return a plan of what ``window`` reads that elides nothing, and belongs to no step.
+
+        Collective over data ranks, as ``plan_step``.
+        """
+        with self.together():
+            batches = window()
+        return self._counted(batches, partial(plan_dense_window, batches), dense=True)
+
+    def _counted(
+        self, window: _Window, make: Callable[[], tuple[ElisionPlan, ...]], *, dense: bool
+    ) -> StepPlan:
+        """Make the plans and count over all data ranks what they keep."""
+        with self.together(num_values=len(COUNTS)) as totals:
+            micro = tuple(replace(one, step=self.step) for one in make())
+            totals += count_step(window, micro, self.rows.num_padding)
+        counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
+        return StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
+
+    def _choose(
+        self, window: _Window, statistics: Mapping[str, Tensor]
+    ) -> tuple[Callable[[], tuple[ElisionPlan, ...]], QuotaState]:
+        """Return what makes the plans of a sparse step, and the quota's next state."""
+        method, reference = self.config.method, self._reference
+        with self.together():
+            reference_N = None if reference is None else reference.read(window_keys(window))
+            values_N = score_window(
+                method, window, step=self.step, reference_N=reference_N, statistics=statistics
+            )
+        num_hard_S, quota_state = count_hard(
+            method,
+            window,
+            values_N,
+            exchange=partial(gather_rows, group=self._layout.data, device=self._layout.device),
+            state=self._quota_state,
+        )
+        return partial(plan_window, method, window, values_N, num_hard_S, self.rows), quota_state
+
+    def together(self, num_values: int = 0) -> Any:
+        """Make an error on one data rank an error on all. Collective, when the block ends."""
+        return all_or_none(self._layout.data, self._layout.device, num_values=num_values)
+
+    def _read(self, window: _Window | Callable[[], _Window]) -> _Window:
         if self._open is not None:
             raise RuntimeError(
                 f"step {self.step} is planned but not ended; end it before the next one is planned "
                 "(finish_step, or `step` of what attach returned)"
             )
-        if self.step >= self.config.total_steps:
+        if self.step >= self.total_steps:
             raise ValueError(
-                f"step {self.step} is beyond total_steps={self.config.total_steps}; "
+                f"step {self.step} is beyond total_steps={self.total_steps}; "
                 "set total_steps to the optimizer steps of the whole run"
             )
         batches = window() if callable(window) else window
-        if self.elides:
-            assert self._difficulty is not None
+        if not batches:
+            raise ValueError(f"the window of step {self.step} is empty; give its micro-batches")
+        if self._difficulty is not None:
             self._difficulty.admit(batches)
         return batches
 
-    def _plan(
-        self, window: Sequence[TokenBatch], difficulty: list[Tensor], *, dense: bool
-    ) -> tuple[ElisionPlan, ...]:
-        micro = tuple(
-            replace(
-                plan_dense(batch) if dense else self._plan_sparse(batch, difficulty[i]),
-                step=self.step,
-                micro=i,
-            )
-            for i, batch in enumerate(window)
-        )
-        if not self.equal_slots:
-            return micro
-        longest = max(plan.num_slots for plan in micro)
-        return tuple(widen(plan, longest) for plan in micro)
+    def record(self, plan: ElisionPlan, losses_L: Tensor, **statistics_L: Tensor) -> None:
+        """Take the losses of one micro-batch's targets; they may be on a device.
 
-    def record(self, plan: ElisionPlan, losses_L: Tensor) -> None:
-        """Take the loss of each target of one micro-batch of the open step, on any device."""
-        current = self._require_open("record")
-        if plan.step != self.step or plan.micro in current.losses:
-            raise RuntimeError(
-                f"losses of step {plan.step}, micro-batch {plan.micro} do not belong here: step "
-                f"{self.step} is open and has micro-batches {sorted(current.losses)} already; "
-                "record each micro-batch of the open step once"
-            )
-        if losses_L.shape != (plan.num_targets,):
-            raise ValueError(
-                f"step {plan.step}, micro-batch {plan.micro} has {plan.num_targets} targets, but "
-                f"losses of shape {tuple(losses_L.shape)}; give one loss for each target"
-            )
-        current.losses[plan.micro] = losses_L.detach()
+        statistics_L: further values of the targets, by the names that the score's statistics
+        are made of.
+        """
+        self._require_open("record").record(plan, {"loss": losses_L, **statistics_L})
 
     def finish_step(self, *, applied: bool) -> None:
-        """End the open step and update the difficulty. Collective over data ranks.
+        """End the step. ``applied`` False (an overflow, say) changes no difficulty. Collective.
 
-        applied: False (as after an overflow, where no weight changes) changes no difficulty.
-
-        RuntimeError on all data ranks, with no difficulty changed, if losses are missing or one is
-        not finite; it names the micro-batches or the sample.
+        RuntimeError names the sample of a loss that is to be remembered and is not finite, on all
+        data ranks; nothing is remembered then.
         """
-        with all_or_none(self._layout.data, self._device):
+        with self.together():
             current = self._require_open("finish_step")
-            missing = set(range(len(current.plan.micro))) - set(current.losses)
-            if missing:
-                raise RuntimeError(
-                    f"step {self.step}: no losses of micro-batches {sorted(missing)}; "
-                    "record every micro-batch before finish_step"
-                )
-            updated = self._updated(current) if self.elides and applied else None
-        if updated is not None:
-            assert self._difficulty is not None
-            keys = [key for batch in current.window for key in batch.flat_keys]
-            self._difficulty.write(keys, updated)
+            current.require_complete()
+            updated = current.updated(self.config.statistics) if applied else {}
+        if updated and self._difficulty is not None:
+            self._difficulty.write(window_keys(current.window), updated)
+        self._quota_state = current.quota_state
         self._open = None
         self.step += 1
 
     def abandon_step(self) -> None:
-        """Forget the open step, which the host will not end. The next plan is of the same step."""
+        """Forget the plan of a step that the host will not end. It is planned anew, by the same
+        numbers."""
         self._open = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and the schedule. The difficulty store is saved separately, beside it."""
+        """Return the schedule's and the quota's state; the difficulty store saves itself."""
         if self._open is not None:
             raise RuntimeError(f"step {self.step} is open; save between steps")
-        return {"version": 1, "step": self.step, **asdict(self.schedule)}
+        own = {"version": STATE_FORMAT, "step": self.step, "quota": self._quota_state}
+        return {**own, "run_steps": self.total_steps, **asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set the step to the saved one. ValueError if the saved schedule is another one."""
-        if state["total_steps"] != self.config.total_steps:
-            raise ValueError(
-                f"total_steps={self.config.total_steps}, but the checkpoint's run has "
-                f"{state['total_steps']}: the schedule would change; resume with the same value"
-            )
-        for name, configured in asdict(self.schedule).items():
-            if state[name] != configured:
-                raise ValueError(
-                    f"{name} is {configured} by this configuration, but {state[name]} in the "
-                    "checkpoint's run: resume with the same warmup, cycles and final_dense_share"
-                )
-        self.step = state["step"]
+        """Take over what ``state_dict`` returned, and forget a step that is not ended.
 
-    def _require_open(self, call: str) -> _Open:
+        ValueError as ``require_state``.
+        """
+        self.require_state(state)
+        self.step, self._quota_state = state["step"], state["quota"]
+        self._open = None
+
+    def require_state(self, state: dict[str, Any]) -> None:
+        """Refuse, by ValueError, a state of another format, length of the run or schedule."""
+        if state.get("version") != STATE_FORMAT:
+            raise ValueError(
+                f"the checkpoint has state version {state.get('version')}, this version reads "
+                f"{STATE_FORMAT}; start the run anew (regate train CONFIG, with another run.out)"
+            )
+        if state["run_steps"] != self.total_steps:
+            raise ValueError(
+                f"total_steps={self.total_steps}, but the checkpoint's run has "
+                f"{state['run_steps']}: the schedule would change; resume with the same value"
+            )
+        self.schedule.require_same(state)
+
+    def _require_open(self, call: str) -> OpenStep:
         if self._open is None:
             raise RuntimeError(f"{call} without a planned step; call plan_step first")
         return self._open
-
-    def _read_difficulty(self, window: Sequence[TokenBatch]) -> list[Tensor]:
-        if not self.elides:
-            return []
-        assert self._difficulty is not None
-        values_N = self._difficulty.read([key for batch in window for key in batch.flat_keys])
-        return list(values_N.split([int(batch.is_label_BT.sum()) for batch in window]))
-
-    def _plan_sparse(self, batch: TokenBatch, difficulty_N: Tensor) -> ElisionPlan:
-        assert self._reference is not None
-        config = self.config
-        score_N = fuse_scores(
-            self._reference.read(batch.flat_keys),
-            difficulty_N,
-            reference_weight=config.reference_weight,
-            fusion=config.fusion,
-        )
-        plan = plan_ragged if self.one_row else plan_sparse
-        return plan(
-            batch,
-            score_N,
-            keep_share=config.keep_share,
-            align=config.align,
-            token_multiple=config.token_multiple,
-        )
-
-    def _updated(self, current: _Open) -> Tensor:
-        """Return the difficulty of all label positions of the window after the step."""
-        updated = [
-            updated_difficulty(batch, plan, old_N, current.losses[plan.micro], self.config.decay)
-            for batch, plan, old_N in zip(
-                current.window, current.plan.micro, current.difficulty, strict=True
-            )
-        ]
-        return torch.cat(updated)

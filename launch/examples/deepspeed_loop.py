@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     score_dataset(data, collate, teacher, store, torch.distributed.group.WORLD)
 
     total_steps = EPOCHS * (len(data) // (4 * torch.distributed.get_world_size()))
-    config = RegateConfig(total_steps=total_steps, enabled=not args.dense)
-    regate = attach(model, config, reference=ReferenceStore(store))
+    config = RegateConfig(enabled=not args.dense)
+    regate = attach(model, config, total_steps=total_steps, reference=ReferenceStore(store))
     engine, _, loader, _ = deepspeed.initialize(
         model=model, training_data=data, collate_fn=regate.collate(collate), config=DS
     )
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         loader.data_sampler.set_epoch(epoch)
         for window in regate.windows(loader, engine):
             total = 0.0
-            for batch, plan in window:
-                output = engine(**batch, **({"regate_plan": plan} if plan else {}))
-                loss = regate.loss(output, plan)
+            for batch in window:
+                output = engine(**batch)
+                loss = regate.loss(output)
                 engine.backward(loss)
                 engine.step()
                 total += float(loss.detach())

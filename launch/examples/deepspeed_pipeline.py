@@ -51,13 +51,17 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     score_dataset(data, collate, teacher, store, torch.distributed.group.WORLD)
 
-    config = RegateConfig(total_steps=STEPS, enabled=not args.dense)
+    config = RegateConfig(enabled=not args.dense)
     student = pipeline_student(model, config, num_stages=STAGES, partition_method="uniform")
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     engine, *_ = deepspeed.initialize(model=student, model_parameters=weights, config=DS)
-    regate = attach_pipeline(engine, reference=None if args.dense else ReferenceStore(store))
+    reference = None if args.dense else ReferenceStore(store)
+    regate = attach_pipeline(engine, total_steps=STEPS, reference=reference)
     batches = micro_batches(data, KeyedCollate(collate), engine.grid)
-    losses = [float(regate.train_batch(batches)) for _ in range(STEPS)]
+    losses = []
+    for _ in range(STEPS):
+        losses.append(float(regate.train_batch(batches)))
+        regate.step(applied=engine.was_step_applied())
     engine.save_checkpoint(str(args.out), tag="last")
     regate.save(args.out / "last")
     if engine.global_rank == 0:

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> Any:
         train_dataset=data,
         eval_dataset=Keyed(questions, "test"),
         data_collator=collate,
-        regate=RegateConfig(total_steps=STEPS, enabled=not args.dense),
+        regate=RegateConfig(enabled=not args.dense),
         reference=None if args.dense else ReferenceStore(store),
     )
     trainer.train(resume_from_checkpoint=args.resume or None)

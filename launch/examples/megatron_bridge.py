@@ -31,7 +31,6 @@ def main(file: str, recipe: str) -> None:
     config.model.calculate_per_token_loss, config.ddp.average_in_collective = True, False
     # Kept tokens carry their own rotary positions, which the fused kernel cannot take.
     config.model.apply_rope_fusion = False
-    config.train.train_iters = settings.elision.total_steps
     with installed_in_bridge(settings) as callback:
         pretrain(config, forward_step, callbacks=[callback])
 

@@ -4,62 +4,112 @@ Pipeline stages must agree on all shapes before the schedule starts, because a c
 schedule would wait for a rank that waits for its neighbour. So the rank that plans broadcasts the
 plans of all micro-batches at once.
 
-Header: status, optimizer step, dense or not, number of micro-batches, length of the array.
-Array: first T, B, K and whether rows hold several samples, for each micro-batch; then, for each
-micro-batch again, the kept positions (not in a dense step), segments and labels of all slots.
-Shapes: T positions of a row, B rows, K slots of a row.
+Header: status, length of the array, number of micro-batches, optimizer step, dense or not, targets
+over all data ranks, and the step's counts by the names of COUNTS.
+Array: first T, B, K, L, number filled, and whether rows are packed, moved and weighed, for each
+micro-batch; then, for each again, kept positions (where rows are moved), segments, the slots of the
+targets, the targets, and the bits of their weights (where they have any).
+Shapes: T positions of a row, B rows, K slots of a row, L targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from regate_ds.algorithm.counts import COUNTS
 from regate_ds.algorithm.plan import ElisionPlan, Slots, StepPlan, assemble_plan
 from regate_ds.parallel.collectives import broadcast_integers
 
-HEADER = 5
+HEADER = 6 + len(COUNTS)
 """Number of integers in a header."""
 
-_PLANNED, _FAILED = 0, 1
+_SHAPE = 8
+"""Number of integers that say what follows for a micro-batch."""
+
+_DONE, _FAILED = 0, 1
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Sent:
-    """The plans of one optimizer step, as a rank receives them."""
+class Replica:
+    """The ranks that hold one copy of the model; one of them plans for all."""
 
-    step: int
-    is_dense: bool
-    micro: tuple[ElisionPlan, ...]
+    planner: int
+    """The rank, of the world, that plans."""
+
+    group: ProcessGroup | None
+    """These ranks, on a backend for CPU memory; None if there is one."""
+
+    def share(self, make: Callable[[], StepPlan] | None) -> StepPlan:
+        """Return the step's plan on every rank; ``make`` makes it, on the rank that plans.
+
+        Collective over the replica: an error of ``make`` is a RuntimeError on all other ranks.
+        """
+        header, array = None, None
+        if make is not None:
+            header, array = self._call(lambda: encode(make()))
+        header = broadcast_integers(header, HEADER, self.planner, self.group, torch.int64)
+        array = broadcast_integers(array, array_length(header), self.planner, self.group)
+        return decode(header, array)
+
+    def confirm(self, call: Callable[[], None] | None) -> None:
+        """Wait until the rank that plans has done ``call``: the end of a step, a save, a load.
+
+        Collective over the replica: an error of ``call`` is a RuntimeError on all other ranks.
+        """
+        header = None
+        if call is not None:
+            self._call(call)
+            header = torch.zeros(HEADER, dtype=torch.int64)
+        array_length(broadcast_integers(header, HEADER, self.planner, self.group, torch.int64))
+
+    def _call(self, call: Callable[[], Found]) -> Found:
+        """Call on the rank that plans; where it fails, no other rank waits for what comes."""
+        try:
+            return call()
+        except BaseException:
+            if self.group is not None:
+                failure = torch.full((HEADER,), _FAILED, dtype=torch.int64)
+                broadcast_integers(failure, HEADER, self.planner, self.group, torch.int64)
+            raise
 
 
-ENDED = torch.tensor([_PLANNED, 0, 0, 0, 0], dtype=torch.int32)
-"""Header that the rank that plans sends when it has ended a step."""
-
-FAILURE = torch.tensor([_FAILED, 0, 0, 0, 0], dtype=torch.int32)
-"""Header that a rank sends when it could not plan, so that no rank waits for the array."""
-
-
-def encode(step: int, is_dense: bool, micro: Sequence[ElisionPlan]) -> tuple[Tensor, Tensor]:
-    """Return header and array of a step's plans, both int32."""
-    shapes = [[p.num_tokens, *p.kept_BK.shape, int(p.is_packed)] for p in micro]
-    parts = [torch.tensor(shapes).reshape(-1)]
-    for plan in micro:
-        tensors = (plan.segment_BK, plan.labels_BK)
-        parts += [x.reshape(-1) for x in (tensors if is_dense else (plan.kept_BK, *tensors))]
+def encode(plan: StepPlan) -> tuple[Tensor, Tensor]:
+    """Return header (int64) and array (int32) of a step's plan."""
+    parts = [torch.tensor([_shape(micro) for micro in plan.micro]).reshape(-1)]
+    for micro in plan.micro:
+        parts += [x.reshape(-1) for x in _tensors(micro)]
     array = torch.cat(parts).to(torch.int32)
-    header = [_PLANNED, step, int(is_dense), len(micro), len(array)]
-    return torch.tensor(header, dtype=torch.int32), array
+    counts = [plan.counts.get(name, 0) for name in COUNTS]
+    about = [plan.step, int(plan.is_dense), plan.num_targets_global]
+    header = [_DONE, len(array), len(plan.micro), *about, *counts]
+    return torch.tensor(header, dtype=torch.int64), array
+
+
+def _shape(plan: ElisionPlan) -> list[int]:
+    flags = (plan.is_packed, plan.moves_rows, plan.weight_L is not None)
+    sizes = (*plan.kept_BK.shape, plan.num_targets, plan.num_filled)
+    return [plan.num_tokens, *sizes, *map(int, flags)]
+
+
+def _tensors(plan: ElisionPlan) -> Iterator[Tensor]:
+    if plan.moves_rows:
+        yield plan.kept_BK
+    yield from (plan.segment_BK, plan.label_slot_L, plan.targets_L)
+    if plan.weight_L is not None:
+        yield plan.weight_L.float().view(torch.int32).long()
 
 
 def array_length(header: Tensor) -> int:
     """Return the length of the array that follows; RuntimeError if the rank that plans failed."""
-    status, *_, length = header.tolist()
+    status, length, *_ = header.tolist()
     if status == _FAILED:
         raise RuntimeError(
             "the rank that plans for this one, on the last pipeline stage, has failed; read that "
@@ -68,59 +118,39 @@ def array_length(header: Tensor) -> int:
     return length
 
 
-def decode(header: Tensor, array: Tensor) -> Sent:
-    """Rebuild the plans from what ``encode`` returned."""
-    _, step, dense, num_micro, _ = header.tolist()
-    shapes = array[: 4 * num_micro].reshape(-1, 4).tolist()
-    values = array[4 * num_micro :].long()
-    micro, start = [], 0
-    for number, (num_tokens, num_rows, num_slots, is_packed) in enumerate(shapes):
-        size = num_rows * num_slots
-        slots = values[start : start + (2 if dense else 3) * size].view(-1, num_rows, num_slots)
-        start += slots.numel()
-        kept_BK = torch.arange(num_slots).expand(num_rows, -1) if dense else slots[0]
-        plan = assemble_plan(
-            Slots(kept_BK, slots[-2], slots[-1]),
-            num_tokens=num_tokens,
-            is_dense=bool(dense),
-            is_packed=bool(is_packed),
-        )
-        micro.append(replace(plan, step=step, micro=number))
-    return Sent(step, bool(dense), tuple(micro))
+def decode(header: Tensor, array: Tensor) -> StepPlan:
+    """Rebuild the plan from what ``encode`` returned."""
+    _, _, num_micro, step, dense, num_targets, *counts = header.tolist()
+    shapes = array[: _SHAPE * num_micro].reshape(-1, _SHAPE).tolist()
+    values = _Reader(array[_SHAPE * num_micro :].long())
+    micro = [
+        replace(_decoded(shape, values), step=step, micro=number)
+        for number, shape in enumerate(shapes)
+    ]
+    named = dict(zip(COUNTS, counts, strict=True))
+    return StepPlan(step, bool(dense), tuple(micro), num_targets, named)
 
 
-def share_plan(plan: StepPlan | Sent | None, planner: int, replica: ProcessGroup | None) -> Sent:
-    """Return the plan of rank ``planner`` (of the world) on every rank of the replica.
+class _Reader:
+    """Takes the next values of the array."""
 
-    Collective over the replica. RuntimeError on all other ranks if that rank could not plan.
-    """
-    header, array = None, None
-    if plan is not None:
-        header, array = encode(plan.step, plan.is_dense, plan.micro)
-    header = broadcast_integers(header, HEADER, planner, replica)
-    array = broadcast_integers(array, array_length(header), planner, replica)
-    return decode(header, array)
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._start = values, 0
 
-
-def confirm(is_planner: bool, planner: int, replica: ProcessGroup | None) -> None:
-    """Wait until the rank that plans has ended the step; RuntimeError if it could not end it.
-
-    Collective over the replica. It costs no extra waiting: the ranks would wait for the next plan
-    at this point anyway.
-    """
-    header = ENDED.clone() if is_planner else None
-    array_length(broadcast_integers(header, HEADER, planner, replica))
+    def take(self, *shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        self._start += size
+        return self._values[self._start - size : self._start].view(shape)
 
 
-@contextmanager
-def failing_together(planner: int, replica: ProcessGroup | None) -> Iterator[None]:
-    """Turn an error of the rank that plans into an error on all ranks of its replica.
-
-    The other ranks wait in ``share_plan`` or ``confirm``, where they raise RuntimeError.
-    """
-    try:
-        yield
-    except BaseException:
-        if replica is not None:
-            broadcast_integers(FAILURE.clone(), HEADER, planner, replica)
-        raise
+def _decoded(shape: list[int], values: _Reader) -> ElisionPlan:
+    num_tokens, num_rows, num_slots, num_targets, num_filled, *flags = shape
+    is_packed, moves_rows, is_weighed = map(bool, flags)
+    kept_BK = torch.arange(num_slots).expand(num_rows, -1)
+    if moves_rows:
+        kept_BK = values.take(num_rows, num_slots)
+    segment_BK = values.take(num_rows, num_slots)
+    slots = Slots(kept_BK, segment_BK, values.take(num_targets), values.take(num_targets))
+    plan = assemble_plan(slots, num_tokens=num_tokens, moves_rows=moves_rows, is_packed=is_packed)
+    weight_L = values.take(num_targets).to(torch.int32).view(torch.float32) if is_weighed else None
+    return replace(plan, weight_L=weight_L, num_filled=num_filled)

@@ -7,10 +7,11 @@ one file for each data rank.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate
@@ -18,82 +19,122 @@ from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
 from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.stores.values import Stores
 from regate_ds.teacher.online import OnlineReference
 
 Difficulty = DifficultyStore | StreamDifficulty
-
-
-def open_session(
-    config: RegateConfig,
-    reference: ReferenceStore | OnlineReference | None,
-    layout: ParallelLayout,
-    device: torch.device | str,
-) -> tuple[Regate, Difficulty | None]:
-    """Make the session of a run and its difficulty; the difficulty is None if nothing is elided.
-
-    device: where the backend of the layout's groups wants its tensors.
-
-    ValueError if elision has no reference.
-    """
-    difficulty: Difficulty | None = None
-    if config.keep_share < 1.0 and reference is not None:
-        if isinstance(reference, OnlineReference) and reference.is_stream:
-            difficulty = StreamDifficulty(layout.data, device=device)
-        else:
-            difficulty = DifficultyStore(reference.index, layout.data, device=device)
-    session = Regate(
-        config, reference=reference, difficulty=difficulty, layout=layout, device=device
-    )
-    return session, difficulty
-
+Reference = ReferenceStore | OnlineReference
 
 STATE_FOLDER = "regate"
 """Name of the folder inside a checkpoint that holds the method's state."""
 
 
-def save_state(
-    checkpoint_dir: str | Path,
-    session: Regate,
-    difficulty: Difficulty | None,
-    *,
-    is_first: bool,
-) -> None:
-    """Write schedule and difficulty into the checkpoint.
+@dataclass(frozen=True)
+class Opened:
+    """The session of a run, and what it remembers."""
 
-    Every data rank calls it and writes its part of the difficulty; the rank with ``is_first`` also
-    writes the schedule, which all ranks share.
+    session: Regate
+    difficulty: Difficulty | None
+    """None where the score remembers nothing."""
+
+    def save(self, checkpoint_dir: str | Path) -> None:
+        """Write schedule and difficulty into the checkpoint.
+
+        Every data rank calls it and writes its part of the difficulty; the first one also writes
+        what all ranks share.
+        """
+        folder = Path(checkpoint_dir) / STATE_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.session.state_dict()
+        if self.difficulty is not None:
+            self.difficulty.save(folder)
+            state |= {
+                "num_files": self.difficulty.num_ranks,
+                "num_writes": self.difficulty.num_writes,
+            }
+        if self.session.is_first:
+            write_atomically(folder / "state.json", json.dumps(state).encode())
+
+    def load(self, checkpoint_dir: str | Path) -> None:
+        """Load what ``save`` wrote; the number of data ranks may differ from the saved one.
+
+        ValueError if the checkpoint is incomplete, or does not fit the run.
+        """
+        state, folder = read_state(checkpoint_dir), Path(checkpoint_dir) / STATE_FOLDER
+        self.session.require_state(state)
+        self._load_difficulty(state, folder)
+        self.session.load_state_dict(state)
+
+    def _load_difficulty(self, state: dict[str, Any], folder: Path) -> None:
+        if self.difficulty is None:
+            return
+        if "num_files" not in state:
+            raise ValueError(
+                f"{folder} is of a run without difficulty, as a dense one; set execution=none, or "
+                "resume from a checkpoint of a run with this score"
+            )
+        self.difficulty.load(folder, num_ranks=state["num_files"])
+        if self.difficulty.num_writes != state["num_writes"]:
+            raise ValueError(
+                f"{folder}: the difficulty was written {self.difficulty.num_writes} times, its "
+                f"state.json says {state['num_writes']}: a save over an older one was "
+                "interrupted; resume from another checkpoint, and save each checkpoint into its "
+                "own folder"
+            )
+
+
+def require_reference(config: RegateConfig, reference: object, *, online: bool = False) -> None:
+    """Refuse, by ValueError, a run without the losses that its score reads.
+
+    It needs the arguments alone, so that every rank that attaches raises. online: whether the host
+    can use a teacher that scores while training.
     """
-    folder = Path(checkpoint_dir) / STATE_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    state = session.state_dict()
-    if difficulty is not None:
-        difficulty.save(folder)
-        state |= {"num_files": difficulty.num_ranks, "num_writes": difficulty.num_writes}
-    if is_first:
-        write_atomically(folder / "state.json", json.dumps(state).encode())
+    if isinstance(reference, OnlineReference) and not online:
+        raise ValueError(
+            "reference is an online teacher, which works in a DeepSpeed loop only; write a store "
+            "with score_dataset and give ReferenceStore(path)"
+        )
+    if config.needs_reference and reference is None:
+        raise ValueError(
+            f"score={type(config.score).__name__} needs the teacher's losses, but reference=None; "
+            "give a ReferenceStore, or an online teacher, or set execution=none for the dense run"
+        )
 
 
-def load_state(checkpoint_dir: str | Path, session: Regate, difficulty: Difficulty | None) -> None:
-    """Load what ``save_state`` wrote; the number of data ranks may differ from the saved one.
-
-    ValueError if the checkpoint is incomplete, or does not fit the run.
-    """
+def read_state(checkpoint_dir: str | Path) -> dict[str, Any]:
+    """Return what all ranks share of a checkpoint; ValueError if it has none."""
     folder = Path(checkpoint_dir) / STATE_FOLDER
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
-    state = json.loads((folder / "state.json").read_text())
-    session.load_state_dict(state)
-    if difficulty is None:
-        return
-    if "num_files" not in state:
-        raise ValueError(
-            f"{folder} is of a dense run without difficulty; set keep_share=1.0, or resume from a "
-            "checkpoint of a run that elides tokens"
-        )
-    difficulty.load(folder, num_ranks=state["num_files"])
-    if difficulty.num_writes != state["num_writes"]:
-        raise ValueError(
-            f"{folder}: the difficulty was written {difficulty.num_writes} times, its "
-            f"state.json says {state['num_writes']}: a save over an older one was interrupted; "
-            "resume from another checkpoint, and save each checkpoint into its own folder"
-        )
+    return json.loads((folder / "state.json").read_text())
+
+
+def open_session(
+    config: RegateConfig,
+    reference: Reference | None,
+    layout: ParallelLayout,
+    *,
+    total_steps: int,
+    rows: RowLayout | None = None,
+) -> Opened:
+    """Make the session of a run of ``total_steps`` steps, and the difficulty that its score needs.
+
+    ValueError if the score needs reference losses and has none.
+    """
+    difficulty = _difficulty(config, reference, layout) if config.statistics else None
+    stores = Stores(reference, difficulty)
+    session = Regate(config, stores, total_steps=total_steps, layout=layout, rows=rows)
+    return Opened(session, difficulty)
+
+
+def _difficulty(
+    config: RegateConfig, reference: Reference | None, layout: ParallelLayout
+) -> Difficulty | None:
+    columns = {statistic.name: statistic.unseen for statistic in config.statistics}
+    if reference is None and config.needs_reference:
+        return None
+    is_stream = isinstance(reference, OnlineReference) and reference.is_stream
+    if reference is None or is_stream:
+        # Nothing lists the samples beforehand.
+        return StreamDifficulty(layout.data, columns=columns, device=layout.device)
+    return DifficultyStore(reference.index, layout.data, columns=columns, device=layout.device)

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 
+from regate_ds.algorithm.batch import host_labels
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.data.collate import Batch, moved
+
+PLAN = "regate_plan"
+"""Name under which a micro-batch carries its plan to the model."""
 
 _log = logging.getLogger(__name__)
 
 
-class Window(Sequence[tuple[Any, ElisionPlan | None]]):
-    """The micro-batches of one optimizer step, each with its plan (None without elision).
+class Window(Sequence[Any]):
+    """The micro-batches of one optimizer step, each with its plan in it.
 
-    A micro-batch is moved to the device when it is read from the window.
+    Without elision a micro-batch is the host's own. It is moved to the device when it is read.
     """
 
     def __init__(
@@ -29,11 +33,21 @@ class Window(Sequence[tuple[Any, ElisionPlan | None]]):
         return len(self._micro)
 
     def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return Window(self._micro[number], self._plans[number], self._device)
         batch, plan = self._micro[number], self._plans[number]
-        inputs = batch.inputs if isinstance(batch, Batch) else batch
-        if isinstance(inputs, Mapping):
-            inputs = moved(dict(inputs), self._device)
-        return inputs, None if plan is None else plan.to(self._device)
+        if plan is not None:
+            inputs = moved(batch.inputs, self._device)
+            if PLAN in inputs:
+                raise ValueError(f"the batch has an input {PLAN!r}, the plan's own name; rename it")
+            return {**inputs, PLAN: plan.to(self._device)}
+        inputs = _with_labels(batch) if isinstance(batch, Batch) else batch
+        return moved(dict(inputs), self._device) if isinstance(inputs, Mapping) else inputs
+
+
+def _with_labels(batch: Batch) -> dict[str, Any]:
+    """Return the host's own batch, of which ``KeyedCollate`` took the labels."""
+    return {"labels": host_labels(batch.tokens.labels_BT), **batch.inputs}
 
 
 def require_collated(micro: Sequence[Any]) -> None:
@@ -49,19 +63,26 @@ def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[l
     """Yield groups of ``size`` micro-batches.
 
     Micro-batches at the end that do not fill a group are yielded if ``keep_rest`` is true;
-    otherwise a warning in the log says how many are left out.
+    otherwise a warning in the log says how many are left out. ValueError if there is no group.
     """
     micro: list[Any] = []
+    has_group = keep_rest
     for batch in loader:
         micro.append(batch)
         if len(micro) == size:
+            has_group = True
             yield micro
             micro = []
+    if micro and not has_group:
+        raise ValueError(
+            f"the loader ended after {len(micro)} of the {size} micro-batches of a step, so there "
+            "is no step; give more samples, or lower gradient_accumulation_steps"
+        )
     if micro and keep_rest:
         yield micro
     elif micro:
         _log.warning(
-            "left out %d micro-batches at the end of the epoch: a step takes %d; shuffle the "
+            "left out the last %d micro-batches of the epoch: a step takes %d; shuffle the "
             "loader every epoch, or it will leave out the same samples each time",
             len(micro),
             size,

@@ -35,6 +35,9 @@ class TokenBatch:
     labels_BT: Tensor
     """int64: the token at t+1 where it belongs to an answer, else IGNORE. Already shifted."""
 
+    image_BT: Tensor | None = None
+    """int64: the number of the image in its sample, -1 where no image is; None if not known."""
+
     def __post_init__(self) -> None:
         if self.segment_BT.shape != self.labels_BT.shape or self.labels_BT.dim() != 2:
             raise ValueError(
@@ -53,6 +56,11 @@ class TokenBatch:
             raise ValueError(
                 f"row {row} has {int(num_segments_B[row])} segments, but {int(num_keys_B[row])} "
                 "keys; give each row exactly one key for each of its segments"
+            )
+        if self.image_BT is not None and self.image_BT.shape != self.labels_BT.shape:
+            raise ValueError(
+                f"image_BT {tuple(self.image_BT.shape)} and labels {tuple(self.labels_BT.shape)} "
+                "differ in shape; give both the same shape [B, T]"
             )
         labelled_padding = (self.is_label_BT & (self.segment_BT < 0)).nonzero()
         if len(labelled_padding):
@@ -101,6 +109,13 @@ def starts_segment(segment_BT: Tensor) -> Tensor:
     previous_BT = torch.roll(segment_BT, 1, dims=1)
     previous_BT[:, 0] = -1
     return (segment_BT >= 0) & (segment_BT != previous_BT)
+
+
+def number_runs(is_image_BT: Tensor) -> Tensor:
+    """Number the runs of True in each row of [..., T] from 0; -1 elsewhere."""
+    before_BT = torch.nn.functional.pad(is_image_BT[..., :-1], (1, 0))
+    number_BT = (is_image_BT & ~before_BT).long().cumsum(-1) - 1
+    return number_BT.masked_fill(~is_image_BT, -1)
 
 
 def shift_labels(labels_BT: Tensor) -> Tensor:

@@ -11,19 +11,19 @@ from regate_ds.algorithm.plan import ElisionPlan
 
 
 def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
-    """Return the kept positions of each row, [B, K, H]; the input itself if the plan is dense."""
-    if plan.is_dense:
+    """Return the kept positions of each row in reading order, [B, K, H].
+
+    It is the input itself if the plan moves no rows.
+    """
+    if not plan.moves_rows:
         return x_BTH
     index_BK1 = plan.kept_BK.unsqueeze(-1)
     return x_BTH.gather(1, index_BK1.expand(-1, -1, x_BTH.shape[-1]))
 
 
 def restore(x_BTH: Tensor, y_BKH: Tensor, plan: ElisionPlan) -> Tensor:
-    """Put the layers' results back at their positions in x; elided positions keep x unchanged.
-
-    A dense plan returns ``y_BKH`` itself.
-    """
-    if plan.is_dense:
+    """Put results back to their positions; elided ones ride the residual stream unchanged."""
+    if not plan.moves_rows:
         return y_BKH
     hidden = x_BTH.shape[-1]
     y_RH = y_BKH.reshape(-1, hidden).index_select(0, plan.slot_R)

@@ -20,16 +20,22 @@ CHUNK = 256
 
 
 def summed_loss(
-    hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_L: Tensor
+    hidden_LH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_L: Tensor,
+    share_L: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the targets' losses in nats, and the losses [L], detached. At least fp32.
 
-    Every target has weight 1, so the gradient is known before the backward pass up to one scalar.
+    share_L: weight of each target in the sum; None is 1 for all.
+
+    The weights are known, so the gradient is known before the backward pass up to one scalar.
     It is computed here, chunk by chunk, while the logits exist; the backward pass only scales it,
     and can run once.
     """
     with_grad = torch.is_grad_enabled()
-    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, with_grad)
+    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, share_L, with_grad)
 
 
 def token_losses(
@@ -44,8 +50,6 @@ def token_losses(
         checkpoint(_chunk_losses, h, weight_VH, bias_V, t, use_reentrant=False)
         for h, t in zip(hidden_LH.split(CHUNK), targets_L.split(CHUNK), strict=True)
     ]
-    if not losses:
-        return hidden_LH.new_zeros(0, dtype=_precise(hidden_LH)) + 0.0 * hidden_LH.sum()
     return torch.cat(losses)
 
 
@@ -72,6 +76,7 @@ class _SummedLoss(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         targets_L: Tensor,
+        share_L: Tensor | None,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         wants = [with_grad and wanted for wanted in ctx.needs_input_grad[:3]]
@@ -88,11 +93,14 @@ class _SummedLoss(torch.autograd.Function):
                 residual_CV.scatter_add_(
                     1, targets_C[:, None], -torch.ones_like(at_target_C)[:, None]
                 )
+                if share_L is not None:
+                    residual_CV.mul_(share_L[start : start + CHUNK, None])
                 sums.add(start, h_CH, residual_CV.to(hidden_LH.dtype))
         ctx.gradients = sums.finished()
         losses_L = torch.cat([hidden_LH.new_zeros(0, dtype=_precise(hidden_LH)), *losses])
         ctx.mark_non_differentiable(losses_L)
-        return losses_L.sum(), losses_L
+        summed = losses_L if share_L is None else losses_L * share_L
+        return summed.sum(), losses_L
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +112,7 @@ class _SummedLoss(torch.autograd.Function):
         # Free the gradients: the head's is [V, H], and the loss may outlive this step.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g * grads[0].to(g.dtype) for g in gradients]
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 class _Gradients:

@@ -1,11 +1,11 @@
 """The plan of a step as data: which positions of each row enter the gated layers.
 
-Shapes: B rows, T positions of a row, K slots of a row after the gate, R real (not padding) slots of
-the micro-batch, L kept targets.
+Shapes: B rows, T positions, K slots of a row, R real (not padding) slots of the micro-batch, L
+targets, S samples.
 """
 
 # torch's own types have gaps.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -20,58 +20,62 @@ from regate_ds.algorithm.batch import IGNORE, TokenBatch
 
 @dataclass(frozen=True)
 class ElisionPlan:
-    """The kept positions of one micro-batch, and what the decoder and the loss need to use them."""
+    """The kept positions of one micro-batch, and what the decoder and the loss need of them."""
 
-    is_dense: bool
-    """True if nothing is elided: each slot is the position itself, padding included."""
+    moves_rows: bool
+    """False: slots are positions, padding included, and layers see the rows as the host has them.
+    Something may be elided from the loss all the same."""
 
     num_tokens: int
     """T, the length of a row before the gate."""
 
     kept_BK: Tensor
-    """int64: position of each slot, in reading order; padding slots, at the end, point to 0."""
+    """int64: position of each slot, in reading order; padding slots, at the end, point to 0.
+    Where no row moves, slots are positions."""
 
     segment_BK: Tensor
-    """int64: which sample of its row a slot belongs to; -1 is padding. Attention stays inside it.
-    """
-
-    labels_BK: Tensor
-    """int64: target of each slot, IGNORE where it has none. The loss is computed on all targets."""
+    """int64: sample of the row that a slot belongs to; -1 is padding. Attention stays inside."""
 
     slot_R: Tensor
-    """int64: the real slots as flat indices into [B * K]."""
+    """int64: real slots as flat indices into [B * K]."""
 
     position_R: Tensor
     """int64: the positions of the real slots as flat indices into [B * T]."""
 
     label_slot_L: Tensor
-    """int64: the slots with a target as flat indices into [B * K], in reading order."""
+    """int64: for each target of the loss the slot that predicts it, as a flat index into [B * K],
+    in reading order. A slot may predict several."""
 
     label_position_L: Tensor
-    """int64: the positions of the kept targets as flat indices into [B * T]."""
+    """int64: for each target the position whose label it is, as a flat index into [B * T]."""
+
+    targets_L: Tensor
+    """int64: token ids that the loss asks for."""
 
     run_lengths: tuple[int, ...]
-    """Lengths of the runs of slots, in the flattened [B * K], that hold one sample or padding."""
+    """Lengths of the runs of one sample, or of padding, through the flattened [B * K] slots."""
 
     token_run_lengths: tuple[int, ...]
-    """Lengths of such runs of positions in the flattened [B * T], for layers that see every token.
-    """
+    """The same through the flattened [B * T] positions, for layers that see every token."""
 
     is_packed: bool
-    """True if a row holds several samples: causal order alone does not keep them apart then."""
+    """Some row holds several samples, so that causal order alone does not bound attention."""
+
+    weight_L: Tensor | None = None
+    """fp32 weight of each target in the summed loss; None is 1 for all."""
 
     num_filled: int = 0
-    """Number of label positions kept only to reach the token multiple."""
+    """Label positions kept only to reach the row's multiple."""
 
     step: int = 0
-    """Number of the optimizer step that is planned."""
+    """The optimizer step that this plan is of."""
 
     micro: int = 0
-    """Number of the micro-batch within that step."""
+    """The micro-batch of that step."""
 
     @property
     def num_slots(self) -> int:
-        """K, the length of a row after the gate."""
+        """K, the length of a packed row."""
         return self.kept_BK.shape[1]
 
     @property
@@ -87,8 +91,11 @@ class ElisionPlan:
         return len(self.label_slot_L)
 
     @property
-    def targets_L(self) -> Tensor:
-        return self.labels_BK.reshape(-1)[self.label_slot_L]
+    def sample_lengths(self) -> Tensor:
+        """int64 [S]: kept positions of each sample, in reading order."""
+        sample_R = (self.slot_R // self.num_slots) * (self.num_slots + 1)
+        sample_R = sample_R + self.segment_BK.reshape(-1)[self.slot_R]
+        return sample_R.unique_consecutive(return_counts=True)[1]
 
     def to(self, device: torch.device | str) -> ElisionPlan:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -96,34 +103,64 @@ class ElisionPlan:
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """The decision for all micro-batches of one optimizer step, on this data rank."""
+
+    step: int
+    is_dense: bool
+    """Nothing is elided, from no layer and no loss: by the schedule, or by the configuration."""
+
+    micro: tuple[ElisionPlan, ...]
+    num_targets_global: int
+    """Targets of the step over all data ranks: what the summed loss is divided by."""
+
+    counts: dict[str, int]
+    """Over all data ranks, by the names of COUNTS."""
+
+
+@dataclass(frozen=True)
 class Slots:
-    """What each slot [B, K] of a micro-batch holds; padding has segment -1 and no label."""
+    """What each slot [B, K] of a micro-batch holds, and the targets that slots predict."""
 
     kept_BK: Tensor
     segment_BK: Tensor
-    labels_BK: Tensor
+    label_slot_L: Tensor
+    targets_L: Tensor
 
 
 def plan_dense(batch: TokenBatch) -> ElisionPlan:
-    """Keep every position, padding included: the layers compute what the host's own would."""
+    """Keep everything: what the host itself would compute, padding included."""
+    return plan_loss(batch, batch.is_label_BT)
+
+
+def plan_loss(batch: TokenBatch, target_BT: Tensor) -> ElisionPlan:
+    """Keep every position in every layer; only the labels at ``target_BT`` enter the loss."""
     num_rows, num_tokens = batch.labels_BT.shape
-    return pack(batch, torch.arange(num_tokens).expand(num_rows, -1), is_dense=True)
+    kept_BK = torch.arange(num_tokens).expand(num_rows, -1)
+    return _pack(batch, kept_BK, target_BT, moves_rows=False)
 
 
-def pack(batch: TokenBatch, kept_BK: Tensor, *, is_dense: bool) -> ElisionPlan:
-    """Make the plan that keeps the positions ``kept_BK``, where T means a padding slot."""
+def plan_rows(batch: TokenBatch, kept_BK: Tensor) -> ElisionPlan:
+    """Keep the positions ``kept_BK`` of each row (T means padding), with the loss on all labels
+    among them."""
+    return _pack(batch, kept_BK, batch.is_label_BT, moves_rows=True)
+
+
+def _pack(
+    batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor, *, moves_rows: bool
+) -> ElisionPlan:
+    """Select by ``kept_BK`` what the decoder and the loss need."""
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens
     kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
-    slots = Slots(
-        kept_BK,
-        batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1),
-        batch.labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE),
-    )
+    segment_BK = batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1)
+    labels_BT = batch.labels_BT.masked_fill(~target_BT, IGNORE)
+    labels_P = labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE).reshape(-1)
+    label_slot_L = (labels_P != IGNORE).nonzero().squeeze(1)
     return assemble_plan(
-        slots,
+        Slots(kept_BK, segment_BK, label_slot_L, labels_P[label_slot_L]),
         num_tokens=num_tokens,
-        is_dense=is_dense,
+        moves_rows=moves_rows,
         is_packed=any(len(row) > 1 for row in batch.keys),
         token_run_lengths=_run_lengths(batch.segment_BT),
     )
@@ -133,25 +170,24 @@ def assemble_plan(
     slots: Slots,
     *,
     num_tokens: int,
-    is_dense: bool,
+    moves_rows: bool,
     is_packed: bool,
     token_run_lengths: tuple[int, ...] = (),
 ) -> ElisionPlan:
-    """Make a plan from its slots alone, which is all that some ranks are sent."""
-    kept_BK, segment_BK, labels_BK = slots.kept_BK, slots.segment_BK, slots.labels_BK
+    """Return the full plan from what its slots hold, as on a rank that was sent only these."""
+    kept_BK, segment_BK = slots.kept_BK, slots.segment_BK
     slot_R = (segment_BK >= 0).reshape(-1).nonzero().squeeze(1)
     flat_K = (kept_BK + num_tokens * torch.arange(len(kept_BK))[:, None]).reshape(-1)
-    label_slot_L = (labels_BK != IGNORE).reshape(-1).nonzero().squeeze(1)
     return ElisionPlan(
-        is_dense=is_dense,
+        moves_rows=moves_rows,
         num_tokens=num_tokens,
         kept_BK=kept_BK,
         segment_BK=segment_BK,
-        labels_BK=labels_BK,
         slot_R=slot_R,
         position_R=flat_K[slot_R],
-        label_slot_L=label_slot_L,
-        label_position_L=flat_K[label_slot_L],
+        label_slot_L=slots.label_slot_L,
+        label_position_L=flat_K[slots.label_slot_L],
+        targets_L=slots.targets_L,
         run_lengths=_run_lengths(segment_BK),
         token_run_lengths=token_run_lengths,
         is_packed=is_packed,
@@ -159,44 +195,30 @@ def assemble_plan(
 
 
 def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
-    """Return the plan with padding slots added to each row, up to ``num_slots``.
-
-    A dense plan is returned as it is.
-    """
+    """Return the same plan with rows of ``num_slots`` slots: padding at their ends."""
     missing = num_slots - plan.num_slots
-    if plan.is_dense or missing == 0:
+    if not plan.moves_rows or missing == 0:
         return plan
 
-    def pad(x_BK: Tensor, value: int) -> Tensor:
+    def wider(x_BK: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(x_BK, (0, missing), value=value)
 
-    slots = Slots(pad(plan.kept_BK, 0), pad(plan.segment_BK, -1), pad(plan.labels_BK, IGNORE))
-    widened = assemble_plan(
+    row_L, slot_L = plan.label_slot_L // plan.num_slots, plan.label_slot_L % plan.num_slots
+    label_slot_L = row_L * num_slots + slot_L
+    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), label_slot_L, plan.targets_L)
+    wide = assemble_plan(
         slots,
         num_tokens=plan.num_tokens,
-        is_dense=False,
+        moves_rows=True,
         is_packed=plan.is_packed,
         token_run_lengths=plan.token_run_lengths,
     )
-    return replace(widened, num_filled=plan.num_filled, step=plan.step, micro=plan.micro)
+    same = {name: getattr(plan, name) for name in ("weight_L", "num_filled", "step", "micro")}
+    return replace(wide, label_position_L=plan.label_position_L, **same)
 
 
 def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:
     num_rows, num_slots = segment_BK.shape
-    # Segments are numbered through the rows, so that equal ones of neighbouring rows differ.
+    # Numbered through the rows, so that equal segments of neighbouring rows differ.
     run_BK = segment_BK + (num_slots + 1) * torch.arange(num_rows)[:, None]
     return tuple(run_BK.reshape(-1).unique_consecutive(return_counts=True)[1].tolist())
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """The plans of all micro-batches of one optimizer step on this data rank."""
-
-    step: int
-    is_dense: bool
-    micro: tuple[ElisionPlan, ...]
-    num_targets_global: int
-    """Number of targets of the step over all data ranks; divide the summed loss by it."""
-
-    counts: dict[str, int]
-    """Totals over all data ranks, by the names in COUNTS."""

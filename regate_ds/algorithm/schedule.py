@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +30,12 @@ class Schedule:
         """Return the mean over all steps of the share kept: 1 if dense, else ``keep_share``."""
         num_dense = sum(self.is_dense(step) for step in range(self.total_steps))
         return (num_dense + (self.total_steps - num_dense) * keep_share) / self.total_steps
+
+    def require_same(self, saved: Mapping[str, Any]) -> None:
+        """Refuse, by ValueError, to go on with another schedule than the saved one."""
+        for name, value in asdict(self).items():
+            if saved[name] != value:
+                raise ValueError(
+                    f"{name} is {value} by this configuration, but {saved[name]} in the "
+                    "checkpoint's run; resume with the same schedule"
+                )

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.data.llava.encode import EncodedSample, Encoder, VisionInputs, describe
+from regate_ds.data.llava.encode import Encoder, VisionInputs, describe
 from regate_ds.data.llava.images import IMAGE_ERRORS
 from regate_ds.data.llava.records import Record, bad_record
+from regate_ds.data.llava.sample import EncodedSample
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,18 @@ class Collator:
         rows = self._rows(samples)
         encoded = [[sample.encoded for sample in row] for row in rows]
         segment_BT, position_BT = _layout([[len(sample) for sample in row] for row in encoded])
+        image_BT = _pad([[sample.image_S for sample in row] for row in encoded], -1)
         tokens = TokenBatch(
             keys=tuple(tuple(sample.key for sample in row) for row in encoded),
             segment_BT=segment_BT,
             labels_BT=_pad([[sample.labels_S for sample in row] for row in encoded], IGNORE),
+            image_BT=image_BT,
         )
         ids_BT = _pad([[sample.input_ids_S for sample in row] for row in encoded], self._pad_id)
         inputs = {"input_ids": ids_BT}
         if self._pack_length is not None:
             inputs["position_ids"] = position_BT
-        is_placeholder_BT = _pad(
-            [[sample.is_placeholder_S for sample in row] for row in encoded], False
-        )
-        inputs |= self._vision_inputs(rows, ids_BT, is_placeholder_BT)
+        inputs |= self._vision_inputs(rows, ids_BT, image_BT >= 0)
         return Batch(inputs, tokens)
 
     def _rows(self, samples: Sequence[LoadedSample]) -> list[list[LoadedSample]]:

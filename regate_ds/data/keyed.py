@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regate_ds.algorithm.batch import TokenBatch, shift_labels
+from regate_ds.algorithm.batch import TokenBatch, number_runs, shift_labels
 from regate_ds.data.collate import Batch
 
 KEY = "regate_key"
@@ -39,6 +39,13 @@ class Keyed(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        """Pass on the data set's own attributes, which samplers and loaders may ask for."""
+        if name in ("_dataset", "_name"):
+            # Asked for before they are set, when a copy is made for a worker process.
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         item = self._dataset[number]
         if not isinstance(item, Mapping):
@@ -57,9 +64,16 @@ class KeyedCollate:
     returns, because the plan has them.
     """
 
-    def __init__(self, collate_fn: Callable[[list[Any]], dict[str, Tensor]]) -> None:
-        """Wrap the host's ``collate_fn``; its labels are as Hugging Face models take them."""
-        self._collate_fn = collate_fn
+    def __init__(
+        self,
+        collate_fn: Callable[[list[Any]], dict[str, Tensor]],
+        image_token_id: int | None = None,
+    ) -> None:
+        """Wrap the host's ``collate_fn``; its labels are as Hugging Face models take them.
+
+        image_token_id: the token id of image placeholders in ``input_ids``; None if there are none.
+        """
+        self._collate_fn, self._image_token_id = collate_fn, image_token_id
 
     def __call__(self, items: list[dict[str, Any]]) -> Batch:
         """Return the micro-batch of these items.
@@ -83,7 +97,14 @@ class KeyedCollate:
             raise ValueError(f"row {row} has padding before tokens; set padding_side='right'")
         segment_BT = torch.where(mask_BT, 0, -1)
         inputs = {k: v for k, v in inputs.items() if k != "labels"}
-        return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT)))
+        image_BT = self._images(inputs)
+        return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT), image_BT))
+
+    def _images(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Number each row's images by their runs of placeholders; None where there are none."""
+        if self._image_token_id is None or "input_ids" not in inputs:
+            return None
+        return number_runs(inputs["input_ids"] == self._image_token_id)
 
 
 class PlainCollate:

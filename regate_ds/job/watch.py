@@ -5,6 +5,7 @@ message over it. If a rank is killed, the system closes the connection; if its n
 keep-alive probes find that out. The first rank sends the first failure that it hears of to all.
 
 A message is one line of JSON, ``[rank, text]``; a rank that leaves in order sends ``null`` as text.
+A rank sends a token first, and says nothing more before it is answered.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ class Watch:
         else:
             self._peer = _connect(addresses, port)
         _send(self._peer, rank, str(token))
-        exchange([0])  # All ranks are connected now.
-        threading.Thread(target=self._listen, daemon=True).start()
+        lines = _Lines(self._peer)
+        lines.next()  # The first rank's answer: from now on it hears this rank, and tells it.
+        exchange([0])  # That is true of all ranks now.
+        threading.Thread(target=self._listen, args=(lines,), daemon=True).start()
 
     def fail(self, text: str, *, is_doubtful: bool = False) -> Failure:
         """Tell the others that this rank failed; return the first failure, maybe another rank's.
@@ -101,9 +104,9 @@ class Watch:
             self._is_over = True
         _send(self._peer, self._rank, None)
 
-    def _listen(self) -> None:
+    def _listen(self, lines: _Lines) -> None:
         """Wait until the first rank sends a failure, leaves, or is gone."""
-        message = _Lines(self._peer).next()
+        message = lines.next()
         if message is not None and message[1] is None:
             return
         failure = Failure(0, DIED) if message is None else Failure(message[0], message[1] or "")
@@ -165,6 +168,7 @@ class _Hub:
             connection.close()
         else:
             self._ranks[connection] = message[0]
+            _send(connection, message[0], None)
         return False
 
     def _forget(self, connection: socket.socket) -> None:

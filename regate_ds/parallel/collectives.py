@@ -118,17 +118,21 @@ def exchange_tensors(
 
 
 def broadcast_integers(
-    values: Tensor | None, length: int, source: int, group: ProcessGroup | None
+    values: Tensor | None,
+    length: int,
+    source: int,
+    group: ProcessGroup | None,
+    dtype: torch.dtype = torch.int32,
 ) -> Tensor:
-    """Return the int32 values of rank ``source`` (of the world) on every rank of the group.
+    """Return, on every rank of the group, the integers of the rank ``source`` of the world.
 
-    ``values`` is None on the other ranks; ``length`` is their number.
+    values: given on that rank; the others pass None, and how many there are.
     """
     if group is None:
         assert values is not None
         return values
     if values is None:
-        values = torch.empty(length, dtype=torch.int32)
+        values = torch.empty(length, dtype=dtype)
     dist.broadcast(values, source, group=group)
     return values
 
@@ -188,3 +192,15 @@ def broadcast_text(
         content = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
     dist.broadcast(content, group_src=0, group=group)
     return bytes(content.tolist()).decode()
+
+
+def gather_rows(
+    rows_NC: Tensor, group: ProcessGroup | None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, int]:
+    """Return every rank's int64 rows, by rank, on the CPU, and where this rank's begin."""
+    if group is None:
+        return rows_NC, 0
+    width = rows_NC.shape[1]
+    found = [flat.view(-1, width) for flat in gather_vectors(rows_NC.flatten(), group, device)]
+    start = sum(len(rows) for rows in found[: dist.get_rank(group)])
+    return torch.cat(found), start

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -18,6 +19,9 @@ class ParallelLayout:
     data: ProcessGroup | None = None
     """Ranks that see different samples."""
 
+    device: torch.device | str = "cpu"
+    """Where the backend of these groups wants its tensors."""
+
     replica: ProcessGroup | None = None
     """Ranks that hold one copy of the model together (tensor, context and pipeline axes)."""
 
@@ -25,6 +29,11 @@ class ParallelLayout:
 def rank_in(group: ProcessGroup | None) -> int:
     """Return this process's rank in the group; 0 where the axis is not in use."""
     return 0 if group is None else dist.get_rank(group)
+
+
+def is_first(group: ProcessGroup | None) -> bool:
+    """Return whether this rank is the group's first: the one that writes what all share."""
+    return rank_in(group) == 0
 
 
 def size_of(group: ProcessGroup | None) -> int:

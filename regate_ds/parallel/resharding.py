@@ -11,6 +11,7 @@ Shapes: N moved rows, R rows that a rank holds, H hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from regate_ds.algorithm.rows import RowFormat, RowLayout
 from regate_ds.parallel.collectives import exchange_tensors
 
 
@@ -41,6 +43,20 @@ class SequenceCut:
     def multiple(self) -> int:
         """Number that the length of a sequence must be a multiple of."""
         return self.zigzag * self.tensor_size
+
+    def row_layout(
+        self, row_format: RowFormat, token_multiple: int, row_multiple: int = 1
+    ) -> RowLayout:
+        """Return how kept rows must lie to be cut so.
+
+        token_multiple: what the user wants. row_multiple: what the number of rows of each rank must
+        be a multiple of.
+        """
+        multiple = math.lcm(token_multiple, self.multiple, row_multiple * self.size)
+        if row_format == "padded":
+            return RowLayout(multiple=multiple, equal=True)
+        # Context ranks cut every sample of ragged rows, so that each is filled up by itself.
+        return RowLayout(row_format="ragged", multiple=multiple, sample_multiple=self.zigzag)
 
     def owners(self, *lengths: int) -> tuple[Tensor, Tensor]:
         """Return, for each row of a sequence, the rank that holds it and its index on that rank.

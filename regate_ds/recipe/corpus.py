@@ -9,9 +9,10 @@ from pathlib import Path
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.records import BadRecord, Record, SampleError
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.families.table import family_of
 from regate_ds.job.progress import progress
 from regate_ds.job.ranks import is_first_rank

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from regate_ds.config import RegateConfig, schedule_of
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import is_same_on_all
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
@@ -109,13 +108,12 @@ def require_one_data_set(fingerprint: str, process: Process) -> None:
         )
 
 
-def describe_run(
-    config: RunConfig, regate_config: RegateConfig, steps: int, teacher_id: str | None
-) -> str:
+def describe_run(config: RunConfig, steps: int, teacher_id: str | None) -> str:
     """Return a line that says how much of the run is sparse, and whose losses rank the tokens."""
-    schedule = schedule_of(regate_config)
-    num_sparse = sum(not schedule.is_dense(step) for step in range(steps)) * config.selects
-    share = 1.0 - num_sparse * (1.0 - regate_config.keep_share) / steps
+    elision = config.elision
+    schedule = elision.schedule.in_steps(steps)
+    num_sparse = sum(not schedule.is_dense(step) for step in range(steps)) * elision.chooses
+    share = 1.0 - num_sparse * (1.0 - elision.keep_share) / steps
     return (
         f"{config.run.out.name}: {steps} steps, {num_sparse} of them sparse, kept share "
         f"{share:.3f} of the answer tokens, teacher {teacher_id or 'none'}"

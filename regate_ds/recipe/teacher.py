@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.corpus import Corpus
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.loading import load_teacher_tokenizer
-from regate_ds.teacher.precompute import Score
+from regate_ds.teacher.precompute import ScoreSamples
 from regate_ds.teacher.sharding.placement import TeacherSource, source_at
 from regate_ds.teacher.tokenizers.other import (
     OtherTokenizer,
@@ -47,7 +47,7 @@ class TeacherText:
             return self.corpus.train.encode(row)
         return self.writer.write(self.corpus.train_records[row])
 
-    def scores(self, score: Score) -> Score:
+    def scores(self, score: ScoreSamples) -> ScoreSamples:
         """Turn a function that scores the teacher's own ids into one for the student's labels."""
         return score if self.tokenizer is None else partial(_score_written, score)
 
@@ -79,7 +79,7 @@ def own_samples(samples: Sequence[TwiceWritten]) -> list[EncodedSample]:
     return [sample.teacher for sample in samples]
 
 
-def _score_written(score: Score, samples: Sequence[Any]) -> Tensor:
+def _score_written(score: ScoreSamples, samples: Sequence[Any]) -> Tensor:
     return score_twice_written(score, samples)
 
 

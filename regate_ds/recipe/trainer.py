@@ -24,6 +24,7 @@ from regate_ds.recipe.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
 from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
 from regate_ds.recipe.engines.base import Setup
@@ -56,8 +57,7 @@ class Trainer:
         self.data = data_ranks(config, process)
         require_one_data_set(corpus.index.fingerprint, process)
         self.order = make_order(config, len(corpus.train_records), self.data)
-        config.elision.judge_length(self.order.total_steps)
-        self.regate_config = config.elision.for_run(self.order.total_steps)
+        judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self.reference = self._open_reference()
         self.engine = make_engine(
@@ -66,7 +66,6 @@ class Trainer:
                 corpus=corpus,
                 process=process,
                 data=self.data,
-                regate_config=self.regate_config,
                 total_steps=self.order.total_steps,
                 reference=self.reference,
             )
@@ -78,7 +77,7 @@ class Trainer:
         if self.process.is_first:
             teacher = None if self.reference is None else self.reference.teacher_id
             total = self.order.total_steps
-            print(describe_run(self.config, self.regate_config, total, teacher), flush=True)
+            print(describe_run(self.config, total, teacher), flush=True)
         torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
         start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
         total, show = self.order.total_steps, self.process.is_first
@@ -110,7 +109,7 @@ class Trainer:
 
         None if the run elides nothing. ValueError if the losses were computed for other data.
         """
-        if not self.config.selects:
+        if not self.config.needs_teacher:
             return None
         if self.config.scores_online:
             # Imported only here: it may need deepspeed, which a run through Megatron-core does not.
@@ -124,7 +123,7 @@ class Trainer:
 
     def _loader(self, start: int) -> Iterator[Batch]:
         """Return this rank's micro-batches from step ``start`` on."""
-        host_only = not self.regate_config.enabled
+        host_only = not self.config.elision.enabled
         loader = DataLoader(
             self.corpus.train,
             batch_sampler=replace(self.order, start_step=start),  # type: ignore[arg-type]
@@ -210,9 +209,9 @@ class Trainer:
     def _gated_share(self) -> float:
         """Return the share of the decoder's layers that are gated."""
         depth = self.corpus.student.model.get_decoder().config.num_hidden_layers
-        if not self.regate_config.enabled:
+        if not self.config.elision.enabled:
             return 0.0
-        return ((self.regate_config.last_layer or depth) - self.regate_config.first_layer) / depth
+        return ((self.config.elision.last_layer or depth) - self.config.elision.first_layer) / depth
 
     def _finish(self, start: int) -> dict[str, Any]:
         total = self.order.total_steps

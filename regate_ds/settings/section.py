@@ -24,31 +24,95 @@ def read_section(kind: type[Section], values: object, *, where: str) -> Section:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}={values!r}: must hold keys")
+    prepare: Callable[..., Mapping[Any, Any]] = getattr(kind, "prepare", _as_given)
+    values = prepare(values, where)
     hints = get_type_hints(kind)
     specs = {spec.name: spec for spec in fields(kind) if spec.init}  # pyright: ignore
+    choices = _Choices.of(kind)
     for key in values:
-        if key not in specs:
-            raise ValueError(f"{_join(where, key)}={values[key]!r}: {_unknown(key, specs, where)}")
+        if key not in specs and key not in choices.methods:
+            known = [*specs, *choices.methods]
+            raise ValueError(f"{_join(where, key)}={values[key]!r}: {_unknown(key, known, where)}")
     for name, spec in specs.items():
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and name not in values:
-            raise ValueError(f"{_join(where, name)} is missing; it has no default: give it a value")
-    typed = {key: _read(hints[key], value, _join(where, key)) for key, value in values.items()}
+            raise ValueError(f"{_join(where, name)} is missing; it has no default")
+    own = {
+        key: _read(hints[key], value, _join(where, key))
+        for key, value in values.items()
+        if key in specs and key not in choices.tables
+    }
+    chosen = choices.read(values, specs, where)
     try:
-        return kind(**typed)
+        return kind(**own, **chosen)
     except ValueError as error:
         raise ValueError(_join(where, str(error))) from None
+
+
+class _Choices:
+    """Fields whose value is one of several methods: a name in the file, with knobs beside it."""
+
+    def __init__(self, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        self.tables = tables
+        self.methods = {name: kind for table in tables.values() for name, kind in table.items()}
+
+    @classmethod
+    def of(cls, kind: Any) -> _Choices:
+        return cls(getattr(kind, "CHOICES", {}))
+
+    def read(
+        self, values: Mapping[Any, Any], specs: Mapping[str, Any], where: str
+    ) -> dict[str, Any]:
+        """Return the chosen methods. Knobs of the others are judged as well, and stand ready."""
+        made = {
+            name: read_section(kind, _or_empty(values.get(name)), where=_join(where, name))
+            for name, kind in self.methods.items()
+        }
+        chosen = {}
+        for field, table in self.tables.items():
+            default = self.name_of(field, specs[field].default_factory())
+            name = values.get(field, default)
+            if not isinstance(name, str) or name not in table:
+                allowed = ", ".join(table)
+                raise ValueError(f"{_join(where, field)}={name!r}: must be one of {allowed}")
+            chosen[field] = made[name]
+        return chosen
+
+    def name_of(self, field: str, method: object) -> str:
+        return next(name for name, kind in self.tables[field].items() if type(method) is kind)
 
 
 def plain_values(value: Any) -> Any:
     """Turn dataclasses into dicts, paths into text and tuples into lists, for YAML and JSON."""
     if is_dataclass(value):
-        return {spec.name: plain_values(getattr(value, spec.name)) for spec in fields(value)}
+        return _plain_section(value)
     if isinstance(value, Mapping):
         return {key: plain_values(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [plain_values(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _as_given(values: Mapping[Any, Any], _: str) -> Mapping[Any, Any]:
+    return values
+
+
+def _or_empty(values: object) -> object:
+    return {} if values is None else values
+
+
+def _plain_section(section: Any) -> dict[str, Any]:
+    """Return a section's fields; a chosen method is its name, and its knobs under that name."""
+    choices, values = _Choices.of(section), {}
+    for spec in fields(section):
+        value = getattr(section, spec.name)
+        if spec.name not in choices.tables:
+            values[spec.name] = plain_values(value)
+            continue
+        values[spec.name] = choices.name_of(spec.name, value)
+        if knobs := plain_values(value):
+            values[values[spec.name]] = knobs
+    return values
 
 
 def _read(hint: Any, value: object, where: str) -> Any:

@@ -25,6 +25,8 @@ from regate_ds.stores.digests import IndexedSample, as_words, digest_of, hash_la
 INDEX_FORMAT = 3
 """Version of the saved file and of the fingerprint."""
 
+_ANEW = "make the store anew in an empty folder (regate teacher CONFIG, or score_dataset)"
+
 
 @dataclass(frozen=True)
 class AnswerIndex:
@@ -160,13 +162,10 @@ class AnswerIndex:
             with np.load(path, allow_pickle=False) as file:
                 saved = {name: file[name] for name in file.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"cannot read the answer index {path}: {error}; build it again"
-            ) from error
+            raise ValueError(f"cannot read the answer index {path}: {error}; {_ANEW}") from error
         if (found := int(saved.get("format", 0))) != INDEX_FORMAT:
             raise ValueError(
-                f"{path} has index format {found}, not {INDEX_FORMAT} as this version reads; build "
-                "it again"
+                f"{path} has index format {found}, this version reads {INDEX_FORMAT}; {_ANEW}"
             )
         names = [str(name) for name in saved["names"]]
         numbers = zip(saved["name_numbers"].tolist(), saved["record_numbers"].tolist())

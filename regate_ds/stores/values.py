@@ -5,7 +5,8 @@ Shapes: N label positions of the samples that a call names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -14,20 +15,31 @@ from regate_ds.algorithm.batch import SampleKey, TokenBatch
 
 
 class Values(Protocol):
-    """A store that can be read."""
+    """What a store of reference losses offers: one fp32 value for each label position."""
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
         """Return fp32 [N]: one value for each label position of these samples, in this order."""
         ...
 
 
-class MutableValues(Values, Protocol):
-    """A store that can be read and written."""
+class Statistics(Protocol):
+    """What a difficulty store offers: named columns, each with one value a label position."""
 
     def admit(self, window: Sequence[TokenBatch]) -> None:
         """Take note of the samples to read and write next. ValueError if the store refuses one."""
         ...
 
-    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
-        """Replace the values of these samples."""
-        ...
+    def read(self, keys: Sequence[SampleKey]) -> dict[str, Tensor]: ...
+
+    def write(self, keys: Sequence[SampleKey], values: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What a session reads; None where its configuration needs nothing of it."""
+
+    reference: Values | None = None
+    """The teacher's losses."""
+
+    difficulty: Statistics | None = None
+    """What is remembered of the student."""

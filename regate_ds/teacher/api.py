@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from regate_ds.data.keyed import Keyed, KeyedCollate
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import start_process
 from regate_ds.parallel.layout import ProcessGroup, num_ranks, size_of
 from regate_ds.stores.answer_index import AnswerIndex

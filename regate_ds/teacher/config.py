@@ -17,7 +17,8 @@ class TeacherConfig:
     """Directory or GGUF file of a causal language model; null is the student's text backbone."""
 
     tokenizer: Literal["same", "own"] = "same"
-    """Of a teacher at `path`: the student's, or refused; `own` aligns losses by characters."""
+    """`same` refuses a teacher at `path` whose tokenizer is not the student's; `own` accepts any
+    and aligns the losses by characters."""
 
     mode: Literal["store", "online"] = "store"
     """Read the losses from `store`, or let the teacher run inside the training job."""

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regate_ds.algorithm.batch import IGNORE, SampleKey
+from regate_ds.algorithm.batch import IGNORE, SampleKey, number_runs
 from regate_ds.data.collate import Batch
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.parallel.collectives import gather_integers, gather_vectors
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.shard import LARGEST
 from regate_ds.teacher.batching import by_length, cut_batches
-from regate_ds.teacher.precompute import Score
+from regate_ds.teacher.precompute import ScoreSamples
 from regate_ds.teacher.scoring import ScoredSample
 
 Read = Callable[[Batch], Sequence[ScoredSample]]
@@ -36,7 +36,7 @@ class OnlineReference:
 
     def __init__(
         self,
-        score: Score,
+        score: ScoreSamples,
         read: Read,
         *,
         teacher_id: str,
@@ -126,7 +126,7 @@ class OnlineReference:
 class WindowScorer:
     """Scores any number of samples in batches of similar length, on all ranks of a teacher."""
 
-    score: Score
+    score: ScoreSamples
 
     tokens_per_batch: int
     """Upper limit of padded tokens in a forward pass; a longer sample gets a pass of its own."""
@@ -181,11 +181,11 @@ def samples_of(batch: Batch, image_token_id: int | None) -> list[EncodedSample]:
     for number, key in enumerate(tokens.flat_keys):
         is_in_sample_BT = tokens.sample_BT == number
         ids_S = ids_BT[is_in_sample_BT]
-        is_placeholder_S = torch.zeros_like(ids_S, dtype=torch.bool)
+        image_S = torch.full_like(ids_S, -1)
         if image_token_id is not None:
-            is_placeholder_S = ids_S == image_token_id
+            image_S = number_runs(ids_S == image_token_id)
         labels_S = tokens.labels_BT[is_in_sample_BT]
-        samples.append(EncodedSample(key, ids_S, labels_S, is_placeholder_S, (), ()))
+        samples.append(EncodedSample(key, ids_S, labels_S, image_S, (), ()))
     return samples
 
 
@@ -210,6 +210,6 @@ def _unpacked(vector: Tensor) -> list[ScoredSample]:
         length = int(vector[0])
         ids_S, labels_S, is_image_S = vector[1 : 1 + 3 * length].view(3, length)
         key = "", len(samples)
-        samples.append(EncodedSample(key, ids_S, labels_S, is_image_S.bool(), (), ()))
+        samples.append(EncodedSample(key, ids_S, labels_S, is_image_S - 1, (), ()))
         vector = vector[1 + 3 * length :]
     return samples

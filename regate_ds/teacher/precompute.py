@@ -31,7 +31,7 @@ from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, m
 _AHEAD = 2
 """Number of batches whose samples are read while another batch is scored."""
 
-Score = Callable[[Sequence[ScoredSample]], Tensor]
+ScoreSamples = Callable[[Sequence[ScoredSample]], Tensor]
 """Returns the losses in nats of all label positions of the samples, in order: fp32 [N]."""
 
 
@@ -45,7 +45,7 @@ class TeacherJob:
     encode: Callable[[int], ScoredSample]
     """Returns the sample of a row of the index."""
 
-    score: Score
+    score: ScoreSamples
     teacher_id: str
     """Name of the teacher in the store."""
 

@@ -51,6 +51,12 @@ def test_shifted_labels_are_the_next_positions_token_and_the_last_has_none():
     assert shift_labels(labels).tolist() == [[4, 5, IGNORE, 6, IGNORE]]
 
 
+def test_an_image_mask_of_another_shape_is_refused():
+    labels = torch.tensor([[IGNORE, 3]])
+    with pytest.raises(ValueError, match=r"image_BT \(1, 3\) and labels \(1, 2\) differ in shape"):
+        TokenBatch(KEYS, torch.zeros_like(labels), labels, torch.zeros(1, 3))
+
+
 @pytest.mark.parametrize(
     ("keys", "segment", "labels", "message"),
     [

@@ -8,9 +8,9 @@ import torch
 
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
-from regate_ds.algorithm.select import plan_sparse
 from tests.algorithm.plain_plan_helper import rows_of, wild_batch
 from tests.support.models import random_batch
+from tests.support.planning import plan_sparse
 
 
 def random_plan(rng: random.Random) -> ElisionPlan:

@@ -11,7 +11,7 @@ import torch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense, widen
-from regate_ds.algorithm.select import fuse_scores, num_hard_targets, plan_ragged, plan_sparse
+from regate_ds.algorithm.quotas.quota import share_of
 from tests.algorithm.plain_plan_helper import (
     plain_kept,
     plain_ragged,
@@ -20,6 +20,7 @@ from tests.algorithm.plain_plan_helper import (
     wild_batch,
 )
 from tests.support.models import random_batch
+from tests.support.planning import fuse, plan_ragged, plan_sparse
 
 ALIGN = ["predictor", "target", "both"]
 
@@ -75,7 +76,7 @@ def test_each_sample_keeps_exactly_k_of_its_elidable_positions(align: str):
 
 def test_k_does_not_exceed_what_the_share_says_where_the_product_is_whole():
     # .07 * 100 is 7.000000000000001 in floating point.
-    assert num_hard_targets(torch.tensor([100, 0, 1, 3]), 0.07).tolist() == [7, 0, 1, 1]
+    assert share_of(torch.tensor([100, 0, 1, 3]), 0.07).tolist() == [7, 0, 1, 1]
 
 
 def test_ties_go_to_the_earlier_position():
@@ -128,9 +129,16 @@ def run_lengths(owners: list) -> tuple[int, ...]:
     return tuple(len(list(run)) for _, run in itertools.groupby(owners))
 
 
+def labels_of(plan: ElisionPlan) -> torch.Tensor:
+    """The label of each slot, flat."""
+    labels = torch.full((plan.segment_BK.numel(),), IGNORE)
+    labels[plan.label_slot_L] = plan.targets_L
+    return labels
+
+
 def assert_consistent(plan: ElisionPlan, batch: TokenBatch) -> None:
     """Every field says the same of each slot as the batch says of its position."""
-    flat_segment, flat_labels = plan.segment_BK.flatten(), plan.labels_BK.flatten()
+    flat_segment, flat_labels = plan.segment_BK.flatten(), labels_of(plan)
     real = [i for i, s in enumerate(flat_segment.tolist()) if s >= 0]
     width = plan.num_tokens
     position = [i // plan.num_slots * width + int(plan.kept_BK.flatten()[i]) for i in real]
@@ -167,7 +175,7 @@ def test_rows_are_as_short_as_the_longest_allows():
     score_N = torch.rand(int(batch.is_label_BT.sum()))
     plan = plan_sparse(batch, score_N, keep_share=0.5, align="predictor")
     assert plan.num_slots == max(len(row) for row in rows_of(plan))
-    assert not plan.is_dense
+    assert plan.moves_rows
 
 
 def test_a_row_without_labels_left_is_padded_up_to_the_multiple():
@@ -181,9 +189,9 @@ def test_a_row_without_labels_left_is_padded_up_to_the_multiple():
 def test_a_dense_plan_keeps_every_position_where_it_is():
     _, batch = random_batch([[20], [13, 4]], seed=2)
     plan = plan_dense(batch)
-    assert plan.is_dense
+    assert not plan.moves_rows
     assert torch.equal(plan.kept_BK, torch.arange(20).expand(2, -1))
-    assert torch.equal(plan.labels_BK, batch.labels_BT)
+    assert torch.equal(labels_of(plan).view(2, -1), batch.labels_BT)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -197,16 +205,16 @@ def test_scores_that_are_not_finite_are_refused(value: float):
 
 def test_both_fusions_follow_their_formulas():
     reference, difficulty = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0])
-    added = fuse_scores(reference, difficulty, reference_weight=0.5, fusion="additive")
-    blended = fuse_scores(reference, difficulty, reference_weight=0.25, fusion="convex")
+    added = fuse(reference, difficulty, reference_weight=0.5, fusion="additive")
+    blended = fuse(reference, difficulty, reference_weight=0.25, fusion="convex")
     assert added.tolist() == [2.0, 3.0]
     assert blended.tolist() == [1.25, 2.25]
 
 
 def test_the_ends_of_the_convex_fusion_are_student_only_and_reference_only():
     reference, difficulty = torch.rand(9), torch.rand(9)
-    student = fuse_scores(reference, difficulty, reference_weight=0.0, fusion="convex")
-    teacher = fuse_scores(reference, difficulty, reference_weight=1.0, fusion="convex")
+    student = fuse(reference, difficulty, reference_weight=0.0, fusion="convex")
+    teacher = fuse(reference, difficulty, reference_weight=1.0, fusion="convex")
     assert torch.equal(student, difficulty)
     assert torch.equal(teacher, reference)
 

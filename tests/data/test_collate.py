@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Collator, LoadedSample, SampleDataset, first_fit
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, SampleError, Turn
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.llava.template import Template
 
 PAD = 0
@@ -40,8 +41,8 @@ def sample(number: int, length: int, *greys: int) -> LoadedSample:
     ids_S = 10 * number + 1 + torch.arange(length)
     labels_S = torch.full((length,), IGNORE)
     labels_S[-3:-1] = ids_S[-2:]
-    is_placeholder_S = torch.arange(length) < len(greys)
-    encoded = EncodedSample(("set", number), ids_S, labels_S, is_placeholder_S, (), ())
+    image_S = torch.where(torch.arange(length) < len(greys), torch.arange(length), -1)
+    encoded = EncodedSample(("set", number), ids_S, labels_S, image_S, (), ())
     return LoadedSample(encoded, tuple(Image.new("RGB", (2, 2), (g, g, g)) for g in greys))
 
 
@@ -65,6 +66,12 @@ def test_packed_rows_hold_samples_first_fit_and_positions_restart():
     assert batch.inputs["position_ids"].tolist() == positions
     assert batch.tokens.segment_BT.tolist() == [[0] * 4 + [1] * 3, [0] * 5 + [-1] * 2]
     assert batch.tokens.num_labels_per_sample == [2, 2, 2]
+
+
+def test_images_are_numbered_in_their_sample():
+    samples = [sample(1, 4, 9, 9), sample(2, 5), sample(3, 3, 9)]
+    batch = Collator(pad_id=PAD, vision=Vision(), pack_length=8)(samples)
+    assert batch.tokens.image_BT.tolist() == [[0, 1, -1, -1, 0, -1, -1], [-1] * 7]
 
 
 def test_packing_changes_nothing_of_a_sample():

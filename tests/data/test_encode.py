@@ -108,6 +108,8 @@ def test_each_image_becomes_as_many_placeholders_as_its_size_asks_for(tmp_path: 
     sample = build().encode(make(("<image>or<image>", "y"), images=images))
     assert spell(sample.input_ids_S.tolist()) == "^U:$$or$$$ A:y|"
     assert spell(sample.labels_S.tolist()) == "............y|."
+    number = [0 if i in (3, 4) else 1 if i in (7, 8, 9) else -1 for i in range(15)]
+    assert sample.image_S.tolist() == number
     assert sample.is_placeholder_S.tolist() == [token == "$" for token in "^U:$$or$$$ A:y|"]
     assert sample.images == images
 

@@ -48,6 +48,14 @@ def test_without_a_mask_every_position_is_real():
     assert KeyedCollate(stack)([item(0)]).tokens.segment_BT.tolist() == [[0, 0, 0]]
 
 
+def test_images_are_the_runs_of_the_placeholder():
+    items = [item(n, input_ids=[9, 9, 9], labels=[IGNORE] * 3) for n in (0, 1)]
+    items[1]["input_ids"] = [9, 4, 9]
+    tokens = KeyedCollate(stack, image_token_id=9)(items).tokens
+    assert tokens.image_BT.tolist() == [[0, 0, 0], [0, -1, 1]]
+    assert KeyedCollate(stack)(items).tokens.image_BT is None
+
+
 def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     items = [item(0), "a text"]
     assert PlainCollate(list)(items) == [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "a text"]

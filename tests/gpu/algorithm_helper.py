@@ -20,10 +20,10 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import CHUNK, summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
-from regate_ds.algorithm.select import plan_ragged, plan_sparse
 from tests.algorithm.plain_plan_helper import plain_kept, plain_ragged, rows_of, wild_batch
 from tests.gpu.check_helper import DTYPES, Check, Measured, num_different, worst
 from tests.support.measure import gradients
+from tests.support.planning import plan_ragged, plan_sparse
 
 KNOBS = list(itertools.product((1e-6, 0.3, 1.0), ("predictor", "target", "both"), (1, 4)))
 HIDDEN, VOCABULARY, NUM_TARGETS = 64, 96, CHUNK + 37

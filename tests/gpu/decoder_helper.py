@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import host_labels
 from tests.adapters.huggingface.gated_cases_helper import (
     TOLERANCE,
@@ -29,6 +28,7 @@ from tests.gpu.check_helper import Check, Measured, Skipped
 from tests.gpu.place_helper import why_missing
 from tests.support.measure import Gradients, errors, gradients, relative_error
 from tests.support.models import causal_lm, llava
+from tests.support.planning import gate_layers
 
 GATED = range(1, 3)
 MOST_IN_FP32, MOST_IN_BF16 = 5e-5, 0.06
@@ -148,7 +148,7 @@ def bf16_step(student: Student, device: torch.device) -> Measured:
 def train(model: nn.Module, case: Case) -> tuple[float, Gradients, bool]:
     """Loss and gradients of one step of gradient descent, and whether all weights stay finite."""
     model = copy.deepcopy(model)
-    attach_model(model, first_layer=GATED.start, last_layer=GATED.stop)
+    gate_layers(model, first_layer=GATED.start, last_layer=GATED.stop)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss = case.run(model).loss_sum
     loss.backward()

@@ -37,7 +37,7 @@ def off(device: torch.device) -> Iterator[Check]:
 def disabled(student: Student, device: torch.device, dtype: torch.dtype) -> Measured:
     def change(model: nn.Module) -> None:
         before = own_attributes(model)
-        attach(model, RegateConfig(total_steps=4, enabled=False))
+        attach(model, RegateConfig(enabled=False), total_steps=4)
         assert own_attributes(model) == before, "attach touched the model"
 
     return compared(student, device, dtype, change)
@@ -58,7 +58,7 @@ def removed(student: Student, device: torch.device, dtype: torch.dtype) -> Measu
 
 
 def dense_plan(student: Student, device: torch.device, dtype: torch.dtype) -> Measured:
-    """Of what the decoder returns; the head runs at targets only and is not the host's."""
+    """Measure what the decoder returns under a dense plan: the head runs at targets alone."""
 
     def planned(model: nn.Module, case: Case) -> Outputs:
         plan = plan_dense(case.batch).to(case.input_ids.device)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import host_labels
-from regate_ds.config import RegateConfig
+from regate_ds.config import RegateConfig, ScheduleConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 from tests.gpu.check_helper import DTYPES, Check, Measured, num_different
 from tests.gpu.decoder_helper import MOST_IN_BF16
 from tests.gpu.place_helper import join_alone, plainly_repeatable
@@ -30,7 +31,7 @@ from tests.support.models import causal_lm
 from tests.support.stores import RandomReference, index_of
 
 NUM_STEPS = 3
-CONFIG = RegateConfig(total_steps=NUM_STEPS, warmup=0, final_dense_share=0.0)
+CONFIG = RegateConfig(schedule=ScheduleConfig(warmup=0, final_dense_share=0.0))
 
 
 def oracle(device: torch.device) -> Iterator[Check]:
@@ -70,9 +71,10 @@ def zero2_step(device: torch.device) -> Measured:
 def planned_gradients(model: nn.Module, device: torch.device) -> Gradients:
     batch = micro_batch()
     reference = RandomReference(index_of([batch.tokens]))
-    session = Regate(CONFIG, reference=reference, difficulty=DifficultyStore(reference.index))
+    stores = Stores(reference, DifficultyStore(reference.index))
+    session = Regate(CONFIG, stores, total_steps=NUM_STEPS)
     step = session.plan_step([batch.tokens])
-    attach_model(model, first_layer=CONFIG.first_layer, last_layer=CONFIG.last_layer)
+    attach_model(model, CONFIG)
     output = model(**batch.to(device).inputs, regate_plan=step.micro[0].to(device))
     (output.loss_sum / step.num_targets_global).backward()
     return gradients(model)
@@ -82,11 +84,12 @@ def engine_gradients(model: nn.Module, device: torch.device) -> Gradients:
     batch = micro_batch()
     join_alone(device)
     start_process()
-    regate = attach(model, CONFIG, reference=RandomReference(index_of([batch.tokens])))
+    reference = RandomReference(index_of([batch.tokens]))
+    regate = attach(model, CONFIG, total_steps=NUM_STEPS, reference=reference)
     engine = start_engine(model, torch.bfloat16)
     (window,) = regate.windows([batch], engine)
-    ((inputs, plan),) = window
-    engine.backward(regate.loss(engine(**inputs, regate_plan=plan), plan))
+    (inputs,) = window
+    engine.backward(regate.loss(engine(**inputs)))
     found = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters()}
     engine.step()
     regate.step(applied=engine.was_step_applied())
@@ -139,11 +142,11 @@ def _plain_losses(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def _disabled_losses(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    regate = attach(model, RegateConfig(total_steps=NUM_STEPS, enabled=False))
+    regate = attach(model, RegateConfig(enabled=False), total_steps=NUM_STEPS)
     engine, losses = start_engine(model, dtype), []
     for window in regate.windows([_labelled()] * NUM_STEPS, engine):
-        for inputs, plan in window:
-            loss = regate.loss(engine(**inputs), plan)
+        for inputs in window:
+            loss = regate.loss(engine(**inputs))
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())

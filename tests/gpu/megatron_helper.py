@@ -37,7 +37,7 @@ def step(device: torch.device, row_format: str) -> Measured:
     from regate_ds.adapters.megatron import attach
     from tests.adapters.megatron import checks_helper as on_cpu
     from tests.adapters.megatron.build_helper import join
-    from tests.adapters.megatron.cases_helper import Case
+    from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case
 
     case = Case(row_format=row_format)
     join_alone(device)
@@ -45,7 +45,13 @@ def step(device: torch.device, row_format: str) -> Measured:
     try:
         chunk = build_on(device, case)
         reference = on_cpu.reference_of(case)
-        regate = attach([chunk], case.config, reference=reference, row_format=row_format)
+        regate = attach(
+            [chunk],
+            case.config,
+            total_steps=TOTAL_STEPS,
+            reference=reference,
+            row_format=row_format,
+        )
         schedule = regate.wrap(get_forward_backward_func())
         on_cpu.run_chunks(case, [chunk], schedule, partial(forward_on, device))
         _, plan, _ = on_cpu.plans_of(case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,23 @@ NOT_RUN = "<!-- not run"
 PRINTED = re.compile(r"\bprinted\b")
 """In the line above what a command wrote: nothing that a reader could run."""
 
+PAGES_RUN = "tests/house/test_pages.py"
+
 RUN_BY = {
     "README.md": {
         "make test": ".ci/run",
         "engine, _, loader, _ = deepspeed.initialize(": "tests/recipe/readme_example_helper.py",
+    },
+    "add_a_method.md": {
+        "class Progress:": PAGES_RUN,
+        "+from regate_ds.algorithm.scores.progress import Progress": PAGES_RUN,
+        "def plain_value(": PAGES_RUN,
+    },
+    "add_a_framework.md": {
+        "class Decoder(nn.Module):": PAGES_RUN,
+        "class PlainTorchRegate:": PAGES_RUN,
+        '+    "plain_torch": ': PAGES_RUN,
+        "def plain_loss(": PAGES_RUN,
     },
     "configuration.md": {
         "train_tokenizer(texts, vocab_size=448)": "tests/recipe/config/test_tree.py",
@@ -32,6 +46,7 @@ RUN_BY = {
     "deepspeed_loop.md": {
         "teacher = Teacher(": "launch/examples/deepspeed_loop.py",
         "regate = attach(": "launch/examples/deepspeed_loop.py",
+        "quota=PerWindow(": "tests/house/test_docs.py",
     },
 }
 """Page, a line of the block, and what runs it: a test, or a script that a test runs, which then has
@@ -103,6 +118,14 @@ def test_what_runs_a_block_is_named_for_blocks_that_are_there(page: str):
     for line, by in RUN_BY[page].items():
         assert line in text, f"{page} no longer has {line!r}"
         assert (ROOT / by).is_file()
+
+
+def test_the_settings_in_python_are_a_configuration():
+    page = ROOT / "docs" / "deepspeed_loop.md"
+    (block,) = (block for block, _ in blocks(page) if "quota=PerWindow(" in block)
+    made: dict[str, Any] = {}
+    exec(block, made)
+    assert (made["config"].keep_share, made["config"].quota.floor) == (0.4, 0.2)
 
 
 def defines(body: list[ast.stmt], name: str) -> bool:

@@ -24,6 +24,7 @@ ROOMS = (
     "data",
     "families",
     "teacher",
+    "open_step",
     "session",
     "adapters",
     "recipe",

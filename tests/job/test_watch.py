@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,11 +24,11 @@ class Sum:
     def __call__(self, values) -> list[int]:
         with self._lock:
             self._given.append(list(values))
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         total = [sum(column) for column in zip(*self._given)]
-        if self._barrier.wait(10) == 0:
+        if self._barrier.wait(60) == 0:
             self._given.clear()
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         return total
 
 
@@ -42,7 +43,7 @@ class Rank:
         self._told.set()
 
     def wait(self) -> list[Failure]:
-        assert self._told.wait(5)
+        assert self._told.wait(20)
         return self.heard
 
     def die(self) -> None:
@@ -64,6 +65,16 @@ def test_all_hear_what_has_failed_but_the_rank_that_failed(ranks, failing):
     for other in (rank for rank in ranks if rank is not ranks[failing]):
         assert other.wait() == [expected]
     assert ranks[failing].heard == []
+
+
+def test_a_first_rank_that_is_slow_to_listen_loses_no_message(monkeypatch):
+    add = watch._Hub._add
+    monkeypatch.setattr(watch._Hub, "_add", lambda *args: time.sleep(0.2) or add(*args))
+    exchange = Sum(3)
+    with ThreadPoolExecutor(3) as pool:
+        ranks = list(pool.map(lambda rank: Rank(rank, exchange), range(3)))
+    ranks[2].watch.fail("no space left")
+    assert ranks[0].wait() == ranks[1].wait() == [Failure(2, "no space left")]
 
 
 def test_the_first_rank_is_told_last_because_it_may_end_at_once(ranks, monkeypatch):

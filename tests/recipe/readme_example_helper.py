@@ -47,8 +47,8 @@ def main(readme: Path, switch: str) -> None:
     # This corpus has images.
     code = code.replace("image_token_id=None", "image_token_id=image_token_id")
     if switch == "off":
-        assert "RegateConfig(total_steps=T)" in code
-        code = code.replace("total_steps=T", "total_steps=T, enabled=False")
+        assert code.count("RegateConfig()") == 1
+        code = code.replace("RegateConfig()", "RegateConfig(enabled=False)")
     names = {
         "model": corpus.student.model.train(),
         "data": Data(),

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from regate_ds.algorithm.batch import host_labels
-from regate_ds.config import schedule_of
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import start_process
 from regate_ds.recipe.config.tree import load_config
@@ -71,7 +70,7 @@ def rows(folder: Path, out: str) -> list[dict[str, Any]]:
 
 def difficulty(folder: Path, out: str) -> list[np.ndarray]:
     last = folder / out / "checkpoints" / f"step-{STEPS:06d}" / "regate"
-    return [np.load(path)["values"] for path in sorted(last.glob("difficulty-*.npz"))]
+    return [np.load(path)["column.difficulty"] for path in sorted(last.glob("difficulty-*.npz"))]
 
 
 def assert_same_run(folder: Path, one: str, other: str) -> None:
@@ -162,7 +161,8 @@ def check_counts_follow_the_plan(root: Path) -> None:
 
 def check_share_is_the_schedules(root: Path, trainer: Trainer) -> None:
     """The mean over steps is the expected share, but for k being rounded up in each sample."""
-    share = schedule_of(trainer.regate_config).expected_share(trainer.regate_config.keep_share)
+    elision = trainer.config.elision
+    share = elision.schedule.in_steps(STEPS).expected_share(elision.keep_share)
     found, rounding = 0.0, 0.0
     for row in rows(root, "whole"):
         found += (row["answer_kept"] - row["filled"]) / row["answer_total"] / STEPS

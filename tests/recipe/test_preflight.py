@@ -88,14 +88,14 @@ def test_a_json_that_contradicts_is_refused_before_anything_is_loaded(load, monk
 
 
 def test_a_run_says_how_much_of_it_is_sparse(load):
-    config = load("elision.warmup=2", "elision.final_dense_share=0.2")
-    assert describe_run(config, config.elision.for_run(10), 10, "llama-1") == (
+    config = load("elision.schedule.warmup=2", "elision.schedule.final_dense_share=0.2")
+    assert describe_run(config, 10, "llama-1") == (
         "run: 10 steps, 6 of them sparse, kept share 0.700 of the answer tokens, teacher llama-1"
     )
-    dense = load("elision.keep_share=1.0")
-    assert "0 of them sparse, kept share 1.000" in describe_run(
-        dense, dense.elision.for_run(10), 10, None
-    )
+    for dense in ("elision.keep_share=1.0", "elision.execution=none", "elision.enabled=false"):
+        assert describe_run(load(dense), 10, None) == (
+            "run: 10 steps, 0 of them sparse, kept share 1.000 of the answer tokens, teacher none"
+        )
 
 
 def test_a_rank_that_has_read_other_data_is_named(monkeypatch):
@@ -128,6 +128,4 @@ def test_a_teacher_inside_the_job_needs_no_store_but_whole_groups_of_ranks(load,
         judge_run(shared)
     monkeypatch.setenv("WORLD_SIZE", "4")
     judge_run(shared)
-    assert "teacher llama-1, online" in describe_run(
-        shared, shared.elision.for_run(10), 10, "llama-1"
-    )
+    assert "teacher llama-1, online" in describe_run(shared, 10, "llama-1")

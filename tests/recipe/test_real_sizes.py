@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.plan_walk import walk_plan
@@ -16,6 +15,7 @@ from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.tasks.digits.scenes import build_digits
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from tests.support.paths import ROOT
+from tests.support.planning import gate_layers
 
 CONFIGS = ROOT / "configs"
 
@@ -62,4 +62,4 @@ def test_a_named_run_has_the_paper_s_size_and_a_plan(
     figures = walk_plan(config, corpus)
     assert figures["steps"] == 600
     assert 0.5 <= figures["kept_share_of_answer"] < 0.7
-    attach_model(model, first_layer=config.elision.first_layer).remove()
+    gate_layers(model, first_layer=config.elision.first_layer).remove()

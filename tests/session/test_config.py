@@ -3,95 +3,175 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 
 import pytest
 
-from regate_ds.config import RegateConfig
+from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.table import EXECUTIONS
+from regate_ds.algorithm.quotas.per_window import PerWindow
+from regate_ds.algorithm.quotas.table import QUOTAS
+from regate_ds.algorithm.quotas.threshold import Threshold
+from regate_ds.algorithm.scores.fused import Fused
+from regate_ds.algorithm.scores.random import Random
+from regate_ds.algorithm.scores.table import SCORES
+from regate_ds.config import RegateConfig, ScheduleConfig
+from regate_ds.settings.section import plain_values, read_section
+from tests.support.planning import config_of
 
 REFUSED = [
-    ({"enabled": "yes"}, "must be true or false"),
-    ({"enabled": 1}, "must be true or false"),
-    ({"total_steps": 0}, "must be at least 1"),
-    ({"total_steps": 10.0}, "must be a whole number"),
-    ({"total_steps": True}, "must be a whole number"),
-    ({"total_steps": None}, "must be a whole number"),
-    ({"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
-    ({"keep_share": 1.5}, r"must be in \[1e-6, 1\]"),
-    ({"keep_share": math.nan}, "must be a number"),
-    ({"keep_share": "half"}, "must be a number"),
-    ({"keep_share": True}, "must be a number"),
-    ({"first_layer": -1}, "must be 0 or more"),
-    ({"first_layer": None}, "must be a whole number"),
-    ({"last_layer": 1}, "must be above first_layer=1, or null"),
-    ({"last_layer": "end"}, "must be a whole number"),
-    ({"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
-    ({"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
-    ({"reference_weight": -0.1}, "must be 0 or more"),
-    ({"reference_weight": math.inf}, "must be a number"),
-    ({"reference_weight": 1.1, "fusion": "convex"}, r"must be in \[0, 1\] with fusion=convex"),
-    ({"decay": 1.0}, r"must be in \[0, 1\)"),
-    ({"decay": -0.1}, r"must be in \[0, 1\)"),
-    ({"warmup": -1}, "must be 0 or more"),
-    ({"warmup": 1.5}, "must be a whole number of steps, or a share below 1"),
-    ({"warmup": math.inf}, "must be a number"),
-    ({"cycle_steps": -1}, "must be 0 or more"),
-    ({"cycle_dense_steps": 3}, "must be between 0 and cycle_steps=0"),
-    ({"cycle_dense_steps": -1, "cycle_steps": 4}, "must be between 0 and cycle_steps=4"),
-    ({"final_dense_share": 2.0}, r"must be in \[0, 1\]"),
-    ({"final_dense_share": -0.1}, r"must be in \[0, 1\]"),
-    ({"token_multiple": 0}, "must be at least 1"),
+    (RegateConfig, {"enabled": "yes"}, "must be true or false"),
+    (RegateConfig, {"enabled": 1}, "must be true or false"),
+    (RegateConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
+    (RegateConfig, {"keep_share": 1.5}, r"must be in \[1e-6, 1\]"),
+    (RegateConfig, {"keep_share": math.nan}, "must be a number"),
+    (RegateConfig, {"keep_share": "half"}, "must be a number"),
+    (RegateConfig, {"keep_share": True}, "must be a number"),
+    (RegateConfig, {"first_layer": -1}, "must be 0 or more"),
+    (RegateConfig, {"first_layer": None}, "must be a whole number"),
+    (RegateConfig, {"last_layer": 1}, "must be above first_layer=1, or null"),
+    (RegateConfig, {"last_layer": "end"}, "must be a whole number"),
+    (RegateConfig, {"token_multiple": 0}, "must be at least 1"),
+    (RegateConfig, {"score": "fused"}, "must be one of Fused, Random"),
+    (RegateConfig, {"quota": None}, "must be one of PerSample, PerWindow, Threshold"),
+    (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision"),
+    (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
+    (Elide, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
+    (Fused, {"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
+    (Fused, {"reference_weight": -0.1}, "must be 0 or more"),
+    (Fused, {"reference_weight": math.inf}, "must be a number"),
+    (Fused, {"reference_weight": 1.1, "fusion": "convex"}, r"must be in \[0, 1\] with fusion"),
+    (Fused, {"decay": 1.0}, r"must be in \[0, 1\)"),
+    (Fused, {"decay": -0.1}, r"must be in \[0, 1\)"),
+    (Random, {"seed": 1.5}, "must be a whole number"),
+    (PerWindow, {"floor": 1.1}, r"must be in \[0, 1\]"),
+    (Threshold, {"gain": 0.0}, "must be above 0"),
+    (ScheduleConfig, {"total_steps": 0}, "must be at least 1"),
+    (ScheduleConfig, {"total_steps": 10.0}, "must be a whole number"),
+    (ScheduleConfig, {"total_steps": True}, "must be a whole number"),
+    (ScheduleConfig, {"warmup": -1}, "must be 0 or more"),
+    (ScheduleConfig, {"warmup": 1.5}, "must be a whole number of steps, or a share below 1"),
+    (ScheduleConfig, {"warmup": math.inf}, "must be a number"),
+    (ScheduleConfig, {"cycle_steps": -1}, "must be 0 or more"),
+    (ScheduleConfig, {"cycle_dense_steps": 3}, "must be between 0 and cycle_steps=0"),
+    (ScheduleConfig, {"cycle_dense_steps": -1, "cycle_steps": 4}, "must be between 0 and"),
+    (ScheduleConfig, {"final_dense_share": 2.0}, r"must be in \[0, 1\]"),
+    (ScheduleConfig, {"final_dense_share": -0.1}, r"must be in \[0, 1\]"),
 ]
 
 
-@pytest.mark.parametrize(("knobs", "problem"), REFUSED)
-def test_an_impossible_value_is_refused_by_name(knobs: dict, problem: str):
+@pytest.mark.parametrize(("kind", "knobs", "problem"), REFUSED)
+def test_an_impossible_value_is_refused_by_name(kind: type, knobs: dict, problem: str):
     name = next(iter(knobs))
     with pytest.raises(ValueError, match=f"^{name}=.*{problem}"):
-        RegateConfig(**{"total_steps": 10, **knobs})
-
-
-def test_every_knob_has_a_refusal():
-    assert {next(iter(knobs)) for knobs, _ in REFUSED} == {
-        field.name for field in dataclasses.fields(RegateConfig)
-    }
+        kind(**knobs)
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    ("make", "problem"),
     [
-        {"total_steps": 1},
-        {"keep_share": 1},
-        {"keep_share": 1e-6},
-        {"first_layer": 0, "last_layer": 1},
-        {"reference_weight": 3},
-        {"reference_weight": 1.0, "fusion": "convex"},
-        {"decay": 0},
-        {"cycle_steps": 4, "cycle_dense_steps": 4},
-        {"final_dense_share": 1.0},
+        (lambda: Fused(decay="0.5"), "decay='0.5': must be a number"),  # type: ignore[arg-type]
+        (lambda: Threshold(gain=None), "gain=None: must be a number"),  # type: ignore[arg-type]
+        (lambda: PerWindow(floor="a"), "floor='a': must be a number"),  # type: ignore[arg-type]
     ],
 )
-def test_values_at_the_edge_are_allowed(knobs: dict):
-    config = RegateConfig(**{"total_steps": 10, **knobs})
-    assert all(getattr(config, key) == value for key, value in knobs.items())
+def test_a_knob_of_a_wrong_type_is_refused_before_its_range(make, problem: str):
+    with pytest.raises(ValueError, match=problem):
+        make()
+
+
+@pytest.mark.parametrize("name", [["fused"], {"fused": {"decay": 0.5}}, None])
+def test_what_is_no_name_of_a_method_is_refused(name):
+    with pytest.raises(ValueError, match=r"^score=.*: must be one of fused, random"):
+        read_section(RegateConfig, {"score": name}, where="")
+
+
+@pytest.mark.parametrize("section", [5, "additive", [1]])
+def test_an_older_key_does_not_hide_what_stands_where_its_section_belongs(section):
+    with pytest.raises(ValueError, match=r"^schedule=.*: must hold keys; write warmup there"):
+        read_section(RegateConfig, {"schedule": section, "warmup": 3}, where="")
+
+
+def test_every_knob_has_a_refusal():
+    kinds = {RegateConfig, ScheduleConfig}
+    for table in (SCORES, QUOTAS, EXECUTIONS):
+        kinds |= set(table.values())
+    judged = {f"{kind.__name__}.{next(iter(knobs))}" for kind, knobs, _ in REFUSED}
+    knobs = {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
+    assert knobs <= judged, f"add a line to REFUSED for each of {sorted(knobs - judged)}"
+    assert judged <= knobs, f"take out of REFUSED {sorted(judged - knobs)}: no such knobs"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: RegateConfig(keep_share=1),
+        lambda: RegateConfig(keep_share=1e-6),
+        lambda: RegateConfig(first_layer=0, last_layer=1),
+        lambda: Fused(reference_weight=3),
+        lambda: Fused(reference_weight=1.0, fusion="convex"),
+        lambda: Fused(decay=0),
+        lambda: ScheduleConfig(cycle_steps=4, cycle_dense_steps=4),
+        lambda: ScheduleConfig(final_dense_share=1.0),
+    ],
+)
+def test_values_at_the_edge_are_allowed(made):
+    made()
+
+
+def test_a_method_is_named_in_a_file_with_its_knobs_under_its_name():
+    values = {"score": "random", "random": {"seed": 3}, "quota": "per_window"}
+    config = read_section(RegateConfig, values, where="elision")
+    assert (config.score, config.quota) == (Random(seed=3), PerWindow())
+    assert read_section(RegateConfig, plain_values(config), where="elision") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"score": "rnd"}, "elision.score='rnd': must be one of fused, random"),
+        ({"fused": {"decay": 2}}, "elision.fused.decay=2: must be in"),
+        ({"random": {"sed": 2}}, "elision.random.sed=2: unknown key; did you mean"),
+        ({"per_window": 3}, "elision.per_window=3: must hold keys"),
+        ({"decay": 0.5, "fused": {"decay": 0.4}}, "elision.decay=0.5: .* leave elision.decay out"),
+    ],
+)
+def test_a_file_with_a_wrong_method_is_refused_by_its_key(values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        read_section(RegateConfig, values, where="elision")
+
+
+def test_older_keys_are_read_where_they_stand_now_and_each_says_so(caplog):
+    old = {"total_steps": 9, "warmup": 3, "fusion": "convex", "align": "both", "decay": 0.5}
+    with caplog.at_level(logging.WARNING):
+        config = read_section(RegateConfig, old, where="elision")
+    assert config == RegateConfig(
+        execution=Elide(align="both"),
+        score=Fused(fusion="convex", decay=0.5),
+        schedule=ScheduleConfig(total_steps=9, warmup=3),
+    )
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[1] == "elision.warmup is written elision.schedule.warmup now"
+    assert len(lines) == len(old)
 
 
 @pytest.mark.parametrize(
     ("warmup", "steps"), [(0, 0), (0.05, 10), (0.999, 200), (1, 1), (1.0, 1), (100, 100)]
 )
 def test_the_warm_up_is_a_count_or_a_share_below_one(warmup: float, steps: int):
-    assert RegateConfig(total_steps=200, warmup=warmup).num_warmup_steps == steps
+    assert config_of(warmup=warmup).schedule.in_steps(200).warmup_steps == steps
 
 
 def test_the_final_dense_block_is_a_rounded_share():
-    assert RegateConfig(total_steps=99, final_dense_share=0.12).num_final_dense_steps == 12
+    assert ScheduleConfig(final_dense_share=0.12).in_steps(99).final_dense_steps == 12
 
 
 def test_an_unknown_knob_fails():
     with pytest.raises(TypeError, match="keep_rate"):
-        RegateConfig(total_steps=10, keep_rate=0.5)
+        RegateConfig(keep_rate=0.5)
 
 
 def test_a_config_cannot_change_after_its_birth():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RegateConfig(total_steps=10).keep_share = 0.1
+        RegateConfig().keep_share = 0.1

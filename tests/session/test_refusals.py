@@ -6,20 +6,21 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.config import RegateConfig
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 from tests.support.models import random_batch
-from tests.support.stores import RandomReference, index_of
+from tests.support.planning import config_of
+from tests.support.stores import RandomReference, index_of, read_difficulty
 
 BATCH = random_batch([[20], [13]], seed=1)[1]
 INDEX = index_of([BATCH])
 
 
 def made(total_steps: int = 4, difficulty: DifficultyStore | None = None) -> Regate:
-    config = RegateConfig(total_steps=total_steps, warmup=0)
+    config = config_of(warmup=0)
     difficulty = difficulty or DifficultyStore(INDEX)
-    return Regate(config, reference=RandomReference(INDEX), difficulty=difficulty)
+    return Regate(config, Stores(RandomReference(INDEX), difficulty), total_steps=total_steps)
 
 
 def open_step(session: Regate):
@@ -72,7 +73,7 @@ def test_losses_of_an_earlier_step_do_not_belong_to_this_one():
 def test_there_must_be_one_loss_for_each_target():
     session = made()
     plan = open_step(session)
-    with pytest.raises(ValueError, match=rf"{plan.num_targets} targets, but losses of shape"):
+    with pytest.raises(ValueError, match=rf"{plan.num_targets} targets, but loss \(3,\)"):
         session.record(plan, torch.ones(3))
 
 
@@ -137,4 +138,4 @@ def test_a_loss_that_is_not_finite_is_named_and_not_remembered(value: float):
     named = f"step 0: the loss of sample '{key[0]}' record {key[1]} at position {position} of row"
     with pytest.raises(RuntimeError, match=f"{named} {row} is {value}"):
         session.finish_step(applied=True)
-    assert not difficulty.read(BATCH.flat_keys).any()
+    assert not read_difficulty(difficulty, BATCH.flat_keys).any()

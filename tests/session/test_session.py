@@ -7,22 +7,24 @@ import torch
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
-from regate_ds.algorithm.select import fuse_scores, plan_sparse
-from regate_ds.config import RegateConfig, schedule_of
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.config import RegateConfig
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 from tests.support.models import random_batch
-from tests.support.stores import RandomReference, index_of
+from tests.support.planning import config_of, fuse, plan_sparse
+from tests.support.stores import RandomReference, index_of, read_difficulty, write_difficulty
 
 BATCH = random_batch([[20], [13]], seed=1)[1]
 
 
-def made(batches: tuple[TokenBatch, ...] = (BATCH,), **knobs):
+def made(batches: tuple[TokenBatch, ...] = (BATCH,), total_steps: int = 4, **knobs):
     """A session whose steps are all sparse, and its difficulty store."""
     index = index_of(batches)
     store = DifficultyStore(index)
-    config = RegateConfig(**{"total_steps": 4, "warmup": 0, "final_dense_share": 0.0, **knobs})
-    return Regate(config, reference=RandomReference(index), difficulty=store), store
+    config = config_of(**{"warmup": 0, "final_dense_share": 0.0, **knobs})
+    return Regate(config, Stores(RandomReference(index), store), total_steps=total_steps), store
 
 
 def other_batch(seed: int, rows=((17,), (9,))) -> TokenBatch:
@@ -57,10 +59,10 @@ def remembered(batch: TokenBatch, old_N, plan: ElisionPlan, losses_L, decay: flo
 def test_a_sparse_step_keeps_what_reference_and_difficulty_rank_highest(fusion: str, align: str):
     knobs = {"reference_weight": 0.3, "fusion": fusion}
     session, store = made(align=align, keep_share=0.4, token_multiple=4, **knobs)
-    store.write(BATCH.flat_keys, torch.rand(int(BATCH.is_label_BT.sum())))
+    write_difficulty(store, BATCH.flat_keys, torch.rand(int(BATCH.is_label_BT.sum())))
     (plan,) = session.plan_step([BATCH]).micro
     reference_N = RandomReference(store.index).read(BATCH.flat_keys)
-    score_N = fuse_scores(reference_N, store.read(BATCH.flat_keys), **knobs)
+    score_N = fuse(reference_N, read_difficulty(store, BATCH.flat_keys), **knobs)
     wanted = plan_sparse(BATCH, score_N, keep_share=0.4, align=align, token_multiple=4)
     assert torch.equal(plan.kept_BK, wanted.kept_BK)
     assert torch.equal(plan.segment_BK, wanted.segment_BK)
@@ -69,17 +71,17 @@ def test_a_sparse_step_keeps_what_reference_and_difficulty_rank_highest(fusion: 
 def test_difficulty_changes_exactly_where_the_loss_ran():
     session, store = made(decay=0.9)
     old_N = torch.rand(int(BATCH.is_label_BT.sum()))
-    store.write(BATCH.flat_keys, old_N)
+    write_difficulty(store, BATCH.flat_keys, old_N)
     (plan,) = run_step(session, BATCH).micro
     expected = remembered(BATCH, old_N, plan, made_up(plan), 0.9)
-    assert torch.allclose(store.read(BATCH.flat_keys), expected)
+    assert torch.allclose(read_difficulty(store, BATCH.flat_keys), expected)
     assert 0 < plan.num_targets < len(old_N)
 
 
 def test_a_dense_step_remembers_every_label_position():
     session, store = made(warmup=1)
     assert run_step(session, BATCH).is_dense
-    assert bool((store.read(BATCH.flat_keys) > 0).all())
+    assert bool((read_difficulty(store, BATCH.flat_keys) > 0).all())
 
 
 def test_every_micro_batch_of_a_step_is_planned_and_remembered():
@@ -90,7 +92,7 @@ def test_every_micro_batch_of_a_step_is_planned_and_remembered():
     for batch, plan in zip(window, step.micro, strict=True):
         nothing = torch.zeros(int(batch.is_label_BT.sum()))
         expected = remembered(batch, nothing, plan, made_up(plan, plan.micro), 0.9)
-        assert torch.allclose(store.read(batch.flat_keys), expected)
+        assert torch.allclose(read_difficulty(store, batch.flat_keys), expected)
 
 
 def test_losses_may_come_in_any_order():
@@ -101,7 +103,7 @@ def test_losses_may_come_in_any_order():
         for plan in session.plan_step(window).micro[::order]:
             session.record(plan, made_up(plan, plan.micro))
         session.finish_step(applied=True)
-        stores.append(store.read([key for batch in window for key in batch.flat_keys]))
+        stores.append(read_difficulty(store, [key for batch in window for key in batch.flat_keys]))
     assert torch.equal(*stores)
 
 
@@ -110,14 +112,14 @@ def test_of_a_sample_that_a_step_sees_twice_the_last_occurrence_counts_once():
     step = run_step(session, BATCH, BATCH)
     nothing = torch.zeros(int(BATCH.is_label_BT.sum()))
     expected = remembered(BATCH, nothing, step.micro[1], made_up(step.micro[1], seed=1), 0.9)
-    assert torch.allclose(store.read(BATCH.flat_keys), expected)
+    assert torch.allclose(read_difficulty(store, BATCH.flat_keys), expected)
 
 
 def test_a_skipped_step_changes_no_difficulty_but_the_schedule_goes_on():
     session, store = made()
     run_step(session, BATCH, applied=False)
     assert session.step == 1
-    assert not store.read(BATCH.flat_keys).any()
+    assert not read_difficulty(store, BATCH.flat_keys).any()
 
 
 def test_a_resumed_run_plans_and_remembers_like_one_that_never_stopped(tmp_path):
@@ -136,7 +138,7 @@ def test_a_resumed_run_plans_and_remembers_like_one_that_never_stopped(tmp_path)
         assert (step.step, step.is_dense) == (i, plans[i].is_dense)
         assert torch.equal(step.micro[0].kept_BK, plans[i].micro[0].kept_BK)
     keys = [key for batch in batches for key in batch.flat_keys]
-    assert torch.equal(rest_store.read(keys), whole_store.read(keys))
+    assert torch.equal(read_difficulty(rest_store, keys), read_difficulty(whole_store, keys))
 
 
 @pytest.mark.parametrize("knobs", [{}, {"warmup": 1}, {"token_multiple": 16}, {"align": "both"}])
@@ -145,12 +147,11 @@ def test_counts_are_those_of_the_plans(knobs: dict):
     session, _ = made(window, **knobs)
     step = session.plan_step(window)
     segments = [plan.segment_BK.flatten().tolist() for plan in step.micro]
-    labels = [plan.labels_BK.flatten().tolist() for plan in step.micro]
     assert step.counts == {
         "tokens_total": 20 + 13 + 4 + 6 + 11,
         "tokens_kept": sum(s >= 0 for row in segments for s in row),
         "answer_total": sum(y >= 0 for batch in window for y in batch.labels_BT.flatten().tolist()),
-        "answer_kept": sum(y >= 0 for row in labels for y in row),
+        "answer_kept": sum(len(plan.targets_L) for plan in step.micro),
         "filled": sum(plan.num_filled for plan in step.micro),
         "padded": sum(s < 0 for row in segments for s in row),
     }
@@ -160,15 +161,16 @@ def test_counts_are_those_of_the_plans(knobs: dict):
 def test_the_run_follows_the_schedule_of_its_config():
     knobs = {"warmup": 0.2, "cycle_steps": 4, "cycle_dense_steps": 1, "final_dense_share": 0.1}
     session, _ = made(total_steps=20, **knobs)
-    schedule = schedule_of(RegateConfig(total_steps=20, **knobs))
+    schedule = config_of(**knobs).schedule.in_steps(20)
     dense = [run_step(session, BATCH).is_dense for _ in range(20)]
     assert dense == [schedule.is_dense(i) for i in range(20)]
     assert [i for i in range(20) if dense[i]] == [0, 1, 2, 3, 4, 8, 12, 16, 18, 19]
 
 
-def test_the_dense_baseline_needs_no_stores_and_is_dense_throughout():
-    config = RegateConfig(total_steps=4, keep_share=1.0, warmup=0, final_dense_share=0.0)
-    session = Regate(config, reference=None, difficulty=None)
+@pytest.mark.parametrize("dense", [{"keep_share": 1.0}, {"execution": "none"}])
+def test_the_dense_baseline_needs_no_stores_and_is_dense_throughout(dense: dict):
+    config = config_of(warmup=0, final_dense_share=0.0, **dense)
+    session = Regate(config, Stores(), total_steps=4)
     assert all(run_step(session, BATCH).is_dense for _ in range(4))
 
 
@@ -177,14 +179,15 @@ def test_elision_without_both_stores_is_refused(given: str | None):
     index = index_of([BATCH])
     stores = {"reference": RandomReference(index), "difficulty": DifficultyStore(index)}
     chosen = {name: stores[name] if name == given else None for name in stores}
-    with pytest.raises(ValueError, match="keep_share=0.5 needs the teacher's losses"):
-        Regate(RegateConfig(total_steps=4), **chosen)
+    lacking = "statistics of its own" if given == "reference" else "the teacher's losses"
+    with pytest.raises(ValueError, match=f"score=Fused needs {lacking}; give Stores"):
+        Regate(RegateConfig(), Stores(**chosen), total_steps=4)
 
 
 def test_rows_of_a_steps_micro_batches_are_of_one_length_where_the_host_asks():
     batches = (BATCH, other_batch(2), other_batch(3, rows=((30,), (8,))))
     session, _ = made(batches)
-    session.equal_slots = True
+    session.rows = RowLayout(equal=True)
     equal = session.plan_step(batches)
     other, _ = made(batches)
     uneven = other.plan_step(batches)

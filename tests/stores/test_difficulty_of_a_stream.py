@@ -12,7 +12,7 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
 from tests.support.models import random_batch
-from tests.support.stores import index_of
+from tests.support.stores import index_of, read_difficulty, write_difficulty
 
 BATCHES = [
     TokenBatch(tuple(((f"micro{n}", i),) for i in range(2)), batch.segment_BT, batch.labels_BT)
@@ -31,9 +31,9 @@ def play(store, steps: range) -> list[torch.Tensor]:
     for step in steps:
         window = random.Random(step).choices(BATCHES, k=2)
         store.admit(window)
-        found.append(store.read(keys_of(window)))
+        found.append(read_difficulty(store, keys_of(window)))
         generator = torch.Generator().manual_seed(step)
-        store.write(keys_of(window), torch.rand(len(found[-1]), generator=generator))
+        write_difficulty(store, keys_of(window), torch.rand(len(found[-1]), generator=generator))
     return found
 
 
@@ -49,13 +49,13 @@ def test_it_remembers_what_the_indexed_store_remembers():
 def test_a_sample_with_other_answers_begins_anew():
     store, batch = StreamDifficulty(), BATCHES[0]
     store.admit([batch])
-    store.write(batch.flat_keys, torch.ones(int(batch.is_label_BT.sum())))
+    write_difficulty(store, batch.flat_keys, torch.ones(int(batch.is_label_BT.sum())))
     labels_BT = batch.labels_BT.clone()
     row, position = batch.is_label_BT.nonzero()[0].tolist()
     labels_BT[row, position] += 1
     changed = TokenBatch(batch.keys, batch.segment_BT, labels_BT)
     store.admit([changed])
-    one, other = store.read(changed.flat_keys).split(changed.num_labels_per_sample)
+    one, other = read_difficulty(store, changed.flat_keys).split(changed.num_labels_per_sample)
     assert not one.any()
     assert bool((other == 1).all())
 

@@ -14,6 +14,7 @@ from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
 from tests.support.ranks import run_ranks
 from tests.support.samples import make_index, make_samples
+from tests.support.stores import read_difficulty, write_difficulty
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +61,7 @@ def _stream(group: dist.ProcessGroup | None) -> StreamDifficulty:
 
 def _play(store: DifficultyStore | StreamDifficulty, rank: int, steps: range) -> None:
     for step in steps:
-        store.write(*_window(step, rank))
+        write_difficulty(store, *_window(step, rank))
 
 
 def check_ranks_read_what_any_rank_wrote(rank: int, world_size: int) -> None:
@@ -70,24 +71,24 @@ def check_ranks_read_what_any_rank_wrote(rank: int, world_size: int) -> None:
         _play(stream, rank, range(step, step + 1))
         expected = _played_by_one(world_size, step + 1)
         keys, _ = _window(step + 7, rank)
-        assert torch.equal(store.read(keys), expected[_index().locate(keys)])
-        assert torch.equal(stream.read(keys), expected[_index().locate(keys)])
-    assert torch.equal(store.read(_index().keys), _played_by_one(world_size, NUM_STEPS))
+        assert torch.equal(read_difficulty(store, keys), expected[_index().locate(keys)])
+        assert torch.equal(read_difficulty(stream, keys), expected[_index().locate(keys)])
+    assert torch.equal(read_difficulty(store, _index().keys), _played_by_one(world_size, NUM_STEPS))
 
 
 def check_the_last_rank_wins(rank: int) -> None:
     store = DifficultyStore(_index(), dist.group.WORLD)
     key = _index().keys[4]
-    store.write([key], torch.full((len(_index().locate([key])),), float(rank)))
-    assert bool((store.read([key]) == dist.get_world_size() - 1).all())
+    write_difficulty(store, [key], torch.full((len(_index().locate([key])),), float(rank)))
+    assert bool((read_difficulty(store, [key]) == dist.get_world_size() - 1).all())
 
 
 def check_a_rank_without_samples_takes_part(rank: int) -> None:
     store = DifficultyStore(_index(), dist.group.WORLD)
     keys = list(_index().keys) if rank == 1 else []
-    assert store.read(keys).shape == (len(_index().locate(keys)),)
-    store.write(keys, torch.ones(len(_index().locate(keys))))
-    assert bool((store.read(_index().keys) == 1).all())
+    assert read_difficulty(store, keys).shape == (len(_index().locate(keys)),)
+    write_difficulty(store, keys, torch.ones(len(_index().locate(keys))))
+    assert bool((read_difficulty(store, _index().keys) == 1).all())
 
 
 def check_ranks_save(rank: int, folder: Path) -> None:
@@ -102,10 +103,10 @@ def check_ranks_save(rank: int, folder: Path) -> None:
 def check_ranks_load(rank: int, folder: Path, saved_by: int) -> None:
     store = DifficultyStore(_index(), dist.group.WORLD)
     store.load(folder)
-    assert torch.equal(store.read(_index().keys), _played_by_one(saved_by, 5))
+    assert torch.equal(read_difficulty(store, _index().keys), _played_by_one(saved_by, 5))
     stream = _stream(dist.group.WORLD)
     stream.load(folder)
-    assert torch.equal(stream.read(_index().keys), _played_by_one(saved_by, 5))
+    assert torch.equal(read_difficulty(stream, _index().keys), _played_by_one(saved_by, 5))
 
 
 def check_resume_equals_never_having_stopped(rank: int, folder: Path) -> None:
@@ -118,7 +119,9 @@ def check_resume_equals_never_having_stopped(rank: int, folder: Path) -> None:
     resumed = DifficultyStore(_index(), dist.group.WORLD)
     resumed.load(folder)
     _play(resumed, rank, range(5, NUM_STEPS))
-    assert torch.equal(resumed.read(_index().keys), straight.read(_index().keys))
+    assert torch.equal(
+        read_difficulty(resumed, _index().keys), read_difficulty(straight, _index().keys)
+    )
 
 
 def check_sidecars_of_different_moments_are_refused(rank: int, folder: Path) -> None:
@@ -158,4 +161,4 @@ def test_any_number_of_ranks_reads_what_three_saved(tmp_path):
     run_ranks(check_ranks_load, 2, tmp_path, 3)
     alone = DifficultyStore(_index())
     alone.load(tmp_path)
-    assert torch.equal(alone.read(_index().keys), _played_by_one(3, 5))
+    assert torch.equal(read_difficulty(alone, _index().keys), _played_by_one(3, 5))

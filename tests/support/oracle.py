@@ -31,21 +31,24 @@ def oracle_loss(
 ) -> Tensor:
     """Summed loss of the kept targets of a micro-batch, each sample computed on its own.
 
-    Of the plan only the set of kept positions is used. ``rotary_B``: for models whose positions are
+    Of the plan two sets of positions are used: those kept, and those with a loss. ``rotary_B``: for
+    models whose positions are
     not 0, 1, 2... in each sample; one sample a row then.
     """
-    real = set(plan.position_R.tolist())
+    real, scored = set(plan.position_R.tolist()), set(plan.label_position_L.tolist())
     num_tokens = batch.labels_BT.shape[1]
     total = embedded_BTH.new_zeros(())
     for r, row in enumerate(batch.segment_BT.tolist()):
         for s in range(max(row) + 1):
             positions = [t for t in range(num_tokens) if row[t] == s]
             kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
-            targets = {i: int(batch.labels_BT[r, positions[i]]) for i in kept}
+            labels = {i: int(batch.labels_BT[r, positions[i]]) for i in kept}
+            targets = {i: y for i, y in labels.items() if r * num_tokens + positions[i] in scored}
+            assert IGNORE not in targets.values()
             sample = Sample(
                 embedded_BTH[r, positions],
                 kept,
-                {i: y for i, y in targets.items() if y != IGNORE},
+                targets,
                 None if rotary_B is None else rotary_B[r],
             )
             total = total + sample_loss(host, sample, gated)

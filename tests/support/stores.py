@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.values import Statistics
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,12 @@ class RandomReference:
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
         return self._values_N[self.index.locate(keys)]
+
+
+def read_difficulty(store: Statistics, keys: Sequence[SampleKey]) -> Tensor:
+    """The one column that the paper's score needs."""
+    return store.read(keys)["difficulty"]
+
+
+def write_difficulty(store: Statistics, keys: Sequence[SampleKey], values_N: Tensor) -> None:
+    store.write(keys, {"difficulty": values_N})

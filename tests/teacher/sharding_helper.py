@@ -23,7 +23,7 @@ from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.head_loss import HeadPart
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher
-from regate_ds.teacher.precompute import Score, TeacherJob, precompute
+from regate_ds.teacher.precompute import ScoreSamples, TeacherJob, precompute
 from regate_ds.teacher.scoring import ScoredSample, score_samples
 from regate_ds.teacher.sharding.placement import PlacedTeacher, TeacherSource, place_teacher
 from regate_ds.teacher.sharding.tensor_parallel import ShardedTeacher, require_share
@@ -144,7 +144,7 @@ def _tensor_job(store: Path, placed: PlacedTeacher) -> TeacherJob:
     )
 
 
-def _ends_after(num_batches: int, score: Score) -> Score:
+def _ends_after(num_batches: int, score: ScoreSamples) -> ScoreSamples:
     left = iter(range(num_batches))
 
     def scored(samples: Sequence[ScoredSample]) -> torch.Tensor:
@@ -156,7 +156,7 @@ def _ends_after(num_batches: int, score: Score) -> Score:
 
 
 def check_own_data(process: Process, models: Path, *, section: TeacherConfig) -> None:
-    """Of a data set of users' own: shared by all ranks, and the whole teacher's losses."""
+    """The store of a user's data set has the whole teacher's losses, shared by all ranks."""
     data = Keyed(host_items(9), "set")
     whole = Teacher(model=load_teacher(models / "llama"), pad_id=PAD, image_token_id=IMAGE)
     section = replace(section, path=models / "llama", tokens_per_batch=64)
@@ -266,7 +266,7 @@ def check_pieces_score(process: Process, source: TeacherSource) -> None:
 
 
 Check = Callable[[Process, Path], object]
-"""Of this process, with the folder of the models."""
+"""A check of one process, which gets the folder of the models."""
 
 
 def _checks(kind: str, check: Callable[[Process, TeacherSource], object], whole: bool) -> dict:

@@ -8,14 +8,14 @@ from fractions import Fraction
 import pytest
 import torch
 
-from regate_ds.teacher.tokenizers.alignment import Span, align, align_text, edges
+from regate_ds.teacher.tokenizers.alignment import CharRange, align, align_text, edges
 from tests.teacher.two_tokenizers_helper import any_text, by_bytes, by_pieces
 
 CELLS = 60
-"""Of a character: any number of tokens up to six shares it evenly."""
+"""Parts of a character: any number of tokens up to six shares it evenly."""
 
 
-def cells_of(spans: list[Span], num_chars: int) -> list[set[int]]:
+def cells_of(spans: list[CharRange], num_chars: int) -> list[set[int]]:
     """The cells that each token stands for, character by character."""
     owned: list[set[int]] = [set() for _ in spans]
     for char in range(num_chars):
@@ -31,7 +31,7 @@ def cells_of(spans: list[Span], num_chars: int) -> list[set[int]]:
     return owned
 
 
-def plain_shares(student: list[Span], teacher: list[Span], num_chars: int) -> dict:
+def plain_shares(student: list[CharRange], teacher: list[CharRange], num_chars: int) -> dict:
     """Each cell of a teacher's token gives its part of the token to whose cell it is."""
     found: dict[tuple[int, int], Fraction] = {}
     mine = cells_of(student, num_chars)
@@ -42,7 +42,7 @@ def plain_shares(student: list[Span], teacher: list[Span], num_chars: int) -> di
     return found
 
 
-def spans_of(tokenizer, text: str) -> list[Span]:
+def spans_of(tokenizer, text: str) -> list[CharRange]:
     options = {"add_special_tokens": False, "return_offsets_mapping": True}
     return [tuple(span) for span in tokenizer(text, **options)["offset_mapping"]]
 

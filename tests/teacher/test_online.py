@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import TokenBatch, number_runs
 from regate_ds.data.collate import Batch, Collator, LoadedSample
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.api import Teacher
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
@@ -25,7 +25,7 @@ PAD, IMAGE = 1, 60
 def loaded(number: int) -> LoadedSample:
     s = make_samples(12)[number]
     return LoadedSample(
-        EncodedSample(s.key, s.input_ids_S, s.labels_S, s.is_placeholder_S, (), ()), ()
+        EncodedSample(s.key, s.input_ids_S, s.labels_S, number_runs(s.is_placeholder_S), (), ()), ()
     )
 
 

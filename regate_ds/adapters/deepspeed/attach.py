@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.deepspeed.checks import warn_if_never_sparse
+from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import attach_model, has_tower
-from regate_ds.config import RegateConfig
+from regate_ds.adapters.session_state import Reference, require_reference
+from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.parallel.layout import num_ranks
-from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.online import OnlineReference
 
 
@@ -18,17 +18,20 @@ def attach(
     model: nn.Module,
     config: RegateConfig,
     *,
-    reference: ReferenceStore | OnlineReference | None = None,
+    total_steps: int | None = None,
+    reference: Reference | None = None,
     own_loss: bool = False,
 ) -> DeepSpeedRegate:
     """Make the model accept plans. Call it before ``deepspeed.initialize``.
 
+    total_steps: optimizer steps of the whole run; a resume must repeat it.
     reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
-        them while training; it is not needed with keep_share=1.0.
+        them while training; only scores that read it need it.
     own_loss: allows ``token_losses``, for users who weigh the losses themselves.
 
     ValueError names what is not supported. With enabled=False the model is not changed.
     """
+    require_config("config", config)
     if reference is not None and not hasattr(reference, "read"):
         raise ValueError(
             f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore or "
@@ -36,18 +39,23 @@ def attach(
         )
     if isinstance(reference, OnlineReference):
         reference.require_frozen(model)
-    warn_if_never_sparse(config)
+    if config.enabled:
+        require_reference(config, reference, online=True)
+        if total_steps is not None:
+            require_steps(total_steps)
+    warn_if_never_sparse(config, total_steps)
     attachment, several_ranks = Attachment(), num_ranks() > 1
     if config.enabled:
         attachment = attach_model(
-            model,
-            first_layer=config.first_layer,
-            last_layer=config.last_layer,
-            own_loss=own_loss,
-            run_tower_without_image=several_ranks,
+            model, config, own_loss=own_loss, run_tower_without_image=several_ranks
         )
     # On several ranks such a model runs its tower on an empty image where a micro-batch has none.
     tower_unwatched = not several_ranks and has_tower(model)
+    options = LoopOptions(
+        own_loss=own_loss,
+        tower_unwatched=tower_unwatched,
+        image_token_id=getattr(getattr(model, "config", None), "image_token_id", None),
+    )
     return DeepSpeedRegate(
-        config, reference, attachment, own_loss=own_loss, tower_unwatched=tower_unwatched
+        config, attachment, total_steps=total_steps, reference=reference, options=options
     )

@@ -1,35 +1,68 @@
-"""Warn about a configuration, and refuse a model output, in a training loop of the user's own."""
+"""Warn about a configuration, and refuse an engine or an output, in a loop of the user's own."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from regate_ds.adapters.huggingface.gates import ElidedOutput
-from regate_ds.config import RegateConfig, schedule_of
+from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.config import RegateConfig
 
 _log = logging.getLogger(__name__)
 
 
-def warn_if_never_sparse(config: RegateConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """What ``attach`` was asked for, and what it found."""
+
+    own_loss: bool = False
+    """``token_losses`` may be called."""
+
+    tower_unwatched: bool = False
+    """The model has a tower, and runs no empty image where a micro-batch has none."""
+
+    image_token_id: int | None = None
+    """The token id of image placeholders; None if the model has none."""
+
+
+def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
     """Log a warning if the run should elide tokens, but its schedule makes every step dense."""
-    schedule = schedule_of(config)
-    sparse = any(not schedule.is_dense(step) for step in range(config.total_steps))
-    if config.enabled and config.keep_share < 1.0 and not sparse:
+    if not config.chooses or total_steps is None:
+        return
+    schedule = config.schedule.in_steps(total_steps)
+    if all(schedule.is_dense(step) for step in range(total_steps)):
         _log.warning(
-            "all of the %d steps are dense, so no token is elided; lower warmup=%s, "
-            "cycle_dense_steps=%d or final_dense_share=%s",
-            config.total_steps,
-            config.warmup,
-            config.cycle_dense_steps,
-            config.final_dense_share,
+            "all of the %d steps are dense, so no token is elided; lower schedule.warmup=%s, "
+            "schedule.cycle_dense_steps=%d or schedule.final_dense_share=%s",
+            total_steps,
+            config.schedule.warmup,
+            config.schedule.cycle_dense_steps,
+            config.schedule.final_dense_share,
         )
 
 
-def require_elided(output: Any) -> None:
-    """Refuse the output of a model that was called without a plan: ValueError."""
-    if not isinstance(output, ElidedOutput):
+def require_engine(engine: Any, *, tower_unwatched: bool) -> None:
+    """Refuse an engine whose ranks would compute something else, or stop each other."""
+    if engine.sequence_parallel_size > 1:
         raise ValueError(
-            f"the model returned {type(output).__name__}, without a plan; call it as "
-            "engine(**batch, regate_plan=plan)"
+            f"sequence parallel size {engine.sequence_parallel_size} is not supported under "
+            "DeepSpeed; set it to 1"
         )
+    if engine.dp_world_size > 1 and tower_unwatched:
+        raise RuntimeError(
+            f"the engine has {engine.dp_world_size} data ranks, but attach found one rank: "
+            "a rank without an image would stop the others; call "
+            "deepspeed.init_distributed() before attach"
+        )
+
+
+def require_elided(output: Any) -> ElisionPlan:
+    """Return the plan of an output; ValueError for that of a model called without a plan."""
+    if not isinstance(output, ElidedOutput) or output.plan is None:
+        raise ValueError(
+            f"the model returned {type(output).__name__}, without a plan; call it with all that "
+            "is in the batch: engine(**batch)"
+        )
+    return output.plan

@@ -1,10 +1,11 @@
 """ReGATE in DeepSpeed's own pipeline parallelism, with ZeRO stage 0 or 1.
 
-    student = pipeline_student(model, RegateConfig(total_steps=T), num_stages=2)
+    student = pipeline_student(model, RegateConfig(), num_stages=2)
     engine, *_ = deepspeed.initialize(model=student, model_parameters=..., config=ds)
-    regate = attach_pipeline(engine, reference=ReferenceStore(path))
+    regate = attach_pipeline(engine, total_steps=T, reference=ReferenceStore(path))
     for step in range(T):
         loss = regate.train_batch(iterator)
+        regate.step(applied=engine.was_step_applied())
 
 The iterator yields ``Batch`` (inputs and tokens), as ``KeyedCollate`` and the collator in
 `data/collate.py` make it. DeepSpeed requires that the first and the last stage of a replica read
@@ -14,13 +15,14 @@ the same micro-batches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.deepspeed.pipeline_layers import (
     Micro,
@@ -28,19 +30,22 @@ from regate_ds.adapters.deepspeed.pipeline_layers import (
     numbered,
 )
 from regate_ds.adapters.deepspeed.pipeline_student import PipelineStudent
-from regate_ds.adapters.plan_wire import Sent, confirm, failing_together, share_plan
-from regate_ds.adapters.session_state import Difficulty, load_state, open_session, save_state
+from regate_ds.adapters.plan_wire import Replica
+from regate_ds.adapters.run import metrics_of
+from regate_ds.adapters.session_state import Opened, open_session, require_reference
 from regate_ds.algorithm.batch import TokenBatch, host_labels
-from regate_ds.algorithm.plan import StepPlan, plan_dense
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
-from regate_ds.parallel.collectives import all_or_none
 from regate_ds.parallel.layout import ParallelLayout, cpu_group
-from regate_ds.session import Regate
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
-def attach_pipeline(engine: Any, *, reference: ReferenceStore | None = None) -> PipelineRegate:
+def attach_pipeline(
+    engine: Any, *, total_steps: int, reference: ReferenceStore | None = None
+) -> PipelineRegate:
     """Make this rank's ``PipelineRegate`` for a pipeline engine.
+
+    total_steps: optimizer steps of the whole run; a resume must repeat it.
 
     Collective over all ranks of the world. ValueError names what is not supported.
     """
@@ -50,108 +55,116 @@ def attach_pipeline(engine: Any, *, reference: ReferenceStore | None = None) -> 
             f"engine.module is a {type(student).__name__}, not a PipelineStudent; make the model "
             "with pipeline_student before deepspeed.initialize"
         )
-    return PipelineRegate(engine, student, reference)
+    require_reference(student.regate_config, reference)
+    opened = None
+    if student.regate_config.enabled and engine.is_last_stage():
+        data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
+        layout = ParallelLayout(data=data, device=engine.device)
+        opened = open_session(student.regate_config, reference, layout, total_steps=total_steps)
+    return PipelineRegate(engine, student, _replica(engine), opened)
 
 
 class PipelineRegate:
     """One rank's part in a run with a pipeline; ``attach_pipeline`` makes it."""
 
     def __init__(
-        self, engine: Any, student: PipelineStudent, reference: ReferenceStore | None
+        self, engine: Any, student: PipelineStudent, replica: Replica, opened: Opened | None
     ) -> None:
+        """opened: the session, on ranks of the last stage, which plan."""
         self.config = student.regate_config
         self.plan: StepPlan | None = None
-        """The plan of the step planned last, on ranks of the last stage; None on other ranks."""
+        """The plan of the current step, or of the last one."""
         self._engine, self._student = engine, student
-        self._session: Regate | None = None
-        self._difficulty: Difficulty | None = None
-        self._data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
-        self.planner, self.replica = _replica(engine)
-        if self.config.enabled and engine.is_last_stage():
-            self._session, self._difficulty = open_session(
-                self.config, reference, ParallelLayout(data=self._data), engine.device
-            )
+        self._replica, self._opened = replica, opened
+        self._losses: dict[int, Tensor] = {}
+        """Losses of each micro-batch's targets, of the step that was trained last."""
 
     def train_batch(self, iterator: Iterator[Batch]) -> Tensor:
         """Run one optimizer step and return the mean loss over all targets of the step.
 
         All ranks must call it.
         """
-        window = self._read(iterator)
-        plans = self._plans(window) if self.config.enabled else None
-        loss = self._engine.train_batch(self._feed(window, plans))
+        window: list[Any] = []
         if self.config.enabled:
-            self._finish(applied=self._engine.was_step_applied())
+            make = partial(self._plan_step, window, iterator) if self._opened is not None else None
+            self.plan = self._replica.share(make)
+        loss = self._engine.train_batch(self._feed(window, iterator, self.plan))
+        self._losses = dict(self._student.losses)
         return loss
+
+    def step(self, *, applied: bool) -> None:
+        """End an optimizer step; ``applied`` is ``engine.was_step_applied()``. All ranks call it.
+
+        An error on the last stage is an error on all stages.
+        """
+        if not self.config.enabled:
+            return
+        if self.plan is None:
+            raise RuntimeError("step() without a step; call train_batch first")
+        self._confirm(partial(self._end, self.plan, applied))
+
+    def _end(self, plan: StepPlan, applied: bool) -> None:
+        assert self._opened is not None
+        for number, micro in enumerate(plan.micro):
+            self._opened.session.record(micro, self._losses[number])
+        self._opened.session.finish_step(applied=applied)
+
+    def _confirm(self, call: Callable[[], None]) -> None:
+        """Call on the last stage; an error there is an error on all stages."""
+        self._replica.confirm(call if self._opened is not None else None)
 
     def eval_batch(self, iterator: Iterator[Batch]) -> Tensor:
         """Return the dense model's mean loss over all targets of one step's micro-batches.
 
         It reads as many micro-batches as a step has. All ranks must call it.
         """
-        window = self._read(iterator)
-        plans = self._dense_plans(window) if self.config.enabled else None
-        return self._engine.eval_batch(self._feed(window, plans))
+        window, plan = list[Any](), None
+        if self.config.enabled:
+            make = partial(self._plan_dense, window, iterator) if self._opened is not None else None
+            plan = self._replica.share(make)
+        return self._engine.eval_batch(self._feed(window, iterator, plan))
 
     def save(self, checkpoint_dir: str | Path) -> None:
-        """Write schedule and difficulty into a checkpoint folder.
-
-        Every rank of the last stage must call it; on other ranks it does nothing.
-        """
-        if self._session is not None:
-            is_first = self._engine.grid.data_parallel_id == 0
-            save_state(Path(checkpoint_dir), self._session, self._difficulty, is_first=is_first)
+        """Write schedule and difficulty into a checkpoint folder. All ranks call it."""
+        if self.config.enabled:
+            self._confirm(lambda: self._require_opened().save(checkpoint_dir))
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Load what ``save`` wrote; the number of data ranks may differ from the saved one."""
-        if self._session is not None:
-            load_state(Path(checkpoint_dir), self._session, self._difficulty)
+        if self.config.enabled:
+            self._confirm(lambda: self._require_opened().load(checkpoint_dir))
 
-    def metrics(self) -> dict[str, int | bool] | None:
-        """Return counts of the step planned last, over all data ranks.
+    def metrics(self) -> dict[str, Any]:
+        """Return counts of the step planned last, over all data ranks (see ``metrics_of``)."""
+        return metrics_of(self)
 
-        The result is None on ranks of other stages than the last, and before the first step.
+    def remove(self) -> None:
+        """Leave the stages to the host: steps that follow are its own, with its own loss."""
+        self.config, self._opened, self.plan = replace(self.config, enabled=False), None, None
+
+    def _require_opened(self) -> Opened:
+        assert self._opened is not None
+        return self._opened
+
+    def _read(self, window: list[Any], iterator: Iterator[Any]) -> None:
+        """Put the step's micro-batches into ``window``."""
+        window += itertools.islice(iterator, self._engine.micro_batches)
+
+    def _plan_step(self, window: list[Batch], iterator: Iterator[Batch]) -> StepPlan:
+        session = self._require_opened().session
+        return session.plan_step(partial(self._tokens, window, iterator))
+
+    def _plan_dense(self, window: list[Batch], iterator: Iterator[Batch]) -> StepPlan:
+        """Return a plan of this window that elides nothing, for an evaluation. Collective."""
+        session = self._require_opened().session
+        return session.plan_evaluation(partial(self._tokens, window, iterator))
+
+    def _tokens(self, window: list[Batch], iterator: Iterator[Batch]) -> list[TokenBatch]:
+        """Read a step's micro-batches; ValueError if they cannot make up a step.
+
+        It is read where an error is an error on all stages.
         """
-        if self.plan is None:
-            return None
-        return {"step": self.plan.step, "dense": self.plan.is_dense, **self.plan.counts}
-
-    def _read(self, iterator: Iterator[Any]) -> list[Any] | None:
-        """Read the step's micro-batches; None on stages that read no data."""
-        engine = self._engine
-        if not (engine.is_first_stage() or engine.is_last_stage()):
-            return None
-        return list(itertools.islice(iterator, engine.micro_batches))
-
-    def _plans(self, window: list[Batch] | None) -> Sent:
-        """Make the step's plan on the last stage and send it to all other stages."""
-        planned = None
-        if self._session is not None:
-            with failing_together(self.planner, self.replica):
-                planned = self.plan = self._session.plan_step(lambda: self._step_tokens(window))
-            self._student.scale = self._scale(planned.num_targets_global)
-        return share_plan(planned, self.planner, self.replica)
-
-    def _dense_plans(self, window: list[Batch] | None) -> Sent:
-        """Make a dense plan on the last stage and send it to all other stages."""
-        planned = None
-        if self._session is not None:
-            with failing_together(self.planner, self.replica):
-                counted = all_or_none(self._data, self._engine.device, num_values=1)
-                with counted as total:
-                    micro = tuple(plan_dense(tokens) for tokens in self._step_tokens(window))
-                    total.append(sum(plan.num_targets for plan in micro))
-            planned = Sent(self._session.step, True, micro)
-            self._student.scale = self._scale(max(1, *total))
-        return share_plan(planned, self.planner, self.replica)
-
-    def _scale(self, num_targets: int) -> float:
-        """Return the factor by which the sum of a micro-batch's losses is multiplied."""
-        return self._engine.dp_world_size * self._engine.micro_batches / num_targets
-
-    def _step_tokens(self, window: list[Batch] | None) -> list[TokenBatch]:
-        """Return the tokens of a step's micro-batches; ValueError if they cannot make up a step."""
-        assert window is not None
+        self._read(window, iterator)
         if len(window) < self._engine.micro_batches:
             raise ValueError(
                 f"the data ended after {len(window)} of the step's {self._engine.micro_batches} "
@@ -165,40 +178,39 @@ class PipelineRegate:
             )
         return [batch.tokens for batch in window]
 
-    def _feed(self, window: list[Any] | None, plans: Sent | None) -> Iterator[Any] | None:
+    def _feed(
+        self, window: list[Any], iterator: Iterator[Any], plan: StepPlan | None
+    ) -> Iterator[Any] | None:
         """Return what the engine reads: for each micro-batch the input tensors and the labels.
 
         The engine uses the tensors on the first stage and the labels on the last. The plans are put
         where this stage's layers look them up. None on stages that read no data.
         """
         engine, student = self._engine, self._student
+        reads = engine.is_first_stage() or engine.is_last_stage()
+        if reads and not window:
+            self._read(window, iterator)
         student.losses.clear()
-        batches = [{}] * engine.micro_batches if window is None else window
+        if plan is not None:
+            # The engine divides by micro-batches and data ranks, where we divide by all targets.
+            divisor = engine.dp_world_size * engine.micro_batches
+            student.scale = divisor / max(1, plan.num_targets_global)
+        batches = window if reads else [{}] * engine.micro_batches
         names, feed = [], []
         for number, batch in enumerate(batches):
             inputs, labels = _inputs_and_labels(batch)
-            if plans is None and isinstance(batch, Batch):
+            if plan is None and isinstance(batch, Batch):
                 labels = host_labels(labels)
             input_names, tensors = (
                 names_and_tensors(inputs) if engine.is_first_stage() else ((), ())
             )
             names.append(input_names)
             feed.append(((*tensors, numbered(number, engine.device)), labels))
-        micro = (
-            [None] * len(batches) if plans is None else [p.to(engine.device) for p in plans.micro]
-        )
+        micro = [None] * len(batches)
+        if plan is not None:
+            micro = [one.to(engine.device) for one in plan.micro]
         student.table.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
-        return None if window is None else iter(feed)
-
-    def _finish(self, *, applied: bool) -> None:
-        """End the step on the last stage; an error there becomes an error on all stages."""
-        if self._session is not None:
-            assert self.plan is not None
-            with failing_together(self.planner, self.replica):
-                for number, plan in enumerate(self.plan.micro):
-                    self._session.record(plan, self._student.losses[number])
-                self._session.finish_step(applied=applied)
-        confirm(self._session is not None, self.planner, self.replica)
+        return iter(feed) if reads else None
 
 
 def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
@@ -208,8 +220,8 @@ def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
     return inputs, inputs.pop("labels", torch.zeros(0))
 
 
-def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
-    """Return the rank that plans for this rank's replica, and the replica's group for CPU memory.
+def _replica(engine: Any) -> Replica:
+    """Return the stages of this rank's replica; its last one plans.
 
     ValueError if the pipeline has a model axis, which is not supported.
     """
@@ -219,4 +231,5 @@ def _replica(engine: Any) -> tuple[int, ProcessGroup | None]:
             f"the pipeline's model axis has size {grid.model_parallel_size}, but tensor "
             "parallelism is not supported here; set it to 1"
         )
-    return grid.stage_to_global(grid.pipe_parallel_size - 1), cpu_group(grid.pipe_groups)
+    planner = grid.stage_to_global(grid.pipe_parallel_size - 1)
+    return Replica(planner, cpu_group(grid.pipe_groups))

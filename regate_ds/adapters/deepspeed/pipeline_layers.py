@@ -118,9 +118,12 @@ class Decoder(nn.Module):
 
 
 def gathered(flow: Flow, plan: ElisionPlan | None) -> Flow:
-    """Return the flow of kept slots only, with their original positions; itself if dense."""
+    """Return the flow of kept slots only, with their original positions.
+
+    It is the flow itself if the plan moves no rows.
+    """
     hidden, positions, number = flow
-    if plan is None or plan.is_dense:
+    if plan is None or not plan.moves_rows:
         return flow
     return keep(hidden, plan), positions.gather(1, plan.kept_BK), number
 
@@ -138,10 +141,12 @@ class Head(nn.Module):
         plan = self._table.look_up(number).plan
         if plan is None:
             return self.head(self.norm(hidden)), hidden.new_zeros(0), number
-        # In a dense step, where there was no gather, slots are positions.
+        # Where the plan moves no rows, slots are positions.
         hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, plan.label_slot_L)
         weight, bias = self.head.weight, self.head.bias
-        loss_sum, losses_L = summed_loss(self.norm(hidden_LH), weight, bias, plan.targets_L)
+        loss_sum, losses_L = summed_loss(
+            self.norm(hidden_LH), weight, bias, plan.targets_L, plan.weight_L
+        )
         return loss_sum, losses_L, number
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from regate_ds.adapters.deepspeed.pipeline_layers import Decoder, MicroBatchTable, take_apart
 from regate_ds.adapters.huggingface.gates import has_tower
 from regate_ds.adapters.huggingface.support import require_language_model, require_supported_decoder
-from regate_ds.config import RegateConfig
+from regate_ds.algorithm.executions.execution import gated_span
+from regate_ds.algorithm.executions.table import require_execution
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.families.text_decoders import TEXT_DECODERS
 
 
@@ -51,16 +53,18 @@ def pipeline_student(
 
     ValueError names what is not supported.
     """
+    require_config("config", config)
     require_language_model(model, model)
     host: Any = model
     decoder = host.get_decoder()
     _require_pipeline(host, decoder, config)
     table = MicroBatchTable()
+    span = gated_span(config.execution.spans(config.first_layer, len(decoder.layers)))
     several_replicas = dist.get_world_size() > num_stages
     layers = take_apart(
         host,
         table,
-        first_layer=config.first_layer if config.enabled else -1,
+        first_layer=span.first if config.enabled and span is not None else -1,
         needs_tower=several_replicas and has_tower(host),
     )
     return PipelineStudent(config, table, host, layers=layers, num_stages=num_stages, **options)
@@ -71,6 +75,7 @@ def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
     depth = len(decoder.layers)
     last = depth if config.last_layer is None else config.last_layer
     require_supported_decoder(host, decoder, config.first_layer, last)
+    require_execution(config.execution, "deepspeed_pipeline")
     if last < depth:
         raise ValueError(
             f"last_layer={last} ends before the depth of {depth} layers, but the stages of a "

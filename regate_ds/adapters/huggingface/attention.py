@@ -76,3 +76,29 @@ def _boundaries(run_lengths: tuple[int, ...], device: torch.device) -> dict[str,
     cumulative = torch.tensor(ends, dtype=torch.int32, device=device)
     longest = max(run_lengths)
     return dict(zip(BOUNDARIES, (cumulative, cumulative, longest, longest), strict=True))
+
+
+def at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
+    """Return the layer's inputs at kept positions.
+
+    The mask and the boundaries are left out, because ``attention_inputs`` gives those of the plan.
+    """
+    replaced = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
+    rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
+    return {
+        **{k: v for k, v in kwargs.items() if k not in replaced},
+        "position_ids": None,
+        "position_embeddings": rotary,
+    }
+
+
+def _rotary_at_kept(x: Tensor, plan: ElisionPlan) -> Tensor:
+    """Select the rotary embedding of kept positions: [..., B or 1, T, D] -> [..., B, K, D].
+
+    Kept tokens thus have their original positions.
+    """
+    *lead, _, num_tokens, size = x.shape
+    num_rows, num_slots = plan.kept_BK.shape
+    x_BTD = x.expand(*lead, num_rows, num_tokens, size)
+    index = plan.kept_BK.unsqueeze(-1).expand(*lead, num_rows, num_slots, size)
+    return x_BTD.gather(-2, index)

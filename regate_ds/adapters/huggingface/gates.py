@@ -10,7 +10,7 @@ as an argument, so that activation checkpointing recomputes a layer with the pla
 If the gated range ends before the last layer, each gated layer puts its results back into the full
 stream.
 
-Shapes: B rows, T positions, K slots, H hidden, L targets, D size of a rotary embedding.
+Shapes: B rows, T positions, K slots, H hidden, L targets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.attention import (
-    BOUNDARIES,
+    at_kept,
     attention_inputs,
     ungated_attention_inputs,
 )
@@ -33,11 +33,15 @@ from regate_ds.adapters.huggingface.support import (
     require_plain_call,
     require_rows,
     require_supported_decoder,
+    require_tested_decoder,
     require_window,
 )
+from regate_ds.algorithm.executions.execution import gated_span
+from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.config import RegateConfig, require_config
 
 
 @dataclass
@@ -52,6 +56,9 @@ class ElidedOutput(ModelOutput):
 
     aux_loss: Tensor | None = None
     """The base model's auxiliary loss, where it returns one."""
+
+    plan: ElisionPlan | None = None
+    """The plan that the pass followed."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +96,16 @@ class _LayerGate:
 
 def attach_model(
     model: nn.Module,
+    config: RegateConfig | None = None,
     *,
-    first_layer: int = 1,
-    last_layer: int | None = None,
     own_loss: bool = False,
     run_tower_without_image: bool = False,
 ) -> Attachment:
-    """Make ``model(..., regate_plan=plan)`` process only kept tokens in its gated layers.
+    """Make ``model(..., regate_plan=plan)`` follow plans of the configuration's execution.
 
     Without a plan the model runs as the host wrote it.
 
+    config: which layers are gated, and what is done there; None is ``RegateConfig()``.
     own_loss: makes ``ElidedOutput.losses`` differentiable, for users who weigh them themselves.
     run_tower_without_image: makes a micro-batch without an image run an empty one through the
         vision tower, times zero, because ranks of one ZeRO group must all reduce the same
@@ -109,20 +116,25 @@ def attach_model(
     host = model.get_base_model() if hasattr(model, "get_base_model") else model
     require_language_model(model, host)
     decoder = host.get_decoder()
+    require_tested_decoder(decoder)
     depth = len(decoder.layers)
-    last_layer = depth if last_layer is None else last_layer
-    require_supported_decoder(host, decoder, first_layer, last_layer)
+    config = RegateConfig() if config is None else config
+    require_config("config", config)
+    last_layer = depth if config.last_layer is None else config.last_layer
+    require_supported_decoder(host, decoder, config.first_layer, last_layer)
+    require_execution(config.execution, "huggingface")
+    span = gated_span(config.execution.spans(config.first_layer, last_layer))
     attachment = Attachment()
-    ends_early = last_layer < depth
+    ends_early = span is not None and span.last < depth
     gate = _ModelGate(host, packed_at_end=not ends_early)
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, _base_forward, host=host)
     attachment.rebind_forward(host.get_output_embeddings(), _head_forward, own_loss=own_loss)
     for number, layer in enumerate(decoder.layers):
-        gated = first_layer <= number < last_layer
+        gated = span is not None and span.first <= number < span.last
         restores = gated and ends_early
-        packs = restores or number == first_layer
+        packs = restores or (span is not None and number == span.first)
         layer_gate = _LayerGate(number, gated, packs, restores)
         attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
@@ -145,16 +157,16 @@ def _model_forward(
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
     require_window(host, plan)
-    inputs = {} if plan.is_dense else attention_inputs(plan, host)
+    inputs = attention_inputs(plan, host) if plan.moves_rows else {}
     gated = _Gated(plan, inputs, ungated_attention_inputs(plan, host))
     outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
     hidden = outputs.last_hidden_state
-    is_packed = gate.packed_at_end and not plan.is_dense
+    is_packed = gate.packed_at_end and plan.moves_rows
     rows_L = plan.label_slot_L if is_packed else plan.label_position_L
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
-    loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_targets=plan.targets_L)
+    loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
     aux_loss = getattr(outputs, "aux_loss", None)
-    return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss)
+    return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan)
 
 
 def _base_forward(
@@ -189,37 +201,11 @@ def _layer_forward(
     plan = regate_plan.plan
     if gate.number == 0:
         require_rows(hidden_states, plan)
-    if plan.is_dense or not gate.gated:
+    if not plan.moves_rows or not gate.gated:
         return host_forward(hidden_states, *args, **{**kwargs, **regate_plan.ungated_attention})
     x = keep(hidden_states, plan) if gate.packs else hidden_states
-    y = host_forward(x, *args, **_at_kept(kwargs, plan), **regate_plan.attention)
+    y = host_forward(x, *args, **at_kept(kwargs, plan), **regate_plan.attention)
     return restore(hidden_states, y, plan) if gate.restores else y
-
-
-def _at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
-    """Return the layer's inputs at kept positions.
-
-    The mask and the boundaries are left out, because ``attention_inputs`` gives those of the plan.
-    """
-    replaced = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
-    rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
-    return {
-        **{k: v for k, v in kwargs.items() if k not in replaced},
-        "position_ids": None,
-        "position_embeddings": rotary,
-    }
-
-
-def _rotary_at_kept(x: Tensor, plan: ElisionPlan) -> Tensor:
-    """Select the rotary embedding of kept positions: [..., B or 1, T, D] -> [..., B, K, D].
-
-    Kept tokens thus have their original positions.
-    """
-    *lead, _, num_tokens, size = x.shape
-    num_rows, num_slots = plan.kept_BK.shape
-    x_BTD = x.expand(*lead, num_rows, num_tokens, size)
-    index = plan.kept_BK.unsqueeze(-1).expand(*lead, num_rows, num_slots, size)
-    return x_BTD.gather(-2, index)
 
 
 def _head_forward(
@@ -227,13 +213,16 @@ def _head_forward(
     hidden: Tensor,
     *,
     own_loss: bool,
-    regate_targets: Tensor | None = None,
+    regate_plan: ElisionPlan | None = None,
 ) -> Any:
-    if regate_targets is None:
+    """Compute the losses of a plan's targets; without a plan, the host's logits.
+
+    This happens inside the head's own call, because ZeRO-3 has its weight here and nowhere else.
+    """
+    if regate_plan is None:
         return host_forward(hidden)
-    # The loss is computed inside the head's own call, because only there ZeRO-3 has its weight.
-    head = host_forward.__self__
-    if own_loss:
-        losses_L = token_losses(hidden, head.weight, head.bias, regate_targets)
-        return losses_L.sum(), losses_L
-    return summed_loss(hidden, head.weight, head.bias, regate_targets)
+    head, targets_L, weight_L = host_forward.__self__, regate_plan.targets_L, regate_plan.weight_L
+    if not own_loss:
+        return summed_loss(hidden, head.weight, head.bias, targets_L, weight_L)
+    losses_L = token_losses(hidden, head.weight, head.bias, targets_L)
+    return (losses_L if weight_L is None else losses_L * weight_L).sum(), losses_L

@@ -39,14 +39,18 @@ def require_language_model(model: nn.Module, host: Any) -> None:
         )
 
 
+def require_tested_decoder(decoder: Any) -> None:
+    """Refuse a kind of decoder that no test has compared with an oracle."""
+    if decoder.config.model_type not in TEXT_DECODERS:
+        raise ValueError(
+            f"decoder {decoder.config.model_type!r} is not supported; tested are "
+            f"{tuple(TEXT_DECODERS)}: use one of these"
+        )
+
+
 def require_supported_decoder(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
     """Refuse a decoder, gated range or head that elision would compute wrongly."""
     config: Any = decoder.config
-    if config.model_type not in TEXT_DECODERS:
-        raise ValueError(
-            f"decoder {config.model_type!r} is not supported; tested are {tuple(TEXT_DECODERS)}: "
-            "use one of these"
-        )
     if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} is not supported; "
@@ -121,7 +125,7 @@ def require_window(host: Any, plan: ElisionPlan) -> None:
     layer_types = getattr(config, "layer_types", None)
     slides = "sliding_attention" in layer_types if layer_types else True
     window = getattr(config, "sliding_window", None)
-    if slides and window is not None and plan.num_tokens >= window and not plan.is_dense:
+    if slides and window is not None and plan.num_tokens >= window and plan.moves_rows:
         raise ValueError(
             f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
             "elision the window would count kept tokens, not positions; use shorter rows"

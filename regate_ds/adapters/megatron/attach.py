@@ -1,6 +1,6 @@
 """Attach ReGATE to a model in a training loop around Megatron-core's schedules.
 
-    regate = attach(model, RegateConfig(total_steps=T), reference=ReferenceStore(path))
+    regate = attach(model, RegateConfig(), total_steps=T, reference=ReferenceStore(path))
     forward_backward = regate.wrap(get_forward_backward_func())
     ...
     forward_backward(forward_step_func=..., data_iterator=..., model=model, ...)
@@ -9,16 +9,14 @@
 
 ``model`` is the list of model chunks, after they are built and wrapped. The rank of the last stage
 that is also the first tensor and context rank makes the plan; there ``tokens`` turns an item of the
-data iterator into a TokenBatch.
+data iterator into a TokenBatch. Megatron's own dicts are read as they are, if the data set is
+wrapped in ``Keyed``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -32,62 +30,77 @@ from regate_ds.adapters.megatron.chunks import (
     require_undivided,
 )
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
-from regate_ds.adapters.megatron.groups import Axes, find_axes, group_device
-from regate_ds.adapters.megatron.local_plan import ragged_padding
+from regate_ds.adapters.megatron.groups import find_axes, group_device
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.regate import Attached, MegatronRegate, tokens_of
 from regate_ds.adapters.megatron.support import require_supported_chunks
-from regate_ds.adapters.session_state import open_session
+from regate_ds.adapters.session_state import open_session, require_reference
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.config import RegateConfig
-from regate_ds.parallel.collectives import all_or_none
+from regate_ds.algorithm.executions.execution import gated_span
+from regate_ds.algorithm.executions.table import require_execution
+from regate_ds.algorithm.rows import RowFormat
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.stores.reference.reader import ReferenceStore
 
-RowFormat = Literal["padded", "ragged"]
 
-
-def attach(
+def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     models: Sequence[nn.Module] | nn.Module,
     config: RegateConfig,
     *,
+    total_steps: int,
     reference: ReferenceStore | None = None,
     row_format: RowFormat = "padded",
     tokens: Callable[[Any], TokenBatch] | None = None,
 ) -> MegatronRegate:
     """Put the gates into model chunks that are built. Collective over all ranks of the world.
 
+    total_steps: optimizer steps of the whole run; a resume must repeat it.
     row_format: ``padded`` gives all rows of a step one length; ``ragged`` puts the kept tokens of a
         micro-batch one after the other, and needs an attention that takes packed sequences
         (Transformer Engine).
-    tokens: reads an item of the data iterator on the rank that plans; without it, items must have
-        ``.tokens``.
+    tokens: reads an item of the data iterator on the rank that plans; without it, items have
+        ``.tokens``, or are dicts of Megatron's names (``read_tokens``).
 
     ValueError names what is not supported; RuntimeError if the model is already attached. With
     enabled=False the model is not changed.
     """
+    require_config("config", config)
     tokens = tokens or tokens_of
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
+    require_reference(config, reference)
     models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
     host: Any = chunks[0].config
     last = host.num_layers if config.last_layer is None else config.last_layer
     ends_early = last < host.num_layers
     require_free(chunks, lambda hook: isinstance(getattr(hook, "__self__", None), ChunkGate))
-    require_supported_chunks(chunks, config, ragged=row_format == "ragged", ends_early=ends_early)
+    ragged = row_format == "ragged"
+    require_supported_chunks(chunks, config, ragged=ragged, ends_early=ends_early)
+    require_execution(config.execution, "megatron")
     require_undivided(models)
-    axes = find_axes(host, ragged=row_format == "ragged", ends_early=ends_early)
+    axes = find_axes(
+        host, ragged=ragged, ends_early=ends_early, token_multiple=config.token_multiple
+    )
+    span = gated_span(config.execution.spans(config.first_layer, last))
+    # Without a span no row moves, and no layer is in the range.
+    first, last = (span.first, span.last) if span is not None else (host.num_layers, last)
     gated = Range(
-        first=config.first_layer,
+        first=first,
         last=last,
         ends_early=ends_early,
         split=axes.split,
         sequence=axes.sequence,
-        channel=_channel(chunks, config.first_layer, last) if ends_early else None,
+        channel=_channel(chunks, first, last) if ends_early and span is not None else None,
     )
-    attachment = Attachment()
-    planner = _planner(config, reference, axes) if axes.is_planner else None
+    attachment, planner = Attachment(), None
+    if dist.get_rank() == axes.replica.planner:
+        layout = ParallelLayout(data=axes.data, device=group_device())
+        rows = axes.place.rows
+        planner = Planner(
+            open_session(config, reference, layout, total_steps=total_steps, rows=rows)
+        )
     gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
     return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
 
@@ -107,19 +120,3 @@ def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
         for layer in (first - 1, last)
     )
     return None if gathers == restores else open_channel(pipeline, gathers, restores)
-
-
-def _planner(config: RegateConfig, reference: ReferenceStore | None, axes: Axes) -> Planner:
-    """Make the planner on the rank that plans for its replica."""
-    place = axes.place
-    # Context ranks cut every sample of ragged rows, so that each sample needs its own filling.
-    by_sample = place.ragged and place.context_size > 1
-    multiple = place.cut.zigzag if by_sample else place.multiple
-    config = replace(config, token_multiple=math.lcm(config.token_multiple, multiple))
-    device, layout = group_device(), ParallelLayout(data=axes.data, replica=axes.replica)
-    session, difficulty = open_session(config, reference, layout, device)
-    session.equal_slots = not place.ragged
-    session.one_row = place.ragged and not by_sample
-    if place.ragged:
-        session.padding = partial(ragged_padding, place=place)
-    return Planner(session, difficulty, partial(all_or_none, axes.data, device))

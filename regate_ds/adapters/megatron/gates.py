@@ -124,7 +124,7 @@ class ChunkGate:
                 "give one sample a row"
             )
         carrier = carry(local, host)
-        if self.gated.ends_early and not local.is_dense:
+        if self.gated.ends_early and local.moves_rows:
             carrier.bypass = Bypass(local, self.gated.channel)
         arguments["packed_seq_params"] = carrier
         if gpt.post_process:
@@ -214,7 +214,7 @@ class ChunkGate:
 def _eliding(kwargs: dict[str, Any]) -> Any:
     """Return the ``Carrier`` of a micro-batch with elided tokens, else ``None``."""
     carrier = kwargs.get("packed_seq_params")
-    return carrier if isinstance(carrier, Carrier) and not carrier.local.is_dense else None
+    return carrier if isinstance(carrier, Carrier) and carrier.local.moves_rows else None
 
 
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.place import Place
+from regate_ds.adapters.plan_wire import Replica
 from regate_ds.parallel.collectives import gather_integers
 from regate_ds.parallel.layout import cpu_group, replicas
 
@@ -35,14 +36,10 @@ class Axes:
     data: ProcessGroup | None
     """Ranks at the same place of other replicas, which see other samples."""
 
-    replica: ProcessGroup | None
-    """All ranks of one copy of the model, on a backend for tensors in CPU memory."""
+    replica: Replica
+    """All ranks of one copy of the model; the first tensor and context rank of the last stage
+    plans."""
 
-    planner: int
-    """The rank of the world that plans for this replica: the first tensor and context rank of the
-    last stage."""
-
-    is_planner: bool
     pipeline_size: int
     virtual_size: int
 
@@ -51,9 +48,12 @@ Table = list[tuple[int, bool]]
 """Each rank's data rank, and whether it plans for its replica, by rank of the world."""
 
 
-def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | None = None) -> Axes:
+def find_axes(
+    config: Any, *, ragged: bool, ends_early: bool, token_multiple: int, table: Table | None = None
+) -> Axes:
     """Read Megatron's groups and make the replica's group. Collective over the world.
 
+    token_multiple: what the user wants the number of kept rows to be a multiple of.
     table: what ``rank_table`` would return, if the caller knows it already.
     """
     sequence_parallel = config.sequence_parallel and config.tensor_model_parallel_size > 1
@@ -65,18 +65,16 @@ def find_axes(config: Any, *, ragged: bool, ends_early: bool, table: Table | Non
         sequence_rank=mpu.get_tensor_model_parallel_rank() if sequence_parallel else 0,
         ragged=ragged,
         ends_early=ends_early,
+        token_multiple=token_multiple,
         row_multiple=row_multiple(config),
     )
-    replica, planner = _replica(table or rank_table())
     return Axes(
         place=place,
         split=_split_group(place),
         sequence=mpu.get_tensor_model_parallel_group() if sequence_parallel else None,
         context=mpu.get_context_parallel_group() if context_size > 1 else None,
         data=mpu.get_data_parallel_group() if mpu.get_data_parallel_world_size() > 1 else None,
-        replica=replica,
-        planner=planner,
-        is_planner=dist.get_rank() == planner,
+        replica=_replica(table or rank_table()),
         pipeline_size=mpu.get_pipeline_model_parallel_world_size(),
         virtual_size=mpu.get_virtual_pipeline_model_parallel_world_size() or 1,
     )
@@ -122,11 +120,11 @@ def group_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _replica(table: Table) -> tuple[ProcessGroup | None, int]:
-    """Return the group of this rank's replica, and the rank of the world that plans for it."""
+def _replica(table: Table) -> Replica:
+    """Return this rank's replica, and which of its ranks plans."""
     groups = replicas([data_rank for data_rank, _ in table])
     replica_ranks = next(ranks for ranks in groups if dist.get_rank() in ranks)
-    return cpu_group(groups), next(rank for rank in replica_ranks if table[rank][1])
+    return Replica(next(rank for rank in replica_ranks if table[rank][1]), cpu_group(groups))
 
 
 def schedule_groups() -> ProcessGroupCollection:

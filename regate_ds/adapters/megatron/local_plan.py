@@ -47,18 +47,19 @@ class LocalPlan:
     """[S, B]: shape of this rank's part of the rows that gated layers see."""
 
     gather: Route | None
-    """Route from the full rows to the kept rows; None if nothing is elided."""
+    """Route from the full rows to the kept rows; None if the plan moves no rows."""
 
     elided_N: Tensor | None
     """Rows of this rank that go around the gated layers, padding of the full rows included; None if
-    nothing is elided, or if the full rows are never restored."""
+    the plan moves no rows, or if the full rows are never restored."""
 
     rotary_position: Tensor
     """int64 [S, B]: original positions of this context rank's kept slots. Ragged rows have the
     slots of all context ranks, of which Megatron takes this rank's part."""
 
     packing: Packing | None
-    """Bounds of the samples in ragged rows; None for padded rows, or if nothing is elided."""
+    """Bounds of the samples in ragged rows; None for padded rows, or if no
+    row moves."""
 
     padding_BK: Tensor | None
     """bool [B, S]: True at padding slots of this rank; None if there are none."""
@@ -75,9 +76,12 @@ class LocalPlan:
     num_targets: int
     """Number of targets of this context rank."""
 
+    weight_P: Tensor | None
+    """Weights of the targets here, then 0; None if every target counts 1."""
+
     @property
-    def is_dense(self) -> bool:
-        return self.plan.is_dense
+    def moves_rows(self) -> bool:
+        return self.plan.moves_rows
 
     @property
     def head_shape(self) -> tuple[int, int]:
@@ -97,7 +101,7 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     full_RN = _full_rows(plan.position_R, plan, place)
     ragged = _ragged(plan, place) if place.ragged else None
     kept_RN, kept_shape = _kept_rows(plan, place, ragged)
-    elides = not plan.is_dense
+    elides = plan.moves_rows
     gather = make_route(full_RN, kept_RN, place.rank, place.cut.size) if elides else None
     packed_end = elides and not place.ends_early
     real_L = torch.searchsorted(plan.slot_R, plan.label_slot_L)
@@ -119,7 +123,15 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         targets_P=targets_P,
         context_L=context_L,
         num_targets=len(here_L),
+        weight_P=_weights(plan, here_L, len(targets_P)),
     )
+
+
+def _weights(plan: ElisionPlan, here_L: Tensor, length: int) -> Tensor | None:
+    """Return the weights of this context rank's targets, padded with 0."""
+    if plan.weight_L is None:
+        return None
+    return torch.nn.functional.pad(plan.weight_L[here_L], (0, length - len(here_L)))
 
 
 def _elided(gather: Route | None, num_rows: int, place: Place) -> Tensor | None:
@@ -170,20 +182,12 @@ class _Ragged:
 
 def _ragged(plan: ElisionPlan, place: Place) -> _Ragged:
     """Lay the kept slots of a micro-batch's samples one after the other."""
-    kept = _sample_lengths(plan)
-    padded = (kept + place.cut.zigzag - 1) // place.cut.zigzag * place.cut.zigzag
-    end = int(padded.sum())
-    missing = max(1, math.ceil(end / place.multiple)) * place.multiple - end
-    padding_before = (padded - kept).cumsum(0) - (padded - kept)
+    kept = plan.sample_lengths
+    lengths = place.rows.ragged_lengths(kept)
+    padding = torch.tensor(lengths[: len(kept)], dtype=torch.long) - kept
+    padding_before = padding.cumsum(0) - padding
     index_R = torch.arange(plan.num_kept) + padding_before.repeat_interleave(kept)
-    return _Ragged(padded.tolist() + [missing] * (missing > 0), kept, index_R)
-
-
-def ragged_padding(plan: ElisionPlan, *, place: Place) -> int:
-    """Return the number of a micro-batch's rows, on all ranks together, that hold no token."""
-    if plan.is_dense:
-        return plan.num_padded
-    return sum(_ragged(plan, place).lengths) - plan.num_kept
+    return _Ragged(lengths, kept, index_R)
 
 
 def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
@@ -210,14 +214,6 @@ def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) ->
     position_P = torch.zeros(sum(ragged.lengths), dtype=torch.long)
     position_P[ragged.index_R] = plan.position_R - first_R
     return position_P[:, None]
-
-
-def _sample_lengths(plan: ElisionPlan) -> Tensor:
-    """Return the number of kept positions of each sample, in reading order."""
-    num_slots = plan.num_slots
-    sample_R = (plan.slot_R // num_slots) * (num_slots + 1)
-    sample_R = sample_R + plan.segment_BK.reshape(-1)[plan.slot_R]
-    return sample_R.unique_consecutive(return_counts=True)[1]
 
 
 def _packing(ragged: _Ragged) -> Packing:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.parallel.resharding import SequenceCut
 
 
@@ -26,6 +26,9 @@ class Place:
     ends_early: bool = False
     """Whether the gated range ends before the last layer, so full sequences leave the decoder."""
 
+    token_multiple: int = 1
+    """What the user wants the number of kept rows to be a multiple of."""
+
     row_multiple: int = 1
     """What the number of kept rows of each rank must be a multiple of: 16 for most kinds of fp8."""
 
@@ -35,9 +38,10 @@ class Place:
         return SequenceCut(self.context_size, self.sequence_size)
 
     @property
-    def multiple(self) -> int:
-        """Return what the number of kept rows must be a multiple of, before ranks divide it."""
-        return math.lcm(self.cut.multiple, self.row_multiple * self.cut.size)
+    def rows(self) -> RowLayout:
+        """Return how kept rows must lie, so that the ranks can divide them."""
+        row_format = "ragged" if self.ragged else "padded"
+        return self.cut.row_layout(row_format, self.token_multiple, self.row_multiple)
 
     @property
     def rank(self) -> int:

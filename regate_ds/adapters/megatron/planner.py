@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from regate_ds.adapters.session_state import Difficulty
+from regate_ds.adapters.session_state import Opened
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import StepPlan
-from regate_ds.session import Regate
 
 
 class Planner:
     """The session of a run. A step that is planned again before it is ended gets the same plan."""
 
-    def __init__(
-        self,
-        session: Regate,
-        difficulty: Difficulty | None,
-        together: Callable[[], AbstractContextManager[object]],
-    ) -> None:
-        """Plan with this session.
-
-        together: makes a block in which an error on one data rank is an error on all."""
-        self.session, self.difficulty = session, difficulty
-        self._together = together
-        self.plan: StepPlan | None = None
+    def __init__(self, opened: Opened) -> None:
+        self.opened = opened
+        self._plan: StepPlan | None = None
+        """The plan of a step that is not ended."""
         self._keys: list[object] = []
-        self._is_open = False
 
     def plan_step(self, read: Callable[[], Sequence[TokenBatch]]) -> StepPlan:
         """Return the plan of the tokens that ``read`` returns.
@@ -39,32 +28,31 @@ class Planner:
         Collective over data ranks; an error on one of them is an error on all. RuntimeError if the
         step is not ended and ``read`` returns other samples.
         """
-        if self._is_open:
-            return self._replayed_plan(read)
+        if self._plan is not None:
+            return self._replayed_plan(self._plan, read)
         windows: list[Sequence[TokenBatch]] = []
 
         def remembering_read() -> Sequence[TokenBatch]:
             windows.append(read())
             return windows[0]
 
-        self.plan = self.session.plan_step(remembering_read)
-        self._keys, self._is_open = _keys(windows[0]), True
-        return self.plan
+        self._plan = self.opened.session.plan_step(remembering_read)
+        self._keys = _keys(windows[0])
+        return self._plan
 
-    def _replayed_plan(self, read: Callable[[], Sequence[TokenBatch]]) -> StepPlan:
-        assert self.plan is not None
-        with self._together():
+    def _replayed_plan(self, plan: StepPlan, read: Callable[[], Sequence[TokenBatch]]) -> StepPlan:
+        with self.opened.session.together():
             if _keys(read()) != self._keys:
                 raise RuntimeError(
-                    f"step {self.plan.step} is planned but not ended, and the data now has other "
+                    f"step {plan.step} is planned but not ended, and the data now has other "
                     "samples; call `step` of what attach returned after each optimizer step"
                 )
-        return self.plan
+        return plan
 
     def abandon_step(self) -> None:
         """Forget a step that is planned and not ended."""
-        self.session.abandon_step()
-        self._is_open = False
+        self.opened.session.abandon_step()
+        self._plan = None
 
     def finish_step(self, losses: Sequence[Tensor], *, applied: bool) -> None:
         """End the step. Collective over data ranks.
@@ -73,16 +61,16 @@ class Planner:
 
         RuntimeError if no step is planned.
         """
-        if not self._is_open:
+        session = self.opened.session
+        if self._plan is None:
             raise RuntimeError(
-                f"no step is planned, so step {self.session.step} cannot be ended; call `step` "
-                "once after each training step"
+                f"no step is planned, so step {session.step} cannot be ended; call `step` once "
+                "after each training step"
             )
-        assert self.plan is not None
-        for plan, losses_L in zip(self.plan.micro, losses, strict=True):
-            self.session.record(plan, losses_L)
-        self.session.finish_step(applied=applied)
-        self._is_open = False
+        for plan, losses_L in zip(self._plan.micro, losses, strict=True):
+            session.record(plan, losses_L)
+        session.finish_step(applied=applied)
+        self._plan = None
 
 
 def _keys(window: Sequence[TokenBatch]) -> list[object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -18,21 +18,23 @@ from regate_ds.adapters.megatron.groups import Axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, localise
 from regate_ds.adapters.megatron.place import Place, require_cut
 from regate_ds.adapters.megatron.planner import Planner
+from regate_ds.adapters.megatron.samples import read_tokens
 from regate_ds.adapters.megatron.schedule import StepRun
-from regate_ds.adapters.plan_wire import confirm, failing_together, share_plan
-from regate_ds.adapters.session_state import load_state, save_state
+from regate_ds.adapters.run import metrics_of
 from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.collectives import gather_values
-from regate_ds.parallel.layout import rank_in
 
 
 def tokens_of(item: Any) -> TokenBatch:
-    """Return ``item.tokens``; ValueError if the item has none."""
+    """Return ``item.tokens``, or what ``read_tokens`` reads of a dict; ValueError for others."""
+    if isinstance(item, Mapping):
+        return read_tokens(item)
     if not hasattr(item, "tokens"):
         raise ValueError(
             f"an item of data_iterator is a {type(item).__name__} without .tokens; give `tokens` "
-            "to attach, for Megatron's dicts partial(read_tokens, dataset=...) from samples.py"
+            "to attach, which reads one"
         )
     return item.tokens
 
@@ -73,6 +75,8 @@ class MegatronRegate:
         """Take what ``attach`` made; with attached=None every method leaves the run to the host."""
         self.config = config
         self._attached, self._tokens = attached, tokens
+        self.plan: StepPlan | None = None
+        """The plan of the current step, or of the last one."""
         self.run: StepRun | None = None
         """The current step or the last one: its shapes, bytes and losses on this rank."""
 
@@ -108,12 +112,11 @@ class MegatronRegate:
         """
         if self._attached is None or self.run is None:
             return
-        axes, planner = self._attached.axes, self._attached.planner
+        axes, planner, end = self._attached.axes, self._planner, None
         losses = self._collect(axes, self.run)
         if planner is not None:
-            with failing_together(axes.planner, axes.replica):
-                planner.finish_step(losses, applied=applied)
-        confirm(axes.is_planner, axes.planner, axes.replica)
+            end = partial(planner.finish_step, losses, applied=applied)
+        axes.replica.confirm(end)
 
     def abandon(self) -> None:
         """Forget a step that is planned and will not be ended, as a later job runs it again."""
@@ -122,29 +125,26 @@ class MegatronRegate:
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into a checkpoint folder. All ranks must call it."""
-        planner = self._planner
-        if planner is not None:
-            assert self._attached is not None
-            first = rank_in(self._attached.axes.data) == 0
-            save_state(checkpoint_dir, planner.session, planner.difficulty, is_first=first)
+        self._confirm(lambda planner: planner.opened.save(checkpoint_dir))
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Load what ``save`` wrote, and forget a step that is not ended. All ranks must call it.
 
         The parallel layout may differ from the saved one.
         """
-        planner = self._planner
-        if planner is not None:
-            planner.abandon_step()
-            load_state(checkpoint_dir, planner.session, planner.difficulty)
+        self.abandon()
+        self._confirm(lambda planner: planner.opened.load(checkpoint_dir))
 
-    def metrics(self) -> dict[str, int | bool] | None:
-        """Return counts of the step planned last, over all data ranks.
+    def _confirm(self, call: Callable[[Planner], None]) -> None:
+        """Call on the rank that plans; an error there is an error on all ranks of the replica."""
+        if self._attached is not None:
+            planner = self._planner
+            mine = partial(call, planner) if planner is not None else None
+            self._attached.axes.replica.confirm(mine)
 
-        The result is None on ranks that do not plan, and before the first step.
-        """
-        plan = self._planner.plan if self._planner is not None else None
-        return None if plan is None else {"step": plan.step, "dense": plan.is_dense, **plan.counts}
+    def metrics(self) -> dict[str, Any]:
+        """Return counts of the step planned last, over all data ranks (see ``metrics_of``)."""
+        return metrics_of(self)
 
     def remove(self) -> None:
         """Leave the model as it was before ``attach``."""
@@ -177,14 +177,12 @@ class MegatronRegate:
 
         Collective over all ranks of the world.
         """
-        place, planned = attached.axes.place, None
+        place, make = attached.axes.place, None
         if attached.planner is not None:
-            read = partial(self._window, place, arguments)
-            with failing_together(attached.axes.planner, attached.axes.replica):
-                planned = attached.planner.plan_step(read)
-        sent = share_plan(planned, attached.axes.planner, attached.axes.replica)
+            make = partial(attached.planner.plan_step, partial(self._window, place, arguments))
+        self.plan = attached.axes.replica.share(make)
         device = next(attached.gates[0].gpt.parameters()).device
-        return [localise(micro, place).to(device) for micro in sent.micro]
+        return [localise(micro, place).to(device) for micro in self.plan.micro]
 
     @staticmethod
     def _collect(axes: Axes, run: StepRun) -> list[Tensor]:

@@ -18,28 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-
-NUMBER = "regate_number"
-"""Name under which an item has its number in the data set. Megatron's own code ignores it."""
-
-
-class Numbered(Dataset[dict[str, Any]]):
-    """A data set of dicts that adds each item's number; all else is the data set's own."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self._dataset[number], NUMBER: int(number)}
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":
-            # Making a copy for a worker process asks for this name before it is set.
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
+from regate_ds.data.keyed import KEY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +44,17 @@ class ImageTokens:
             )
 
 
-def read_tokens(
-    item: Mapping[str, Any], dataset: str, *, image: ImageTokens | None = None
-) -> TokenBatch:
+def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) -> TokenBatch:
     """Read a micro-batch of Megatron's loader.
-
-    dataset: name of the data set in the keys of samples.
 
     Positions after a sample's last target count as padding, because no loss depends on them.
 
     ValueError names what the micro-batch lacks, or what it has that the method cannot honour.
     """
-    missing = [name for name in ("labels", "loss_mask", NUMBER) if name not in item]
+    missing = [name for name in ("labels", "loss_mask", KEY) if name not in item]
     if missing:
         raise ValueError(
-            f"a batch has no {', '.join(missing)}; wrap the data set in Numbered, or give "
+            f"a batch has no {', '.join(missing)}; wrap the data set in Keyed, or give "
             "`tokens` to attach"
         )
     if item.get("cu_seqlens") is not None:
@@ -98,10 +73,14 @@ def read_tokens(
     labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORE)
     if item.get("attention_mask") is not None:
         _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
+    image_BT = None
     if image is not None:
-        labels_BT = with_images(labels_BT, item["tokens"].cpu(), image)
-    keys = tuple(((dataset, number),) for number in item[NUMBER].tolist())
-    return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT)
+        ids_BS = item["tokens"].cpu()
+        labels_BT = with_images(labels_BT, ids_BS, image)
+        image_BT = image_numbers(ids_BS, image, labels_BT.shape[1])
+    names, numbers = item[KEY]
+    keys = tuple((key,) for key in zip(names, numbers.tolist(), strict=True))
+    return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT, image_BT)
 
 
 def _is_used(labels_BT: Tensor) -> Tensor:
@@ -139,6 +118,17 @@ def with_images(labels_BS: Tensor, ids_BS: Tensor, image: ImageTokens) -> Tensor
     has_no_target_BS = is_image_BS | _shifted_left(is_image_BS)
     labels_BT.scatter_(1, length_BS.cumsum(1) - 1, labels_BS.masked_fill(has_no_target_BS, IGNORE))
     return labels_BT[:, : limit if image.pads else min(limit, longest)]
+
+
+def image_numbers(ids_BS: Tensor, image: ImageTokens, num_positions: int) -> Tensor:
+    """Number the images of each row: at their positions among ``num_positions`` (T), else -1."""
+    is_image_BS = ids_BS == image.placeholder
+    end_BS = torch.where(is_image_BS, image.num_positions, 1).cumsum(1)
+    position_BT = torch.arange(num_positions).expand(len(ids_BS), -1).contiguous()
+    # A position belongs to the first token whose end lies behind it; what is padded on, to none.
+    token_BT = torch.searchsorted(end_BS, position_BT, right=True)
+    number_BS = (is_image_BS.long().cumsum(1) - 1).masked_fill(~is_image_BS, -1)
+    return torch.nn.functional.pad(number_BS, (0, 1), value=-1).gather(1, token_BT)
 
 
 class TeacherItems(Dataset[dict[str, Any]]):

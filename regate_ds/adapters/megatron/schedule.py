@@ -83,7 +83,7 @@ class StepRun:
     def boundary(self) -> Boundary:
         """Return which edges of this stage only kept rows cross."""
         gated = self._gates[0].gated
-        if self.micro[0].is_dense:
+        if not self.micro[0].moves_rows:
             return Boundary(packed_before=False, packed_after=False)
         if self._axes.virtual_size > 1:
             # The gather is in the model's first chunk, so all edges come after it.
@@ -183,7 +183,8 @@ class StepRun:
         count = self.micro[number].num_targets
         losses_L = losses.float().reshape(-1)[:count]
         self.losses[number] = losses_L.detach()
-        total = losses_L.sum()
+        weight_P = self.micro[number].weight_P
+        total = (losses_L if weight_P is None else losses_L * weight_P[:count]).sum()
         num_tokens = torch.tensor(count, dtype=torch.int, device=losses.device)
         report = torch.stack([total.detach(), num_tokens.to(total.dtype)])
         return total, num_tokens, {"lm loss": report}

@@ -4,7 +4,7 @@
 
     trainer = MyTrainer(
         model=model, args=args, train_dataset=Keyed(data, "mine"), data_collator=collate,
-        regate=RegateConfig(total_steps=T), reference=ReferenceStore("store"),
+        regate=RegateConfig(), reference=ReferenceStore("store"),
     )
 
 Use ``RegateTrainer`` if you have no Trainer class of your own. A window is what Trainer takes for
@@ -30,12 +30,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.deepspeed.checks import warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
-from regate_ds.config import RegateConfig
+from regate_ds.adapters.window import PLAN
+from regate_ds.config import RegateConfig, require_config
 from regate_ds.data.keyed import KEY, PlainCollate
 from regate_ds.stores.reference.reader import ReferenceStore
-
-_PLAN = "regate_plan"
 
 
 class RegateMixin:
@@ -48,6 +48,7 @@ class RegateMixin:
         reference: ReferenceStore | None = None,
         **kwargs: Any,
     ) -> None:
+        require_config("regate", regate)
         super().__init__(*args, **kwargs)
         self._resume_from: str | bool | None = None
         if regate.enabled:
@@ -87,17 +88,16 @@ class RegateMixin:
         micro = list(islice(epoch_iterator, num_batches))
         if not micro:
             return [], None
-        window = self.regate.window(micro, self.model_wrapped)
-        return [{**inputs, _PLAN: plan} for inputs, plan in window], None
+        return list(self.regate.window(micro, self.model_wrapped)), None
 
     def compute_loss(
         self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        if _PLAN not in inputs:
+        if PLAN not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         output = model(**inputs)
         # Trainer tells the engine not to divide by the number of micro-batches, so we do it here.
-        loss = self.regate.loss(output, inputs[_PLAN])
+        loss = self.regate.loss(output)
         loss = loss / self.model_wrapped.gradient_accumulation_steps()
         return (loss, output) if return_outputs else loss
 
@@ -122,16 +122,13 @@ class _StateCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, total = self._trainer, self._trainer.regate.config.total_steps
-        if total < state.max_steps:
-            raise ValueError(
-                f"total_steps={total}, but Trainer runs {state.max_steps} steps; set total_steps "
-                "in RegateConfig to at least that number"
-            )
+        trainer = self._trainer
+        trainer.regate.total_steps = state.max_steps
+        warn_if_never_sparse(trainer.regate.config, state.max_steps)
         resume = trainer._resume_from
         if resume:
             folder = get_last_checkpoint(args.output_dir) if resume is True else resume
-            trainer.regate.load(folder, trainer.model_wrapped)
+            trainer.regate.load(folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         engine = self._trainer.model_wrapped

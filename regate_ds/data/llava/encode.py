@@ -16,13 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from regate_ds.algorithm.batch import IGNORE, SampleKey, shift_labels
+from regate_ds.algorithm.batch import IGNORE, shift_labels
 from regate_ds.data.llava.images import IMAGE_ERRORS
 from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
+from regate_ds.data.llava.sample import CharSpan, EncodedSample
 from regate_ds.data.llava.template import Template, prompt, require_no_image
-
-CharSpan = tuple[int, int, int]
-"""Turn number, start, end: a token's place in the characters of that turn's answer."""
 
 
 class VisionInputs(Protocol):
@@ -41,48 +39,30 @@ class VisionInputs(Protocol):
         return {}
 
 
-@dataclass(frozen=True)
-class EncodedSample:
-    """One sample as the model reads it."""
-
-    key: SampleKey
-
-    input_ids_S: Tensor
-    """int64: the token ids, with each image expanded to its placeholders."""
-
-    labels_S: Tensor
-    """int64: the token at t+1 where it belongs to an answer (eos included), else IGNORE."""
-
-    is_placeholder_S: Tensor
-    """bool: True at image positions."""
-
-    char_spans: tuple[CharSpan, ...]
-    """Place of each label position's target, in order; that of an eos is (turn, len, len)."""
-
-    images: tuple[Path, ...]
-    """Image files, in reading order."""
-
-    def __len__(self) -> int:
-        return self.input_ids_S.numel()
-
-
 @dataclass
 class _Tape:
     """A sample that is being written, token by token."""
 
     ids: list[int] = field(default_factory=list)
-    is_placeholder: list[bool] = field(default_factory=list)
+    image: list[int] = field(default_factory=list)
+    """Number of the image at image positions, -1 elsewhere."""
+
+    num_images: int = 0
     spans: list[CharSpan | None] = field(default_factory=list)
     """Place of each answer token; None for all other tokens."""
 
-    def add(self, ids: list[int], *, is_placeholder: bool = False) -> None:
+    def add(self, ids: list[int], *, image: int = -1) -> None:
         self.ids += ids
-        self.is_placeholder += [is_placeholder] * len(ids)
+        self.image += [image] * len(ids)
         self.spans += [None] * len(ids)
+
+    def add_image(self, ids: list[int]) -> None:
+        self.add(ids, image=self.num_images)
+        self.num_images += 1
 
     def add_answer(self, ids: list[int], spans: list[CharSpan]) -> None:
         self.ids += ids
-        self.is_placeholder += [False] * len(ids)
+        self.image += [-1] * len(ids)
         self.spans += spans
 
 
@@ -123,7 +103,7 @@ class Encoder:
         """Encode one record; only the sizes of its images are read. SampleError if it is bad."""
         tape = self._write(record)
         length = min(len(tape.ids), self._max_length)
-        if any(tape.is_placeholder[length:]):
+        if any(image >= 0 for image in tape.image[length:]):
             raise self._too_long(record, len(tape.ids), "would cut an image's placeholders off")
         ids_S = torch.tensor(tape.ids[:length])
         spans = tape.spans[:length]
@@ -135,7 +115,7 @@ class Encoder:
             key=record.key,
             input_ids_S=ids_S,
             labels_S=labels_S,
-            is_placeholder_S=torch.tensor(tape.is_placeholder[:length]),
+            image_S=torch.tensor(tape.image[:length]),
             # No position predicts the first token of a sample.
             char_spans=tuple(span for span in spans[1:] if span is not None),
             images=record.images,
@@ -206,7 +186,7 @@ class Encoder:
             cause = f"image file {path} does not suit the model ({error})"
             raise bad_record(describe(record, cause)) from error
         self._add_text(tape, self._template.image_start)
-        tape.add([self._image_id] * count, is_placeholder=True)
+        tape.add_image([self._image_id] * count)
         self._add_text(tape, self._template.image_end)
 
     def _tokenize(self, text: str) -> Any:

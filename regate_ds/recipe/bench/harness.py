@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Sizes:
 def text_sample(number: int, ids_S: Tensor) -> EncodedSample:
     labels_S = ids_S.roll(-1)
     labels_S[-1] = IGNORE
-    no_image_S = torch.zeros_like(ids_S, dtype=torch.bool)
+    no_image_S = torch.full_like(ids_S, -1)
     return EncodedSample(("bench", number), ids_S, labels_S, no_image_S, char_spans=(), images=())
 
 

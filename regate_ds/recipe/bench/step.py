@@ -22,12 +22,15 @@ from transformers import LlamaForCausalLM
 
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.config import RegateConfig
+from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.none import NoElision
+from regate_ds.config import RegateConfig, ScheduleConfig
 from regate_ds.recipe.bench.harness import Sizes, interleaved, text_sample
 from regate_ds.recipe.bench.teacher import TeacherCase, run_teacher_bench, teacher_table
 from regate_ds.session import Regate
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +104,18 @@ class _Run:
     ) -> None:
         torch.manual_seed(0)
         self._model = LlamaForCausalLM(case.llama()).train()
-        attach_model(self._model, first_layer=first_layer or 0)
+        dense = first_layer is None
+        config = RegateConfig(
+            execution=NoElision() if dense else Elide(),
+            keep_share=case.keep_share,
+            first_layer=first_layer or 0,
+            schedule=ScheduleConfig(warmup=0, final_dense_share=0.0),
+        )
+        attach_model(self._model, config)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5)
         self._ids_BT, self._batch = ids_BT, batch
-        dense = first_layer is None
-        self._session = Regate(
-            RegateConfig(
-                total_steps=1_000_000,
-                keep_share=1.0 if dense else case.keep_share,
-                warmup=0,
-                final_dense_share=0.0,
-            ),
-            reference=None if dense else _Memory(index),
-            difficulty=None if dense else DifficultyStore(index),
-        )
+        stores = Stores() if dense else Stores(_Memory(index), DifficultyStore(index))
+        self._session = Regate(config, stores, total_steps=1_000_000)
         self.overhead: list[float] = []
 
     def step(self) -> None:

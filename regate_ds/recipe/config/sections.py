@@ -6,11 +6,11 @@ sections are refused in tree.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from regate_ds.config import RegateConfig, schedule_of
+from regate_ds.config import RegateConfig
 from regate_ds.data.llava.template import Template
 from regate_ds.settings.refuse import require
 
@@ -58,42 +58,24 @@ class DataConfig:
         require(self, "num_workers", self.num_workers >= 0, "must be 0 or more")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ElisionConfig(RegateConfig):
-    """The settings of the method, as in a YAML file: total_steps may be left to the run."""
-
-    total_steps: int | None = None
-    """Optimizer steps over which the schedule runs; null is the number of steps of the run."""
-
-    def __post_init__(self) -> None:
-        # The run's length is not known before the data is read; judge the other settings now.
-        self.for_run(num_steps=1_000_000_000)
-
-    def for_run(self, num_steps: int) -> RegateConfig:
-        """Return the method's configuration for a run of ``num_steps`` optimizer steps."""
-        own = {f.name: getattr(self, f.name) for f in fields(RegateConfig)}
-        if self.total_steps is None:
-            own["total_steps"] = num_steps
-        return RegateConfig(**own)
-
-    def judge_length(self, num_steps: int) -> None:
-        """Refuse, by ValueError, a schedule shorter than the run, or one without a sparse step."""
-        config = self.for_run(num_steps)
-        if not self.enabled:
-            return
-        if config.total_steps < num_steps:
-            raise ValueError(
-                f"elision.total_steps={self.total_steps}: the run has {num_steps} steps; set it to "
-                "at least as many, or to null"
-            )
-        schedule = schedule_of(config)
-        if self.keep_share < 1.0 and all(schedule.is_dense(step) for step in range(num_steps)):
-            raise ValueError(
-                f"elision.keep_share={self.keep_share}, but no step of the run's {num_steps} is "
-                f"sparse: lower elision.warmup={self.warmup}, elision.final_dense_share="
-                f"{self.final_dense_share} or elision.cycle_dense_steps={self.cycle_dense_steps}, "
-                "or set elision.keep_share=1.0"
-            )
+def judge_length(elision: RegateConfig, num_steps: int) -> None:
+    """Refuse, by ValueError, a schedule shorter than the run, or one without a sparse step."""
+    if not elision.enabled:
+        return
+    given = elision.schedule
+    schedule = given.in_steps(num_steps)
+    if schedule.total_steps < num_steps:
+        raise ValueError(
+            f"elision.schedule.total_steps={given.total_steps}: the run has {num_steps} steps; set "
+            "it to at least as many, or to null"
+        )
+    if elision.chooses and all(schedule.is_dense(step) for step in range(num_steps)):
+        raise ValueError(
+            f"elision.keep_share={elision.keep_share}, but no step of the run's {num_steps} is "
+            f"sparse: lower elision.schedule.warmup={given.warmup}, elision.schedule."
+            f"final_dense_share={given.final_dense_share} or elision.schedule."
+            f"cycle_dense_steps={given.cycle_dense_steps}, or set elision.execution=none"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.megatron_limits import require_settings
-from regate_ds.recipe.config.sections import DataConfig, ElisionConfig, ParallelConfig, RunSection
+from regate_ds.recipe.config.sections import DataConfig, ParallelConfig, RunSection, judge_length
 from regate_ds.recipe.optimizer import OptimizerConfig
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.settings.section import plain_values, read_section
@@ -32,14 +33,14 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    elision: ElisionConfig = field(default_factory=ElisionConfig)
+    elision: RegateConfig = field(default_factory=RegateConfig)
     parallel: ParallelConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunSection
 
     def __post_init__(self) -> None:
         if self.run.steps is not None:
-            self.elision.judge_length(self.run.steps)
+            judge_length(self.elision, self.run.steps)
         if self.parallel is not None:
             require_settings(self)
         if self.run.plan_only and not self.elision.enabled:
@@ -47,10 +48,10 @@ class RunConfig:
                 "run.plan_only=True: with elision.enabled=false nothing is planned; set "
                 "elision.enabled=true"
             )
-        if self.selects and self.teacher.mode == "store" and self.teacher.store is None:
+        if self.needs_teacher and self.teacher.mode == "store" and self.teacher.store is None:
             raise ValueError(
                 "teacher.store=None: elision ranks tokens by the teacher's losses; name the folder "
-                "that `regate teacher` writes, set teacher.mode=online, or elision.keep_share=1.0"
+                "that `regate teacher` writes, set teacher.mode=online, or elision.execution=none"
             )
         if self.run.eval_every and self.data.test is None:
             raise ValueError(
@@ -61,12 +62,12 @@ class RunConfig:
     @property
     def scores_online(self) -> bool:
         """True if the teacher runs inside the training job."""
-        return self.selects and self.teacher.mode == "online"
+        return self.needs_teacher and self.teacher.mode == "online"
 
     @property
-    def selects(self) -> bool:
-        """True if some step may elide tokens, so that scores are needed."""
-        return self.elision.enabled and self.elision.keep_share < 1.0
+    def needs_teacher(self) -> bool:
+        """True if some step ranks tokens by the teacher's losses."""
+        return self.elision.needs_reference
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
@@ -31,7 +30,6 @@ class Setup:
     data: Process
     """This process among the ranks that read different samples."""
 
-    regate_config: RegateConfig
     total_steps: int
     reference: ReferenceStore | OnlineReference | None
 

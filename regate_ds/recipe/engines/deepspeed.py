@@ -31,7 +31,9 @@ class ZeroEngine:
 
         config = setup.config
         model = trainable(setup.corpus.student, config.model, seed=config.run.seed)
-        regate = attach(model, setup.regate_config, reference=setup.reference)
+        regate = attach(
+            model, config.elision, total_steps=setup.total_steps, reference=setup.reference
+        )
         optimizer = make_optimizer(model, config.optimizer)
         engine = deepspeed.initialize(
             model=model,
@@ -54,9 +56,8 @@ class ZeroEngine:
 
     def run_step(self, window: Window) -> list[Tensor]:
         losses = []
-        for inputs, plan in window:
-            output = self.engine(**inputs, **({} if plan is None else {"regate_plan": plan}))
-            loss = self.regate.loss(output, plan)
+        for batch in window:
+            loss = self.regate.loss(self.engine(**batch))
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
@@ -98,4 +99,4 @@ class ZeroEngine:
         return done
 
     def load_method(self, checkpoint: Path) -> None:
-        self.regate.load(checkpoint, self.engine)
+        self.regate.load(checkpoint)

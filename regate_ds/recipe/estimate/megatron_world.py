@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +26,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from regate_ds.adapters.megatron.groups import Axes, Table, find_axes
 from regate_ds.adapters.megatron.local_plan import LocalPlan, localise
 from regate_ds.adapters.megatron.place import Place
-from regate_ds.adapters.plan_wire import encode, share_plan
+from regate_ds.adapters.plan_wire import encode
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.plan import ElisionPlan, StepPlan, widen
-from regate_ds.algorithm.select import plan_sparse
+from regate_ds.algorithm.plan import StepPlan
+from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import replicas
 from regate_ds.parallel.resharding import SequenceCut, move_rows
+from regate_ds.recipe.estimate.plan_walk import plan_unseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,40 +100,35 @@ def ranks_of(world: World) -> list[tuple[int, int, int, int]]:
     return [(p[0], p[1], p[2], p[3]) for p in places]
 
 
-def plans_of(world: World, data_rank: int) -> tuple[ElisionPlan, ...]:
-    """Plan one replica's micro-batches of random samples, with rows of one length."""
+def plan_of(world: World, data_rank: int) -> StepPlan:
+    """Plan one replica's micro-batches of random samples."""
     generator = torch.Generator().manual_seed(data_rank)
-    micro = []
-    for number in range(world.num_micro):
-        prompt = int(
-            torch.randint(world.num_tokens // 4, world.num_tokens // 2, (), generator=generator)
-        )
-        labels = torch.randint(100, (1, world.num_tokens), generator=generator)
-        labels[:, :prompt] = labels[:, -1:] = IGNORE
-        batch = TokenBatch(((("set", number),),), torch.zeros_like(labels), labels)
-        scores = torch.rand(world.num_tokens - prompt - 1, generator=generator)
-        micro.append(
-            plan_sparse(
-                batch,
-                scores,
-                keep_share=world.keep_share,
-                align="predictor",
-                token_multiple=world.cut.multiple,
-            )
-        )
-    longest = max(plan.num_slots for plan in micro)
-    return tuple(widen(plan, longest) for plan in micro)
+    window = [_random_batch(world, number, generator) for number in range(world.num_micro)]
+    config = RegateConfig(keep_share=world.keep_share)
+    reference_N = torch.rand(sum(int(b.is_label_BT.sum()) for b in window), generator=generator)
+    _, micro = plan_unseen(config, window, reference_N, world.cut.row_layout("padded", 1))
+    return StepPlan(0, False, micro, sum(plan.num_targets for plan in micro), {})
+
+
+def _random_batch(world: World, number: int, generator: torch.Generator) -> TokenBatch:
+    low, high = world.num_tokens // 4, world.num_tokens // 2
+    prompt = int(torch.randint(low, high, (), generator=generator))
+    labels = torch.randint(100, (1, world.num_tokens), generator=generator)
+    labels[:, :prompt] = labels[:, -1:] = IGNORE
+    return TokenBatch(((("set", number),),), torch.zeros_like(labels), labels)
 
 
 def rows_of(world: World) -> list[RankRow]:
     """Return one row for each rank, computed from the plans alone."""
     places, rows = ranks_of(world), []
     for data_rank in range(world.data):
-        micro = plans_of(world, data_rank)
-        header, array = encode(0, False, micro)
-        plan_bytes = 4 * (len(header) + len(array))
+        plan = plan_of(world, data_rank)
+        header, array = encode(plan)
+        plan_bytes = 8 * len(header) + 4 * len(array)
         shares = {
-            (tensor, context): [localise(plan, _place(world, tensor, context)) for plan in micro]
+            (tensor, context): [
+                localise(micro, _place(world, tensor, context)) for micro in plan.micro
+            ]
             for tensor in range(world.tensor)
             for context in range(world.context)
         }
@@ -207,7 +204,7 @@ def joined(world: World, rank: int) -> Iterator[Axes]:
         config: Any = SimpleNamespace(
             sequence_parallel=True, tensor_model_parallel_size=world.tensor
         )
-        yield find_axes(config, ragged=False, ends_early=False, table=table)
+        yield find_axes(config, ragged=False, ends_early=False, token_multiple=1, table=table)
     finally:
         mpu.destroy_model_parallel()
         dist.destroy_process_group()
@@ -215,10 +212,7 @@ def joined(world: World, rank: int) -> Iterator[Axes]:
 
 def exchange_plans(world: World, axes: Axes) -> tuple[int, ...]:
     """Send the plan as the planner would, move meta rows by it, and return their shape."""
-    micro = plans_of(world, mpu.get_data_parallel_rank())
-    counts: dict[str, int] = {}
-    planned = StepPlan(0, False, micro, micro[0].num_targets, counts)
-    sent = share_plan(planned, axes.planner, axes.replica)
+    sent = axes.replica.share(partial(plan_of, world, mpu.get_data_parallel_rank()))
     local = localise(sent.micro[0], axes.place).to("meta")
     assert local.gather is not None
     full = torch.empty(*local.full_shape, world.hidden, dtype=torch.bfloat16, device="meta")

@@ -8,18 +8,23 @@ the data ranks that the launcher announces, or that the variable WORLD_SIZE give
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.algorithm.select import plan_sparse
-from regate_ds.config import RegateConfig, schedule_of
+from regate_ds.algorithm.quotas.quota import QuotaState
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.window import count_hard, plan_window, score_window, window_keys
+from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
-from regate_ds.recipe.config.sections import ParallelConfig
+from regate_ds.parallel.resharding import SequenceCut
+from regate_ds.recipe.config.sections import ParallelConfig, judge_length
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
 from regate_ds.recipe.order import Order, make_order
@@ -32,14 +37,15 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
     order = make_order(config, len(corpus.train_records), process)
-    config.elision.judge_length(order.total_steps)
+    judge_length(config.elision, order.total_steps)
+    schedule = config.elision.schedule.in_steps(order.total_steps)
     _require_layers(config, corpus)
-    planner = _Planner(config, corpus, config.elision.for_run(order.total_steps))
+    planner = _Planner(config, corpus)
     total, imbalance = _Tally(), 0.0
     with progress(order.steps_per_epoch, desc="plan", unit="step", show=show) as bar:
         for step in range(order.steps_per_epoch):
             one = replace(order, start_step=step, total_steps=step + 1)
-            ranks = [planner.plan(replace(one, rank=rank)) for rank in range(world_size)]
+            ranks = planner.plan([replace(one, rank=rank) for rank in range(world_size)])
             # Kept tokens of the busiest rank over the mean: how long the others wait.
             kept = [tally.kept for tally in ranks]
             imbalance += max(kept) * len(kept) / sum(kept)
@@ -48,9 +54,7 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     return {
         **total.figures(),
         "imbalance_over_ranks": imbalance / order.steps_per_epoch,
-        "expected_share": schedule_of(planner.regate_config).expected_share(
-            planner.regate_config.keep_share
-        ),
+        "expected_share": schedule.expected_share(config.elision.keep_share),
         "steps": order.total_steps,
     }
 
@@ -86,7 +90,7 @@ class _Tally:
     longest: int = 0
 
     @classmethod
-    def of(cls, batch: TokenBatch, plan: ElisionPlan) -> _Tally:
+    def of(cls, batch: TokenBatch, plan: ElisionPlan, rows: RowLayout) -> _Tally:
         return cls(
             micro_batches=1,
             tokens=int((batch.segment_BT >= 0).sum()),
@@ -94,7 +98,7 @@ class _Tally:
             kept=plan.num_kept,
             targets=plan.num_targets,
             filled=plan.num_filled,
-            padded=plan.num_padded,
+            padded=rows.num_padding(plan),
             slots=plan.num_slots,
             longest=plan.num_slots,
         )
@@ -115,33 +119,75 @@ class _Tally:
 
 
 class _Planner:
-    """Plans micro-batches of a corpus as sparse steps would, with difficulty 0."""
+    """Plans the windows of all data ranks as sparse steps would, with difficulty unseen."""
 
-    def __init__(self, config: RunConfig, corpus: Corpus, regate_config: RegateConfig) -> None:
-        self.regate_config, self._data = regate_config, corpus.train
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self._config, self._data = config.elision, corpus.train
+        self._rows = row_layout_of(config)
+        self._state: QuotaState = {}
         self._collator = Collator(pad_id=0, vision=None, pack_length=config.data.pack_length)
         path = None if config.scores_online else config.teacher.store
         self._store = ReferenceStore(path) if path is not None and path.exists() else None
         if self._store is not None:
             self._store.require(corpus.index.fingerprint)
 
-    def plan(self, order: Order) -> _Tally:
-        """Return the counts over the micro-batches of one rank's step."""
-        batches = [
-            self._collator([LoadedSample(self._data.encode(i), ()) for i in numbers]).tokens
-            for numbers in order
-        ]
-        return sum((_Tally.of(batch, self._sparse(batch)) for batch in batches), _Tally())
+    def plan(self, orders: Sequence[Order]) -> list[_Tally]:
+        """Return the counts over each data rank's micro-batches of a step."""
+        windows = [[self._batch(numbers) for numbers in order] for order in orders]
+        everything = [batch for window in windows for batch in window]
+        reference_N = None if self._store is None else self._store.read(window_keys(everything))
+        values_N = score_unseen(self._config, everything, reference_N)
+        method = self._config.method
+        # One process stands for all data ranks: it has their values, and exchanges nothing.
+        num_hard_S, self._state = count_hard(method, everything, values_N, state=self._state)
+        values = values_N.split([sum(map(_num_labels, window)) for window in windows])
+        counts = num_hard_S.split([len(window_keys(window)) for window in windows])
+        tallies = []
+        for window, values_n, counts_s in zip(windows, values, counts, strict=True):
+            plans = plan_window(method, window, values_n, counts_s, self._rows)
+            pairs = zip(window, plans, strict=True)
+            tallies.append(sum((_Tally.of(*pair, self._rows) for pair in pairs), _Tally()))
+        return tallies
 
-    def _sparse(self, batch: TokenBatch) -> ElisionPlan:
-        if self._store is None:
-            score_N = torch.zeros(int(batch.is_label_BT.sum()))
-        else:
-            score_N = self._store.read(batch.flat_keys)
-        return plan_sparse(
-            batch,
-            score_N,
-            keep_share=self.regate_config.keep_share,
-            align=self.regate_config.align,
-            token_multiple=self.regate_config.token_multiple,
-        )
+    def _batch(self, numbers: Sequence[int]) -> TokenBatch:
+        return self._collator([LoadedSample(self._data.encode(i), ()) for i in numbers]).tokens
+
+
+def _num_labels(batch: TokenBatch) -> int:
+    return int(batch.is_label_BT.sum())
+
+
+def row_layout_of(config: RunConfig) -> RowLayout:
+    """Return how the run's engine lays kept rows out."""
+    parallel, multiple = config.parallel, config.elision.token_multiple
+    if parallel is None:
+        return RowLayout(multiple=multiple)
+    cut = SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1)
+    return cut.row_layout(parallel.row_format, multiple)
+
+
+def score_unseen(
+    config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor | None
+) -> Tensor:
+    """Return the score of each label position of samples that the student has not seen.
+
+    reference_N: the teacher's losses; None scores as if they were all 0.
+    """
+    num_labels = sum(map(_num_labels, window))
+    statistics = {
+        one.name: torch.full((num_labels,), one.unseen) for one in config.method.score.statistics
+    }
+    if reference_N is None:
+        reference_N = torch.zeros(num_labels)
+    return score_window(
+        config.method, window, step=0, reference_N=reference_N, statistics=statistics
+    )
+
+
+def plan_unseen(
+    config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor, rows: RowLayout
+) -> tuple[Tensor, tuple[ElisionPlan, ...]]:
+    """Return the scores of a window that is a whole sparse step, and its plans."""
+    values_N = score_unseen(config, window, reference_N)
+    num_hard_S, _ = count_hard(config.method, window, values_N, state={})
+    return values_N, plan_window(config.method, window, values_N, num_hard_S, rows)

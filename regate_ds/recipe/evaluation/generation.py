@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.data.collate import LoadedSample, SampleDataset
-from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Turn
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
 from regate_ds.recipe.evaluation.words import (
@@ -29,7 +29,7 @@ from regate_ds.recipe.evaluation.words import (
     counted_words,
     dense_inference,
     ratio,
-    share_of,
+    share_of_process,
 )
 
 _SPARE_TOKENS = 8
@@ -51,7 +51,7 @@ def evaluate_generated(
     has_images = [bool(s.is_placeholder_S[: prompt_length(s)].any()) for s in encoded]
     num_right = num_words = 0
     with dense_inference(model):
-        for numbers, is_counted in share_of(has_images, process, few.batch_size):
+        for numbers, is_counted in share_of_process(has_images, process, few.batch_size):
             samples = [dataset[i] for i in numbers]
             for number, sample, text in zip(
                 numbers, samples, _answers(model, few, samples, process)

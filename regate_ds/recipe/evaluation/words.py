@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
-from regate_ds.data.llava.encode import EncodedSample, Encoder, VisionInputs
+from regate_ds.data.llava.encode import Encoder, VisionInputs
 from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
@@ -164,7 +165,7 @@ def dense_inference(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def share_of(
+def share_of_process(
     has_images: Sequence[bool], process: Process, batch_size: int
 ) -> list[tuple[list[int], bool]]:
     """Cut this rank's share into batches of sample numbers, each with whether it counts.
@@ -189,7 +190,7 @@ def _batches(
 ) -> Iterator[tuple[list[tuple[int, EncodedSample]], Batch, bool]]:
     """Yield the record number and encoding of each row, the batch, and whether it counts."""
     has_images = [bool(record.images) for record in held_out.records]
-    batches = share_of(has_images, process, held_out.batch_size)
+    batches = share_of_process(has_images, process, held_out.batch_size)
     loader = DataLoader(
         SampleDataset(held_out.records, held_out.encoder),
         batch_sampler=[numbers for numbers, _ in batches],

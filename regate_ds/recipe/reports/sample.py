@@ -6,11 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from regate_ds.algorithm.select import fuse_scores, plan_sparse
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import load_corpus
+from regate_ds.recipe.estimate.plan_walk import plan_unseen
 from regate_ds.recipe.reports.plots import TokenMark, plot_sample
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -24,18 +25,9 @@ def picture_sample(config: RunConfig, path: Path) -> None:
     corpus = load_corpus(config)
     number = next((i for i, r in enumerate(corpus.train_records) if len(r.turns) == 1), 0)
     record, encoded = corpus.train_records[number], corpus.train.encode(number)
-    reference_N = ReferenceStore(config.teacher.store).read([encoded.key])
-    regate_config = config.elision.for_run(1)
-    score_N = fuse_scores(
-        reference_N,
-        reference_N * 0.0,
-        reference_weight=regate_config.reference_weight,
-        fusion=regate_config.fusion,
-    )
     batch = Collator(pad_id=0, vision=None)([LoadedSample(encoded, ())]).tokens
-    plan = plan_sparse(
-        batch, score_N, keep_share=regate_config.keep_share, align=regate_config.align
-    )
+    store = ReferenceStore(config.teacher.store)
+    score_N, (plan,) = plan_unseen(config.elision, [batch], store.read([encoded.key]), RowLayout())
     kept = set(plan.label_position_L.tolist())
     positions = batch.is_label_BT[0].nonzero().squeeze(1).tolist()
     tokens = [

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Record
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.progress import progress
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import load_corpus

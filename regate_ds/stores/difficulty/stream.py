@@ -1,7 +1,7 @@
 """The difficulty of samples that no index lists beforehand: streams, and augmented data.
 
-A sample is remembered by its key and a hash over its answer tokens; with other answers it starts at
-0 again. The values are spread over the data ranks by a hash of the key, so that any rank may see
+A sample is remembered by its key and a hash over its answer tokens; with other answers it is new
+again. The values are spread over the data ranks by a hash of the key, so that any rank may see
 any sample. The memory in use grows with the number of samples seen.
 
 Shapes: N label positions of the samples that a call names, R samples, in rows of (hash of the key,
@@ -11,9 +11,9 @@ hash of the labels, number of labels).
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,34 +23,47 @@ from regate_ds.algorithm.batch import SampleKey, TokenBatch
 from regate_ds.parallel.collectives import exchange, exchange_counts
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import spans
-from regate_ds.stores.atomic_file import write_atomically
-from regate_ds.stores.difficulty.indexed import find_sidecars, read_sidecar, require_one_moment
+from regate_ds.stores.difficulty.sidecars import (
+    COLUMN,
+    DIFFICULTY,
+    find_sidecars,
+    read_sidecar,
+    require_columns,
+    require_one_moment,
+    write_sidecar,
+)
 from regate_ds.stores.digests import hash_labels
 from regate_ds.stores.same_samples import labelled_samples
 
-STREAM_FORMAT = 1
-"""Version of the sidecar files, which lie beside a checkpoint."""
+STREAM_FORMAT = 2
+"""Version of the sidecar files."""
 
 STREAM_STEM = "stream-difficulty"
 """Start of the sidecar files' names."""
 
 
 class StreamDifficulty:
-    """The difficulty of every label position of the samples seen; it is 0 before the first write.
+    """The difficulty of every label position of the samples seen; before the first
+    write it is the column's value for what was never seen.
 
     With a group, ``read`` and ``write`` are collective, as those of ``DifficultyStore`` are.
     """
 
     def __init__(
-        self, group: ProcessGroup | None = None, *, device: torch.device | str = "cpu"
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        columns: Mapping[str, float] = DIFFICULTY,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """Start empty. ``device`` is where the group's backend wants its tensors; values stay on
-        the CPU."""
+        """columns: the value of a position before its first write, by the column's name.
+        device: where the group's backend wants its tensors. Values stay on the CPU."""
+        self._columns = dict(columns)
         self._rank, self._size = rank_in(group), size_of(group)
         self._group = group if self._size > 1 else None
         self._device = device
-        # Arrays, because a tensor would take a kilobyte more for each sample.
-        self._known: dict[int, tuple[int, np.ndarray]] = {}
+        # Arrays, not tensors: those would take a kilobyte more for each sample.
+        self._known: dict[int, tuple[int, np.ndarray]] = {}  # labels' hash, values [columns, N]
         self._admitted: dict[SampleKey, tuple[int, int, int]] = {}
         self._num_writes = 0
 
@@ -79,40 +92,44 @@ class StreamDifficulty:
                         "answer tokens; give each form of a sample a key of its own"
                     )
 
-    def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """Return fp32 [N] on the CPU: the values of these samples' label positions, in order."""
+    def read(self, keys: Sequence[SampleKey]) -> dict[str, Tensor]:
+        """Return fp32 [N] a column: all label positions of these samples, in the given order."""
         rows_R3 = self._rows(keys)
         order_R, num_sent = self._by_owner(rows_R3)
         asked_R3, num_received = self._send(rows_R3[order_R], num_sent)
-        answer_N = torch.cat([torch.empty(0), *(self._value(*row) for row in asked_R3.tolist())])
+        empty = torch.empty(len(self._columns), 0)
+        answer_CN = torch.cat([empty, *(self._value(*row) for row in asked_R3.tolist())], 1)
         lengths_R = rows_R3[:, 2]
-        sorted_N = exchange(
-            answer_N,
-            _sums(asked_R3[:, 2], num_received),
-            _sums(lengths_R[order_R], num_sent),
-            self._group,
-            self._device,
-        )
+        num_answered = _sums(asked_R3[:, 2], num_received)
+        num_returned = _sums(lengths_R[order_R], num_sent)
         starts_R = torch.empty_like(lengths_R)
         starts_R[order_R] = lengths_R[order_R].cumsum(0) - lengths_R[order_R]
-        return sorted_N[spans(starts_R, lengths_R)]
+        order_N = spans(starts_R, lengths_R)
 
-    def write(self, keys: Sequence[SampleKey], values_N: Tensor) -> None:
-        """Replace the difficulty of these samples; the highest rank's last values count."""
+        def returned(answer_N: Tensor) -> Tensor:
+            return exchange(answer_N, num_answered, num_returned, self._group, self._device)
+
+        return {n: returned(row)[order_N] for n, row in zip(self._columns, answer_CN, strict=True)}
+
+    def write(self, keys: Sequence[SampleKey], values: Mapping[str, Tensor]) -> None:
+        """Replace all columns of these samples; the last in (rank, order) wins."""
         rows_R3 = self._rows(keys)
         order_R, num_sent = self._by_owner(rows_R3)
         lengths_R = rows_R3[:, 2]
         starts_R = lengths_R.cumsum(0) - lengths_R
-        sorted_N = values_N.detach().to("cpu", torch.float32)[
-            spans(starts_R[order_R], lengths_R[order_R])
-        ]
+        order_N = spans(starts_R[order_R], lengths_R[order_R])
         owned_R3, num_received = self._send(rows_R3[order_R], num_sent)
         num_values = _sums(lengths_R[order_R], num_sent)
         num_owned = _sums(owned_R3[:, 2], num_received)
-        owned_N = exchange(sorted_N, num_values, num_owned, self._group, self._device)
-        parts = owned_N.split(owned_R3[:, 2].tolist())
-        for (key, labels, _), part_N in zip(owned_R3.tolist(), parts, strict=True):
-            self._known[key] = labels, part_N.numpy().copy()
+
+        def received(name: str) -> Tensor:
+            sent_N = values[name].detach().to("cpu", torch.float32)[order_N]
+            return exchange(sent_N, num_values, num_owned, self._group, self._device)
+
+        owned_CN = torch.stack([received(name) for name in self._columns])
+        parts = owned_CN.split(owned_R3[:, 2].tolist(), 1)
+        for (key, labels, _), part_CN in zip(owned_R3.tolist(), parts, strict=True):
+            self._known[key] = labels, part_CN.numpy().copy()
         self._num_writes += 1
 
     def save(self, folder: Path) -> None:
@@ -120,20 +137,16 @@ class StreamDifficulty:
         keys = sorted(self._known)
         labels = [self._known[key][0] for key in keys]
         values = [self._known[key][1] for key in keys]
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            format=np.int64(STREAM_FORMAT),
-            num_writes=np.int64(self._num_writes),
-            keys=np.array(keys, dtype=np.int64),
-            labels=np.array(labels, dtype=np.int64),
-            num_labels=np.array([len(x) for x in values], dtype=np.int64),
-            values=np.concatenate([np.empty(0, np.float32), *values]),
-        )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {
+            "format": np.int64(STREAM_FORMAT),
+            "num_writes": np.int64(self._num_writes),
+            "keys": np.array(keys, dtype=np.int64),
+            "labels": np.array(labels, dtype=np.int64),
+            "num_labels": np.array([x.shape[1] for x in values], dtype=np.int64),
+            **{COLUMN + n: row for n, row in zip(self._columns, self._joined(values))},
+        }
         name = f"{STREAM_STEM}-{self._rank}-of-{self._size}.npz"
-        write_atomically(folder / name, buffer.getvalue())
+        write_sidecar(Path(folder) / name, arrays)
 
     def load(self, folder: Path, *, num_ranks: int | None = None) -> None:
         """Load what any number of ranks saved. If it fails, this store stays as it was."""
@@ -141,8 +154,10 @@ class StreamDifficulty:
         moments: dict[str, int] = {}
         for path in find_sidecars(Path(folder), num_ranks, stem=STREAM_STEM):
             saved = read_sidecar(path, STREAM_FORMAT)
+            require_columns(saved, self._columns, path)
             moments[path.name] = int(saved["num_writes"])
-            values = np.split(saved["values"], saved["num_labels"].cumsum()[:-1])
+            columns = np.stack([saved[COLUMN + name] for name in self._columns])
+            values = np.split(columns, saved["num_labels"].cumsum()[:-1], 1)
             for key, labels, value in zip(saved["keys"].tolist(), saved["labels"].tolist(), values):
                 if key % self._size == self._rank:
                     known[key] = labels, value.copy()
@@ -156,8 +171,12 @@ class StreamDifficulty:
     def _value(self, key: int, labels: int, num_labels: int) -> Tensor:
         known_labels, value = self._known.get(key, (None, None))
         if value is None or known_labels != labels:
-            return torch.zeros(num_labels)
+            unseen_C = torch.tensor(list(self._columns.values()))
+            return unseen_C[:, None].expand(-1, num_labels)
         return torch.from_numpy(value)
+
+    def _joined(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.empty((len(self._columns), 0), np.float32), *values], 1)
 
     def _by_owner(self, rows_R3: Tensor) -> tuple[Tensor, list[int]]:
         """Return an order of the rows by owner, and each owner's number of rows."""

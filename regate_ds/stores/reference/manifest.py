@@ -78,7 +78,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(
                 f"{store} is not a reference store (it has no {name}); "
-                "compute one with `regate teacher`"
+                "compute one (regate teacher CONFIG, or score_dataset)"
             )
         content = path.read_bytes()
         try:
@@ -90,7 +90,7 @@ class Manifest:
         if fields["format"] != STORE_FORMAT:
             raise ValueError(
                 f"{path} has store format {fields['format']}, this version reads {STORE_FORMAT}; "
-                "compute the store again"
+                "make it anew in an empty folder (regate teacher CONFIG, or score_dataset)"
             )
         del fields["sha256"]
         return cls(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})

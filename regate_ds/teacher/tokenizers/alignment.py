@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Span = tuple[int, int]
+CharRange = tuple[int, int]
 """Start and end of a token in the characters of an answer."""
 
 TurnSpan = tuple[int, int, int]
@@ -72,7 +72,7 @@ def align(
     )
 
 
-def _align_turn(student: Sequence[Span], teacher: Sequence[Span]) -> Iterator[Share]:
+def _align_turn(student: Sequence[CharRange], teacher: Sequence[CharRange]) -> Iterator[Share]:
     """Align the text of one turn by its characters, and the eos with the eos."""
     (*s_text, (num_chars, _)), (*t_text, _) = student, teacher
     if s_text:
@@ -83,7 +83,7 @@ def _align_turn(student: Sequence[Span], teacher: Sequence[Span]) -> Iterator[Sh
     yield len(s_text), len(t_text), 1.0
 
 
-def edges(spans: Sequence[Span], num_chars: int) -> list[float]:
+def edges(spans: Sequence[CharRange], num_chars: int) -> list[float]:
     """Return the start of each token, and the end of the last, in characters, without gaps."""
     num_tokens_of = [0] * num_chars
     for start, end in spans:
@@ -129,9 +129,9 @@ def _while_before(edges: Sequence[float], first: int, end: float) -> Iterator[in
         k += 1
 
 
-def _turns(spans: Sequence[TurnSpan]) -> list[list[Span]]:
+def _turns(spans: Sequence[TurnSpan]) -> list[list[CharRange]]:
     """Return the spans of each turn, in order."""
-    spans_of: dict[int, list[Span]] = {}
+    spans_of: dict[int, list[CharRange]] = {}
     for turn, start, end in spans:
         spans_of.setdefault(turn, []).append((start, end))
     return [spans_of[turn] for turn in sorted(spans_of)]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, SampleError
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.tokenizers.alignment import Alignment, align
 
@@ -114,7 +115,7 @@ def _first_labels(sample: EncodedSample, num_labels: int) -> EncodedSample:
         sample,
         input_ids_S=sample.input_ids_S[:length],
         labels_S=labels_S,
-        is_placeholder_S=sample.is_placeholder_S[:length],
+        image_S=sample.image_S[:length],
         char_spans=sample.char_spans[:num_labels],
     )
 

@@ -26,10 +26,17 @@ from regate_ds.data.collate import Batch
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
-from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
-from tests.adapters.deepspeed.zero_checks_helper import TOLERANCE, reference_of, run_named
+from regate_ds.stores.values import Stores
+from tests.adapters.deepspeed.zero_cases_helper import BY_WINDOW, ZeroCase
+from tests.adapters.deepspeed.zero_checks_helper import (
+    NUM_STEPS,
+    TOLERANCE,
+    reference_of,
+    run_named,
+)
 from tests.support.measure import Gradients, assert_gradients_equal, gradients
 from tests.support.oracle import oracle_loss
+from tests.support.stores import read_difficulty
 
 STAGES = 2
 UNEVEN = (((24,), (17,)), ((9,), (21,)))
@@ -58,6 +65,8 @@ SMALL = {
     "text, a dense step": PipeCase(replace(TEXT, knobs=(("warmup", 1),))),
     "text, recompute": PipeCase(replace(TEXT, stage=1), checkpoint_interval=1),
     "llava": PipeCase(replace(LLAVA, stage=1)),
+    "text, loss only": PipeCase(replace(TEXT, knobs=(("execution", "loss_only"),))),
+    "text, by window": PipeCase(replace(TEXT, knobs=BY_WINDOW)),
     "llava, all layers gated": PipeCase(replace(LLAVA, knobs=(("first_layer", 0),)), 1),
 }
 LARGE = {
@@ -97,7 +106,8 @@ def start(case: PipeCase, config: RegateConfig | None = None) -> Pipe:
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.05)
     engine = deepspeed.initialize(model=student, optimizer=optimizer, config=settings)[0]
     enabled = (config or zero.config).enabled
-    regate = attach_pipeline(engine, reference=reference_of(zero) if enabled else None)
+    reference = reference_of(zero) if enabled else None
+    regate = attach_pipeline(engine, total_steps=NUM_STEPS, reference=reference)
     return Pipe(engine, regate, names)
 
 
@@ -116,6 +126,7 @@ def gradients_of_step(pipe: Pipe, batches: list[Any]) -> tuple[float, Gradients]
     engine._take_model_step = taken
     loss = pipe.regate.train_batch(iter(batches))
     engine._take_model_step = take
+    pipe.regate.step(applied=True)
     return float(loss), found
 
 
@@ -126,7 +137,7 @@ def data_rank() -> int:
 def joint_plan(case: PipeCase, batches: list[Batch]) -> StepPlan:
     store = reference_of(case.zero)
     difficulty = DifficultyStore(store.index)
-    session = Regate(case.zero.config, reference=store, difficulty=difficulty)
+    session = Regate(case.zero.config, Stores(store, difficulty), total_steps=NUM_STEPS)
     return session.plan_step([batch.tokens for batch in batches])
 
 
@@ -144,7 +155,7 @@ def wanted(case: PipeCase) -> tuple[float, Gradients]:
             embedded = model.get_input_embeddings()(batch.inputs["input_ids"])
             return oracle_loss(model, embedded, batch.tokens, plan, gated)
     else:
-        attach_model(model, first_layer=config.first_layer)
+        attach_model(model, config)
 
         def loss_of(batch: Batch, plan: Any) -> torch.Tensor:
             return model(**batch.inputs, regate_plan=plan).loss_sum
@@ -175,7 +186,7 @@ def check_disabled() -> None:
         {"input_ids": b.inputs["input_ids"], "labels": host_labels(b.tokens.labels_BT)}
         for b in case.zero.batches(0)
     ]
-    pipe = start(case, RegateConfig(total_steps=4, enabled=False))
+    pipe = start(case, RegateConfig(enabled=False))
     loss, found = gradients_of_step(pipe, batches)
     host = case.model()
     total = sum(host(**batch).loss for batch in batches) / len(batches)
@@ -185,9 +196,13 @@ def check_disabled() -> None:
     assert_gradients_equal(found, {n: expected[n] for n in found}, TOLERANCE)
     pipe.engine.destroy()
     # What ReGATE's own collate functions make is the host's batch too.
-    again = start(case, RegateConfig(total_steps=4, enabled=False))
+    again = start(case, RegateConfig(enabled=False))
     assert gradients_of_step(again, case.zero.batches(0))[0] == pytest.approx(loss, rel=1e-6)
     again.engine.destroy()
+
+
+def remembered(pipe: Pipe, keys: list[Any]) -> torch.Tensor:
+    return read_difficulty(pipe.regate._opened.difficulty, keys)
 
 
 def check_memory() -> None:
@@ -195,9 +210,16 @@ def check_memory() -> None:
     case = SMALL["text"]
     pipe = start(case)
     batches = case.zero.batches(0)
+    with pytest.raises(RuntimeError, match="call train_batch first"):
+        pipe.regate.step(applied=True)
     pipe.regate.train_batch(iter(batches))
+    # An evaluation before the step is ended does not change what the step is remembered by.
+    losses = dict(pipe.regate._losses)
+    pipe.regate.eval_batch(iter(batches[::-1]))
+    assert all(pipe.regate._losses[number] is losses[number] for number in losses)
+    pipe.regate.step(applied=True)
     keys = [key for batch in batches for key in batch.tokens.flat_keys]
-    learnt = pipe.regate._difficulty.read(keys) if pipe.engine.is_last_stage() else None
+    learnt = remembered(pipe, keys) if pipe.engine.is_last_stage() else None
     pipe.regate.eval_batch(iter(batches))
     shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(shared)
@@ -207,14 +229,14 @@ def check_memory() -> None:
     other = start(case)
     other.regate.load(folder)
     if pipe.engine.is_last_stage():
-        mine, theirs = (p.regate._difficulty.read(keys) for p in (pipe, other))
+        mine, theirs = (remembered(p, keys) for p in (pipe, other))
         assert torch.equal(mine, learnt)
         assert torch.equal(mine, theirs)
         assert bool((mine > 0).any())
-        assert other.regate.metrics() is None
-        assert pipe.regate.metrics()["step"] == 0
-    else:
-        assert pipe.regate.metrics() is None
+    assert other.regate.plan is None
+    # Every stage has the plan, and with it the step's counts.
+    assert pipe.regate.metrics()["step"] == 0
+    assert pipe.regate.metrics()["answer_kept"] == pipe.regate.plan.num_targets_global > 0
 
 
 def check_evaluation() -> None:
@@ -235,7 +257,7 @@ def check_evaluation() -> None:
 def check_refusals() -> None:
     case = SMALL["text"]
     with pytest.raises(ValueError, match="last_layer=2 ends before the depth"):
-        pipeline_student(case.model(), RegateConfig(total_steps=4, last_layer=2), num_stages=STAGES)
+        pipeline_student(case.model(), RegateConfig(last_layer=2), num_stages=STAGES)
     tied = ZeroCase("tied text").model()
     with pytest.raises(ValueError, match="ties its input and output embeddings"):
         pipeline_student(tied, case.zero.config, num_stages=STAGES)
@@ -270,8 +292,9 @@ def check_diverged() -> None:
 
     pipe.engine.train_batch = diverging
     match = "has diverged" if pipe.engine.is_last_stage() else "has failed"
+    pipe.regate.train_batch(iter(SMALL["text"].zero.batches(0)))
     with pytest.raises(RuntimeError, match=match):
-        pipe.regate.train_batch(iter(SMALL["text"].zero.batches(0)))
+        pipe.regate.step(applied=True)
 
 
 def named_checks(cases: dict[str, PipeCase]) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -16,14 +16,15 @@ from torch import Tensor
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import ElidedOutput
-from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.select import plan_sparse
+from regate_ds.adapters.window import PLAN
+from regate_ds.algorithm.batch import IGNORE, TokenBatch, host_labels
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed
 from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.models import causal_lm, llava
+from tests.support.planning import config_of, plan_sparse
 from tests.support.stores import RandomReference, index_of
 
 NUM_MICRO = 3
@@ -53,14 +54,15 @@ def batches(number: int = NUM_MICRO) -> list[Batch]:
 
 
 def config(**knobs) -> RegateConfig:
-    return RegateConfig(**{"total_steps": 4, "warmup": 0, "final_dense_share": 0.0, **knobs})
+    return config_of(**{"warmup": 0, "final_dense_share": 0.0, **knobs})
 
 
-def made(loader: list[Batch] | None = None, own_loss: bool = False, **knobs):
+def made(loader: list[Batch] | None = None, own_loss: bool = False, total_steps: int = 4, **knobs):
     loader = loader or batches()
     model = causal_lm()
     reference = RandomReference(index_of(batch.tokens for batch in loader))
-    return model, attach(model, config(**knobs), reference=reference, own_loss=own_loss)
+    options = {"reference": reference, "own_loss": own_loss, "total_steps": total_steps}
+    return model, attach(model, config(**knobs), **options)
 
 
 def first_window(regate: DeepSpeedRegate, loader: list[Batch], used: SimpleNamespace | None = None):
@@ -71,17 +73,14 @@ def first_window(regate: DeepSpeedRegate, loader: list[Batch], used: SimpleNames
 def test_what_the_engine_divides_by_is_undone_and_targets_weigh_alike(knobs: dict):
     model, regate = made(**knobs)
     total, count = 0.0, 0
-    for inputs, plan in first_window(regate, batches()):
-        output = model(**inputs, regate_plan=plan)
+    for inputs in first_window(regate, batches()):
+        output = model(**inputs)
         # The engine divides what it is given by the accumulation steps.
-        (regate.loss(output, plan) / NUM_MICRO).backward()
-        total, count = total + output.loss_sum.item(), count + plan.num_targets
+        (regate.loss(output) / NUM_MICRO).backward()
+        total, count = total + output.loss_sum.item(), count + output.plan.num_targets
     found = gradients(model)
     other, again = made(**knobs)
-    losses = [
-        other(**inputs, regate_plan=plan).loss_sum
-        for inputs, plan in first_window(again, batches())
-    ]
+    losses = [other(**inputs).loss_sum for inputs in first_window(again, batches())]
     (sum(losses) / count).backward()
     assert sum(losses).item() == pytest.approx(total)
     assert_gradients_equal(found, gradients(other), 1e-6)
@@ -92,13 +91,13 @@ def test_weighted_token_losses_are_the_loss_and_have_its_gradients():
     for own_loss in (False, True):
         model, regate = made(own_loss=own_loss)
         total = 0.0
-        for inputs, plan in first_window(regate, batches()):
-            output = model(**inputs, regate_plan=plan)
+        for inputs in first_window(regate, batches()):
+            output = model(**inputs)
             if own_loss:
-                losses, weights = regate.token_losses(output, plan)
+                losses, weights = regate.token_losses(output)
                 total = total + (losses * weights).sum()
             else:
-                total = total + regate.loss(output, plan)
+                total = total + regate.loss(output)
         total.backward()
         regate.step(applied=True)
         results.append((total.item(), gradients(model)))
@@ -108,27 +107,29 @@ def test_weighted_token_losses_are_the_loss_and_have_its_gradients():
 
 def test_token_losses_must_be_asked_for():
     model, regate = made()
-    inputs, plan = first_window(regate, batches())[0]
+    inputs = first_window(regate, batches())[0]
     with pytest.raises(RuntimeError, match=r"token_losses needs attach\(..., own_loss=True\)"):
-        regate.token_losses(model(**inputs, regate_plan=plan), plan)
+        regate.token_losses(model(**inputs))
 
 
 def test_an_auxiliary_loss_is_added_once_and_unscaled():
     _, regate = made()
-    _, plan = first_window(regate, batches())[1]
+    plan = first_window(regate, batches())[1][PLAN]
     losses = torch.rand(plan.num_targets)
-    output = ElidedOutput(loss_sum=losses.sum(), losses=losses, aux_loss=torch.tensor(7.0))
+    output = ElidedOutput(
+        loss_sum=losses.sum(), losses=losses, aux_loss=torch.tensor(7.0), plan=plan
+    )
     count = regate.plan.num_targets_global
     wanted = losses.sum() * NUM_MICRO / count + 7.0
-    assert regate.loss(output, plan).item() == pytest.approx(wanted.item())
+    assert regate.loss(output).item() == pytest.approx(wanted.item())
 
 
 def run(regate: DeepSpeedRegate, model, loader: list[Batch], used: SimpleNamespace) -> list[Tensor]:
     kept = []
     for window in regate.windows(loader, used):
-        for inputs, plan in window:
-            regate.loss(model(**inputs, regate_plan=plan), plan)
-            kept.append(plan.label_position_L)
+        for inputs in window:
+            regate.loss(model(**inputs))
+            kept.append(inputs[PLAN].label_position_L)
         regate.step(applied=True)
     return kept
 
@@ -139,8 +140,15 @@ def test_a_window_is_one_step_and_what_does_not_fill_one_is_left_out_and_said(ca
     with caplog.at_level(logging.WARNING):
         kept = run(regate, model, loader, engine(num_micro=2))
     assert len(kept) == 4
-    assert "left out 1 micro-batches at the end of the epoch: a step takes 2" in caplog.text
+    assert "left out the last 1 micro-batches of the epoch: a step takes 2" in caplog.text
     assert regate.metrics()["step"] == 1
+
+
+def test_a_loader_shorter_than_a_step_is_refused():
+    loader = batches(2)
+    _, regate = made(loader)
+    with pytest.raises(ValueError, match="ended after 2 of the 3 micro-batches of a step"):
+        list(regate.windows(loader, engine()))
 
 
 def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
@@ -153,9 +161,8 @@ def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     run(begun, other, batches(), engine())
     begun.save(tmp_path)
     third, resumed = made(**by_memory_alone)
-    fresh = engine()
-    resumed.load(tmp_path, fresh)
-    found = run(resumed, third, batches(), fresh)
+    resumed.load(tmp_path)
+    found = run(resumed, third, batches(), engine())
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert resumed.metrics() == whole.metrics()
     for batch, with_memory in zip(batches(), wanted, strict=True):
@@ -167,13 +174,13 @@ def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
 def test_a_folder_without_our_state_is_refused(tmp_path):
     _, regate = made()
     with pytest.raises(ValueError, match="has no state.json; resume from a checkpoint of regate"):
-        regate.load(tmp_path, engine())
+        regate.load(tmp_path)
 
 
 def test_nothing_works_before_the_first_window():
     _, regate = made()
     with pytest.raises(RuntimeError, match=r"iterate over regate.windows\(loader, engine\)"):
-        regate.loss(ElidedOutput(), text_case([[9]]).plan)
+        regate.loss(ElidedOutput(plan=text_case([[9]]).plan))
     with pytest.raises(RuntimeError, match="no step is planned yet"):
         regate.metrics()
 
@@ -206,20 +213,55 @@ def test_disabled_touches_neither_model_nor_batch_nor_disk(tmp_path):
     model, regate = made(loader, enabled=False)
     assert all("forward" not in vars(module) for module in model.modules())
     (window,) = regate.windows(loader, engine())
-    assert [plan for _, plan in window] == [None] * NUM_MICRO
-    assert all(inputs == batch.inputs for (inputs, _), batch in zip(window, loader, strict=True))
+    for inputs, batch in zip(window, loader, strict=True):
+        assert inputs.keys() == {"input_ids", "labels"}
+        assert torch.equal(inputs["labels"], host_labels(batch.tokens.labels_BT))
     loss = torch.rand(())
-    assert regate.loss(SimpleNamespace(loss=loss), None) is loss
+    assert regate.loss(SimpleNamespace(loss=loss)) is loss
     regate.step(applied=True)
     regate.save(tmp_path)
-    regate.load(tmp_path, engine())
+    regate.load(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_removing_gives_the_model_back():
-    model, regate = made()
+def test_what_follows_a_removal_is_the_hosts_own_run(tmp_path):
+    loader, used = batches(), engine()
+    model, regate = made(loader)
+    run(regate, model, loader, used)
     regate.remove()
     assert all("forward" not in vars(module) for module in model.modules())
+    for inputs in first_window(regate, loader, used):
+        assert PLAN not in inputs
+        output = model(**inputs)
+        assert regate.loss(output) is output.loss
+    regate.step(applied=True)
+    regate.save(tmp_path)
+    assert regate.metrics() == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_load_forgets_a_step_that_is_not_ended(tmp_path):
+    loader, used = batches(), engine()
+    model, regate = made(loader)
+    run(regate, model, loader, used)
+    regate.save(tmp_path)
+    first_window(regate, loader, used)
+    regate.load(tmp_path)
+    run(regate, model, loader, used)
+    assert regate.metrics()["step"] == 1
+
+
+def test_a_slice_of_a_window_is_a_window():
+    _, regate = made()
+    window = first_window(regate, batches())
+    assert [inputs[PLAN].micro for inputs in window[1:]] == [1, 2]
+
+
+def test_an_input_with_the_plans_name_is_refused():
+    loader = [Batch({**batch.inputs, PLAN: torch.ones(1)}, batch.tokens) for batch in batches()]
+    _, regate = made(loader)
+    with pytest.raises(ValueError, match="an input 'regate_plan', the plan's own name; rename it"):
+        first_window(regate, loader)[0]
 
 
 def test_a_wrapped_collate_hides_labels_from_an_elided_run_and_leaves_them_to_the_host():
@@ -237,7 +279,7 @@ def test_disabled_hands_on_whatever_the_loader_gives_and_leaves_nothing_out(capl
     _, regate = made(enabled=False)
     windows = list(regate.windows(loader, engine(num_micro=2)))
     assert [len(window) for window in windows] == [2, 2, 1]
-    found = [inputs for window in windows for inputs, _ in window]
+    found = [inputs for window in windows for inputs in window]
     assert torch.equal(found[0]["input_ids"], torch.ones(1, 2))
     assert found[0]["names"] == ["a"]
     assert found[1:] == loader[1:]
@@ -248,18 +290,24 @@ def test_a_micro_batch_is_moved_when_it_is_taken_not_before():
     _, regate = made()
     window = first_window(regate, batches(), engine(device=torch.device("meta")))
     assert len(window) == NUM_MICRO
-    inputs, plan = window[1]
+    inputs = window[1]
     assert inputs["input_ids"].is_meta
-    assert plan.kept_BK.is_meta
+    assert inputs[PLAN].kept_BK.is_meta
     assert not regate.plan.micro[1].kept_BK.is_meta
 
 
 def test_several_ranks_without_a_launcher_are_refused_where_there_is_a_tower():
     loader = batches()
     reference = RandomReference(index_of(batch.tokens for batch in loader))
-    regate = attach(llava(), config(), reference=reference)
+    regate = attach(llava(), config(), total_steps=4, reference=reference)
     with pytest.raises(RuntimeError, match=r"2 data ranks.*deepspeed.init_distributed\(\) before"):
         first_window(regate, loader, engine(dp_world_size=2))
+
+
+def load(regate: DeepSpeedRegate, folder: Path) -> None:
+    """Load, which is done when the engine is known."""
+    regate.load(folder)
+    first_window(regate, batches())
 
 
 def saved(folder: Path, **knobs) -> DeepSpeedRegate:
@@ -274,18 +322,18 @@ def test_a_save_cut_short_over_an_older_one_is_noticed(tmp_path):
     old_state = (tmp_path / "regate" / "state.json").read_bytes()
     model, regate = made()
     used = engine()
-    regate.load(tmp_path, used)
+    regate.load(tmp_path)
     run(regate, model, batches(), used)
     regate.save(tmp_path)
     (tmp_path / "regate" / "state.json").write_bytes(old_state)
     with pytest.raises(ValueError, match=r"was written 2 times, its state.json says 1"):
-        made()[1].load(tmp_path, engine())
+        load(made()[1], tmp_path)
 
 
 def test_of_saves_by_several_numbers_of_ranks_the_last_is_read(tmp_path):
     saved(tmp_path)
     (tmp_path / "regate" / "difficulty-0-of-2.npz").write_bytes(b"of an older save")
-    made()[1].load(tmp_path, engine())
+    load(made()[1], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -300,20 +348,21 @@ def test_of_saves_by_several_numbers_of_ranks_the_last_is_read(tmp_path):
 def test_another_schedule_is_refused(tmp_path, knobs: dict, message: str):
     saved(tmp_path)
     with pytest.raises(ValueError, match=message):
-        made(**knobs)[1].load(tmp_path, engine())
+        load(made(**knobs)[1], tmp_path)
 
 
 def test_a_dense_runs_state_does_not_serve_an_elided_one(tmp_path):
     saved(tmp_path, keep_share=1.0)
-    with pytest.raises(ValueError, match="is of a dense run without difficulty"):
-        made()[1].load(tmp_path, engine())
+    with pytest.raises(ValueError, match="is of a run without difficulty, as a dense one"):
+        load(made()[1], tmp_path)
 
 
 def test_a_call_without_the_plan_is_named():
     model, regate = made()
-    inputs, plan = first_window(regate, batches())[0]
+    inputs = first_window(regate, batches())[0]
+    del inputs[PLAN]
     with pytest.raises(ValueError, match="returned CausalLMOutputWithPast, without a plan"):
-        regate.loss(model(**inputs), plan)
+        regate.loss(model(**inputs))
 
 
 def test_a_loader_without_our_collate_is_named():
@@ -335,9 +384,9 @@ def test_a_run_without_a_sparse_step_is_warned_of(caplog):
 
 def test_an_engine_is_not_attached_to():
     with pytest.raises(ValueError, match="attach to the model before deepspeed.initialize"):
-        attach(engine(), config())  # type: ignore[arg-type]
+        attach(engine(), config(score="random"))  # type: ignore[arg-type]
 
 
 def test_without_elision_there_are_no_counts():
-    regate = attach(causal_lm(), config(enabled=False))
+    regate = attach(causal_lm(), config(enabled=False), total_steps=4)
     assert regate.metrics() == {}

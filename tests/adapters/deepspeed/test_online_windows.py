@@ -17,7 +17,7 @@ from regate_ds.teacher.api import Teacher
 from regate_ds.teacher.online import OnlineReference, samples_of
 from tests.adapters.deepspeed.test_loop import batches, config, engine, run
 from tests.support.models import causal_lm, text_config
-from tests.support.stores import index_of
+from tests.support.stores import index_of, read_difficulty
 
 LOADER = [batch for _ in range(3) for batch in batches(4)]
 INDEX = index_of(batch.tokens for batch in batches(4))
@@ -46,7 +46,7 @@ def teacher() -> Teacher:
 
 def made(reference, **knobs) -> tuple[torch.nn.Module, DeepSpeedRegate]:
     model = causal_lm()
-    return model, attach(model, config(total_steps=6, **knobs), reference=reference)
+    return model, attach(model, config(**knobs), total_steps=6, reference=reference)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"warmup": 2, "final_dense_share": 0.2}])
@@ -56,9 +56,9 @@ def test_plans_and_difficulty_are_those_of_a_run_with_a_store(knobs: dict, index
     for reference in (teacher().online(index), Stored(INDEX, teacher().online())):
         model, regate = made(reference, **knobs)
         kept = run(regate, model, LOADER, engine(num_micro=2))
-        difficulty = regate._difficulty
+        difficulty = regate._opened.difficulty
         difficulty.admit([batch.tokens for batch in batches(4)])
-        outcomes.append((kept, difficulty.read(INDEX.keys)))
+        outcomes.append((kept, read_difficulty(difficulty, INDEX.keys)))
     (mine, m), (theirs, m_theirs) = outcomes
     assert len(mine) == 12
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
@@ -79,8 +79,8 @@ def test_a_window_is_scored_while_the_one_before_is_still_to_be_trained_on():
     seen = []
     for window in regate.windows(LOADER, engine(num_micro=2)):
         seen.append(len(scored))
-        for inputs, plan in window:
-            regate.loss(model(**inputs, regate_plan=plan), plan)
+        for inputs in window:
+            regate.loss(model(**inputs))
         regate.step(applied=True)
     # Two micro-batches each of the steps 0 and 1, then one step ahead; the last two are dense.
     assert seen == [4, 6, 8, 8, 8, 8]
@@ -90,8 +90,8 @@ def test_what_the_teacher_took_is_told_for_each_step():
     model, regate = made(teacher().online(INDEX), warmup=1, final_dense_share=0.17)
     seconds = []
     for window in regate.windows(LOADER, engine(num_micro=2)):
-        for inputs, plan in window:
-            regate.loss(model(**inputs, regate_plan=plan), plan)
+        for inputs in window:
+            regate.loss(model(**inputs))
         regate.step(applied=True)
         seconds.append(regate.metrics()["teacher_seconds"])
     assert [x > 0 for x in seconds] == [False, True, True, True, True, False]
@@ -134,8 +134,8 @@ def test_a_stream_resumed_goes_on_as_if_never_stopped(tmp_path: Path):
     run(begun, model, LOADER[:6], engine(num_micro=2))
     begun.save(tmp_path)
     model, resumed = made(teacher().online())
-    resumed.load(tmp_path, used := engine(num_micro=2))
-    found = run(resumed, model, LOADER[6:], used)
+    resumed.load(tmp_path)
+    found = run(resumed, model, LOADER[6:], engine(num_micro=2))
     assert len(found) == 6
     assert all(torch.equal(a, b) for a, b in zip(found, expected[6:], strict=True))
 

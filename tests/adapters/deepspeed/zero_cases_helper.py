@@ -23,6 +23,7 @@ from tests.support.models import (
     random_batch,
     with_images,
 )
+from tests.support.planning import config_of
 
 RANKS = (0, 1)
 
@@ -52,8 +53,7 @@ class ZeroCase:
 
     @property
     def config(self) -> RegateConfig:
-        knobs = {"total_steps": 4, "warmup": 0, "final_dense_share": 0.0, **dict(self.knobs)}
-        return RegateConfig(**knobs)
+        return config_of(**{"warmup": 0, "final_dense_share": 0.0, **dict(self.knobs)})
 
     def model(self) -> nn.Module:
         model = FAMILIES[self.family]()
@@ -117,6 +117,9 @@ def _pixels(family: str, ids_BT: torch.Tensor, seed: int) -> dict[str, torch.Ten
     }
 
 
+BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 0.2))
+
+
 def cases() -> Iterator[tuple[str, ZeroCase]]:
     """(what is special, case)"""
     for stage in (0, 1, 2, 3):
@@ -135,6 +138,8 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "a range in the middle", ZeroCase(stage=stage, knobs=(("last_layer", 2),))
         yield "a dense step", ZeroCase(stage=stage, accumulation=3, knobs=(("warmup", 1),))
         yield "own loss", ZeroCase(stage=stage, accumulation=3, own_loss=True)
+        yield "loss only", ZeroCase(stage=stage, knobs=(("execution", "loss_only"),))
+        yield "by window", ZeroCase(stage=stage, accumulation=3, knobs=BY_WINDOW)
         yield "recompute", ZeroCase(stage=stage, accumulation=3, recompute=True)
 
 

@@ -15,14 +15,19 @@ from deepspeed.utils import safe_get_full_grad
 
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.adapters.window import PLAN
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 from tests.adapters.deepspeed.zero_cases_helper import CASES, RANKS, ZeroCase
 from tests.support.measure import Gradients, assert_gradients_equal, gradients
 from tests.support.stores import RandomReference, index_of
 
 TOLERANCE = 1e-5
+
+
+NUM_STEPS = 4
 
 
 def reference_of(case: ZeroCase) -> RandomReference:
@@ -34,12 +39,13 @@ def reference_of(case: ZeroCase) -> RandomReference:
 def joint_gradients(case: ZeroCase) -> Gradients:
     """The same step in one process: the sum over all micro-batches over the joint count."""
     store = reference_of(case)
-    session = Regate(case.config, reference=store, difficulty=DifficultyStore(store.index))
+    stores = Stores(store, DifficultyStore(store.index))
+    session = Regate(case.config, stores, total_steps=NUM_STEPS)
     batches = [batch for rank in RANKS for batch in case.batches(rank)]
     step = session.plan_step([batch.tokens for batch in batches])
     model = case.model()
     config = case.config
-    attach_model(model, first_layer=config.first_layer, last_layer=config.last_layer)
+    attach_model(model, config)
     for batch, plan in zip(batches, step.micro, strict=True):
         loss = model(**batch.inputs, regate_plan=plan).loss_sum / step.num_targets_global
         loss.backward()
@@ -64,13 +70,14 @@ def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: floa
 def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
     """What the optimizer of the rank's engine is given, gathered from all ranks."""
     model = case.model()
-    regate = attach(model, case.config, reference=reference_of(case), own_loss=case.own_loss)
+    options = {"reference": reference_of(case), "own_loss": case.own_loss}
+    regate = attach(model, case.config, total_steps=NUM_STEPS, **options)
     engine = start_engine(model, case.stage, case.accumulation)
     (window,) = regate.windows(case.batches(rank), engine)
-    for number, (inputs, plan) in enumerate(window, start=1):
+    for number, inputs in enumerate(window, start=1):
         if rank == RANKS[-1] and case.targets_of_last_rank is not None:
-            assert plan.num_targets == case.targets_of_last_rank
-        engine.backward(loss_of(regate, engine(**inputs, regate_plan=plan), plan, case))
+            assert inputs[PLAN].num_targets == case.targets_of_last_rank
+        engine.backward(loss_of(regate, engine(**inputs), case))
         if number < case.accumulation:
             engine.step()
     found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -81,10 +88,10 @@ def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
     return found
 
 
-def loss_of(regate: Any, output: Any, plan: Any, case: ZeroCase) -> torch.Tensor:
+def loss_of(regate: Any, output: Any, case: ZeroCase) -> torch.Tensor:
     if not case.own_loss:
-        return regate.loss(output, plan)
-    losses_L, weights_L = regate.token_losses(output, plan)
+        return regate.loss(output)
+    losses_L, weights_L = regate.token_losses(output)
     return (losses_L * weights_L).sum()
 
 

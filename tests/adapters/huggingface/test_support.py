@@ -8,9 +8,9 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from regate_ds.adapters.huggingface.gates import attach_model
 from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.support.models import causal_lm, text_config
+from tests.support.planning import gate_layers
 
 CASE = text_case([[20], [13]])
 
@@ -53,22 +53,22 @@ def test_models_that_would_be_computed_wrongly_are_refused(make, message: str):
     model = make()
     before = [module for module in model.modules() if "forward" in vars(module)]
     with pytest.raises(ValueError, match=message):
-        attach_model(model)
+        gate_layers(model)
     assert [module for module in model.modules() if "forward" in vars(module)] == before
 
 
 def test_lora_is_not_taken_for_prompt_learning():
-    attach_model(tuned(LoraConfig(target_modules=["q_proj"])))
+    gate_layers(tuned(LoraConfig(target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize("case", [CASE, CASE.dense])
 @pytest.mark.parametrize(("cut", "found"), [(0, "2 rows of 28"), (8, "2 rows of 20")])
 def test_a_plan_of_other_rows_is_refused(case, cut: int, found: str):
     model = causal_lm()
-    attach_model(model)
+    gate_layers(model)
     longer = text_case([[28 - cut], [13]]).input_ids
     if cut:
-        case = text_case([[24], [13]]) if not case.plan.is_dense else text_case([[24], [13]]).dense
+        case = text_case([[24], [13]]) if case.plan.moves_rows else text_case([[24], [13]]).dense
     planned = case.plan.num_tokens
     message = f"the decoder reads {found} tokens, the plan is of 2 rows of {planned}"
     with pytest.raises(ValueError, match=message):
@@ -85,6 +85,6 @@ def test_a_plan_of_other_rows_is_refused(case, cut: int, found: str):
 )
 def test_calls_that_contradict_a_plan_are_refused(inputs: dict, message: str):
     model = causal_lm()
-    attach_model(model)
+    gate_layers(model)
     with pytest.raises(ValueError, match=message):
         model(input_ids=CASE.input_ids, regate_plan=CASE.plan, **inputs)

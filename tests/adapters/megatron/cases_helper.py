@@ -10,9 +10,11 @@ from torch import Tensor
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.config import RegateConfig
 from tests.support.batches import random_batch
+from tests.support.planning import config_of
 
 HIDDEN, HEADS, GROUPS, FFN, EXPERTS = 32, 4, 2, 48, 4
 VOCABULARY = 64
+TOTAL_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Case:
     packed: bool = False
     """The host's own rows hold several samples (ragged from the first layer on)."""
 
+    execution: str = "elide"
+    score: str = "fused"
+    quota: str = "per_sample"
     keep_share: float = 0.5
     dense: bool = False
     token_multiple: int = 1
@@ -63,10 +68,11 @@ class Case:
 
     @property
     def config(self) -> RegateConfig:
-        return RegateConfig(
-            total_steps=4,
-            warmup=1 if self.dense else 0,
-            final_dense_share=0.0,
+        return config_of(
+            schedule={"warmup": 1 if self.dense else 0, "final_dense_share": 0.0},
+            execution=self.execution,
+            score=self.score,
+            quota=self.quota,
             keep_share=self.keep_share,
             first_layer=self.first_layer,
             last_layer=self.last_layer,

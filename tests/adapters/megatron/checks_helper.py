@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.algorithm.plan import StepPlan
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.config import RegateConfig
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
 from tests.adapters.megatron.build_helper import build, fill, host_config, join, named, shard
-from tests.adapters.megatron.cases_helper import Case, Item, items
+from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case, Item, items
 from tests.adapters.megatron.llava_helper import ImageItem, PlainVision
 from tests.adapters.megatron.plain_gpt_helper import PlainModel, balance_loss, batch_losses
-from tests.support.stores import RandomReference, index_of
+from tests.support.stores import RandomReference, index_of, read_difficulty
 
 TOLERANCE, MOST = 1e-5, 5e-5
 """Relative error of a gradient; where it is larger, twice the plain model's own in single precision
@@ -74,11 +77,24 @@ def cut(x_BT: Tensor, context_size: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * context_size - 1 - rank]], dim=1)
 
 
+def attached(case: Case, chunks: list[Any], config: RegateConfig | None = None) -> MegatronRegate:
+    """A teacher is given only where the method asks for one."""
+    config = config or case.config
+    reference = reference_of(case) if config.needs_reference else None
+    return attach(
+        chunks,
+        config,
+        total_steps=TOTAL_STEPS,
+        reference=reference,
+        row_format=case.row_format,
+    )
+
+
 def run_step(case: Case) -> tuple[MegatronRegate, list[Any]]:
     """Groups, model, and one step of forward and backward passes."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     schedule = regate.wrap(get_forward_backward_func())
     run_chunks(case, chunks, schedule, forward_step(case))
     return regate, chunks
@@ -107,14 +123,19 @@ def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
     """The same step planned in one process; fills up to what the case's layout needs."""
     store = reference_of(case)
     difficulty = DifficultyStore(store.index)
-    zigzag = 2 * case.cp if case.cp > 1 else 1
-    by_sample = case.row_format == "ragged" and case.cp > 1
-    multiple = zigzag * (case.tp if case.sp and not by_sample else 1)
-    config = replace(case.config, token_multiple=math.lcm(case.token_multiple, multiple))
-    session = Regate(config, reference=store, difficulty=difficulty)
-    session.one_row = case.row_format == "ragged" and not by_sample
+    stores = Stores(store, difficulty)
+    session = Regate(case.config, stores, total_steps=TOTAL_STEPS, rows=rows_of(case))
     window = [item.tokens for rank in all_items(case) for item in rank]
     return session, session.plan_step(window), difficulty
+
+
+def rows_of(case: Case) -> RowLayout:
+    """What the case's ranks can divide, worked out anew."""
+    zigzag = 2 * case.cp if case.cp > 1 else 1
+    multiple = math.lcm(case.token_multiple, zigzag * (case.tp if case.sp else 1))
+    if case.row_format == "ragged":
+        return RowLayout(row_format="ragged", multiple=multiple, sample_multiple=zigzag)
+    return RowLayout(multiple=multiple, equal=True)
 
 
 def check(case: Case) -> Report:
@@ -122,6 +143,7 @@ def check(case: Case) -> Report:
     regate, chunks = run_step(case)
     session, plan, difficulty = plans_of(case)
     model, losses = plain_step(case, plan)
+    check_counts(case, regate, plan)
     report = Report()
     report.gradient = check_gradients(chunks, model.weights, lambda: own_errors(model, plan))
     report.loss = check_losses(case, regate, losses)
@@ -202,6 +224,15 @@ def check_gradients(
     return worst
 
 
+def check_counts(case: Case, regate: MegatronRegate, expected: StepPlan) -> None:
+    """Every rank knows the step's counts. Data ranks pad their own rows, each to its longest."""
+    found = regate.metrics()
+    names = [name for name in expected.counts if name != "padded" or case.dp == 1]
+    assert {name: found[name] for name in names} == {n: expected.counts[n] for n in names}
+    assert regate.plan is not None
+    assert regate.plan.num_targets_global == expected.num_targets_global
+
+
 def check_losses(case: Case, regate: MegatronRegate, expected: list[Tensor]) -> float:
     assert regate.run is not None
     worst = 0.0
@@ -218,9 +249,13 @@ def check_losses(case: Case, regate: MegatronRegate, expected: list[Tensor]) -> 
 
 def check_difficulty(case: Case, regate: MegatronRegate, expected: DifficultyStore) -> None:
     planner = regate._attached.planner
-    if planner is None or planner.difficulty is None:
+    if planner is None:
+        return
+    store = planner.opened.difficulty
+    if store is None:
+        assert not case.config.statistics
         return
     mine = items(case, mpu.get_data_parallel_rank())
     keys = [key for item in mine for key in item.tokens.flat_keys]
-    found = planner.difficulty.read(keys)
-    assert torch.allclose(found, expected.read(keys), rtol=1e-5, atol=1e-6)
+    found, wanted = read_difficulty(store, keys), read_difficulty(expected, keys)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -21,15 +21,16 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.parallel import resharding as routes
 from tests.adapters.megatron.build_helper import build, fill, gpt, host_config, join, wrapped
-from tests.adapters.megatron.cases_helper import HIDDEN, Case, items
+from tests.adapters.megatron.cases_helper import HIDDEN, TOTAL_STEPS, Case, items
 from tests.adapters.megatron.checks_helper import (
+    attached,
     cut,
     dismantle,
     forward_step,
-    reference_of,
     run_chunks,
 )
 from tests.adapters.megatron.llava_helper import ImageItem
+from tests.support.stores import read_difficulty
 
 Gradients = dict[str, Tensor]
 
@@ -89,9 +90,10 @@ def check_disabled(case: Case) -> None:
         return losses, gradients(chunks)
 
     results.append(result(schedule))
-    off = attach(chunks, RegateConfig(total_steps=4, enabled=False))
+    off = attach(chunks, RegateConfig(enabled=False), total_steps=TOTAL_STEPS)
     results.append(result(off.wrap(schedule)))
-    on = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    assert off.metrics() == {}
+    on = attached(case, chunks)
     planned = on.wrap(schedule)
     on.remove()
     results.append(result(on.wrap(schedule)))
@@ -128,7 +130,7 @@ def check_dense(case: Case) -> None:
     schedule = get_forward_backward_func()
     wanted = decoder_outputs(case, chunks, schedule, host_step(case))
     dense = replace(case, dense=True)
-    regate = attach(chunks, dense.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(dense, chunks)
     found = decoder_outputs(case, chunks, regate.wrap(schedule), forward_step(case))
     assert len(found) == len(wanted) > 0
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
@@ -143,7 +145,7 @@ def check_bytes(case: Case) -> tuple[int, int]:
     """(bytes that this rank sent to its neighbours, what the plan says)"""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     assert regate.run is not None
     sent = regate.run.sent_bytes()
@@ -156,7 +158,7 @@ def check_frozen(case: Case) -> None:
     """Frozen embeddings change no other gradient, and leave no message behind."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     schedule, found = regate.wrap(get_forward_backward_func()), []
     for frozen in (False, True):
         for chunk in chunks:
@@ -177,9 +179,7 @@ def check_overlap(case: Case) -> None:
     # Gloo reads what it sends later: Megatron's own run is wrong there if that is let go of.
     for more in ({}, {"overlap_p2p_comm": True, "deallocate_pipeline_outputs": False}):
         chunks = build(case, **more)
-        regate = attach(
-            chunks, case.config, reference=reference_of(case), row_format=case.row_format
-        )
+        regate = attached(case, chunks)
         run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
         found.append(gradients(chunks))
         dismantle(chunks)
@@ -224,7 +224,7 @@ def check_memory(case: Case) -> None:
     """A skipped step changes no difficulty, a replayed one counts once; resume knows all of it."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     wrapped = regate.wrap(get_forward_backward_func())
 
     def difficulty() -> Tensor | None:
@@ -232,7 +232,9 @@ def check_memory(case: Case) -> None:
         if planner is None:
             return None
         mine = items(case, mpu.get_data_parallel_rank())
-        return planner.difficulty.read([k for item in mine for k in item.tokens.flat_keys])
+        store = planner.opened.difficulty
+        assert store is not None
+        return read_difficulty(store, [k for item in mine for k in item.tokens.flat_keys])
 
     def step(*, applied: bool, times: int = 1) -> Tensor | None:
         for _ in range(times):
@@ -248,7 +250,7 @@ def check_memory(case: Case) -> None:
     regate.save(Path(folder[0]))
     torch.distributed.barrier()
     regate.remove()
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     # A step that is open when the run goes back is forgotten.
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     regate.load(Path(folder[0]))
@@ -261,7 +263,7 @@ def check_memory(case: Case) -> None:
         # One update from 0: (1 - 0.9) of a loss, never more.
         losses = torch.cat(list(regate_losses(case)))
         assert float(once.max()) <= 0.1 * float(losses.max()) * 1.001
-        assert regate._attached.planner.session.step == 2
+        assert regate._attached.planner.opened.session.step == 2
     dismantle(chunks)
 
 
@@ -286,7 +288,7 @@ def check_activations(case: Case) -> tuple[int, int]:
     """(bytes that the decoder's layers save for the backward pass, rows that they see)"""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     saved: dict[tuple[int, int], int] = {}
     weights = {p.untyped_storage().data_ptr() for c in chunks for p in c.parameters()}
     inside: list[bool] = []
@@ -320,7 +322,7 @@ def check_gathered(case: Case) -> tuple[int, int, int]:
     """(exchanges of rows, bytes that left this rank in them, what the step says of one way)"""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     exchange, counted = routes.exchange_tensors, []
 
     def counting(rows_NH: Tensor, num_sent: list[int], *rest: Any) -> Tensor:
@@ -345,8 +347,8 @@ def check_training(case: Case) -> list[float]:
     """Mean loss of each of four steps of Megatron's own optimizer: two dense, two sparse."""
     join(case)
     chunks = build(case)
-    config = replace(case.config, warmup=2)
-    regate = attach(chunks, config, reference=reference_of(case), row_format=case.row_format)
+    two_dense = replace(case.config.schedule, warmup=2)
+    regate = attached(case, chunks, replace(case.config, schedule=two_dense))
     schedule = regate.wrap(get_forward_backward_func())
     settings = OptimizerConfig(
         optimizer="adam",
@@ -365,7 +367,7 @@ def check_training(case: Case) -> list[float]:
         total = sum(report["lm loss"] for report in reports) if reports else torch.zeros(2)
         losses.append(float(total[0] / total[1].clamp(min=1)))
     metrics = regate.metrics()
-    assert metrics is None or (metrics["step"], metrics["dense"]) == (3, False)
+    assert (metrics["step"], metrics["dense"]) == (3, False)
     dismantle(chunks)
     return losses
 
@@ -380,7 +382,7 @@ def check_half(case: Case) -> list[float]:
     chunk.model_type = None
     fill(chunk)
     chunks = [wrapped(case, config, Float16Module(config, chunk))]
-    regate = attach(chunks, case.config, reference=reference_of(case), row_format=case.row_format)
+    regate = attached(case, chunks)
     run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
     regate.step(applied=True)
     assert all(p.main_grad.isfinite().all() for p in chunk.parameters())

@@ -84,9 +84,17 @@ def embedded(model: PlainModel, item: Item) -> Tensor:
 
 
 def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
-    """Losses of the kept targets [L], in reading order. Of the plan only the kept set is used."""
+    """Losses of the kept targets [L], in reading order.
+
+    Of the plan only the kept set is used, and with ``loss_only`` the positions with a loss.
+    """
     embedded_BTH, batch = embedded(model, item), item.tokens
-    real = set(plan.position_R.tolist())
+    real, scored = set(plan.position_R.tolist()), set(plan.label_position_L.tolist())
+    if model.case.execution == "loss_only":
+        assert real == set((batch.segment_BT >= 0).flatten().nonzero().flatten().tolist())
+        assert scored <= real
+    else:
+        scored = real
     num_tokens = embedded_BTH.shape[1]
     found: list[Tensor] = []
     for r, row in enumerate(batch.segment_BT.tolist()):
@@ -94,7 +102,8 @@ def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
             positions = [t for t in range(num_tokens) if row[t] == s]
             kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
             labels = batch.labels_BT[r, positions].tolist()
-            targets = {i: labels[i] for i in kept if labels[i] != IGNORE}
+            at = [i for i in kept if r * num_tokens + positions[i] in scored]
+            targets = {i: labels[i] for i in at if labels[i] != IGNORE}
             losses = sample_losses(model, embedded_BTH[r, positions], kept, targets)
             found += [losses[i] for i in sorted(losses)]
     return torch.stack(found) if found else torch.zeros(0, dtype=model.dtype)

@@ -19,7 +19,7 @@ from tests.adapters.megatron.worker_helper import work
 
 TIMEOUT_SECONDS = 120
 MAX_THREADS = 30
-"""Of one worker between cases. Gloo groups that are made and never destroyed show here first."""
+"""Most threads of a worker between cases: gloo groups that are never destroyed show here first."""
 
 
 class Pool:
@@ -69,7 +69,7 @@ class Pool:
         return world > before
 
     def _answers(self, pipes: list[Any], timeout: int) -> list[tuple[bool, Any]]:
-        """Of all ranks; after the first failure the others get two seconds."""
+        """Results of all ranks; after the first failure the others get two seconds."""
         answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + timeout
         while len(answers) < len(pipes) and time.monotonic() < deadline:

@@ -14,10 +14,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
-from regate_ds.adapters.megatron import attach
 from tests.adapters.megatron.build_helper import build, join
 from tests.adapters.megatron.cases_helper import Case, items
-from tests.adapters.megatron.checks_helper import dismantle, forward_step, reference_of, run_chunks
+from tests.adapters.megatron.checks_helper import (
+    attached,
+    dismantle,
+    forward_step,
+    run_chunks,
+)
 
 HOST = {
     "calculate_per_token_loss": False,
@@ -74,9 +78,8 @@ def check_attach(case: Case) -> None:
     gpt, before = chunks[0].module, num_hooks(chunks)
 
     def tried(**changes: Any) -> Any:
-        row_format = changes.pop("row_format", case.row_format)
-        config = replace(case.config, **changes)
-        return attach(chunks, config, reference=reference_of(case), row_format=row_format)
+        rows = replace(case, row_format=changes.pop("row_format", case.row_format))
+        return attached(rows, chunks, replace(case.config, **changes))
 
     for name, value in HOST.items():
         if hasattr(gpt.config, name):
@@ -99,7 +102,7 @@ def check_attach(case: Case) -> None:
     with refused(ValueError, "decoder of 4 layers"):
         tried(first_layer=4)
     with refused(ValueError, "holds 0 GPTModels"):
-        attach([nn.Linear(2, 2)], case.config, reference=reference_of(case))
+        attached(case, [nn.Linear(2, 2)])
     assert num_hooks(chunks) == before
     check_attached(case, chunks, tried)
     assert num_hooks(chunks) == before
@@ -129,8 +132,10 @@ def check_attached(case: Case, chunks: list[Any], tried: Callable[..., Any]) -> 
         run_chunks(case, build(case), schedule, forward_step(case))
     with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
         run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
-    with refused(ValueError, "is a dict without .tokens"):
+    with refused(ValueError, "no labels, loss_mask, regate_key; wrap the data set in Keyed"):
         schedule(data_iterator=iter([{}]), num_microbatches=1)
+    with refused(ValueError, "is a list without .tokens"):
+        schedule(data_iterator=iter([[]]), num_microbatches=1)
     longer = replace(case, length=case.length + 4)
     with refused(ValueError, r"given \(28, 2\) rows .* plan is of \(24, 2\)"):
         run_chunks(
@@ -154,11 +159,11 @@ def check_virtual_range(case: Case) -> None:
     chunks = build(case)
     config, uneven = chunks[0].config, "num_layers_in_first_pipeline_stage"
     with changed(config, uneven, 2), refused(ValueError, uneven):
-        attach(chunks, case.config, reference=reference_of(case))
+        attached(case, chunks)
     with refused(ValueError, "last_layer=3 ends before the depth"):
-        attach(chunks, replace(case.config, last_layer=3), reference=reference_of(case))
+        attached(case, chunks, replace(case.config, last_layer=3))
     with refused(ValueError, "first virtual chunk"):
-        attach(chunks, replace(case.config, first_layer=3), reference=reference_of(case))
+        attached(case, chunks, replace(case.config, first_layer=3))
     dismantle(chunks)
 
 
@@ -166,7 +171,7 @@ def check_steps(case: Case) -> None:
     """An error where one replica's plan is made, or its step ends, is one on all ranks, at once."""
     join(case)
     chunks = build(case)
-    regate = attach(chunks, case.config, reference=reference_of(case))
+    regate = attached(case, chunks)
     schedule = regate.wrap(get_forward_backward_func())
     data_rank = mpu.get_data_parallel_rank()
     planner = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0

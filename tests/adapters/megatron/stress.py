@@ -47,6 +47,9 @@ def random_case(rng: random.Random) -> Case:
         token_multiple=rng.choice([1, 1, 3, 4]),
         one_slice=model != "llava" and row_format == "padded" and rng.random() < 0.2,
         seed=rng.randrange(1000),
+        execution=rng.choice(["elide", "elide", "loss_only"]),
+        score=rng.choice(["fused", "fused", "random"]),
+        quota=rng.choice(["per_sample", "per_window", "threshold"]),
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
+from regate_ds.algorithm.plan import StepPlan
 from tests.adapters.megatron.cases_helper import Case
-from tests.adapters.megatron.checks_helper import check
+from tests.adapters.megatron.checks_helper import check, plans_of
 from tests.adapters.megatron.pool_helper import Pool
 
 CASES = [
@@ -38,8 +41,32 @@ CASES = [
 ]
 """Each pair of tensor, context, pipeline and data parallelism stands together somewhere."""
 
+METHODS = [
+    Case(execution="loss_only", row_format="ragged", packed=True),
+    Case(pp=2, execution="loss_only", last_layer=3),
+    Case(cp=2, execution="loss_only"),
+    Case(pp=2, quota="per_window", row_format="ragged"),
+    Case(dp=2, quota="per_window"),
+    Case(score="random", first_layer=0, rows=3),
+    Case(tp=2, sp=True, score="random"),
+]
+"""Other methods than the paper's."""
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CASES, key=lambda c: c.world), ids=str)
+@pytest.mark.parametrize("case", sorted(CASES + METHODS, key=lambda c: c.world), ids=str)
 def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
     pool.run(case.world, check, case)
+
+
+@pytest.mark.parametrize("case", METHODS, ids=str)
+def test_another_method_chooses_otherwise_than_the_papers(case: Case):
+    paper = replace(case, execution="elide", quota="per_sample", score="fused")
+    mine, papers = (plans_of(one)[1] for one in (case, paper))
+    assert 0 < mine.num_targets_global < mine.counts["answer_total"]
+    assert chosen(mine) != chosen(papers)
+
+
+def chosen(plan: StepPlan) -> list[tuple[list[int], list[int]]]:
+    """The positions that each micro-batch keeps, and those with a loss."""
+    return [(one.position_R.tolist(), one.label_position_L.tolist()) for one in plan.micro]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,13 +14,14 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
 from regate_ds.adapters.megatron.groups import row_multiple
-from regate_ds.adapters.megatron.local_plan import localise, ragged_padding
+from regate_ds.adapters.megatron.local_plan import localise
 from regate_ds.adapters.megatron.place import Place, require_cut
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.plan import ElisionPlan, plan_dense
-from regate_ds.algorithm.select import plan_ragged, plan_sparse
+from regate_ds.algorithm.counts import COUNTS
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, plan_loss
 from regate_ds.parallel.resharding import SequenceCut
 from tests.support.batches import random_batch
+from tests.support.planning import plan_in, plan_ragged, plan_sparse
 
 
 def plans(rows: list[list[int]], *, dense: bool = False, multiple: int = 1) -> list[ElisionPlan]:
@@ -41,24 +41,56 @@ def plans(rows: list[list[int]], *, dense: bool = False, multiple: int = 1) -> l
     return made
 
 
+def step_of(micro: list[ElisionPlan], *, dense: bool = False) -> StepPlan:
+    """The plan of step 5; every count is another number."""
+    counts = {name: 1000 + number for number, name in enumerate(COUNTS)}
+    return StepPlan(5, dense, tuple(micro), 77, counts)
+
+
+def require_same_plan(mine: ElisionPlan, theirs: ElisionPlan) -> None:
+    assert (mine.is_packed, mine.moves_rows) == (theirs.is_packed, theirs.moves_rows)
+    assert (mine.num_tokens, mine.num_filled) == (theirs.num_tokens, theirs.num_filled)
+    names = ("kept_BK", "segment_BK", "position_R", "label_slot_L", "label_position_L")
+    for name in (*names, "targets_L"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+    assert mine.run_lengths == theirs.run_lengths
+    if theirs.weight_L is None:
+        assert mine.weight_L is None
+    else:
+        assert mine.weight_L is not None
+        assert torch.equal(mine.weight_L, theirs.weight_L)
+
+
 @pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("rows", [[[20], [31]], [[9, 7, 12]]])
-def test_what_arrives_is_what_was_sent(rows: list[list[int]], dense: bool):
-    sent = plans(rows, dense=dense)
-    header, array = wire.encode(5, dense, sent)
+def test_what_arrives_is_what_was_sent(rows: list[list[int]], weighed: bool, dense: bool):
+    micro = plans(rows, dense=dense, multiple=4)
+    if weighed:
+        micro = [replace(plan, weight_L=torch.rand(plan.num_targets)) for plan in micro]
+    sent = step_of(micro, dense=dense)
+    header, array = wire.encode(sent)
     assert wire.array_length(header) == len(array)
     received = wire.decode(header, array)
-    assert (received.step, received.is_dense) == (5, dense)
-    for micro, (mine, theirs) in enumerate(zip(received.micro, sent, strict=True)):
-        assert (mine.micro, mine.is_packed) == (micro, theirs.is_packed)
-        for name in ("kept_BK", "labels_BK", "position_R", "label_slot_L", "label_position_L"):
-            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
-        assert mine.run_lengths == theirs.run_lengths
+    for name in ("step", "is_dense", "num_targets_global", "counts"):
+        assert getattr(received, name) == getattr(sent, name), name
+    for number, (mine, theirs) in enumerate(zip(received.micro, sent.micro, strict=True)):
+        assert (mine.step, mine.micro) == (5, number)
+        require_same_plan(mine, theirs)
+
+
+def test_a_plan_that_chooses_targets_alone_arrives_with_these_alone():
+    _, batch = random_batch([[20], [31]], seed=0, length=32)
+    is_target_BT = batch.is_label_BT & (torch.arange(32) % 2 == 0)
+    plan = plan_loss(batch, is_target_BT)
+    assert 0 < plan.num_targets < int(batch.is_label_BT.sum())
+    (arrived,) = wire.decode(*wire.encode(step_of([plan]))).micro
+    require_same_plan(arrived, plan)
 
 
 def test_a_failure_is_heard_by_all():
     with pytest.raises(RuntimeError, match="has failed"):
-        wire.array_length(wire.FAILURE)
+        wire.array_length(torch.full((wire.HEADER,), wire._FAILED))
 
 
 @pytest.mark.parametrize(("context", "tensor"), [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -88,8 +120,8 @@ def test_every_rank_holds_a_multiple_of_what_fp8_wants_filled_with_real_tokens(
     place = Place(context_size=context, sequence_size=tensor, ragged=ragged, row_multiple=16)
     planned = plan_ragged if ragged else plan_sparse
     bare = planned(batch, scores, keep_share=0.5, align="predictor")
-    plan = planned(batch, scores, keep_share=0.5, align="predictor", token_multiple=place.multiple)
-    assert place.multiple == 16 * context * tensor
+    plan = plan_in(place.rows, batch, scores, keep_share=0.5, align="predictor")
+    assert place.rows.multiple == 16 * context * tensor
     shapes = {
         localise(plan, replace(place, context_rank=c, sequence_rank=t)).kept_shape
         for c in range(context)
@@ -99,8 +131,12 @@ def test_every_rank_holds_a_multiple_of_what_fp8_wants_filled_with_real_tokens(
     assert length % 16 == 0
     # Filled, not padded, beyond what rows of different lengths need anyway.
     assert plan.num_filled == plan.num_kept - bare.num_kept > 0
-    rows = [plan.num_kept] if ragged else (plan.segment_BK >= 0).sum(1).tolist()
-    assert all(n % place.multiple == 0 for n in rows)
+    rows, multiple = (plan.segment_BK >= 0).sum(1).tolist(), place.rows.multiple
+    if ragged:
+        # Context ranks cut each sample, which is filled for that; the end is padding then.
+        assert context == 1 or all(n % 4 == 0 for n in rows)
+        rows, multiple = [sum(rows)], 4 if context > 1 else multiple
+    assert all(n % multiple == 0 for n in rows)
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -114,7 +150,7 @@ def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int
     assert all(n % 4 == 0 for n in lengths)
     assert [padded - n < 4 for padded, n in zip(lengths, kept)] == [True] * 3
     assert sum(lengths) % (4 * tensor) == 0
-    assert ragged_padding(plan, place=place) == sum(lengths) - sum(kept)
+    assert place.rows.num_padding(plan) == sum(lengths) - sum(kept)
     positions = local.rotary_position[:, 0]
     starts = [0, *accumulate(lengths)][:3]
     for row, (start, num) in enumerate(zip(starts, kept, strict=True)):
@@ -126,19 +162,17 @@ def test_context_ranks_hold_both_ends_of_every_sample_of_ragged_rows(tensor: int
         assert set(torch.cat([whole[1], whole[2]]).tolist()) <= set(second.tolist())
 
 
-@pytest.mark.parametrize("planned", [plan_sparse, plan_ragged])
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("context", [1, 2])
-def test_a_micro_batch_of_padding_alone_is_planned_and_arrives(planned: Any, context: int):
+def test_a_micro_batch_of_padding_alone_is_planned_and_arrives(ragged: bool, context: int):
     nothing = torch.full((2, 16), -1)
     batch = TokenBatch(((), ()), nothing, torch.full((2, 16), IGNORE))
-    place = Place(context_size=context, ragged=planned is plan_ragged)
-    multiple = place.multiple
-    none = torch.zeros(0)
-    plan = planned(batch, none, keep_share=0.5, align="predictor", token_multiple=multiple)
-    (arrived,) = wire.decode(*wire.encode(0, False, [plan])).micro
+    place = Place(context_size=context, ragged=ragged)
+    plan = plan_in(place.rows, batch, torch.zeros(0), keep_share=0.5, align="predictor")
+    (arrived,) = wire.decode(*wire.encode(step_of([plan]))).micro
     local = localise(arrived, place)
     assert (plan.num_kept, local.num_targets) == (0, 0)
-    assert local.kept_shape[0] * context >= multiple
+    assert local.kept_shape[0] * context >= place.rows.multiple == (4 if context > 1 else 1)
     assert local.padding_BK is not None
     assert bool(local.padding_BK.all())
 

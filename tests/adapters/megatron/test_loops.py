@@ -8,7 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,24 +22,22 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.adapters.megatron.loops import megatron_bridge as bridge
 from regate_ds.adapters.megatron.loops import megatron_lm
-from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, LoopSettings
+from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, HostFacts, LoopSettings
 from regate_ds.adapters.megatron.samples import (
-    NUMBER,
     ImageTokens,
-    Numbered,
     TeacherItems,
     read_tokens,
     teacher_batch,
 )
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
-from regate_ds.data.keyed import Keyed, KeyedCollate
+from regate_ds.data.keyed import KEY, Keyed, KeyedCollate
 from tests.adapters.megatron import loop_helper as host_checks
 from tests.adapters.megatron.cases_helper import Case
 from tests.adapters.megatron.pool_helper import Pool
 from tests.adapters.megatron.pretrain_script_helper import LENGTH, Samples
 
-SETTINGS = LoopSettings(elision=RegateConfig(total_steps=4, keep_share=1.0))
+SETTINGS = LoopSettings(elision=RegateConfig(keep_share=1.0))
 IMAGE = ImageTokens(placeholder=-200, num_positions=3)
 
 
@@ -59,7 +57,8 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Any:
     loop.build_pretraining_data_loader = lambda dataset, consumed_samples: dataset  # type: ignore
     package = ModuleType("megatron.training")
     package.training = loop  # type: ignore[attr-defined]
-    package.get_args = lambda: SimpleNamespace(save="ckpt", load="ckpt", iteration=2)  # type: ignore
+    args = SimpleNamespace(save="ckpt", load="ckpt", iteration=2, train_iters=9)
+    package.get_args = lambda: args  # type: ignore[attr-defined]
     checkpointing = ModuleType("megatron.training.checkpointing")
     checkpointing.get_checkpoint_name = (  # type: ignore[attr-defined]
         lambda path, iteration, return_base_dir: f"{path}/iter_{iteration:07d}"
@@ -78,6 +77,36 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return heard
 
 
+@dataclass
+class Attaching:
+    """What a loop that is not ours attaches with, and what the attached run then hears."""
+
+    total_steps: list[int] = field(default_factory=list)
+    loaded: list[Path] = field(default_factory=list)
+
+    def attach(self, models: Any, config: RegateConfig, *, total_steps: int, **_: Any) -> Any:
+        self.total_steps.append(total_steps)
+        return SimpleNamespace(wrap=lambda schedule: schedule, load=self.loaded.append)
+
+
+@pytest.fixture
+def attaching(monkeypatch: pytest.MonkeyPatch) -> Attaching:
+    made = Attaching()
+    monkeypatch.setattr(f"{DeferredAttach.__module__}.attach", made.attach)
+    return made
+
+
+def test_a_run_under_megatron_lm_is_as_long_as_its_arguments_say(training, attaching):
+    training.get_forward_backward_func = lambda: lambda **arguments: None
+    with megatron_lm.installed(SETTINGS):
+        schedule = training.get_forward_backward_func()
+        assert attaching.total_steps == []
+        schedule(model="m")
+        schedule(model="m")
+    assert attaching.total_steps == [9]
+    assert attaching.loaded == [Path("ckpt/iter_0000002")]
+
+
 def test_megatron_lms_steps_end_ours_and_its_checkpoints_hold_our_state(training, monkeypatch):
     heard = told(monkeypatch)
     before = dict(vars(training))
@@ -85,9 +114,9 @@ def test_megatron_lms_steps_end_ours_and_its_checkpoints_hold_our_state(training
         for optimizer in ("applied", "overflow", "exit"):
             training.train_step(None, None, None, optimizer, lambda model: None)
         training.save_checkpoint(7, None)
-        (loaded,) = {training.build_pretraining_data_loader(Samples(3), 0)[2][NUMBER]}
+        loaded = training.build_pretraining_data_loader(Samples(3), 0)[2][KEY]
     assert heard == [True, False, "abandoned", Path("ckpt/iter_0000007")]
-    assert loaded == 2
+    assert loaded == ("train", 2)
     assert vars(training) == before
     assert megatron_lm._loaded_folder() == Path("ckpt/iter_0000002")
 
@@ -127,7 +156,7 @@ def test_a_wrapper_without_flag_or_script_says_how_it_is_called(wrapper, argumen
 def test_the_wrapper_runs_a_script_as_its_own_main_would_be(
     wrapper, training, monkeypatch, tmp_path: Path
 ):
-    (tmp_path / "c.yaml").write_text("elision: {total_steps: 4, keep_share: 1.0}\n")
+    (tmp_path / "c.yaml").write_text("elision: {keep_share: 1.0}\n")
     script = tmp_path / "pretrain_it.py"
     script.write_text(
         "import sys, beside\n"
@@ -147,7 +176,7 @@ def test_the_wrapper_runs_a_script_as_its_own_main_would_be(
 def test_the_wrapper_runs_with_the_megatron_beside_the_script(tmp_path: Path):
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron" / "__init__.py").write_text("raise SystemExit('the one beside')")
-    (tmp_path / "c.yaml").write_text("elision: {total_steps: 4}\n")
+    (tmp_path / "c.yaml").write_text("elision: {}\n")
     (tmp_path / "pretrain_it.py").touch()
     wrapper = [sys.executable, str(ROOT / "launch" / "pretrain_wrapper.py")]
     command = [*wrapper, "--regate-config", str(tmp_path / "c.yaml"), "pretrain_it.py"]
@@ -178,27 +207,27 @@ def bridged(monkeypatch: pytest.MonkeyPatch) -> Any:
     return bare
 
 
-def test_bridges_training_items_say_their_number(bridged):
+def test_bridges_training_items_say_their_key(bridged):
     pretrain = bridged.training.pretrain
     host = pretrain.get_dataset_provider
     with bridge.installed_in_bridge(SETTINGS):
         provider = pretrain.get_dataset_provider("config")
         assert [*inspect.signature(provider).parameters] == ["num_samples", "config", "tokenizer"]
         train, valid, test = provider([{}, {}], "config")
-        assert train[1] == {NUMBER: 1}
+        assert train[1] == {KEY: ("train", 1)}
         assert (valid, test) == ([1], None)
     assert pretrain.get_dataset_provider is host
 
 
 def test_bridges_example_runs_the_recipe_with_a_callback(bridged, monkeypatch, tmp_path):
     config = SimpleNamespace(
-        model=SimpleNamespace(), train=SimpleNamespace(), ddp=SimpleNamespace()
+        model=SimpleNamespace(), train=SimpleNamespace(train_iters=9), ddp=SimpleNamespace()
     )
     bridged.recipes.llama.tiny_config = lambda: config
     bridged.training.gpt_step.forward_step = step = object()
     ran: list[Any] = []
     bridged.training.pretrain.pretrain = lambda *args, callbacks: ran.append((*args, callbacks))
-    (tmp_path / "regate.yaml").write_text("elision: {total_steps: 4, keep_share: 1.0}\n")
+    (tmp_path / "regate.yaml").write_text("elision: {keep_share: 1.0}\n")
     script = str(ROOT / "launch" / "examples" / "megatron_bridge.py")
     monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "regate.yaml"), "tiny_config"])
     runpy.run_path(script, run_name="__main__")
@@ -208,46 +237,50 @@ def test_bridges_example_runs_the_recipe_with_a_callback(bridged, monkeypatch, t
     assert isinstance(callback, bridged.training.callbacks.Callback)
     assert vars(config.model) == {"calculate_per_token_loss": True, "apply_rope_fusion": False}
     assert vars(config.ddp) == {"average_in_collective": False}
-    assert config.train.train_iters == 4
+    assert vars(config.train) == {"train_iters": 9}
     monkeypatch.setattr(sys, "argv", [*sys.argv[:2], "absent_config"])
     with pytest.raises(SystemExit, match="absent_config: not in megatron.bridge.recipes.llama"):
         runpy.run_path(script, run_name="__main__")
 
 
-def test_bridges_callback_ends_steps(bridged, monkeypatch):
+def test_bridges_callback_ends_steps(bridged, attaching, monkeypatch):
     train = bridged.training.train
+    train.get_forward_backward_func = lambda pp_size, vp_size: lambda **arguments: None
     host = train.get_forward_backward_func
     heard = told(monkeypatch)
-    state = SimpleNamespace(
-        train_state=SimpleNamespace(step=5),
-        cfg=SimpleNamespace(checkpoint=SimpleNamespace(save="ckpt", async_save=True)),
-    )
+    checkpoint = SimpleNamespace(save="ckpt", async_save=True)
+    facts = SimpleNamespace(checkpoint=checkpoint, train=SimpleNamespace(train_iters=9))
+    state = SimpleNamespace(train_state=SimpleNamespace(step=5), cfg=facts)
     with bridge.installed_in_bridge(SETTINGS) as callback:
         assert train.get_forward_backward_func is not host
         with pytest.raises(ValueError, match="async_save=True"):
             callback.on_train_start(SimpleNamespace(state=state))
+        checkpoint.async_save = False
+        callback.on_train_start(SimpleNamespace(state=state))
+        train.get_forward_backward_func(1, None)(model="m")
         callback.on_train_step_end(SimpleNamespace(skipped_iter=True))
         callback.on_checkpoint_save(SimpleNamespace(state=state))
+    assert attaching.total_steps == [9]
     assert heard == [False, Path("ckpt/iter_0000005")]
     assert train.get_forward_backward_func is host
 
 
 def test_evaluation_is_the_hosts_own():
     calls: list[Any] = []
-    deferred = DeferredAttach(SETTINGS)
+    deferred = DeferredAttach(SETTINGS, HostFacts(total_steps=lambda: 4))
     deferred.wrap(lambda **arguments: calls.append(arguments))(forward_only=True, model="m")
     assert calls == [{"forward_only": True, "model": "m"}]
     assert deferred.regate is None
 
 
 def collated(numbers: list[int]) -> dict[str, Any]:
-    data = Numbered(Samples(8))
+    data = Keyed(Samples(8), "train")
     return torch.utils.data.default_collate([data[n] for n in numbers])
 
 
 def test_a_batch_is_read_up_to_its_last_target():
     batch = collated([3, 5])
-    tokens = read_tokens(batch, "train")
+    tokens = read_tokens(batch)
     assert tokens.keys == ((("train", 3),), (("train", 5),))
     counted = batch["loss_mask"] > 0
     assert torch.equal(tokens.is_label_BT, counted)
@@ -259,29 +292,29 @@ def test_a_batch_is_read_up_to_its_last_target():
 
 def test_what_a_batch_lacks_is_named():
     batch = collated([1])
-    with pytest.raises(ValueError, match=NUMBER):
-        read_tokens({k: v for k, v in batch.items() if k != NUMBER}, "train")
+    with pytest.raises(ValueError, match=KEY):
+        read_tokens({k: v for k, v in batch.items() if k != KEY})
     with pytest.raises(ValueError, match="cu_seqlens"):
-        read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])}, "train")
+        read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])})
 
 
 def test_weights_of_targets_are_refused():
     batch = collated([1])
     with pytest.raises(ValueError, match="loss_mask weighs targets"):
-        read_tokens({**batch, "loss_mask": batch["loss_mask"] / 2}, "train")
+        read_tokens({**batch, "loss_mask": batch["loss_mask"] / 2})
 
 
 def test_a_mask_that_cuts_more_than_what_comes_later_is_refused():
     batch = collated([1, 5])
     mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    plain = read_tokens({**batch, "attention_mask": mask}, "train")
+    plain = read_tokens({**batch, "attention_mask": mask})
     # What comes after the last target may be masked in any way.
     last = int((plain.segment_BT[0] >= 0).nonzero()[-1])
     mask[0, 0, last + 1 :] = True
-    read_tokens({**batch, "attention_mask": mask}, "train")
+    read_tokens({**batch, "attention_mask": mask})
     mask[0, 0, last:, 0] = True
     with pytest.raises(ValueError, match="not causal order alone"):
-        read_tokens({**batch, "attention_mask": mask}, "train")
+        read_tokens({**batch, "attention_mask": mask})
 
 
 @pytest.mark.parametrize(
@@ -294,9 +327,9 @@ def test_images_take_the_places_that_llava_gives_them(max_length, pads, expected
     ids = torch.tensor([[1, 2, IMAGE.placeholder, 3, 4]])
     labels = torch.tensor([[2, IMAGE.placeholder, 3, 4, 9]])
     batch = {"tokens": ids, "labels": labels, "loss_mask": torch.ones(1, 5)}
-    batch[NUMBER] = torch.tensor([0])
+    batch[KEY] = [("train",), torch.tensor([0])]
     image = replace(IMAGE, max_length=max_length, pads=pads)
-    found = read_tokens(batch, "train", image=image).labels_BT
+    found = read_tokens(batch, image=image).labels_BT
     # Text at its own places: 1, 2, then three of the image, then 3 and 4.
     assert found.tolist() == [[IGNORE if label == -9 else label for label in expected]]
 
@@ -311,14 +344,15 @@ def test_the_teacher_scores_the_targets_that_the_student_is_planned_by(image):
     data = Samples(8)
     keyed, collate = Keyed(TeacherItems(data, image), "train"), KeyedCollate(teacher_batch)
     for number in range(8):
-        item = {**Numbered(data)[number]}
+        item = Keyed(data, "train")[number]
         if image is not None:
             item["tokens"] = item["tokens"].index_fill(0, torch.tensor(1), image.placeholder)
             item["labels"] = item["labels"].index_fill(0, torch.tensor(0), image.placeholder)
             keyed = Keyed(TeacherItems([item], image), "train")
         batch = torch.utils.data.default_collate([item])
-        mine = read_tokens(batch, "train", image=image)
+        mine = read_tokens(batch, image=image)
         theirs = collate([keyed[0 if image is not None else number]]).tokens
+        assert image is not None or mine.keys == theirs.keys == ((("train", number),),)
         # The same labels at the same positions, of samples that end with their last target.
         real = mine.segment_BT[0] >= 0
         assert torch.equal(real.nonzero(), (theirs.segment_BT[0] >= 0).nonzero())

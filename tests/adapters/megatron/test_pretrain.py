@@ -18,13 +18,14 @@ from tests.support.paths import ROOT
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 pytest.importorskip("megatron.training", reason="megatron-core 0.19.2 ships it")
 
-from regate_ds.adapters.megatron.samples import Numbered, read_tokens
+from regate_ds.adapters.megatron.samples import read_tokens
+from regate_ds.data.keyed import Keyed
 from regate_ds.stores.reference.lifecycle import begin_store
 from regate_ds.stores.reference.writer import ReferenceWriter
 from tests.adapters.megatron.pretrain_script_helper import Samples
 from tests.support.stores import RandomReference, index_of
 
-NUM_STEPS, NUM_SAMPLES = 4, 32
+NUM_SAMPLES = 32
 ARGUMENTS = shlex.split("""
 --num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --seq-length 32
 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 --train-iters 4 --lr 0.01
@@ -43,15 +44,15 @@ STEP = re.compile(r"iteration +(\d+)/.*?lm loss: (\S+) .*?grad norm: (\S+)")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What --regate-config names; the second of four steps is sparse, and so are the others."""
     folder = tmp_path_factory.mktemp("regate")
-    loader = torch.utils.data.DataLoader(Numbered(Samples(NUM_SAMPLES)), batch_size=1)
-    index = index_of(read_tokens(item, "train") for item in loader)
+    loader = torch.utils.data.DataLoader(Keyed(Samples(NUM_SAMPLES), "train"), batch_size=1)
+    index = index_of(read_tokens(item) for item in loader)
     begin_store(folder / "store", index, "made up", lambda _: [list(range(NUM_SAMPLES))], 64)
     writer = ReferenceWriter(folder / "store", index)
     writer.write_shard(0, RandomReference(index).read(index.keys))
     writer.finish()
     path = folder / "regate.yaml"
     path.write_text(
-        f"elision: {{total_steps: {NUM_STEPS}, warmup: 1, final_dense_share: 0}}\n"
+        "elision: {schedule: {warmup: 1, final_dense_share: 0}}\n"
         f"reference: {folder / 'store'}\n"
     )
     return path
@@ -85,7 +86,7 @@ def pretrain(config: Path | None, *more: str, ranks: int = 1) -> dict[int, tuple
 
 def test_runs_under_tensor_parallelism_log_what_the_hosts_own_does(config: Path, tmp_path: Path):
     dense = tmp_path / "dense.yaml"
-    dense.write_text(f"elision: {{total_steps: {NUM_STEPS}, keep_share: 1.0}}\n")
+    dense.write_text("elision: {execution: none}\n")
     host, found, elided = (
         pretrain(one, "--tensor-model-parallel-size", "2", ranks=2) for one in (None, dense, config)
     )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from regate_ds import Keyed, ReferenceStore, RegateConfig, attach
+from regate_ds import Keyed, ReferenceStore, RegateConfig, ScheduleConfig, attach
 from regate_ds.adapters.trainers.hf_trainer import RegateMixin, RegateTrainer
 from tests.support.paths import ROOT
 
@@ -110,7 +110,7 @@ def check_a_resumed_run_is_the_run(root: Path, first: Any) -> None:
 
 def difficulty(checkpoint: Path) -> list[np.ndarray]:
     files = sorted((checkpoint / "regate").glob("difficulty-*.npz"))
-    return [np.load(path)["values"] for path in files]
+    return [np.load(path)["column.difficulty"] for path in files]
 
 
 class Recorded(RegateTrainer):
@@ -150,7 +150,7 @@ def settings(root: Path, **more: Any) -> TrainingArguments:
 
 def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     """Plain SGD, so that the weights after some steps are a sum of gradients."""
-    config = RegateConfig(total_steps=STEPS, warmup=1, final_dense_share=0.0)
+    config = RegateConfig(schedule=ScheduleConfig(warmup=1, final_dense_share=0.0))
     reference = ReferenceStore(root / "trainer" / "reference")
     model, data, collate = parts(root)
     trainer = Recorded(
@@ -166,15 +166,15 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     assert [len(window) for window in trainer.windows] == [3, 1, 3]
 
     own = parts(root)[0]
-    regate = attach(own.train(), config, reference=reference)
+    regate = attach(own.train(), config, total_steps=STEPS, reference=reference)
     optimizer = torch.optim.SGD(own.parameters(), lr=0.05)
     # Without ZeRO, and with the boundary set by hand: the plainest loop with steps of any length.
     engine = deepspeed.initialize(model=own, optimizer=optimizer, config=PLAIN)[0]
     for micro in trainer.windows:
         window = regate.window(micro, engine)
-        for number, (batch, plan) in enumerate(window):
+        for number, batch in enumerate(window):
             engine.set_gradient_accumulation_boundary(number == len(window) - 1)
-            engine.backward(regate.loss(engine(**batch, regate_plan=plan), plan))
+            engine.backward(regate.loss(engine(**batch)))
             engine.step()
         regate.step(applied=True)
     mine, theirs = weights(trainer.model), weights(own)
@@ -189,7 +189,7 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
 
 def check_disabled_is_trainers_own_run(root: Path) -> None:
     ends = []
-    disabled = {"regate": RegateConfig(total_steps=STEPS, enabled=False)}
+    disabled = {"regate": RegateConfig(enabled=False)}
     for kind, more in ((Trainer, {}), (RegateTrainer, disabled)):
         model, data, collate = parts(root)
         bare = data if more else data._dataset
@@ -232,7 +232,7 @@ def check_what_cannot_work_is_refused(root: Path) -> None:
             model=model,
             args=settings(root, **more),
             data_collator=collate,
-            regate=RegateConfig(total_steps=STEPS, keep_share=1.0),
+            regate=RegateConfig(keep_share=1.0),
             **{"train_dataset": data, **(given or {})},
         )
 
@@ -248,5 +248,6 @@ def check_what_cannot_work_is_refused(root: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build()
-    with pytest.raises(ValueError, match=f"total_steps={STEPS}, but Trainer runs 9 steps"):
-        make(max_steps=9).train()
+    longer = make(max_steps=9, output_dir=str(root / "longer"))
+    with pytest.raises(ValueError, match="total_steps=9, but the checkpoint's run has 4"):
+        longer.train(resume_from_checkpoint=str(root / "trainer" / "whole"))

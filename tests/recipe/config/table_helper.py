@@ -7,7 +7,7 @@ import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,14 +25,31 @@ def rows() -> Iterator[str]:
 
 def _rows(section: type, where: str) -> Iterator[str]:
     hints, meanings = get_type_hints(section), _meanings(section)
+    choices = getattr(section, "CHOICES", {})
     for spec in fields(section):
         hint, name = hints[spec.name], f"{where}{spec.name}"
+        meaning = " ".join(meanings.get(spec.name, "").split())
+        if spec.name in choices:
+            yield from _choice_rows(spec, choices[spec.name], where, meaning)
+            continue
         parts = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
         if where and not (parts and hint is parts[0]):
-            meaning = " ".join(meanings[spec.name].split())
+            assert meaning, f"{name} has no docstring"
             yield f"| `{name}` | {_kind(hint)} | {_default(spec)} | {meaning} |"
         for part in parts:
             yield from _rows(part, f"{name}.")
+
+
+def _choice_rows(
+    spec: Field[Any], methods: Mapping[str, type], where: str, meaning: str
+) -> Iterator[str]:
+    """The row of a field that is given by a method's name, then the knobs of each method."""
+    chosen = type(spec.default_factory())
+    (default,) = (name for name, method in methods.items() if method is chosen)
+    kinds = " or ".join(f"`{name}`" for name in methods)
+    yield f"| `{where}{spec.name}` | {kinds} | `{default}` | {meaning} |"
+    for name, method in methods.items():
+        yield from _rows(method, f"{where}{name}.")
 
 
 def _meanings(section: type) -> dict[str, str]:

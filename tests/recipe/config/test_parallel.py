@@ -1,5 +1,6 @@
 """`parallel`: what is refused before anything is loaded, and rows of one length in a window."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,6 +148,8 @@ def test_a_windows_rows_get_one_length_that_can_be_cut():
     batches = []
     for lengths in ([[5], [7]], [[9], [3]], [[4], [4]], [[6], [2]]):
         ids_BT, tokens = random_batch(lengths, seed=1)
+        if len(batches) % 2 == 0:
+            tokens = replace(tokens, image_BT=tokens.segment_BT)
         batches.append(Batch({"input_ids": ids_BT, "pixel_values": torch.ones(2)}, tokens))
     found = list(windows(iter(batches), 2, pad_id=3, multiple=4))
     assert [[b.inputs["input_ids"].shape[1] for b in window] for window in found] == [
@@ -161,4 +164,10 @@ def test_a_windows_rows_get_one_length_that_can_be_cut():
         assert (after.tokens.segment_BT[:, length:] == -1).all()
         assert (after.tokens.labels_BT[:, length:] == IGNORE).all()
         assert after.tokens.keys == before.tokens.keys
+        image_BT = before.tokens.image_BT
+        if image_BT is None:
+            assert after.tokens.image_BT is None
+        else:
+            assert torch.equal(after.tokens.image_BT[:, :length], image_BT)
+            assert (after.tokens.image_BT[:, length:] == -1).all()
         assert after.inputs["pixel_values"] is before.inputs["pixel_values"]

@@ -1,14 +1,11 @@
 import json
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
-from regate_ds.recipe.config.sections import ElisionConfig
 from regate_ds.recipe.config.tree import RunConfig, dump_config, load_config
 from regate_ds.recipe.students.load import make_student
 from tests.recipe.config.table_helper import HEAD, rows
@@ -78,31 +75,6 @@ def test_the_named_configurations_are_valid(path):
     assert load_config(path).elision.keep_share == 0.5
 
 
-def test_the_papers_configuration_is_the_papers_setting():
-    regate_config = load_config(ROOT / "configs" / "paper.yaml").elision.for_run(num_steps=1000)
-    paper = RegateConfig(
-        total_steps=1000,
-        keep_share=0.5,
-        first_layer=0,
-        warmup=100,
-        cycle_steps=128,
-        cycle_dense_steps=16,
-        final_dense_share=0.0,
-        decay=0.9,
-        reference_weight=0.5,
-    )
-    assert regate_config == paper
-
-
-def test_the_elision_section_has_exactly_the_regate_config_of_the_method():
-    assert {f.name for f in fields(ElisionConfig)} == {f.name for f in fields(RegateConfig)}
-
-
-def test_the_schedule_runs_over_the_run_unless_told_otherwise(small):
-    assert load(small).elision.for_run(num_steps=40).total_steps == 40
-    assert load(small, "elision.total_steps=50").elision.for_run(num_steps=40).total_steps == 50
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -123,10 +95,7 @@ def test_the_schedule_runs_over_the_run_unless_told_otherwise(small):
         ),
         ("elision.keep_share=1.5", "elision.keep_share=1.5: must be in [1e-6, 1]"),
         ("elision.keep_share=half", "elision.keep_share='half': must be a number"),
-        ("elision.align=left", "elision.align='left': must be one of predictor, target, both"),
         ("elision.enabled=1", "elision.enabled=1: must be true or false"),
-        ("elision.total_steps=0", "elision.total_steps=0: must be at least 1"),
-        ("elision.total_steps=no", "elision.total_steps=False: must be a whole number"),
         ("elision={}x", "override 'elision={}x': '{}x' is not a YAML value"),
         ("elision=3", "elision=3: must hold keys"),
         ("run.steps=1.5", "run.steps=1.5: must be a whole number"),
@@ -176,25 +145,6 @@ def test_a_key_that_is_no_single_value_is_refused_in_one_line(small):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["elision.total_steps=9"], "elision.total_steps=9: the run has 10 steps"),
-        (["elision.warmup=10"], "no step of the run's 10 is sparse: lower elision.warmup=10"),
-        (["elision.final_dense_share=1"], "no step of the run's 10 is sparse"),
-    ],
-)
-def test_a_schedule_that_does_not_fit_the_run_is_refused(small, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        load(small, "run.steps=10", *overrides)
-    with pytest.raises(ValueError, match=message):
-        load(small, *overrides).elision.judge_length(10)
-
-
-def test_a_dense_run_may_be_dense_throughout(small):
-    assert not load(small, "run.steps=10", "elision.warmup=10", "elision.keep_share=1.0").selects
-
-
 def test_without_elision_there_is_nothing_to_plan(small):
     with pytest.raises(ValueError, match=r"run.plan_only=True: with elision.enabled=false"):
         load(small, "run.plan_only=true", "elision.enabled=false")
@@ -218,14 +168,12 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_name(small, text, mess
     assert str(small) in str(refusal.value)
 
 
-@pytest.mark.parametrize("override", ["elision.keep_share=1.0", "elision.enabled=false"])
-def test_a_run_that_selects_nothing_needs_no_reference(small, override):
-    assert not load(small, "teacher.store=null", override).selects
-
-
 def test_the_documentation_lists_every_key_as_it_is():
     text = (ROOT / "docs" / "configuration.md").read_text()
-    assert text.partition(HEAD)[2].strip().splitlines() == list(rows())
+    assert text.partition(HEAD)[2].strip().splitlines() == list(rows()), (
+        "replace the table under 'Every key' in docs/configuration.md by what is printed by "
+        "python -m tests.recipe.config.table_helper"
+    )
 
 
 def test_the_documented_student_is_made_as_it_stands(small, tmp_path, monkeypatch):

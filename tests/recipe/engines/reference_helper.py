@@ -29,7 +29,8 @@ def make(folder: Path) -> None:
     path = folder / "run.yaml"
     config = yaml.safe_load(path.read_text())
     # Filled up to a multiple of what sequence and context parallelism need.
-    config["elision"] = {"warmup": 2, "final_dense_share": 0.16, "token_multiple": 4}
+    schedule = {"warmup": 2, "final_dense_share": 0.16}
+    config["elision"] = {"schedule": schedule, "token_multiple": 4}
     config["optimizer"] |= {"weight_decay": 0.1, "warmup_steps": 3, "schedule": "cosine"}
     config["run"] |= {"steps": STEPS, "accumulation": 4, "save_every": 0, "deepspeed": None}
     path.write_text(yaml.safe_dump(config))

@@ -18,6 +18,7 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
+from regate_ds.algorithm.counts import COUNTS
 from regate_ds.recipe.reports.compare import compare_runs
 from tests.adapters.megatron.pool_helper import Pool
 from tests.recipe.engines.reference_helper import STEPS
@@ -26,13 +27,13 @@ from tests.recipe.engines.runs_helper import Run, train, train_plainly, train_wi
 TIMES = {"step_seconds", "cpu_seconds"}
 
 TIMEOUT_SECONDS = 400
-"""Of a whole run, its model's loading and its evaluation, on a loaded machine."""
+"""Seconds for a whole run, its model's loading and its evaluation, on a loaded machine."""
 
 
-def start(*command: str) -> subprocess.CompletedProcess[str]:
+def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *command],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -115,6 +116,38 @@ def test_ragged_rows_make_the_run_of_padded_rows(pool: Pool, corpus: Path):
     require_equal_runs(corpus / "ragged", corpus / "padded")
 
 
+def printed_plan(corpus: Path, world: int, *overrides: str) -> dict[str, str]:
+    """The figures that `run.plan_only` prints for a job of so many ranks."""
+    command = ("regate_ds.cli", "train", str(corpus / "run.yaml"), "run.plan_only=true")
+    done = start(*command, *overrides, WORLD_SIZE=str(world))
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+@pytest.mark.slow
+def test_the_plan_that_is_printed_is_what_the_run_keeps(pool: Pool, corpus: Path):
+    """An epoch of sparse steps, whose rows are filled and cut as sequence parallelism needs it."""
+    sparse = ("elision.schedule={warmup: 0, final_dense_share: 0}", "elision.token_multiple=3")
+    common = (*sparse, "run.steps=null", "run.accumulation=2")
+    parallel = "parallel={tensor: 2, sequence: true}"
+    pool.run(2, train, Run(corpus, "epoch", (*common, parallel)), TIMEOUT_SECONDS)
+    found = rows(corpus / "epoch")
+    assert not any(row["dense"] for row in found)
+    total = {key: sum(row[key] for row in found) for key in COUNTS}
+    kept, padded = total["tokens_kept"], total["padded"]
+    expected = {
+        "kept_share_of_tokens": f"{kept / total['tokens_total']:.4f}",
+        "kept_share_of_answer": f"{total['answer_kept'] / total['answer_total']:.4f}",
+        "padding_share": f"{padded / (kept + padded):.4f}",
+        "filled": str(total["filled"]),
+        "steps": str(len(found)),
+    }
+    figures = printed_plan(corpus, 2, *common, parallel)
+    assert {key: figures[key] for key in expected} == expected
+    # Without sequence parallelism rows are multiples of 3, not of 6.
+    other = printed_plan(corpus, 1, *common)
+    assert other["filled"] != figures["filled"]
+
+
 @pytest.mark.slow
 def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     parallel = "parallel={pipeline: 2, distributed_optimizer: true}"
@@ -131,7 +164,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     for name, weight in weights(corpus / "whole").items():
         assert torch.equal(weights(corpus / "resumed")[name], weight), name
     mine, theirs = (
-        [np.load(path)["values"] for path in sorted(last.glob("difficulty-*.npz"))]
+        [np.load(path)["column.difficulty"] for path in sorted(last.glob("difficulty-*.npz"))]
         for last in (
             corpus / name / "checkpoints" / f"step-{STEPS:06d}" / "regate"
             for name in ("whole", "resumed")

@@ -43,12 +43,13 @@ def test_the_products_own_groups_and_exchange_fit_that_world(rank: int):
     # The first replica's planner sends; other ranks of the fake network receive nothing.
     planner = dry_run.ranks_of(world).index((0, 0, world.pipeline - 1, 0))
     with dry_run.joined(world, rank) as axes:
-        assert dist.get_world_size(axes.replica) == 128
+        assert dist.get_world_size(axes.replica.group) == 128
         assert dist.get_world_size(axes.split) == 16
         assert dist.get_world_size(axes.data) == 32
-        assert axes.is_planner == (axes.planner == rank)
+        assert (axes.replica.planner == rank) == (dry_run.ranks_of(world)[rank][:3] == (0, 0, 7))
+        assert axes.replica.planner in dist.get_process_group_ranks(axes.replica.group)
     with dry_run.joined(world, planner) as axes:
-        assert axes.is_planner
+        assert axes.replica.planner == planner
         shape = dry_run.exchange_plans(world, axes)
     assert shape[1:] == (1, world.hidden)
     assert 0 < shape[0] < world.num_tokens // 16

@@ -5,11 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.llava.template import Template
 from regate_ds.job.process import Process
-from regate_ds.recipe.evaluation.words import HeldOut, evaluate, share_of, tally_words, words_of
+from regate_ds.recipe.evaluation.words import (
+    HeldOut,
+    evaluate,
+    share_of_process,
+    tally_words,
+    words_of,
+)
 from tests.support.tiny_students import make_image, make_llava, make_qwen2_vl
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -189,7 +196,7 @@ def test_ranks_share_the_samples_and_run_the_same_modules(world_size, tmp_path):
     records = make_records(tmp_path, images=(1, 0, 1, 1, 1, 0, 1))
     has_images = [bool(record.images) for record in records]
     shares = [
-        share_of(has_images, Process(rank, world_size, torch.device("cpu")), 2)
+        share_of_process(has_images, Process(rank, world_size, torch.device("cpu")), 2)
         for rank in range(world_size)
     ]
     counted = [i for share in shares for numbers, counts in share for i in numbers if counts]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.records import Record, Turn
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.tasks.digits.realmodel import words_in_upper_half
 
 

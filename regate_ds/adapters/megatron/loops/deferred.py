@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +42,34 @@ class LoopSettings:
     """How the model puts image embeddings in the place of tokens; null for a text model."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostFacts:
+    """What the host knows once its run begins; asked at the first step."""
+
+    total_steps: Callable[[], int]
+    """Optimizer steps of the whole run."""
+
+    resume: Callable[[], Path | None] = lambda: None
+    """The checkpoint folder that the host has loaded, if it has loaded one."""
+
+
 class DeferredAttach:
-    """One rank's part in a host's run; it gets the model at the first training step."""
+    """One rank's part in a run of a host that builds its model late: attached at the first step."""
 
     def __init__(
         self,
         settings: LoopSettings,
+        host: HostFacts,
         *,
         tokens: Callable[[Any], TokenBatch] | None = None,
-        resume: Callable[[], Path | None] = lambda: None,
     ) -> None:
-        """Keep the settings until the first training step.
+        """Take settings, and what the host will know.
 
-        tokens: reads an item of the data iterator; without it, ``read_tokens`` reads the dicts
-            that Megatron's data sets make.
-        resume: returns the checkpoint folder that the host has loaded, or None; it is called at the
-            first step.
+        tokens: reads an item of the data iterator; without it ``read_tokens`` reads the dicts of
+            Megatron's names.
         """
-        self._settings, self._resume = settings, resume
-        self._tokens = tokens or (
-            lambda item: read_tokens(item, settings.dataset, image=settings.image)
-        )
+        self.settings, self._host = settings, host
+        self._tokens = tokens or partial(read_tokens, image=settings.image)
         self.regate: MegatronRegate | None = None
         """None before the first step."""
 
@@ -103,14 +110,15 @@ class DeferredAttach:
             self.regate.save(folder)
 
     def _attach(self, models: Sequence[nn.Module] | nn.Module) -> None:
-        settings = self._settings
+        settings = self.settings
         store = None if settings.reference is None else ReferenceStore(settings.reference)
         self.regate = attach(
             models,
             settings.elision,
+            total_steps=self._host.total_steps(),
             reference=store,
             row_format=settings.row_format,
             tokens=self._tokens,
         )
-        if (folder := self._resume()) is not None:
+        if (folder := self._host.resume()) is not None:
             self.regate.load(folder)

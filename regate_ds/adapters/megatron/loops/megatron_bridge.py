@@ -16,9 +16,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, LoopSettings
-from regate_ds.adapters.megatron.samples import Numbered
+from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, HostFacts, LoopSettings
 from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.data.keyed import Keyed
 
 
 @contextmanager
@@ -37,7 +37,9 @@ def installed_in_bridge(
     from megatron.bridge.training import pretrain, train
     from megatron.bridge.training.callbacks import Callback
 
-    deferred = DeferredAttach(settings, tokens=tokens, resume=lambda: resume)
+    length: list[int] = []
+    host_facts = HostFacts(total_steps=lambda: length[-1], resume=lambda: resume)
+    deferred = DeferredAttach(settings, host_facts, tokens=tokens)
     host, host_data = train.get_forward_backward_func, pretrain.get_dataset_provider
 
     @wraps(host)
@@ -51,6 +53,7 @@ def installed_in_bridge(
                     "checkpoint.async_save=True reports a save only after later steps have begun; "
                     "set it False"
                 )
+            length.append(int(context.state.cfg.train.train_iters))
 
         def on_train_step_end(self, context: Any) -> None:
             deferred.end_step(applied=not context.skipped_iter)
@@ -60,7 +63,7 @@ def installed_in_bridge(
             deferred.save(Path(context.state.cfg.checkpoint.save) / f"iter_{step:07d}")
 
     train.get_forward_backward_func = get_forward_backward_func
-    pretrain.get_dataset_provider = lambda config: _numbering(host_data(config))
+    pretrain.get_dataset_provider = lambda config: _keyed(host_data(config), settings.dataset)
     try:
         yield RegateCallback()
     finally:
@@ -68,15 +71,15 @@ def installed_in_bridge(
         pretrain.get_dataset_provider = host_data
 
 
-def _numbering(provider: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the host's provider of data sets, so that items of the training set have their number.
+def _keyed(provider: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Wrap the host's provider of data sets, so that items of the training set have their key.
 
     The wrapper keeps the signature, because the host inspects it.
     """
 
     @wraps(provider)
-    def numbered(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    def keyed(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         train, valid, test = provider(*args, **kwargs)
-        return None if train is None else Numbered(train), valid, test
+        return None if train is None else Keyed(train, name), valid, test
 
-    return numbered
+    return keyed

@@ -17,9 +17,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, LoopSettings
-from regate_ds.adapters.megatron.samples import Numbered
+from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, HostFacts, LoopSettings
 from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.data.keyed import Keyed
 
 TESTED_MEGATRON_LM = ("0.19.2",)
 """Versions whose loop was run. Versions from 0.16.1 on have the same signatures."""
@@ -50,7 +50,8 @@ def installed(
     from megatron.training import training
 
     _require_known(training)
-    deferred = DeferredAttach(settings, tokens=tokens, resume=_loaded_folder)
+    host = HostFacts(total_steps=_train_iters, resume=_loaded_folder)
+    deferred = DeferredAttach(settings, host, tokens=tokens)
     hosts = {name: getattr(training, name) for name in _EXPECTED}
     for name, ours in _replacements(deferred, hosts).items():
         setattr(training, name, ours)
@@ -104,8 +105,8 @@ def _replacements(deferred: DeferredAttach, hosts: dict[str, Any]) -> dict[str, 
 
     @wraps(hosts["build_pretraining_data_loader"])
     def build_pretraining_data_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        can_number = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        dataset = Numbered(dataset) if can_number else dataset
+        has_numbers = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        dataset = Keyed(dataset, deferred.settings.dataset) if has_numbers else dataset
         return hosts["build_pretraining_data_loader"](dataset, *args, **kwargs)
 
     return {
@@ -114,6 +115,12 @@ def _replacements(deferred: DeferredAttach, hosts: dict[str, Any]) -> dict[str, 
         "save_checkpoint": save_checkpoint,
         "build_pretraining_data_loader": build_pretraining_data_loader,
     }
+
+
+def _train_iters() -> int:
+    from megatron.training import get_args
+
+    return int(get_args().train_iters)
 
 
 def _loaded_folder() -> Path | None:

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
+from regate_ds.adapters.megatron.groups import group_device
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
@@ -29,7 +30,6 @@ from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.megatron.checkpoint import load_rank, save_rank
 from regate_ds.recipe.engines.megatron.chunks import build_chunks, context_part, student_chunks
 from regate_ds.recipe.engines.megatron.export import fill_student
-from regate_ds.recipe.engines.megatron.groups import Replica
 from regate_ds.recipe.engines.megatron.padding import windows
 from regate_ds.recipe.optimizer import lr_share
 from regate_ds.teacher.online import OnlineReference
@@ -43,7 +43,6 @@ class StepResult:
 
     applied: bool = False
     grad_norm: float | None = None
-    counts: dict[str, Any] | None = None
 
 
 class MegatronEngine:
@@ -57,7 +56,7 @@ class MegatronEngine:
         optimizer: Any,
     ) -> None:
         self.chunks, self.regate, self.optimizer = chunks, regate, optimizer
-        self._setup, self._replica = setup, Replica.of_this_rank()
+        self._setup = setup
         self._schedule = regate.wrap(get_forward_backward_func())
         self._lr_share = lr_share(setup.config.optimizer, setup.total_steps)
         self._num_done, self._last = 0, StepResult()
@@ -75,7 +74,8 @@ class MegatronEngine:
         model.to(dtype)
         regate = attach(
             chunks,
-            setup.regate_config,
+            config.elision,
+            total_steps=setup.total_steps,
             reference=setup.reference,
             row_format=config.parallel.row_format,
         )
@@ -113,10 +113,10 @@ class MegatronEngine:
         reports = self._run_schedule(window)
         applied, norm, _ = self.optimizer.step()
         clips = self._setup.config.optimizer.grad_clip is not None
-        losses, counts = self._replica.broadcast(self._figures(reports))
-        self._last = StepResult(bool(applied), float(norm) if clips else None, counts)
+        losses = self._losses(reports, len(window))
+        self._last = StepResult(bool(applied), float(norm) if clips else None)
         self._num_done += 1
-        return list(torch.tensor(losses, dtype=torch.float64))
+        return losses
 
     def _run_schedule(self, window: list[Batch]) -> Sequence[dict[str, Tensor]]:
         has_several = len(self.chunks) > 1
@@ -133,31 +133,38 @@ class MegatronEngine:
             forward_only=False,
         )
 
-    def _figures(
-        self, reports: Sequence[dict[str, Tensor]]
-    ) -> tuple[list[float], dict[str, Any] | None] | None:
-        """Return the micro-batches' losses and the plan's counts; None before the last stage.
+    def _losses(self, reports: Sequence[dict[str, Tensor]], num_micro: int) -> list[Tensor]:
+        """Return the micro-batches' losses on every rank, from those of the last stage.
 
         A loss is the micro-batch's share of the step's loss, times the number of micro-batches and
         data ranks, so that the mean over both is the step's loss.
         """
-        if not reports:
-            return None
-        sums_M2 = torch.stack([report["lm loss"] for report in reports]).double()
-        if mpu.get_context_parallel_world_size() > 1:
-            # Each context rank has the targets of its own positions.
-            dist.all_reduce(sums_M2, group=mpu.get_context_parallel_group())
+        sums_M2 = torch.zeros(num_micro, 2, dtype=torch.float64, device=group_device())
+        if reports:
+            sums_M2 = torch.stack([report["lm loss"] for report in reports]).double()
+            if mpu.get_context_parallel_world_size() > 1:
+                # Each context rank has the targets of its own positions.
+                dist.all_reduce(sums_M2, group=mpu.get_context_parallel_group())
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            last = mpu.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(sums_M2, last, group=mpu.get_pipeline_model_parallel_group())
+        scale = num_micro * self._setup.data.world_size / self._num_targets(sums_M2)
+        return list((sums_M2[:, 0] * scale).cpu())
+
+    def _num_targets(self, sums_M2: Tensor) -> float:
+        """Return the step's targets over all data ranks: the plan's, or without one, counted."""
+        if self.regate.plan is not None:
+            return self.regate.plan.num_targets_global
         num_targets, data = sums_M2[:, 1].sum(), self._setup.data
         if data.group is not None:
             dist.all_reduce(num_targets, group=data.group)
-        scale = len(reports) * data.world_size / num_targets
-        return (sums_M2[:, 0] * scale).tolist(), self.regate.metrics()
+        return float(num_targets)
 
     def end_step(self) -> None:
         self.regate.step(applied=self._last.applied)
 
     def counts(self) -> dict[str, Any] | None:
-        return self._last.counts
+        return None if self.regate.plan is None else self.regate.metrics()
 
     def grad_norm(self) -> float | None:
         """Return None if nothing is clipped: Megatron does not measure the norm then."""

@@ -33,11 +33,13 @@ def to_one_length(micro: Sequence[Batch], *, pad_id: int, multiple: int) -> list
 def _widen(batch: Batch, length: int, pad_id: int) -> Batch:
     tokens = batch.tokens
     missing = (0, length - tokens.segment_BT.shape[1])
+    image_BT = tokens.image_BT
     return Batch(
         {**batch.inputs, "input_ids": pad(batch.inputs["input_ids"], missing, value=pad_id)},
         replace(
             tokens,
             segment_BT=pad(tokens.segment_BT, missing, value=-1),
             labels_BT=pad(tokens.labels_BT, missing, value=IGNORE),
+            image_BT=None if image_BT is None else pad(image_BT, missing, value=-1),
         ),
     )

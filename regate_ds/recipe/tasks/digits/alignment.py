@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regate_ds.algorithm.batch import IGNORE, shift_labels
+from regate_ds.algorithm.batch import IGNORE, number_runs, shift_labels
 from regate_ds.data.collate import Collator, LoadedSample, SampleDataset
-from regate_ds.data.llava.encode import EncodedSample
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.students.student import Student
 from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
 from regate_ds.recipe.tasks.digits.questions import Shown
@@ -100,7 +100,7 @@ def _note_sample(
         key=("notes", 0),
         input_ids_S=ids_S,
         labels_S=shift_labels(torch.where(torch.tensor(is_answer), ids_S, IGNORE)[None])[0],
-        is_placeholder_S=ids_S == student.model.config.image_token_id,
+        image_S=number_runs(ids_S == student.model.config.image_token_id),
         char_spans=(),
         images=(),
     )
@@ -121,5 +121,5 @@ def _without_image(sample: LoadedSample, pad_id: int) -> LoadedSample:
     """Return the sample as the teacher sees it: the pad id at image positions, and no image."""
     encoded = sample.encoded
     ids_S = encoded.input_ids_S.masked_fill(encoded.is_placeholder_S, pad_id)
-    none_S = torch.zeros_like(encoded.is_placeholder_S)
-    return LoadedSample(replace(encoded, input_ids_S=ids_S, is_placeholder_S=none_S, images=()), ())
+    none_S = torch.full_like(ids_S, -1)
+    return LoadedSample(replace(encoded, input_ids_S=ids_S, image_S=none_S, images=()), ())

@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from regate_ds.data.llava.encode import EncodedSample
 from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.records import Record
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.students.llava import build_llava

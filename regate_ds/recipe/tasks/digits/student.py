@@ -25,9 +25,10 @@ from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import SampleDataset
-from regate_ds.data.llava.encode import EncodedSample, Encoder
+from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.records import Record
+from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.llava.template import Template
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student

@@ -1,0 +1,83 @@
+"""The contract of an execution: from values and counts to a plan, and what layers do with it.
+
+A plan says which positions a micro-batch's kept set holds and on which targets the loss runs. The
+*spans* say what layers make of it: in a span, either kept rows alone enter a part of each layer, or
+all rows do. What is not in a span is the host's own.
+
+    execution      kept set                      span over the gated layers      loss on
+    elide          what must stay, chosen        one, part "layer"               kept labels
+    loss_only      everything                    none                            chosen labels
+    none           everything                    none                            all labels
+    backward_only  everything                    one, part "backward"            all labels
+    mlp_only       what must stay, chosen        one, part "mlp"                 kept labels
+    random_ltd     a random set for each layer   one a layer, each its own set   all labels
+    merge          patches of K neighbours       one, part "layer", slot patch   K targets a slot
+
+``part`` says what of a layer kept rows alone pass through: the "layer" with its mixer, the "mlp"
+branch from its norm to its residual addition, or the "backward" pass, where the others enter
+detached. A slot is a position or, in ``merge``, a patch that predicts several targets: therefore
+``ElisionPlan.label_slot_L`` may name a slot several times, and targets and weights are fields of
+their own. The first three are there; the others fit the same four numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.rows import RowLayout
+
+Part = Literal["layer", "mlp", "backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Layers [first, last), 0-based, in which only a kept set's rows pass through ``part``."""
+
+    first: int
+    last: int
+    part: Part = "layer"
+    kept_set: int = 0
+    """Which of the plan's kept sets enters."""
+
+
+def gated_span(spans: tuple[Span, ...]) -> Span | None:
+    """Return the one span of whole layers that an execution has; None if it has no span.
+
+    ValueError for spans of another kind, which no adapter carries out yet.
+    """
+    if len(spans) == 0:
+        return None
+    first, *others = spans
+    if others or first.part != "layer":
+        raise ValueError(
+            f"spans {spans}: adapters carry out one span of whole layers; choose another execution"
+        )
+    return first
+
+
+class Execution(Protocol):
+    """A frozen dataclass with the knobs of one execution."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether sparse steps choose anything, so that scores are needed."""
+        ...
+
+    def spans(self, first_layer: int, last_layer: int) -> tuple[Span, ...]:
+        """Return the spans of a sparse step, for a gated range [first_layer, last_layer)."""
+        ...
+
+    def plan(
+        self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor, rows: RowLayout
+    ) -> ElisionPlan:
+        """Return the plan of one micro-batch in a sparse step.
+
+        score_BT: fp64, the score of each label position; num_hard_S: how many of each sample's are
+        hard targets; rows: how kept tokens lie.
+        """
+        ...

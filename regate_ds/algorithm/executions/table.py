@@ -1,0 +1,37 @@
+"""All executions by name, and which host supports which; the others refuse it by name."""
+
+from __future__ import annotations
+
+from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.execution import Execution
+from regate_ds.algorithm.executions.loss_only import LossOnly
+from regate_ds.algorithm.executions.none import NoElision
+
+EXECUTIONS: dict[str, type[Execution]] = {
+    "elide": Elide,
+    "loss_only": LossOnly,
+    "none": NoElision,
+}
+
+SUPPORTED: dict[str, tuple[str, ...]] = {
+    "huggingface": ("elide", "loss_only", "none"),
+    "deepspeed_pipeline": ("elide", "loss_only", "none"),
+    "megatron": ("elide", "loss_only", "none"),
+}
+"""By host: what its adapter carries out, tested against an oracle by hand."""
+
+
+def execution_name(execution: Execution) -> str:
+    """Return the name that a configuration gives an execution."""
+    return next(name for name, kind in EXECUTIONS.items() if type(execution) is kind)
+
+
+def require_execution(execution: Execution, host: str) -> None:
+    """Refuse, by ValueError, an execution that a host's adapter does not carry out."""
+    if host not in SUPPORTED:
+        raise ValueError(f"host={host!r} has no line in SUPPORTED, which has {list(SUPPORTED)}")
+    name = execution_name(execution)
+    if name not in SUPPORTED[host]:
+        raise ValueError(
+            f"execution={name} is not supported under {host}; choose one of {SUPPORTED[host]}"
+        )

@@ -1,0 +1,69 @@
+"""How kept tokens lie in the rows of a micro-batch: one frozen value, which an adapter makes."""
+
+# torch's own types have gaps.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from regate_ds.algorithm.plan import ElisionPlan
+
+RowFormat = Literal["padded", "ragged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLayout:
+    """What the lengths of kept rows must be, so that kernels and ranks can take them."""
+
+    row_format: RowFormat = "padded"
+    """``padded``: each row of the batch keeps its own, padded to the longest. ``ragged``: all kept
+    tokens of a micro-batch lie behind one another."""
+
+    multiple: int = 1
+    """Length of a padded row, or of all ragged rows together, is a multiple of it."""
+
+    sample_multiple: int = 1
+    """Ragged rows: length of each sample, where context ranks cut every sample."""
+
+    equal: bool = False
+    """Padded rows of all micro-batches of a step have one length, for hosts whose shapes must not
+    change within a step."""
+
+    @property
+    def fills_rows(self) -> bool:
+        """Whether each row is filled up by itself; else the micro-batch is, by any of its rows."""
+        return self.row_format == "padded" or self.sample_multiple > 1
+
+    @property
+    def fill_multiple(self) -> int:
+        """What a row, or the micro-batch, is filled up to by the next-best label positions."""
+        return self.multiple if self.row_format == "padded" else self._ragged_fill
+
+    @property
+    def _ragged_fill(self) -> int:
+        return self.sample_multiple if self.sample_multiple > 1 else self.multiple
+
+    @property
+    def slot_multiple(self) -> int:
+        """What the number of slots of a row of the plan is a multiple of."""
+        return self.multiple if self.row_format == "padded" else 1
+
+    def num_padding(self, plan: ElisionPlan) -> int:
+        """Rows of a micro-batch that hold no token, as the host lays them out."""
+        if self.row_format == "padded" or not plan.moves_rows:
+            return plan.num_padded
+        return sum(self.ragged_lengths(plan.sample_lengths)) - plan.num_kept
+
+    def ragged_lengths(self, kept_S: Tensor) -> list[int]:
+        """Rows of each sample, padded to the sample's multiple; last, padding of the whole."""
+        padded_S = (kept_S + self.sample_multiple - 1) // self.sample_multiple
+        lengths: list[int] = (padded_S * self.sample_multiple).tolist()
+        end = sum(lengths)
+        missing = max(1, math.ceil(end / self.multiple)) * self.multiple - end
+        return lengths + [missing] * (missing > 0)

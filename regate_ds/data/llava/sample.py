@@ -1,0 +1,46 @@
+"""A sample as the model reads it: token ids, labels and the places of its images.
+
+Shapes: S positions of one sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from regate_ds.algorithm.batch import SampleKey
+
+CharSpan = tuple[int, int, int]
+"""Turn number, start, end: a token's place in the characters of that turn's answer."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample as the model reads it."""
+
+    key: SampleKey
+
+    input_ids_S: Tensor
+    """int64: the token ids, with each image expanded to its placeholders."""
+
+    labels_S: Tensor
+    """int64: the token at t+1 where it belongs to an answer (eos included), else IGNORE."""
+
+    image_S: Tensor
+    """int64: the number of the image at image positions, -1 elsewhere."""
+
+    char_spans: tuple[CharSpan, ...]
+    """Place of each label position's target, in order; that of an eos is (turn, len, len)."""
+
+    images: tuple[Path, ...]
+    """Image files, in reading order."""
+
+    @property
+    def is_placeholder_S(self) -> Tensor:
+        """bool: True at image positions."""
+        return self.image_S >= 0
+
+    def __len__(self) -> int:
+        return self.input_ids_S.numel()
