@@ -37,8 +37,9 @@ class OpenStep:
         number than the plan's targets.
         """
         step = self.plan.step
-        is_of_step = any(plan.micro == one.micro for one in self.plan.micro)
-        if plan.step != step or not is_of_step or plan.micro in self.recorded:
+        targets = {one.micro: one.num_targets for one in self.plan.micro}
+        is_of_step = plan.step == step and targets.get(plan.micro) == plan.num_targets
+        if not is_of_step or plan.micro in self.recorded:
             raise RuntimeError(
                 f"losses of step {plan.step}, micro-batch {plan.micro} do not belong here: step "
                 f"{step} is open and has micro-batches {sorted(self.recorded)} already; give the "

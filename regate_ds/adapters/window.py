@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from regate_ds.algorithm.batch import host_labels
+from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.data.collate import Batch, moved
 
@@ -57,6 +57,12 @@ def require_collated(micro: Sequence[Any]) -> None:
         raise ValueError(
             f"the loader yields {others[0]}; give it collate_fn=regate.collate(collate)"
         )
+
+
+def window_tokens(micro: Sequence[Any]) -> list[TokenBatch]:
+    """Return what the method knows of each micro-batch; ValueError as ``require_collated``."""
+    require_collated(micro)
+    return [batch.tokens for batch in micro]
 
 
 def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[list[Any]]:

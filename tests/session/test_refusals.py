@@ -60,6 +60,19 @@ def test_losses_cannot_be_recorded_twice():
         session.record(plan, torch.ones(plan.num_targets))
 
 
+def test_losses_of_a_plan_for_evaluation_do_not_belong_to_the_step():
+    session = made()
+    open_step(session)
+    other = session.plan_evaluation(lambda: [BATCH]).micro[0]
+    with pytest.raises(RuntimeError, match="step 0, micro-batch 0 do not belong here"):
+        session.record(other, torch.ones(other.num_targets))
+
+
+def test_an_empty_window_is_refused():
+    with pytest.raises(ValueError, match="the window of step 0 is empty; give its micro-batches"):
+        made().plan_step([])
+
+
 def test_losses_of_an_earlier_step_do_not_belong_to_this_one():
     session = made()
     earlier = open_step(session)

@@ -27,7 +27,7 @@ from regate_ds.adapters.deepspeed.checks import LoopOptions, require_elided, req
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.run import metrics_of
 from regate_ds.adapters.session_state import Opened, Reference, open_session, read_state
-from regate_ds.adapters.window import Window, in_steps, require_collated
+from regate_ds.adapters.window import Window, in_steps, require_collated, window_tokens
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig, require_steps
 from regate_ds.data.keyed import KeyedCollate, PlainCollate
@@ -227,11 +227,10 @@ class DeepSpeedRegate:
         device = self._engine.device
         if not self.config.enabled:
             return Window(micro, [None] * len(micro), device)
-        require_collated(micro)
         if self._online is not None:
             self._teacher_seconds = self._online.seconds
         session = self._require_opened().session
-        self.plan = session.plan_step([batch.tokens for batch in micro])
+        self.plan = session.plan_step(lambda: window_tokens(micro))
         return Window(micro, self.plan.micro, device)
 
     def _require_opened(self) -> Opened:
