@@ -55,13 +55,13 @@ class RowLayout:
         return self.multiple if self.row_format == "padded" else 1
 
     def num_padding(self, plan: ElisionPlan) -> int:
-        """Rows of a micro-batch that hold no token, as the host lays them out."""
+        """Return how many rows of a micro-batch hold no token, as the host lays them out."""
         if self.row_format == "padded" or not plan.moves_rows:
             return plan.num_padded
         return sum(self.ragged_lengths(plan.sample_lengths)) - plan.num_kept
 
     def ragged_lengths(self, kept_S: Tensor) -> list[int]:
-        """Rows of each sample, padded to the sample's multiple; last, padding of the whole."""
+        """Return rows of each sample, padded to its multiple; last, the padding of the whole."""
         padded_S = (kept_S + self.sample_multiple - 1) // self.sample_multiple
         lengths: list[int] = (padded_S * self.sample_multiple).tolist()
         end = sum(lengths)

@@ -40,7 +40,7 @@ def write_sidecar(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def find_sidecars(folder: Path, num_ranks: int | None, *, stem: str) -> list[Path]:
-    """The files of all ranks of one save, by rank; ``stem`` is what their names begin with."""
+    """Return the files of all ranks of one save, by rank; ``stem`` is what their names begin with."""
     pattern = re.compile(rf"{stem}-(\d+)-of-(\d+)\.npz")
     names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.npz"))
     sizes = sorted({int(match[2]) for name in names if (match := pattern.fullmatch(name))})
@@ -61,7 +61,7 @@ def find_sidecars(folder: Path, num_ranks: int | None, *, stem: str) -> list[Pat
 
 
 def require_one_moment(moments: dict[str, int], folder: Path) -> int:
-    """The number of writes that all files of a save agree on."""
+    """Return the number of writes that all files of a save agree on."""
     if len(set(moments.values())) > 1:
         raise ValueError(
             f"the difficulty files in {folder} are of different moments (number of writes: "
