@@ -40,7 +40,7 @@ def write_sidecar(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def find_sidecars(folder: Path, num_ranks: int | None, *, stem: str) -> list[Path]:
-    """Return the files of all ranks of one save, by rank; ``stem`` is what their names begin with."""
+    """Return the files of all ranks of one save, by rank; ``stem``: what their names begin with."""
     pattern = re.compile(rf"{stem}-(\d+)-of-(\d+)\.npz")
     names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.npz"))
     sizes = sorted({int(match[2]) for name in names if (match := pattern.fullmatch(name))})
