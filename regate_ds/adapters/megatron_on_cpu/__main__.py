@@ -25,6 +25,8 @@ def install_for_training() -> None:
     shim.install()
     # Megatron makes its groups only if there is a device; the name of the device is never used.
     torch.cuda.device_count = lambda: 1
+    # A CUDA build of torch may answer by that count, and scripts choose their backend by it.
+    torch.cuda.is_available = lambda: False
     device = SimpleNamespace(name="cpu", major=9, minor=0, total_memory=1 << 30)
     torch.cuda.get_device_properties = lambda *_: device  # type: ignore[assignment]
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
