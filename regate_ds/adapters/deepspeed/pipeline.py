@@ -33,6 +33,7 @@ from regate_ds.adapters.deepspeed.pipeline_student import PipelineStudent
 from regate_ds.adapters.plan_wire import Replica
 from regate_ds.adapters.run import metrics_of
 from regate_ds.adapters.session_state import Opened, open_session, require_reference
+from regate_ds.adapters.window import window_tokens
 from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
@@ -170,13 +171,14 @@ class PipelineRegate:
                 f"the data ended after {len(window)} of the step's {self._engine.micro_batches} "
                 "micro-batches; give whole steps, or repeat the data"
             )
-        num_samples = max((len(row) for batch in window for row in batch.tokens.keys), default=0)
+        tokens = window_tokens(window)
+        num_samples = max((len(row) for batch in tokens for row in batch.keys), default=0)
         if num_samples > 1:
             raise ValueError(
                 f"a row holds {num_samples} samples, which the pipeline cannot keep apart; give "
                 "one sample a row (data.pack_length=null)"
             )
-        return [batch.tokens for batch in window]
+        return tokens
 
     def _feed(
         self, window: list[Any], iterator: Iterator[Any], plan: StepPlan | None

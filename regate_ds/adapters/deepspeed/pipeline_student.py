@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed.pipeline_layers import Decoder, MicroBatchTable, take_apart
 from regate_ds.adapters.huggingface.gates import has_tower
-from regate_ds.adapters.huggingface.support import require_language_model, require_supported_decoder
+from regate_ds.adapters.huggingface.support import (
+    require_language_model,
+    require_supported_decoder,
+    require_tested_decoder,
+)
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.config import RegateConfig, require_config
@@ -72,6 +76,7 @@ def pipeline_student(
 
 def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
     """Refuse a model or a gated range that the pipeline would compute wrongly."""
+    require_tested_decoder(decoder)
     depth = len(decoder.layers)
     last = depth if config.last_layer is None else config.last_layer
     require_supported_decoder(host, decoder, config.first_layer, last)
