@@ -8,7 +8,8 @@ from typing import Any
 
 _HOME = {
     "RegateConfig": "regate_ds.config",
-    "ScheduleConfig": "regate_ds.config",
+    "ScheduleConfig": "regate_ds.schedule_config",
+    "ImagesConfig": "regate_ds.images_config",
     "Regate": "regate_ds.session",
     "ReferenceStore": "regate_ds.stores.reference.reader",
     "Keyed": "regate_ds.data.keyed",

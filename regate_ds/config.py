@@ -19,63 +19,17 @@ from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.quotas.quota import Quota
 from regate_ds.algorithm.quotas.table import QUOTAS
-from regate_ds.algorithm.schedule import Schedule
+from regate_ds.algorithm.rankings.ranking import StoredRanking
+from regate_ds.algorithm.rankings.table import stored_ranking
+from regate_ds.algorithm.schedule import Schedules
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.score import Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.algorithm.window import Method
+from regate_ds.images_config import ImagesConfig
+from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.former_keys import moved_keys
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Which steps are dense; lengths in steps, or as shares of the run."""
-
-    total_steps: int | None = None
-    """Optimizer steps over which the schedule runs; null is the length of the run."""
-
-    warmup: float = 0.05
-    """Dense steps at the start: a count, or a share of the run below 1."""
-
-    cycle_steps: int = 0
-    """Length of a cycle after the warm-up, in steps; 0 means no cycles."""
-
-    cycle_dense_steps: int = 0
-    """Dense steps at the start of each cycle."""
-
-    final_dense_share: float = 0.12
-    """Share of the run at its end that is dense."""
-
-    def __post_init__(self) -> None:
-        refuse_knobs(self, self._rules)
-
-    def _rules(self) -> list[Rule]:
-        total, cycle = self.total_steps, self.cycle_steps
-        whole_warmup = self.warmup < 1 or float(self.warmup).is_integer()
-        return [
-            ("total_steps", total is None or total >= 1, "must be at least 1, or null"),
-            ("warmup", self.warmup >= 0.0, "must be 0 or more"),
-            ("warmup", whole_warmup, "must be a whole number of steps, or a share below 1"),
-            ("cycle_steps", cycle >= 0, "must be 0 or more"),
-            (
-                "cycle_dense_steps",
-                0 <= self.cycle_dense_steps <= cycle,
-                f"must be between 0 and cycle_steps={cycle}",
-            ),
-            ("final_dense_share", 0.0 <= self.final_dense_share <= 1.0, "must be in [0, 1]"),
-        ]
-
-    def in_steps(self, total_steps: int) -> Schedule:
-        """Return the schedule of a run of so many optimizer steps."""
-        total = total_steps if self.total_steps is None else self.total_steps
-        warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
-        return Schedule(
-            total_steps=total,
-            warmup_steps=warmup,
-            cycle_steps=self.cycle_steps,
-            cycle_dense_steps=self.cycle_dense_steps,
-            final_dense_steps=round(self.final_dense_share * total),
-        )
+from regate_ds.settings.refuse import refuse_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +50,7 @@ class RegateConfig:
     """How many of each sample are kept."""
 
     keep_share: float = 0.5
-    """Share of the label positions that are kept in a sparse step; 1.0 makes every step dense."""
+    """Share of the label positions that are kept in a sparse step; 1.0 keeps them all."""
 
     first_layer: int = 1
     """Index of the first gated decoder layer: how many layers before it see every token."""
@@ -107,9 +61,12 @@ class RegateConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Which steps are dense (see `schedule.*`)."""
 
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """How many image tokens are kept (see `images.*`)."""
+
     token_multiple: int = 1
-    """Rows of kept tokens are a multiple of this length, filled with the next-best label positions
-    and, where a sample has none left, with padding."""
+    """Rows of kept tokens are a multiple of this length, filled with the next-best label positions,
+    then with the next tokens of elided images, and where none is left with padding."""
 
     CHOICES: ClassVar[dict[str, Mapping[str, type[Any]]]] = {
         "execution": EXECUTIONS,
@@ -137,18 +94,9 @@ class RegateConfig:
         return moved_keys(values, cls.MOVED, where)
 
     def __post_init__(self) -> None:
-        for key, problem in self._choice_problems():
-            raise ValueError(f"{key}={getattr(self, key)!r}: {problem}")
-        refuse_knobs(self, self._rules)
-
-    def _choice_problems(self) -> list[tuple[str, str]]:
         kinds = {name: tuple(table.values()) for name, table in self.CHOICES.items()}
-        kinds["schedule"] = (ScheduleConfig,)
-        return [
-            (name, f"must be {_one_of(allowed)}")
-            for name, allowed in kinds.items()
-            if not isinstance(getattr(self, name), allowed)
-        ]
+        refuse_choices(self, kinds | {"schedule": (ScheduleConfig,), "images": (ImagesConfig,)})
+        refuse_knobs(self, self._rules)
 
     def _rules(self) -> list[Rule]:
         last, first = self.last_layer, self.first_layer
@@ -162,22 +110,52 @@ class RegateConfig:
                 f"must be above first_layer={first}, or null for the decoder's depth",
             ),
             ("token_multiple", self.token_multiple >= 1, "must be at least 1"),
+            (
+                "execution",
+                not self.chooses_images or bool(self.execution.spans(0, 1)),
+                f"moves no rows, so that images.keep_share={self.images.keep_share} would elide "
+                "no image token; use elide, or set images.keep_share=1.0",
+            ),
         ]
 
     @property
-    def chooses(self) -> bool:
-        """Whether sparse steps choose among label positions; else every step is dense."""
+    def chooses_answers(self) -> bool:
+        """Whether some steps choose among label positions."""
         return self.enabled and self.execution.chooses and self.keep_share < 1.0
+
+    @property
+    def chooses_images(self) -> bool:
+        """Whether some steps choose among image tokens."""
+        return self.enabled and self.execution.chooses and self.images.keep_share < 1.0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some steps are sparse; else every step keeps every token."""
+        return self.chooses_answers or self.chooses_images
 
     @property
     def needs_reference(self) -> bool:
         """Whether the teacher's losses are read."""
-        return self.chooses and self.score.needs_reference
+        return self.chooses_answers and self.score.needs_reference
+
+    @property
+    def stored_ranking(self) -> StoredRanking | None:
+        """The ranking whose orders are computed once and read; None if none is."""
+        return stored_ranking(self.images.ranking) if self.chooses_images else None
+
+    def schedules(self, total_steps: int) -> Schedules:
+        """Return when answers and when images are elided in a run of so many steps."""
+        answers, own = self.schedule.in_steps(total_steps), self.images.schedule
+        images = answers if own is None else own.in_steps(total_steps)
+        return Schedules(
+            answers=answers if self.chooses_answers else None,
+            images=images if self.chooses_images else None,
+        )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """Columns of the difficulty store that the run reads and updates."""
-        return self.score.statistics if self.chooses else ()
+        return self.score.statistics if self.chooses_answers else ()
 
     @property
     def method(self) -> Method:
@@ -186,6 +164,8 @@ class RegateConfig:
             quota=self.quota,
             execution=self.execution,
             keep_share=self.keep_share,
+            ranking=self.images.ranking,
+            image_share=self.images.keep_share,
         )
 
 
@@ -204,11 +184,3 @@ def require_steps(total_steps: object) -> None:
             f"total_steps={total_steps!r}: must be a whole number, at least 1: the optimizer steps "
             "of the whole run"
         )
-
-
-def _one_of(kinds: tuple[type[Any], ...]) -> str:
-    names = ", ".join(kind.__name__ for kind in kinds)
-    if len(kinds) == 1:
-        return f"a {names}; write {names}(...)"
-    package = kinds[0].__module__.rpartition(".")[0]
-    return f"one of {names}; write {kinds[0].__name__}(...), from {package}'s modules"

@@ -6,7 +6,7 @@ A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -18,17 +18,12 @@ from regate_ds.algorithm.counts import COUNTS, count_step
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.algorithm.quotas.quota import QuotaState
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.window import (
-    count_hard,
-    plan_dense_window,
-    plan_window,
-    score_window,
-    window_keys,
-)
+from regate_ds.algorithm.schedule import Schedule
+from regate_ds.algorithm.window import plan_dense_window, window_keys
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.open_step import OpenStep
-from regate_ds.parallel.collectives import all_or_none, gather_rows
 from regate_ds.parallel.layout import ParallelLayout, is_first
+from regate_ds.sparse_step import Chooser, MakePlans
 from regate_ds.stores.values import Stores
 
 _Window = Sequence[TokenBatch]
@@ -51,35 +46,28 @@ class Regate:
     ) -> None:
         """Open a run of ``total_steps`` optimizer steps.
 
-        stores: the teacher's losses and the score's statistics, where the score needs them.
+        stores: the teacher's losses and the score's statistics, where the score needs them, and
+            the orders of image tokens, where the ranking does.
         rows: how the host lays kept tokens out.
 
         ValueError if the configuration needs a store that is not given.
         """
         require_config("config", config)
         require_steps(total_steps)
-        self.config, self.schedule = config, config.schedule.in_steps(total_steps)
-        self.total_steps = total_steps
-        self.step = 0
+        require_stores(config, stores)
+        self.config, self.total_steps, self.step = config, total_steps, 0
         self.rows = rows or RowLayout(multiple=config.token_multiple)
         self._layout = layout or ParallelLayout()
+        self._chooser = Chooser(
+            config=config,
+            stores=stores,
+            schedules=config.schedules(total_steps),
+            rows=self.rows,
+            layout=self._layout,
+        )
         self._quota_state: QuotaState = {}
         self._open: OpenStep | None = None
-        self._reference = stores.reference if config.needs_reference else None
         self._difficulty = stores.difficulty if config.statistics else None
-        lacking = {
-            "the teacher's losses; give Stores(reference=...)": (
-                config.needs_reference and stores.reference is None
-            ),
-            "statistics of its own; give Stores(difficulty=...)": (
-                bool(config.statistics) and stores.difficulty is None
-            ),
-        }
-        for what in (what for what, is_lacking in lacking.items() if is_lacking):
-            raise ValueError(
-                f"score={type(config.score).__name__} needs {what}, or set execution=none for the "
-                "dense run"
-            )
 
     @property
     def is_first(self) -> bool:
@@ -92,7 +80,11 @@ class Regate:
         return self.step + (self._open is not None)
 
     def is_dense(self, step: int) -> bool:
-        return not self.config.chooses or self.schedule.is_dense(step)
+        return self._chooser.schedules.is_dense(step)
+
+    def chooses_answers(self, step: int) -> bool:
+        """Whether a step ranks answers, and so reads what its score needs."""
+        return self._chooser.schedules.chooses_answers(step)
 
     def plan_step(self, window: _Window | Callable[[], _Window]) -> StepPlan:
         """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
@@ -107,12 +99,10 @@ class Regate:
             batches = self._read(window)
         keys = window_keys(batches)
         statistics = {} if self._difficulty is None else self._difficulty.read(keys)
-        dense = self.is_dense(self.step)
-        if dense:
-            make, quota_state = partial(plan_dense_window, batches), self._quota_state
-        else:
-            make, quota_state = self._choose(batches, statistics)
-        plan = self._counted(batches, make, dense=dense)
+        make, quota_state = self._chooser.choose(
+            batches, step=self.step, statistics=statistics, quota_state=self._quota_state
+        )
+        plan = self._counted(batches, make, dense=self.is_dense(self.step))
         if plan.num_targets_global == 0:
             raise ValueError(
                 f"step {self.step} has no answer token on any rank; leave out samples without "
@@ -130,9 +120,7 @@ class Regate:
             batches = window()
         return self._counted(batches, partial(plan_dense_window, batches), dense=True)
 
-    def _counted(
-        self, window: _Window, make: Callable[[], tuple[ElisionPlan, ...]], *, dense: bool
-    ) -> StepPlan:
+    def _counted(self, window: _Window, make: MakePlans, *, dense: bool) -> StepPlan:
         """Make the plans and count over all data ranks what they keep."""
         with self.together(num_values=len(COUNTS)) as totals:
             micro = tuple(replace(one, step=self.step) for one in make())
@@ -140,28 +128,9 @@ class Regate:
         counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
         return StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
 
-    def _choose(
-        self, window: _Window, statistics: Mapping[str, Tensor]
-    ) -> tuple[Callable[[], tuple[ElisionPlan, ...]], QuotaState]:
-        """Return what makes the plans of a sparse step, and the quota's next state."""
-        method, reference = self.config.method, self._reference
-        with self.together():
-            reference_N = None if reference is None else reference.read(window_keys(window))
-            values_N = score_window(
-                method, window, step=self.step, reference_N=reference_N, statistics=statistics
-            )
-        num_hard_S, quota_state = count_hard(
-            method,
-            window,
-            values_N,
-            exchange=partial(gather_rows, group=self._layout.data, device=self._layout.device),
-            state=self._quota_state,
-        )
-        return partial(plan_window, method, window, values_N, num_hard_S, self.rows), quota_state
-
     def together(self, num_values: int = 0) -> Any:
         """Make an error on one data rank an error on all. Collective, when the block ends."""
-        return all_or_none(self._layout.data, self._layout.device, num_values=num_values)
+        return self._chooser.together(num_values)
 
     def _read(self, window: _Window | Callable[[], _Window]) -> _Window:
         if self._open is not None:
@@ -215,7 +184,8 @@ class Regate:
         if self._open is not None:
             raise RuntimeError(f"step {self.step} is open; save between steps")
         own = {"version": STATE_FORMAT, "step": self.step, "quota": self._quota_state}
-        return {**own, "run_steps": self.total_steps, **asdict(self.schedule)}
+        own |= {"run_steps": self.total_steps, **asdict(self._schedule)}
+        return own if self._image_schedule is None else {**own, "images": self._image_schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned, and forget a step that is not ended.
@@ -238,9 +208,42 @@ class Regate:
                 f"total_steps={self.total_steps}, but the checkpoint's run has "
                 f"{state['run_steps']}: the schedule would change; resume with the same value"
             )
-        self.schedule.require_same(state)
+        self._schedule.require_same(state)
+        if (saved := state.get("images")) != self._image_schedule:
+            raise ValueError(
+                f"images.schedule is {self._image_schedule} by this configuration, but {saved} in "
+                "the checkpoint's run; resume with the same schedule"
+            )
+
+    @property
+    def _schedule(self) -> Schedule:
+        return self.config.schedule.in_steps(self.total_steps)
+
+    @property
+    def _image_schedule(self) -> dict[str, Any] | None:
+        """The schedule of images, as a checkpoint has it; None if they have none of their own."""
+        own = self.config.images.schedule
+        return None if own is None else asdict(own.in_steps(self.total_steps))
 
     def _require_open(self, call: str) -> OpenStep:
         if self._open is None:
             raise RuntimeError(f"{call} without a planned step; call plan_step first")
         return self._open
+
+
+def require_stores(config: RegateConfig, stores: Stores) -> None:
+    """Refuse, by ValueError, a run without a store that its score or its ranking reads."""
+    score, ranking = type(config.score).__name__, type(config.images.ranking).__name__
+    lacking = {
+        f"score={score} needs the teacher's losses; give Stores(reference=...)": (
+            config.needs_reference and stores.reference is None
+        ),
+        f"score={score} needs statistics of its own; give Stores(difficulty=...)": (
+            bool(config.statistics) and stores.difficulty is None
+        ),
+        f"images.ranking={ranking} needs stored orders; give Stores(orders=...)": (
+            config.stored_ranking is not None and stores.orders is None
+        ),
+    }
+    for what in (what for what, is_lacking in lacking.items() if is_lacking):
+        raise ValueError(f"{what}, or set execution=none for the dense run")

@@ -42,7 +42,9 @@ def metrics_of(run: Run) -> dict[str, Any]:
 
     tokens_total and answer_total count all positions and all label positions of the step;
     tokens_kept counts the positions that enter gated layers, answer_kept the targets of the loss.
-    filled counts positions kept only to reach token_multiple, and padded slots without a token.
+    image_total and image_kept count positions of images that predict no answer; they are 0 where
+    the batch does not tell which positions are images. filled counts positions kept only to reach
+    token_multiple, and padded slots without a token.
 
     RuntimeError before the first step is planned.
     """

@@ -6,6 +6,7 @@ Shapes: B rows, T positions of a row, N label positions of the whole micro-batch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that predicts no answer token."""
 
-ABSENT, ALWAYS, ELIDABLE = 0, 1, 2
-"""Kinds of position. ABSENT: padding. ALWAYS: image, prompt and each sample's first position.
-ELIDABLE: positions that predict an answer token."""
+ABSENT, ALWAYS, ELIDABLE, IMAGE = 0, 1, 2, 3
+"""Kinds of position. ABSENT: padding. ALWAYS: prompt and each sample's first position. ELIDABLE:
+positions that predict an answer token. IMAGE: the other positions of an image."""
 
 SampleKey = tuple[str, int]
 """Name of the data set and number of the record: the same in every epoch."""
@@ -76,8 +77,11 @@ class TokenBatch:
 
     @property
     def kind_BT(self) -> Tensor:
-        """ABSENT, ALWAYS or ELIDABLE for every position."""
-        kind_BT = torch.where(self.is_label_BT, ELIDABLE, ALWAYS)
+        """ABSENT, ALWAYS, ELIDABLE or IMAGE for every position."""
+        kind_BT = torch.full_like(self.labels_BT, ALWAYS)
+        if self.image_BT is not None:
+            kind_BT = kind_BT.masked_fill(self.image_BT >= 0, IMAGE)
+        kind_BT = kind_BT.masked_fill(self.is_label_BT, ELIDABLE)
         kind_BT = kind_BT.masked_fill(starts_segment(self.segment_BT), ALWAYS)
         return kind_BT.masked_fill(self.segment_BT < 0, ABSENT)
 
@@ -116,6 +120,32 @@ def number_runs(is_image_BT: Tensor) -> Tensor:
     before_BT = torch.nn.functional.pad(is_image_BT[..., :-1], (1, 0))
     number_BT = (is_image_BT & ~before_BT).long().cumsum(-1) - 1
     return number_BT.masked_fill(~is_image_BT, -1)
+
+
+def number_images(is_image_BT: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Number the images of each row from 0, as ``number_runs``, where they may touch.
+
+    lengths: the tokens of each image of the micro-batch, in reading order.
+
+    ValueError if they do not add up to the image positions, or an image crosses a row's end.
+    """
+    num_positions = int(is_image_BT.sum())
+    if sum(lengths) != num_positions:
+        raise ValueError(
+            f"the batch has {num_positions} image positions, but its images have {sum(lengths)} "
+            "tokens; give each image as many placeholders as it has tokens"
+        )
+    image_BT = torch.full(is_image_BT.shape, -1)
+    image_BT[is_image_BT] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    first_B = image_BT.masked_fill(~is_image_BT, len(lengths)).amin(dim=1)
+    rows = is_image_BT.any(dim=1).nonzero().squeeze(1)
+    is_cut = first_B[rows[1:]] == image_BT.amax(dim=1)[rows[:-1]]
+    if bool(is_cut.any()):
+        raise ValueError(
+            f"an image of row {int(rows[:-1][is_cut][0])} ends in a later row; give each row the "
+            "placeholders of whole images"
+        )
+    return torch.where(is_image_BT, image_BT - first_B[:, None], -1)
 
 
 def shift_labels(labels_BT: Tensor) -> Tensor:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import IMAGE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
 
-COUNTS = ("tokens_total", "tokens_kept", "answer_total", "answer_kept", "filled", "padded")
-"""Names of a step's counts. "answer" counts label positions, "tokens" all but padding."""
+COUNTS = (
+    "tokens_total",
+    "tokens_kept",
+    "answer_total",
+    "answer_kept",
+    "image_total",
+    "image_kept",
+    "filled",
+    "padded",
+)
+"""Names of a step's counts. "answer" counts label positions, "image" the other positions of images
+but the first of a sample (0 where a batch does not tell them), "tokens" all but padding."""
 
 
 def count_step(
@@ -25,6 +35,12 @@ def count_step(
         sum(plan.num_kept for plan in micro),
         sum(int(batch.is_label_BT.sum()) for batch in window),
         sum(plan.num_targets for plan in micro),
+        sum(int((batch.kind_BT == IMAGE).sum()) for batch in window),
+        sum(_image_kept(batch, plan) for batch, plan in zip(window, micro, strict=True)),
         sum(plan.num_filled for plan in micro),
         sum(map(padding, micro)),
     ]
+
+
+def _image_kept(batch: TokenBatch, plan: ElisionPlan) -> int:
+    return int((batch.kind_BT.reshape(-1)[plan.position_R] == IMAGE).sum())

@@ -1,10 +1,11 @@
 """Plan a step's window: values, then counts, then one plan for each micro-batch.
 
 The session, `run.plan_only`, the sample picture and the dry run of Megatron's ranks all call these
-three functions, in this order:
+functions, in this order:
 
     score_window    one value for each label position of the window
     count_hard      how many of each sample are kept; collective over data ranks
+    place_images     the place of each image token, where images are elided
     plan_window     the plans
 
 Shapes: S samples of the window, N label positions, E elidable ones, of these samples.
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import ELIDABLE, SampleKey, TokenBatch
-from regate_ds.algorithm.executions.execution import Execution
+from regate_ds.algorithm.executions.execution import Execution, Ranked
+from regate_ds.algorithm.images import ReadOrders, beyond_kept
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense, widen
 from regate_ds.algorithm.quotas.quota import Exchange, Quota, QuotaState, Samples, alone
+from regate_ds.algorithm.rankings.ranking import Ranking
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.scores.score import Score, ScoreInputs
 
@@ -39,6 +42,25 @@ class Method:
     quota: Quota
     execution: Execution
     keep_share: float
+    """Share of the label positions."""
+
+    ranking: Ranking
+    image_share: float
+    """Share of each image's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was decided about a window before its plans are made."""
+
+    values_N: Tensor
+    """fp64: the score of each label position."""
+
+    num_hard_S: Tensor
+    """int64: how many of each sample's elidable label positions are hard targets."""
+
+    beyond: tuple[Tensor, ...] | None = None
+    """For each micro-batch the places of its image tokens (see ``Ranked``); None keeps them all."""
 
 
 def window_keys(window: Sequence[TokenBatch]) -> tuple[SampleKey, ...]:
@@ -91,42 +113,66 @@ def count_hard(
     Collective over data ranks where the quota looks at all of them.
     """
     is_elidable = [(batch.kind_BT == ELIDABLE)[batch.is_label_BT] for batch in window]
-    num_S = torch.cat([_num_elidable(batch) for batch in window])
-    samples = Samples(window_keys(window), num_S)
+    samples = Samples(window_keys(window), num_elidable(window))
     values_E = values_N[torch.cat(is_elidable)]
     return method.quota.count(
         values_E, samples, keep_share=method.keep_share, exchange=exchange, state=state
     )
 
 
+def place_images(
+    method: Method, window: Sequence[TokenBatch], *, step: int, read_orders: ReadOrders | None
+) -> tuple[Tensor, ...]:
+    """Return for each micro-batch the places of its image tokens (see ``Ranked``).
+
+    ValueError as ``beyond_kept``.
+    """
+    share = method.image_share
+    return tuple(
+        beyond_kept(method.ranking, batch, keep_share=share, step=step, read_orders=read_orders)
+        for batch in window
+    )
+
+
 def plan_window(
-    method: Method,
-    window: Sequence[TokenBatch],
-    values_N: Tensor,
-    num_hard_S: Tensor,
-    rows: RowLayout,
+    method: Method, window: Sequence[TokenBatch], choice: Choice, rows: RowLayout
 ) -> tuple[ElisionPlan, ...]:
     """Return the plan of each micro-batch in a sparse step.
 
     ValueError if the quota has not given each sample a number that it has.
     """
-    num_S = torch.cat([_num_elidable(batch) for batch in window])
+    num_S, num_hard_S = num_elidable(window), choice.num_hard_S
     _one_each(method.quota, num_hard_S, len(num_S))
     if num_hard_S.is_floating_point() or bool(((num_hard_S < 0) | (num_hard_S > num_S)).any()):
         raise ValueError(
             f"the quota {type(method.quota).__name__} keeps {num_hard_S.tolist()} of samples with "
             f"{num_S.tolist()} positions; count must return whole numbers between 0 and these"
         )
-    values = values_N.split([int(batch.is_label_BT.sum()) for batch in window])
+    values = choice.values_N.split([int(batch.is_label_BT.sum()) for batch in window])
     counts = num_hard_S.split([len(batch.flat_keys) for batch in window])
+    ranked = [
+        Ranked(score_BT=batch.at_labels(values_n), num_hard_S=counts_s, beyond_BT=beyond_BT)
+        for batch, values_n, counts_s, beyond_BT in zip(
+            window, values, counts, choice.beyond or [None] * len(window), strict=True
+        )
+    ]
     plans = [
-        method.execution.plan(batch, batch.at_labels(values_n), counts_s, rows)
-        for batch, values_n, counts_s in zip(window, values, counts, strict=True)
+        method.execution.plan(batch, one, rows) for batch, one in zip(window, ranked, strict=True)
     ]
     if rows.equal:
         longest = max(plan.num_slots for plan in plans)
         plans = [widen(plan, longest) for plan in plans]
     return tuple(replace(plan, micro=number) for number, plan in enumerate(plans))
+
+
+def num_elidable(window: Sequence[TokenBatch]) -> Tensor:
+    """Return the number of elidable label positions of each sample: int64 [S]."""
+    return torch.cat([_num_elidable(batch) for batch in window])
+
+
+def _num_elidable(batch: TokenBatch) -> Tensor:
+    is_elidable_BT = batch.kind_BT == ELIDABLE
+    return torch.bincount(batch.sample_BT[is_elidable_BT], minlength=len(batch.flat_keys))
 
 
 def plan_dense_window(window: Sequence[TokenBatch]) -> tuple[ElisionPlan, ...]:
@@ -142,8 +188,3 @@ def _one_each(maker: object, found: Any, num: int) -> Tensor:
             f"{type(maker).__name__} returned {shape}; it must return a tensor of shape ({num},)"
         )
     return found
-
-
-def _num_elidable(batch: TokenBatch) -> Tensor:
-    is_elidable_BT = batch.kind_BT == ELIDABLE
-    return torch.bincount(batch.sample_BT[is_elidable_BT], minlength=len(batch.flat_keys))

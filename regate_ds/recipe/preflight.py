@@ -111,11 +111,17 @@ def require_one_data_set(fingerprint: str, process: Process) -> None:
 def describe_run(config: RunConfig, steps: int, teacher_id: str | None) -> str:
     """Return a line that says how much of the run is sparse, and whose losses rank the tokens."""
     elision = config.elision
-    schedule = elision.schedule.in_steps(steps)
-    num_sparse = sum(not schedule.is_dense(step) for step in range(steps)) * elision.chooses
-    share = 1.0 - num_sparse * (1.0 - elision.keep_share) / steps
+    schedules = elision.schedules(steps)
+    shares = {
+        "answer": (schedules.answers, elision.keep_share),
+        "image": (schedules.images, elision.images.keep_share),
+    }
+    kept = " and ".join(
+        f"{1.0 if one is None else one.expected_share(share, steps):.3f} of the {kind} tokens"
+        for kind, (one, share) in shares.items()
+    )
     return (
-        f"{config.run.out.name}: {steps} steps, {num_sparse} of them sparse, kept share "
-        f"{share:.3f} of the answer tokens, teacher {teacher_id or 'none'}"
+        f"{config.run.out.name}: {steps} steps, {schedules.num_sparse(steps)} of them sparse, kept "
+        f"share {kept}, teacher {teacher_id or 'none'}"
         f"{', online' if config.scores_online else ''}"
     )

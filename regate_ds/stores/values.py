@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
+from regate_ds.algorithm.rankings.ranking import ImageKey
 
 
 class Values(Protocol):
@@ -34,6 +35,17 @@ class Statistics(Protocol):
     def write(self, keys: Sequence[SampleKey], values: Mapping[str, Tensor]) -> None: ...
 
 
+class Orders(Protocol):
+    """What a store of image orders offers."""
+
+    def read(self, images: Sequence[ImageKey], sizes: Sequence[int]) -> list[Tensor]:
+        """Return each image's tokens in their order, int64 [n].
+
+        ValueError names an image that the store lacks, or has with another number of tokens.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Stores:
     """What a session reads; None where its configuration needs nothing of it."""
@@ -43,3 +55,6 @@ class Stores:
 
     difficulty: Statistics | None = None
     """What is remembered of the student."""
+
+    orders: Orders | None = None
+    """The orders of image tokens, where the ranking reads them."""

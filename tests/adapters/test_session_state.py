@@ -11,8 +11,9 @@ from torch import Tensor
 from regate_ds.adapters.session_state import open_session
 from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
 from regate_ds.algorithm.scores.table import SCORES
-from regate_ds.config import RegateConfig, ScheduleConfig
+from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.schedule_config import ScheduleConfig
 from tests.support.batches import random_batch
 
 _, BATCH = random_batch([[20], [13]])

@@ -9,7 +9,7 @@ import torch
 
 from regate_ds.algorithm.batch import ELIDABLE
 from regate_ds.algorithm.executions.elide import Elide
-from regate_ds.algorithm.executions.execution import Span
+from regate_ds.algorithm.executions.execution import Ranked, Span
 from regate_ds.algorithm.executions.loss_only import LossOnly
 from regate_ds.algorithm.executions.none import NoElision
 from regate_ds.algorithm.executions.table import EXECUTIONS, SUPPORTED, require_execution
@@ -22,15 +22,16 @@ def wild(rng: random.Random):
     score_BT = torch.rand(batch.labels_BT.shape, dtype=torch.float64)
     is_elidable_BT = batch.kind_BT == ELIDABLE
     num_S = torch.bincount(batch.sample_BT[is_elidable_BT], minlength=len(batch.flat_keys))
-    return batch, score_BT, torch.div(num_S + 1, 2, rounding_mode="floor")
+    num_hard_S = torch.div(num_S + 1, 2, rounding_mode="floor")
+    return batch, Ranked(score_BT=score_BT, num_hard_S=num_hard_S)
 
 
 def test_loss_only_moves_no_row_and_has_a_loss_where_elision_keeps_labels():
     rng = random.Random(0)
     for _ in range(40):
-        batch, score_BT, num_S = wild(rng)
-        chosen = LossOnly().plan(batch, score_BT, num_S, RowLayout(multiple=8))
-        elided = Elide().plan(batch, score_BT, num_S, RowLayout())
+        batch, ranked = wild(rng)
+        chosen = LossOnly().plan(batch, ranked, RowLayout(multiple=8))
+        elided = Elide().plan(batch, ranked, RowLayout())
         assert not chosen.moves_rows
         assert torch.equal(chosen.kept_BK[0], torch.arange(batch.labels_BT.shape[1]))
         assert torch.equal(chosen.label_position_L, elided.label_position_L)
@@ -40,8 +41,8 @@ def test_loss_only_moves_no_row_and_has_a_loss_where_elision_keeps_labels():
 def test_no_elision_keeps_every_position_and_every_label():
     rng = random.Random(1)
     for _ in range(20):
-        batch, score_BT, num_S = wild(rng)
-        plan = NoElision().plan(batch, score_BT, num_S, RowLayout())
+        batch, ranked = wild(rng)
+        plan = NoElision().plan(batch, ranked, RowLayout())
         assert not plan.moves_rows
         assert plan.num_targets == int(batch.is_label_BT.sum())
         assert [len(row) for row in rows_of(plan)] == (batch.segment_BT >= 0).sum(1).tolist()
@@ -68,8 +69,8 @@ def test_ragged_rows_are_padded_as_a_walk_over_samples_says(sample_multiple: int
     rng = random.Random(2)
     rows = RowLayout(row_format="ragged", multiple=8, sample_multiple=sample_multiple)
     for _ in range(30):
-        batch, score_BT, num_S = wild(rng)
-        plan = Elide().plan(batch, score_BT, num_S, rows)
+        batch, ranked = wild(rng)
+        plan = Elide().plan(batch, ranked, rows)
         lengths = [n + -n % sample_multiple for n in plan.sample_lengths.tolist()]
         total = sum(lengths) + -sum(lengths) % 8
         assert rows.num_padding(plan) == total - plan.num_kept

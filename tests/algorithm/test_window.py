@@ -11,8 +11,9 @@ import torch
 from regate_ds.algorithm.batch import ELIDABLE
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.quotas.per_sample import PerSample
+from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.window import Method, plan_window, score_window
+from regate_ds.algorithm.window import Choice, Method, plan_window, score_window
 from tests.support.batches import random_batch
 
 _, BATCH = random_batch([[20], [13]])
@@ -32,7 +33,12 @@ class Gives:
 
 
 METHOD = Method(
-    score=Gives(torch.zeros(NUM_LABELS)), quota=PerSample(), execution=Elide(), keep_share=0.5
+    score=Gives(torch.zeros(NUM_LABELS)),
+    quota=PerSample(),
+    execution=Elide(),
+    keep_share=0.5,
+    ranking=RandomOrder(),
+    image_share=1.0,
 )
 
 
@@ -77,5 +83,6 @@ def elidable() -> list[int]:
 )
 def test_counts_that_no_sample_has_are_refused(counts: torch.Tensor, message: str):
     method = replace(METHOD, quota=Gives(None))
+    choice = Choice(values_N=torch.zeros(NUM_LABELS).double(), num_hard_S=counts)
     with pytest.raises(ValueError, match=message):
-        plan_window(method, [BATCH], torch.zeros(NUM_LABELS).double(), counts, RowLayout())
+        plan_window(method, [BATCH], choice, RowLayout())

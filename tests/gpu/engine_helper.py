@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import host_labels
-from regate_ds.config import RegateConfig, ScheduleConfig
+from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import start_process
+from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.values import Stores

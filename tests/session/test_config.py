@@ -13,10 +13,16 @@ from regate_ds.algorithm.executions.table import EXECUTIONS
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.table import QUOTAS
 from regate_ds.algorithm.quotas.threshold import Threshold
+from regate_ds.algorithm.rankings.attention import AttentionOrder
+from regate_ds.algorithm.rankings.mixed import MixedOrder
+from regate_ds.algorithm.rankings.random import RandomOrder
+from regate_ds.algorithm.rankings.table import RANKINGS
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.table import SCORES
-from regate_ds.config import RegateConfig, ScheduleConfig
+from regate_ds.config import RegateConfig
+from regate_ds.images_config import ImagesConfig
+from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.section import plain_values, read_section
 from tests.support.planning import config_of
 
@@ -37,6 +43,17 @@ REFUSED = [
     (RegateConfig, {"quota": None}, "must be one of PerSample, PerWindow, Threshold"),
     (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision"),
     (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
+    (RegateConfig, {"images": 0.5}, r"must be a ImagesConfig; write ImagesConfig\(...\)"),
+    (ImagesConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
+    (ImagesConfig, {"keep_share": "half"}, "must be a number"),
+    (ImagesConfig, {"ranking": "random"}, "must be one of RandomOrder, StrideOrder, PixelOrder"),
+    (ImagesConfig, {"schedule": 3}, "must be a ScheduleConfig, or None"),
+    (RandomOrder, {"seed": "a"}, "must be a whole number"),
+    (AttentionOrder, {"contribution_share": -0.1}, r"must be in \[0, 1\]"),
+    (MixedOrder, {"by": "stride"}, "must be one of .*'pixels', 'diversity', 'attention'"),
+    (MixedOrder, {"by": ["pixels"]}, "must be one of .*'pixels', 'diversity', 'attention'"),
+    (MixedOrder, {"ranked_share": 1.1}, r"must be in \[0, 1\]"),
+    (MixedOrder, {"seed": None}, "must be a whole number"),
     (Elide, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
     (Fused, {"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
     (Fused, {"reference_weight": -0.1}, "must be 0 or more"),
@@ -94,8 +111,8 @@ def test_an_older_key_does_not_hide_what_stands_where_its_section_belongs(sectio
 
 
 def test_every_knob_has_a_refusal():
-    kinds = {RegateConfig, ScheduleConfig}
-    for table in (SCORES, QUOTAS, EXECUTIONS):
+    kinds = {RegateConfig, ScheduleConfig, ImagesConfig}
+    for table in (SCORES, QUOTAS, EXECUTIONS, RANKINGS):
         kinds |= set(table.values())
     judged = {f"{kind.__name__}.{next(iter(knobs))}" for kind, knobs, _ in REFUSED}
     knobs = {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}

@@ -19,12 +19,18 @@ from tests.support.stores import RandomReference, index_of, read_difficulty, wri
 BATCH = random_batch([[20], [13]], seed=1)[1]
 
 
-def made(batches: tuple[TokenBatch, ...] = (BATCH,), total_steps: int = 4, **knobs):
+def made(
+    batches: tuple[TokenBatch, ...] = (BATCH,),
+    total_steps: int = 4,
+    rows: RowLayout | None = None,
+    **knobs,
+):
     """A session whose steps are all sparse, and its difficulty store."""
     index = index_of(batches)
     store = DifficultyStore(index)
     config = config_of(**{"warmup": 0, "final_dense_share": 0.0, **knobs})
-    return Regate(config, Stores(RandomReference(index), store), total_steps=total_steps), store
+    stores = Stores(RandomReference(index), store)
+    return Regate(config, stores, total_steps=total_steps, rows=rows), store
 
 
 def other_batch(seed: int, rows=((17,), (9,))) -> TokenBatch:
@@ -152,6 +158,8 @@ def test_counts_are_those_of_the_plans(knobs: dict):
         "tokens_kept": sum(s >= 0 for row in segments for s in row),
         "answer_total": sum(y >= 0 for batch in window for y in batch.labels_BT.flatten().tolist()),
         "answer_kept": sum(len(plan.targets_L) for plan in step.micro),
+        "image_total": 0,
+        "image_kept": 0,
         "filled": sum(plan.num_filled for plan in step.micro),
         "padded": sum(s < 0 for row in segments for s in row),
     }
@@ -186,8 +194,7 @@ def test_elision_without_both_stores_is_refused(given: str | None):
 
 def test_rows_of_a_steps_micro_batches_are_of_one_length_where_the_host_asks():
     batches = (BATCH, other_batch(2), other_batch(3, rows=((30,), (8,))))
-    session, _ = made(batches)
-    session.rows = RowLayout(equal=True)
+    session, _ = made(batches, rows=RowLayout(equal=True))
     equal = session.plan_step(batches)
     other, _ = made(batches)
     uneven = other.plan_step(batches)

@@ -14,10 +14,11 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.quotas.per_sample import PerSample
+from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.score import ScoreInputs
-from regate_ds.algorithm.window import Method, count_hard, plan_window, score_window
+from regate_ds.algorithm.window import Choice, Method, count_hard, plan_window, score_window
 from regate_ds.config import RegateConfig
 from regate_ds.settings.section import read_section
 
@@ -63,10 +64,13 @@ def plan_in(
         quota=PerSample(),
         execution=Elide(align=align),
         keep_share=keep_share,
+        ranking=RandomOrder(),
+        image_share=1.0,
     )
     values_N = score_window(method, [batch], step=0, reference_N=None, statistics={})
     num_hard_S, _ = count_hard(method, [batch], values_N, state={})
-    return plan_window(method, [batch], values_N, num_hard_S, rows)[0]
+    choice = Choice(values_N=values_N, num_hard_S=num_hard_S)
+    return plan_window(method, [batch], choice, rows)[0]
 
 
 @dataclass(frozen=True)

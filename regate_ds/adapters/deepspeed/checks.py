@@ -31,8 +31,7 @@ def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
     """Log a warning if the run should elide tokens, but its schedule makes every step dense."""
     if not config.chooses or total_steps is None:
         return
-    schedule = config.schedule.in_steps(total_steps)
-    if all(schedule.is_dense(step) for step in range(total_steps)):
+    if config.schedules(total_steps).num_sparse(total_steps) == 0:
         _log.warning(
             "all of the %d steps are dense, so no token is elided; lower schedule.warmup=%s, "
             "schedule.cycle_dense_steps=%d or schedule.final_dense_share=%s",

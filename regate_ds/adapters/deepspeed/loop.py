@@ -96,12 +96,12 @@ class DeepSpeedRegate:
         return micro
 
     def _prepare(self, micro: list[Any]) -> None:
-        """Let an online teacher score the step that is planned next, unless it is dense."""
+        """Let an online teacher score the step that is planned next, if it ranks answers."""
         if self._online is not None:
             require_collated(micro)
             session = self._require_opened().session
-            is_dense = session.is_dense(session.coming_step)
-            self._online.forget() if is_dense else self._online.prepare(micro)
+            ranks = session.chooses_answers(session.coming_step)
+            self._online.prepare(micro) if ranks else self._online.forget()
 
     def window(self, micro: list[Any], engine: Any) -> Window:
         """Plan one step's micro-batches, for loops that read the loader themselves.

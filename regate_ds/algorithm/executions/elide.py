@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from regate_ds.algorithm.batch import ALWAYS, ELIDABLE, TokenBatch
-from regate_ds.algorithm.executions.execution import Span
+from regate_ds.algorithm.batch import ALWAYS, ELIDABLE, IMAGE, TokenBatch
+from regate_ds.algorithm.executions.execution import Ranked, Span
 from regate_ds.algorithm.knobs import refuse_knobs
 from regate_ds.algorithm.plan import ElisionPlan, plan_rows
 from regate_ds.algorithm.rows import RowLayout
@@ -23,7 +23,8 @@ Align = Literal["predictor", "target", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class Elide:
-    """Keep what must stay and, of each sample's label positions, those of the hardest targets."""
+    """Keep what must stay, of each sample's label positions those of the hardest targets, and of
+    each image the first tokens in its order."""
 
     align: Align = "predictor"
     """Which position a hard target keeps: the one whose output predicts it, the one that holds it
@@ -40,11 +41,10 @@ class Elide:
     def spans(self, first_layer: int, last_layer: int) -> tuple[Span, ...]:
         return (Span(first=first_layer, last=last_layer),)
 
-    def plan(
-        self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor, rows: RowLayout
-    ) -> ElisionPlan:
-        keep_BT = (batch.kind_BT == ALWAYS) | self._aligned(batch, score_BT, num_hard_S)
-        fill_BT = _fill(batch, keep_BT, score_BT, rows)
+    def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
+        keep_BT = (batch.kind_BT == ALWAYS) | _kept_image(batch, ranked)
+        keep_BT |= self._aligned(batch, ranked.score_BT, ranked.num_hard_S)
+        fill_BT = _fill(batch, keep_BT, ranked, rows)
         kept_BK = kept_positions(keep_BT | fill_BT, rows.slot_multiple)
         return replace(plan_rows(batch, kept_BK), num_filled=int(fill_BT.sum()))
 
@@ -63,10 +63,23 @@ class Elide:
         return hard_BT
 
 
-def _fill(batch: TokenBatch, keep_BT: Tensor, score_BT: Tensor, rows: RowLayout) -> Tensor:
-    """Mark the next-best label positions that bring rows, or the micro-batch, to a multiple."""
+def _kept_image(batch: TokenBatch, ranked: Ranked) -> Tensor:
+    """Mark the image tokens that a step keeps."""
+    is_image_BT = batch.kind_BT == IMAGE
+    return is_image_BT if ranked.beyond_BT is None else is_image_BT & (ranked.beyond_BT < 0)
+
+
+def _fill(batch: TokenBatch, keep_BT: Tensor, ranked: Ranked, rows: RowLayout) -> Tensor:
+    """Mark the positions that bring rows, or the micro-batch, to a multiple.
+
+    First come the next-best label positions, then the next image tokens in their images' orders.
+    """
     row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
     group_BT = row_BT if rows.fills_rows else torch.zeros_like(row_BT)
     missing_G = -torch.bincount(group_BT[keep_BT]) % rows.fill_multiple
-    is_elidable_BT = batch.kind_BT == ELIDABLE
-    return top([score_BT], is_elidable_BT & ~keep_BT, group_BT, missing_G)
+    is_label_BT = batch.kind_BT == ELIDABLE
+    value_BT = ranked.score_BT
+    if ranked.beyond_BT is not None:
+        value_BT = torch.where(is_label_BT, value_BT, -ranked.beyond_BT.double())
+    may_fill_BT = (is_label_BT | (batch.kind_BT == IMAGE)) & ~keep_BT
+    return top([is_label_BT, value_BT], may_fill_BT, group_BT, missing_G)

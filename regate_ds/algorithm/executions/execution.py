@@ -31,6 +31,22 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowLayout
 
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A micro-batch's positions as score, quota and ranking see them."""
+
+    score_BT: Tensor
+    """fp64: the score of each label position."""
+
+    num_hard_S: Tensor
+    """int64: how many of each sample's elidable label positions are hard targets."""
+
+    beyond_BT: Tensor | None = None
+    """int64: an image token's place in its image's order, less the number kept: below 0 is kept,
+    and the lowest others are the next best. None keeps every image token."""
+
+
 Part = Literal["layer", "mlp", "backward"]
 
 
@@ -72,12 +88,6 @@ class Execution(Protocol):
         """Return the spans of a sparse step, for a gated range [first_layer, last_layer)."""
         ...
 
-    def plan(
-        self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor, rows: RowLayout
-    ) -> ElisionPlan:
-        """Return the plan of one micro-batch in a sparse step.
-
-        score_BT: fp64, the score of each label position; num_hard_S: how many of each sample's are
-        hard targets; rows: how kept tokens lie.
-        """
+    def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
+        """Return the plan of one micro-batch in a sparse step; rows: how kept tokens lie."""
         ...

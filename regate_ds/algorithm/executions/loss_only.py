@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from regate_ds.algorithm.batch import ELIDABLE, TokenBatch
-from regate_ds.algorithm.executions.execution import Span
+from regate_ds.algorithm.executions.execution import Ranked, Span
 from regate_ds.algorithm.plan import ElisionPlan, plan_loss
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.select import top
@@ -24,9 +22,7 @@ class LossOnly:
     def spans(self, first_layer: int, last_layer: int) -> tuple[Span, ...]:
         return ()
 
-    def plan(
-        self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor, rows: RowLayout
-    ) -> ElisionPlan:
+    def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
         is_elidable_BT = batch.kind_BT == ELIDABLE
-        hard_BT = top([score_BT], is_elidable_BT, batch.sample_BT, num_hard_S)
+        hard_BT = top([ranked.score_BT], is_elidable_BT, batch.sample_BT, ranked.num_hard_S)
         return plan_loss(batch, hard_BT | (batch.is_label_BT & ~is_elidable_BT))

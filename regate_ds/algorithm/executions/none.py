@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.executions.execution import Span
+from regate_ds.algorithm.executions.execution import Ranked, Span
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.rows import RowLayout
 
@@ -23,7 +21,5 @@ class NoElision:
     def spans(self, first_layer: int, last_layer: int) -> tuple[Span, ...]:
         return ()
 
-    def plan(
-        self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor, rows: RowLayout
-    ) -> ElisionPlan:
+    def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
         return plan_dense(batch)

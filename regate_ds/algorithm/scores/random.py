@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from regate_ds.algorithm.draw import generator
 from regate_ds.algorithm.knobs import refuse_knobs
 from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
 
@@ -37,12 +37,7 @@ class Random:
     def __call__(self, inputs: ScoreInputs) -> Tensor:
         counts: list[int] = inputs.num_labels_S.tolist()
         parts = [
-            torch.rand(count, generator=self._generator(name, record, inputs.step))
-            for (name, record), count in zip(inputs.keys, counts, strict=True)
+            torch.rand(count, generator=generator(self.seed, inputs.step, key))
+            for key, count in zip(inputs.keys, counts, strict=True)
         ]
         return torch.cat([torch.empty(0), *parts])
-
-    def _generator(self, name: str, record: int, step: int) -> torch.Generator:
-        text = f"{self.seed} {step} {record} {name}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -24,9 +24,10 @@ from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.none import NoElision
-from regate_ds.config import RegateConfig, ScheduleConfig
+from regate_ds.config import RegateConfig
 from regate_ds.recipe.bench.harness import Sizes, interleaved, text_sample
 from regate_ds.recipe.bench.teacher import TeacherCase, run_teacher_bench, teacher_table
+from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.session import Regate
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.difficulty.indexed import DifficultyStore

@@ -63,18 +63,19 @@ def judge_length(elision: RegateConfig, num_steps: int) -> None:
     if not elision.enabled:
         return
     given = elision.schedule
-    schedule = given.in_steps(num_steps)
-    if schedule.total_steps < num_steps:
+    for name, one in (("", given), ("images.", elision.images.schedule)):
+        if one is not None and one.in_steps(num_steps).total_steps < num_steps:
+            raise ValueError(
+                f"elision.{name}schedule.total_steps={one.total_steps}: the run has {num_steps} "
+                "steps; set it to at least as many, or to null"
+            )
+    if elision.chooses and elision.schedules(num_steps).num_sparse(num_steps) == 0:
         raise ValueError(
-            f"elision.schedule.total_steps={given.total_steps}: the run has {num_steps} steps; set "
-            "it to at least as many, or to null"
-        )
-    if elision.chooses and all(schedule.is_dense(step) for step in range(num_steps)):
-        raise ValueError(
-            f"elision.keep_share={elision.keep_share}, but no step of the run's {num_steps} is "
-            f"sparse: lower elision.schedule.warmup={given.warmup}, elision.schedule."
-            f"final_dense_share={given.final_dense_share} or elision.schedule."
-            f"cycle_dense_steps={given.cycle_dense_steps}, or set elision.execution=none"
+            f"elision.keep_share={elision.keep_share} and elision.images.keep_share="
+            f"{elision.images.keep_share}, but no step of the run's {num_steps} is sparse: lower "
+            f"elision.schedule.warmup={given.warmup}, elision.schedule.final_dense_share="
+            f"{given.final_dense_share} or elision.schedule.cycle_dense_steps="
+            f"{given.cycle_dense_steps}, or set elision.execution=none"
         )
 
 

@@ -1,8 +1,9 @@
 """`run.plan_only=true`: plan the sparse steps of one epoch and report what they keep.
 
 No model runs. Without a reference store all positions have the same score: the kept positions then
-differ from a real run's, and with ``align: both`` their number does too. The steps are planned for
-the data ranks that the launcher announces, or that the variable WORLD_SIZE gives.
+differ from a real run's, and with ``align: both`` their number does too. Image tokens whose order
+would be read from a store are kept in reading order: their number is the same. The steps are
+planned for the data ranks that the launcher announces, or that the variable WORLD_SIZE gives.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.counts import COUNTS, count_step
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.quotas.quota import QuotaState
+from regate_ds.algorithm.rankings.ranking import ImageKey
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.window import count_hard, plan_window, score_window, window_keys
+from regate_ds.algorithm.window import (
+    Choice,
+    count_hard,
+    place_images,
+    plan_window,
+    score_window,
+    window_keys,
+)
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.job.process import Process
@@ -45,7 +55,7 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     with progress(order.steps_per_epoch, desc="plan", unit="step", show=show) as bar:
         for step in range(order.steps_per_epoch):
             one = replace(order, start_step=step, total_steps=step + 1)
-            ranks = planner.plan([replace(one, rank=rank) for rank in range(world_size)])
+            ranks = planner.plan([replace(one, rank=rank) for rank in range(world_size)], step)
             # Kept tokens of the busiest rank over the mean: how long the others wait.
             kept = [tally.kept for tally in ranks]
             imbalance += max(kept) * len(kept) / sum(kept)
@@ -84,6 +94,8 @@ class _Tally:
     labels: int = 0
     kept: int = 0
     targets: int = 0
+    images: int = 0
+    images_kept: int = 0
     filled: int = 0
     padded: int = 0
     slots: int = 0
@@ -91,14 +103,17 @@ class _Tally:
 
     @classmethod
     def of(cls, batch: TokenBatch, plan: ElisionPlan, rows: RowLayout) -> _Tally:
+        counts = dict(zip(COUNTS, count_step([batch], [plan], rows.num_padding), strict=True))
         return cls(
             micro_batches=1,
-            tokens=int((batch.segment_BT >= 0).sum()),
-            labels=int(batch.is_label_BT.sum()),
-            kept=plan.num_kept,
-            targets=plan.num_targets,
-            filled=plan.num_filled,
-            padded=rows.num_padding(plan),
+            tokens=counts["tokens_total"],
+            labels=counts["answer_total"],
+            kept=counts["tokens_kept"],
+            targets=counts["answer_kept"],
+            images=counts["image_total"],
+            images_kept=counts["image_kept"],
+            filled=counts["filled"],
+            padded=counts["padded"],
             slots=plan.num_slots,
             longest=plan.num_slots,
         )
@@ -111,6 +126,7 @@ class _Tally:
         return {
             "kept_share_of_tokens": self.kept / self.tokens,
             "kept_share_of_answer": self.targets / self.labels,
+            "kept_share_of_image": self.images_kept / max(1, self.images),
             "row_length_mean": self.slots / self.micro_batches,
             "row_length_max": self.longest,
             "padding_share": self.padded / (self.kept + self.padded),
@@ -131,7 +147,7 @@ class _Planner:
         if self._store is not None:
             self._store.require(corpus.index.fingerprint)
 
-    def plan(self, orders: Sequence[Order]) -> list[_Tally]:
+    def plan(self, orders: Sequence[Order], step: int) -> list[_Tally]:
         """Return the counts over each data rank's micro-batches of a step."""
         windows = [[self._batch(numbers) for numbers in order] for order in orders]
         everything = [batch for window in windows for batch in window]
@@ -144,7 +160,12 @@ class _Planner:
         counts = num_hard_S.split([len(window_keys(window)) for window in windows])
         tallies = []
         for window, values_n, counts_s in zip(windows, values, counts, strict=True):
-            plans = plan_window(method, window, values_n, counts_s, self._rows)
+            choice = Choice(
+                values_N=values_n,
+                num_hard_S=counts_s,
+                beyond=place_unseen(self._config, window, step),
+            )
+            plans = plan_window(method, window, choice, self._rows)
             pairs = zip(window, plans, strict=True)
             tallies.append(sum((_Tally.of(*pair, self._rows) for pair in pairs), _Tally()))
         return tallies
@@ -184,10 +205,25 @@ def score_unseen(
     )
 
 
+def place_unseen(
+    config: RegateConfig, window: Sequence[TokenBatch], step: int
+) -> tuple[Tensor, ...] | None:
+    """Return the places of a window's image tokens; None if images are not elided."""
+    if not config.chooses_images:
+        return None
+    return place_images(config.method, window, step=step, read_orders=_in_reading_order)
+
+
+def _in_reading_order(images: Sequence[ImageKey], sizes: Sequence[int]) -> list[Tensor]:
+    return [torch.arange(size) for size in sizes]
+
+
 def plan_unseen(
     config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor, rows: RowLayout
 ) -> tuple[Tensor, tuple[ElisionPlan, ...]]:
     """Return the scores of a window that is a whole sparse step, and its plans."""
     values_N = score_unseen(config, window, reference_N)
     num_hard_S, _ = count_hard(config.method, window, values_N, state={})
-    return values_N, plan_window(config.method, window, values_N, num_hard_S, rows)
+    beyond = place_unseen(config, window, 0)
+    choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
+    return values_N, plan_window(config.method, window, choice, rows)

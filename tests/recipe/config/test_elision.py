@@ -11,9 +11,10 @@ from regate_ds.algorithm.quotas.threshold import Threshold
 from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
-from regate_ds.config import RegateConfig, ScheduleConfig
+from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config, load_config
+from regate_ds.schedule_config import ScheduleConfig
 from tests.support.paths import ROOT
 
 Load = Callable[..., RunConfig]

@@ -1,0 +1,136 @@
+"""The images of a micro-batch, and which of their tokens a sparse step keeps.
+
+Shapes: B rows, T positions, I images of the micro-batch, M their tokens, image by image.
+"""
+
+# torch's own types have gaps.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IMAGE, TokenBatch
+from regate_ds.algorithm.quotas.quota import share_of
+from regate_ds.algorithm.rankings.ranking import ImageKey, Ranking, RankingInputs
+
+ReadOrders = Callable[[Sequence[ImageKey], Sequence[int]], list[Tensor]]
+"""Returns the stored order of each image, int64 [n], given the images and their token counts."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the tokens of a micro-batch's images lie."""
+
+    keys: tuple[ImageKey, ...]
+    sizes_I: Tensor
+    """int64: tokens of each image."""
+
+    image_M: Tensor
+    """int64: the image of each token."""
+
+    position_M: Tensor
+    """int64: flat position of each token in [B * T], in reading order within its image."""
+
+    is_elidable_M: Tensor
+    """bool: False for tokens that predict an answer, and for the first position of a sample."""
+
+
+def find_images(batch: TokenBatch) -> Images:
+    """Return the images of a micro-batch. ValueError if it does not tell where they are."""
+    if batch.image_BT is None:
+        raise ValueError(
+            "images.keep_share is below 1, but a micro-batch does not tell which positions are "
+            "images (image_BT=None); give image_BT in its TokenBatch, or set images.keep_share=1.0"
+        )
+    sample_P, image_P = batch.sample_BT.reshape(-1), batch.image_BT.reshape(-1)
+    position_P = ((sample_P >= 0) & (image_P >= 0)).nonzero().squeeze(1)
+    pair_P2 = torch.stack([sample_P[position_P], image_P[position_P]], dim=1)
+    pairs_I2, image_P, sizes_I = pair_P2.unique(dim=0, return_inverse=True, return_counts=True)
+    order_M = image_P.argsort(stable=True)
+    position_M, flat_keys = position_P[order_M], batch.flat_keys
+    return Images(
+        keys=tuple((flat_keys[sample], number) for sample, number in pairs_I2.tolist()),
+        sizes_I=sizes_I,
+        image_M=image_P[order_M],
+        position_M=position_M,
+        is_elidable_M=batch.kind_BT.reshape(-1)[position_M] == IMAGE,
+    )
+
+
+def beyond_kept(
+    ranking: Ranking,
+    batch: TokenBatch,
+    *,
+    keep_share: float,
+    step: int,
+    read_orders: ReadOrders | None = None,
+) -> Tensor:
+    """Return each image token's place in its image's order, less the number that are kept.
+
+    int64 [B, T]: below 0 is kept, and the lowest others are the next best; 0 elsewhere. Of the n
+    elidable tokens of an image ceil(keep_share * n) are kept.
+
+    ValueError if the micro-batch has no image_BT, or the ranking returns no order.
+    """
+    images = find_images(batch)
+    num_M = torch.bincount(images.image_M[images.is_elidable_M], minlength=len(images.keys))
+    num_kept_I = share_of(num_M, keep_share)
+    orders = None
+    if ranking.stored is not None:
+        assert read_orders is not None
+        orders = read_orders(images.keys, images.sizes_I.tolist())
+    inputs = RankingInputs(
+        step=step,
+        keys=images.keys,
+        sizes_I=images.sizes_I,
+        num_kept_I=num_kept_I,
+        orders=orders,
+    )
+    place_M = _places_among_elidable(images, _require_orders(ranking, inputs, images))
+    beyond_P = torch.zeros(batch.labels_BT.numel(), dtype=torch.int64)
+    beyond_P[images.position_M] = place_M - num_kept_I[images.image_M]
+    return beyond_P.view_as(batch.labels_BT)
+
+
+def _require_orders(ranking: Ranking, inputs: RankingInputs, images: Images) -> Tensor:
+    """Return the places [M] of all tokens; ValueError if an image's are not 0 to n - 1."""
+    place_M = ranking(inputs)
+    start_I = images.sizes_I.cumsum(0) - images.sizes_I
+    wanted_M = torch.arange(len(images.image_M)) - start_I[images.image_M]
+    if place_M.shape != wanted_M.shape or place_M.is_floating_point():
+        raise ValueError(
+            f"{type(ranking).__name__} returned {place_M.dtype} {tuple(place_M.shape)}; it must "
+            f"return whole numbers of shape {tuple(wanted_M.shape)}"
+        )
+    found_M = place_M[_by_image(images.image_M, place_M)]
+    if not torch.equal(found_M, wanted_M):
+        image = int(images.image_M[(found_M != wanted_M).nonzero()[0]])
+        raise ValueError(
+            f"{type(ranking).__name__} gave image {images.keys[image]} places that are not 0 to "
+            f"{int(images.sizes_I[image]) - 1}, each once"
+        )
+    return place_M
+
+
+def _places_among_elidable(images: Images, place_M: Tensor) -> Tensor:
+    """Return each token's place among the elidable tokens of its image."""
+    order_M = _by_image(images.image_M, place_M)
+    is_counted_M = images.is_elidable_M[order_M].long()
+    counted_M = is_counted_M.cumsum(0) - is_counted_M
+    start_I = images.sizes_I.cumsum(0) - images.sizes_I
+    before_I = counted_M[start_I] if len(start_I) else counted_M
+    among_M = torch.empty_like(place_M)
+    among_M[order_M] = counted_M - before_I[images.image_M[order_M]]
+    return among_M
+
+
+def _by_image(image_M: Tensor, place_M: Tensor) -> Tensor:
+    """Return the indices that sort tokens by image, then by place."""
+    order_M = place_M.argsort(stable=True)
+    return order_M[image_M[order_M].argsort(stable=True)]

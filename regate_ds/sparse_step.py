@@ -1,0 +1,100 @@
+"""What a sparse step keeps: answers by score and quota, image tokens by their ranking.
+
+Answers and images may have schedules of their own, so that a step may be sparse in one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.quotas.quota import QuotaState
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.schedule import Schedules
+from regate_ds.algorithm.window import (
+    Choice,
+    count_hard,
+    num_elidable,
+    place_images,
+    plan_dense_window,
+    plan_window,
+    score_window,
+    window_keys,
+)
+from regate_ds.config import RegateConfig
+from regate_ds.parallel.collectives import all_or_none, gather_rows
+from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.stores.values import Stores
+
+MakePlans = Callable[[], tuple[ElisionPlan, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooser:
+    """Chooses by what the configuration says, from what the stores hold."""
+
+    config: RegateConfig
+    stores: Stores
+    schedules: Schedules
+    rows: RowLayout
+    layout: ParallelLayout
+
+    def choose(
+        self,
+        window: Sequence[TokenBatch],
+        *,
+        step: int,
+        statistics: Mapping[str, Tensor],
+        quota_state: QuotaState,
+    ) -> tuple[MakePlans, QuotaState]:
+        """Return what makes the plans of a step, and the quota's next state.
+
+        Collective over data ranks.
+        """
+        if self.schedules.is_dense(step):
+            return partial(plan_dense_window, window), quota_state
+        num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
+        values_N, num_hard_S = torch.zeros(num_labels, dtype=torch.float64), num_elidable(window)
+        if self.schedules.chooses_answers(step):
+            values_N = self._score(window, step, statistics)
+            num_hard_S, quota_state = count_hard(
+                self.config.method,
+                window,
+                values_N,
+                exchange=partial(gather_rows, group=self.layout.data, device=self.layout.device),
+                state=quota_state,
+            )
+        beyond = self._rank(window, step) if self.schedules.chooses_images(step) else None
+        choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
+        return partial(plan_window, self.config.method, window, choice, self.rows), quota_state
+
+    def _score(
+        self, window: Sequence[TokenBatch], step: int, statistics: Mapping[str, Tensor]
+    ) -> Tensor:
+        reference = self.stores.reference if self.config.needs_reference else None
+        with self.together():
+            reference_N = None if reference is None else reference.read(window_keys(window))
+            return score_window(
+                self.config.method,
+                window,
+                step=step,
+                reference_N=reference_N,
+                statistics=statistics,
+            )
+
+    def _rank(self, window: Sequence[TokenBatch], step: int) -> tuple[Tensor, ...]:
+        orders = self.stores.orders
+        with self.together():
+            read_orders = None if orders is None else orders.read
+            return place_images(self.config.method, window, step=step, read_orders=read_orders)
+
+    def together(self, num_values: int = 0) -> Any:
+        """Make an error on one data rank an error on all. Collective, when the block ends."""
+        return all_or_none(self.layout.data, self.layout.device, num_values=num_values)
