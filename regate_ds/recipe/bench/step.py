@@ -1,7 +1,8 @@
 """`regate bench`: compare the process CPU time of sparse and dense steps, which take turns.
 
-The ratios hold for one run on one node. No test has a limit on them, because nodes are shared and
-noisy.
+Of each sample the first part is an image, and every position after it is a label. Dense is our own
+dense step: its head runs on labels only. The ratios hold for one run on one node. No test has a
+limit on them, because nodes are shared and noisy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from regate_ds.adapters.huggingface.gates import attach_model
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.none import NoElision
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig
+from regate_ds.images_config import ImagesConfig
 from regate_ds.recipe.bench.harness import Sizes, interleaved, text_sample
 from regate_ds.recipe.bench.teacher import TeacherCase, run_teacher_bench, teacher_table
 from regate_ds.schedule_config import ScheduleConfig
@@ -36,14 +39,34 @@ from regate_ds.stores.values import Stores
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCase(Sizes):
-    """Sizes of one micro-batch of samples whose every position is a label."""
+    """Sizes of one micro-batch, and the shares that sparse steps keep."""
 
     vocabulary: int = 8192
     num_samples: int = 8
     num_tokens: int = 512
     num_pairs: int = 20
+    image_share: float = 0.5
+    """Share of the positions that are of an image."""
+
     keep_share: float = 0.5
+    image_keep_share: float = 0.5
     first_layers: tuple[int, ...] = (0, 1)
+
+
+def arms_of(case: BenchCase) -> dict[str, RegateConfig]:
+    """Return the kinds of step, by the name of their row."""
+    arms = {"dense": RegateConfig(execution=NoElision())}
+    for image_share in [1.0, case.image_keep_share] if case.image_share > 0 else [1.0]:
+        for first in case.first_layers:
+            name = f"answers {case.keep_share:g}, image {image_share:g}, first_layer={first}"
+            arms[name] = RegateConfig(
+                execution=Elide(),
+                keep_share=case.keep_share,
+                images=ImagesConfig(keep_share=image_share),
+                first_layer=first,
+                schedule=ScheduleConfig(warmup=0, final_dense_share=0.0),
+            )
+    return arms
 
 
 class _Memory:
@@ -61,35 +84,63 @@ def main(argv: Sequence[str]) -> None:
     """Run the benchmark, print a table, and write JSON if asked."""
     parser = ArgumentParser(prog="regate bench", description=__doc__)
     parser.add_argument("--pairs", type=int, default=BenchCase.num_pairs, metavar="N")
+    parser.add_argument(
+        "--image-share",
+        type=float,
+        default=BenchCase.image_share,
+        metavar="S",
+        help="share of the positions that are of an image, from 0 to below 1",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     parser.add_argument(
         "--teacher", action="store_true", help="the teacher's scoring against full logits instead"
     )
     args = parser.parse_args(argv)
+    if not 0.0 <= args.image_share < 1.0:
+        parser.error(f"--image-share {args.image_share}: must be from 0 to below 1")
     if args.teacher:
         result = run_teacher_bench(TeacherCase(num_pairs=args.pairs))
         print(teacher_table(result))
     else:
-        result = run_bench(BenchCase(num_pairs=args.pairs))
+        result = run_bench(BenchCase(num_pairs=args.pairs, image_share=args.image_share))
         print(_table(result))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def run_bench(case: BenchCase) -> dict[str, Any]:
-    """Return median CPU seconds of dense and sparse steps, their ratios, and planning's share."""
+    """Return for each kind of step its median CPU seconds, the ratio to dense and to its ideal,
+    which is the ratio of the FLOPs, and planning's share."""
     torch.set_num_threads(case.num_threads)
     torch.manual_seed(0)
     ids_BT, batch, index = _data(case)
     runs = {
-        f"sparse, first_layer={first}": _Run(case, ids_BT, batch, index, first)
-        for first in case.first_layers
+        name: _Run(case, ids_BT, batch, index, config) for name, config in arms_of(case).items()
     }
-    dense = _Run(case, ids_BT, batch, index, None)
-    steps = {"dense": dense.step, **{name: run.step for name, run in runs.items()}}
-    seconds = interleaved(steps, case.num_pairs)
-    rows = {name: _row(name, seconds, runs.get(name)) for name in seconds}
+    seconds = interleaved({name: run.step for name, run in runs.items()}, case.num_pairs)
+    rows = {name: _row(run, seconds[name], seconds["dense"]) for name, run in runs.items()}
+    for row in rows.values():
+        row["ideal_ratio"] = row["flops"] / rows["dense"]["flops"]
+        row["time_over_ideal"] = row["ratio_to_dense"] / row["ideal_ratio"]
     return {"case": asdict(case), "machine": platform.processor(), "steps": rows}
+
+
+def step_flops(case: Sizes, plan: ElisionPlan, first_layer: int) -> float:
+    """Return the FLOPs of a step's matrix products, forward and backward, causal attention at half.
+
+    The layers before ``first_layer`` see every position, the others the plan's slots; the head sees
+    the targets. A backward pass counts twice a forward pass.
+    """
+    llama = case.llama()
+    hidden, inner = llama.hidden_size, llama.intermediate_size
+    weights = 4 * hidden * hidden + 3 * hidden * inner
+    rows = [len(plan.kept_BK) * [plan.num_tokens], (plan.segment_BK >= 0).sum(dim=1).tolist()]
+    layers = [first_layer, llama.num_hidden_layers - first_layer]
+    products = plan.num_targets * hidden * llama.vocab_size
+    for lengths, num_layers in zip(rows, layers, strict=True):
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        products += num_layers * (weights * sum(lengths) + 2 * hidden * pairs)
+    return 3 * 2 * products
 
 
 class _Run:
@@ -101,23 +152,18 @@ class _Run:
         ids_BT: Tensor,
         batch: TokenBatch,
         index: AnswerIndex,
-        first_layer: int | None,
+        config: RegateConfig,
     ) -> None:
         torch.manual_seed(0)
+        self._case, self._config = case, config
         self._model = LlamaForCausalLM(case.llama()).train()
-        dense = first_layer is None
-        config = RegateConfig(
-            execution=NoElision() if dense else Elide(),
-            keep_share=case.keep_share,
-            first_layer=first_layer or 0,
-            schedule=ScheduleConfig(warmup=0, final_dense_share=0.0),
-        )
         attach_model(self._model, config)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5)
         self._ids_BT, self._batch = ids_BT, batch
-        stores = Stores() if dense else Stores(_Memory(index), DifficultyStore(index))
+        stores = Stores(_Memory(index), DifficultyStore(index)) if config.chooses else Stores()
         self._session = Regate(config, stores, total_steps=1_000_000)
         self.overhead: list[float] = []
+        self.flops = 0.0
 
     def step(self) -> None:
         """Run one optimizer step; append the seconds outside the model's passes to ``overhead``."""
@@ -131,33 +177,40 @@ class _Run:
         passed = time.process_time()
         self._session.record(plan.micro[0], output.losses)
         self._session.finish_step(applied=True)
+        self.flops = step_flops(self._case, plan.micro[0], self._config.first_layer)
         self.overhead.append(planned - begin + time.process_time() - passed)
 
 
-def _row(name: str, seconds: dict[str, list[float]], run: _Run | None) -> dict[str, float]:
-    own, dense = seconds[name], seconds["dense"]
-    row = {
-        "cpu_seconds": statistics.median(own),
+def _row(run: _Run, own: list[float], dense: list[float]) -> dict[str, float]:
+    seconds = statistics.median(own)
+    return {
+        "cpu_seconds": seconds,
         "ratio_to_dense": statistics.median(a / b for a, b in zip(own, dense, strict=True)),
+        "flops": run.flops,
+        "overhead_share": statistics.median(run.overhead) / seconds,
     }
-    if run is not None:
-        row["overhead_share"] = statistics.median(run.overhead) / row["cpu_seconds"]
-    return row
 
 
 def _data(case: BenchCase) -> tuple[Tensor, TokenBatch, AnswerIndex]:
     ids_BT = case.ids()
     samples = [text_sample(number, ids_S) for number, ids_S in enumerate(ids_BT)]
     labels_BT = torch.stack([sample.labels_S for sample in samples])
+    is_image_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    is_image_BT[:, : round(case.image_share * case.num_tokens)] = True
+    labels_BT = labels_BT.masked_fill(is_image_BT, IGNORE)
+    samples = [replace(one, labels_S=labels_S) for one, labels_S in zip(samples, labels_BT)]
+    image_BT = torch.where(is_image_BT, 0, -1)
     keys = tuple((sample.key,) for sample in samples)
-    batch = TokenBatch(keys, torch.zeros_like(labels_BT), labels_BT)
+    batch = TokenBatch(keys, torch.zeros_like(labels_BT), labels_BT, image_BT)
     return ids_BT, batch, AnswerIndex.build(samples)
 
 
 def _table(result: dict[str, Any]) -> str:
-    lines = [f"{'step':<24}{'CPU s':>10}{'of dense':>10}{'plan+store':>12}"]
+    heads = ("CPU s", "of dense", "FLOPs", "over ideal", "plan+store")
+    lines = [f"{'step':<42}" + "".join(f"{head:>12}" for head in heads)]
     for name, row in result["steps"].items():
-        share = f"{row['overhead_share']:.2%}" if "overhead_share" in row else "-"
-        seconds, ratio = row["cpu_seconds"], row["ratio_to_dense"]
-        lines.append(f"{name:<24}{seconds:>10.3f}{ratio:>10.3f}{share:>12}")
+        figures = [row[key] for key in ("cpu_seconds", "ratio_to_dense", "ideal_ratio")]
+        figures.append(row["time_over_ideal"])
+        cells = "".join(f"{value:>12.3f}" for value in figures)
+        lines.append(f"{name:<42}{cells}{row['overhead_share']:>12.2%}")
     return "\n".join(lines)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from regate_ds.recipe.bench.harness import LiveBytes
+from regate_ds.recipe.bench.step import BenchCase, run_bench
 from regate_ds.recipe.bench.teacher import TeacherCase, run_teacher_bench
 
 
@@ -38,3 +40,20 @@ def test_both_passes_of_the_teacher_agree_and_the_plain_one_holds_all_logits():
     logits, scored = 4 * 64 * 5000, 4 * 63 * 5000
     assert logits + scored <= result["peak_bytes"]["plain"] < 1.2 * (logits + scored)
     assert result["peak_bytes"]["ours"] < logits
+
+
+def test_a_steps_flops_are_those_that_torch_counts():
+    # Rows are short against the matrices, so that attention, which torch counts without its causal
+    # half, is a small part.
+    case = BenchCase(
+        hidden=64, num_layers=2, vocabulary=300, num_samples=2, num_tokens=16, num_pairs=1
+    )
+    counter = FlopCounterMode(display=False)
+    with counter:
+        rows = run_bench(case)["steps"]
+    num_rounds = 2
+    ours = num_rounds * sum(row["flops"] for row in rows.values())
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.03)
+    ideal = [row["ideal_ratio"] for row in rows.values()]
+    assert ideal[0] == 1.0
+    assert min(ideal) == rows["answers 0.5, image 0.5, first_layer=0"]["ideal_ratio"] < 1.0
