@@ -5,6 +5,7 @@ Shapes: I images of a micro-batch, B rows, T positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,10 @@ class LlavaVision:
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         return self.num_image_tokens
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        side = math.isqrt(self.num_image_tokens)
+        return (side, side) if side**2 == self.num_image_tokens else (1, self.num_image_tokens)
 
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Make ``pixel_values`` [I, 3, H, W] of RGB images."""

@@ -39,6 +39,10 @@ class Qwen2VLVision:
         num_patches = self.processor.get_number_of_image_patches(height, width)
         return num_patches // self.processor.merge_size**2
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        (_, rows, columns), *_ = self.pixels([Image.new("RGB", size)])["image_grid_thw"].tolist()
+        return rows // self.processor.merge_size, columns // self.processor.merge_size
+
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Make ``pixel_values`` [P, 3 * frames * patch^2] and ``image_grid_thw`` [I, 3]."""
         return dict(self.processor(list(images), return_tensors="pt"))

@@ -2,9 +2,9 @@
 
 config.yaml      the configuration, with defaults and overrides filled in
 metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
-                 filled, padded, step_seconds, cpu_seconds, lr, grad_norm; with an online
-                 teacher also teacher_seconds, the time to score this step's samples, which
-                 happens one step before
+                 image_total, image_kept, filled, padded, step_seconds, cpu_seconds, lr,
+                 grad_norm; with an online teacher also teacher_seconds, the time to score this
+                 step's samples, which happens one step before
 evals.jsonl      step, accuracies, and the totals of all steps so far
 summary.json     the final figures
 checkpoints/     see checkpoint.py; model/ is the trained student
@@ -155,6 +155,7 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
     return {
         "tokens_processed": _processed(rows, "tokens", gated_share),
         "answer_tokens_processed": _processed(rows, "answer", gated_share),
+        "image_tokens_processed": _processed(rows, "image", gated_share),
         "train_seconds": sum(row["step_seconds"] for row in rows),
         "train_cpu_seconds": sum(row["cpu_seconds"] for row in rows),
         "step_seconds_dense": statistics.median(dense) if dense else None,
@@ -164,8 +165,9 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
 
 
 def _processed(rows: Sequence[Row], kind: str, gated_share: float) -> float:
-    total = sum(row[f"{kind}_total"] for row in rows)
-    kept = sum(row[f"{kind}_kept"] for row in rows)
+    # Steps that an older version wrote do not count image tokens.
+    total = sum(row.get(f"{kind}_total", 0) for row in rows)
+    kept = sum(row.get(f"{kind}_kept", 0) for row in rows)
     return (1.0 - gated_share) * total + gated_share * kept
 
 

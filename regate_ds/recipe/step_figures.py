@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import IMAGE, TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
@@ -92,14 +92,19 @@ class StepFigures:
         tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
         padded = sum(batch.segment_BT.numel() for batch in self._seen) - tokens
         labels = sum(int(batch.is_label_BT.sum()) for batch in self._seen)
+        images = sum(int((batch.kind_BT == IMAGE).sum()) for batch in self._seen)
         data = self._data
-        tokens, labels, padded = sum_over([tokens, labels, padded], data.group, data.device)
+        tokens, labels, images, padded = sum_over(
+            [tokens, labels, images, padded], data.group, data.device
+        )
         return {
             "dense": True,
             "tokens_total": tokens,
             "tokens_kept": tokens,
             "answer_total": labels,
             "answer_kept": labels,
+            "image_total": images,
+            "image_kept": images,
             "filled": 0,
             "padded": padded,
         }

@@ -30,6 +30,10 @@ class VisionInputs(Protocol):
         """Return the number of placeholders of one image of (width, height)."""
         ...
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of the placeholders of one image of (width, height)."""
+        ...
+
     def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """Make the model inputs of a micro-batch's RGB images, at least one, in reading order."""
         ...

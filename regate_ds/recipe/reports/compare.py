@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from regate_ds.recipe.reports.plots import plot_accuracy
+from regate_ds.recipe.reports.plots import plot_accuracy, plot_tokens
 from regate_ds.recipe.run_folder import RunFolder
 from regate_ds.stores.atomic_file import write_atomically
 
@@ -15,7 +15,8 @@ TABLE_COLUMNS = (
     ("accuracy_visual", "image words", "{:.3f}"),
     ("accuracy_plain", "other words", "{:.3f}"),
     ("answer_tokens_processed", "answer tok.", "{:.0f}"),
-    ("tokens_processed", "tokens", "{:.0f}"),
+    ("image_tokens_processed", "image tok.", "{:.0f}"),
+    ("tokens_processed", "all tokens", "{:.0f}"),
     ("step_seconds_dense", "s/dense", "{:.3f}"),
     ("step_seconds_sparse", "s/sparse", "{:.3f}"),
     ("train_seconds", "train s", "{:.1f}"),
@@ -45,6 +46,7 @@ def compare_runs(folders: Sequence[Path], *, out: Path | None = None) -> str:
         evals = {run.name: rows for run in runs if len(rows := run.evals()) > 1}
         if evals:
             plot_accuracy(evals, out)
+        plot_tokens(summaries, out)
     return "\n".join([table(summaries), *differences(runs, summaries)])
 
 

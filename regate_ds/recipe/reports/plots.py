@@ -1,4 +1,4 @@
-"""Draw pictures of runs: accuracy over tokens and over time, and one sample's plan."""
+"""Draw pictures of runs: accuracy over tokens and over time, tokens by kind, one sample's plan."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 
 mpl.use("Agg")
 
@@ -19,13 +20,13 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import EngFormatter  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from regate_ds.data.llava.records import MARKER
 
 _AXES = (
     ("tokens_processed", "tokens processed (mean over layers)", "accuracy_over_tokens.png"),
     ("train_seconds", "training time (s)", "accuracy_over_time.png"),
+    ("train_cpu_seconds", "training CPU time of all ranks (s)", "accuracy_over_cpu_time.png"),
 )
 
 
@@ -47,11 +48,11 @@ class TokenMark:
 
 
 def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> None:
-    """Draw the accuracy on words that need the image, over tokens and over time, a line per run."""
+    """Draw the accuracy on words that need the image, over tokens and times, a line per run."""
     for key, label, name in _AXES:
         figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=_DPI, layout="constrained")
         for run, rows in evals.items():
-            x = [row[key] for row in rows]
+            x = [row.get(key) for row in rows]
             axes.plot(x, [row["accuracy_visual"] for row in rows], marker="o", label=run)
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy on words that need the image")
@@ -63,8 +64,39 @@ def plot_accuracy(evals: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -
         plt.close(figure)
 
 
-def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], path: Path) -> None:
+def plot_tokens(summaries: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Draw for each run how many tokens of each kind were processed, as one bar."""
+    names = list(summaries)
+    image, answer, everything = (
+        [summary.get(key) or 0 for summary in summaries.values()]
+        for key in ("image_tokens_processed", "answer_tokens_processed", "tokens_processed")
+    )
+    other = [a - b - c for a, b, c in zip(everything, image, answer, strict=True)]
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(names)), dpi=_DPI)
+    figure.set_layout_engine("constrained")
+    start = [0.0] * len(names)
+    for kind, counts in (("image", image), ("answer", answer), ("prompt", other)):
+        axes.barh(names, counts, left=start, label=kind)
+        start = [a + b for a, b in zip(start, counts, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens processed (mean over layers)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(out / "tokens_by_kind.png")
+    plt.close(figure)
+
+
+def plot_sample(
+    image: np.ndarray,
+    question: str,
+    tokens: Sequence[TokenMark],
+    path: Path,
+    kept_patches: np.ndarray | None = None,
+) -> None:
     """Draw the image beside the answer's tokens in reading order, coloured by score.
+
+    image: [height, width, 3], values from 0 to 1 or of uint8.
+    kept_patches: bool [rows, columns] of image tokens; the elided ones are drawn pale.
 
     A kept token has a black frame, an elided one a pale dotted frame. A star marks a token that
     needs the image.
@@ -78,7 +110,7 @@ def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], 
         width_ratios=(1, 3.4),
         layout="constrained",
     )
-    left.imshow(image)
+    _draw_image(left, image, kept_patches)
     left.set_title(textwrap.fill(MARKER.sub("", question).strip(), 34), fontsize=9)
     scale = ScalarMappable(Normalize(0.0, max(mark.score for mark in tokens) or 1.0), _COLOURS)
     for number, mark in enumerate(tokens):
@@ -91,6 +123,16 @@ def plot_sample(image: Image.Image, question: str, tokens: Sequence[TokenMark], 
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _draw_image(axes: Axes, image: np.ndarray, kept_patches: np.ndarray | None) -> None:
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0))
+    if kept_patches is None or kept_patches.all():
+        return
+    veil = np.ones((*kept_patches.shape, 4))
+    veil[..., 3] = np.where(kept_patches, 0.0, 0.8)
+    axes.imshow(veil, extent=(0, width, height, 0), interpolation="nearest")
 
 
 def _draw_token(axes: Axes, place: tuple[float, float], mark: TokenMark, colour: Any) -> None:

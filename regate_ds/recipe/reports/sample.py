@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.data.collate import Collator, LoadedSample
+from regate_ds.data.llava.encode import VisionInputs
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import load_corpus
@@ -39,8 +43,32 @@ def picture_sample(config: RunConfig, path: Path) -> None:
         )
         for span, score, position in zip(encoded.char_spans, score_N, positions, strict=True)
     ]
-    with Image.open(record.images[0]) as image:
-        plot_sample(image.convert("RGB"), record.turns[0].question, tokens, path)
+    with Image.open(record.images[0]) as opened:
+        image = opened.convert("RGB")
+    question, kept_patches = record.turns[0].question, None
+    if len(record.images) == 1:
+        kept_patches = _kept_patches(batch, plan, corpus.student.vision.grid(image.size))
+    plot_sample(_as_seen(corpus.student.vision, image), question, tokens, path, kept_patches)
+
+
+def _as_seen(vision: VisionInputs, image: Image.Image) -> np.ndarray:
+    """Return the picture as the tower gets it where its inputs are a picture, else as it is."""
+    values = vision.pixels([image])["pixel_values"]
+    if values.dim() != 4:
+        return np.asarray(image)
+    seen = values[0].float().permute(1, 2, 0).numpy()
+    return (seen - seen.min()) / max(float(seen.max() - seen.min()), 1e-6)
+
+
+def _kept_patches(batch: TokenBatch, plan: ElisionPlan, grid: tuple[int, int]) -> np.ndarray:
+    """Return bool [rows, columns]: which tokens of the sample's image are kept.
+
+    Those that predict an answer, and the sample's first position, count as they are planned.
+    """
+    assert batch.image_BT is not None
+    is_kept_BT = np.zeros(batch.labels_BT.numel(), dtype=bool)
+    is_kept_BT[plan.position_R.numpy()] = True
+    return is_kept_BT[(batch.image_BT == 0).flatten().numpy()].reshape(grid)
 
 
 def _text(record: Record, turn: int, start: int, end: int) -> str:

@@ -10,6 +10,7 @@ SUMMARY = {
     "accuracy_visual": 0.6125,
     "accuracy_plain": 0.975,
     "answer_tokens_processed": 1234.4,
+    "image_tokens_processed": 3456.0,
     "tokens_processed": 5678.0,
     "train_cpu_seconds": 20.0,
     "train_seconds": 10.04,
@@ -43,7 +44,8 @@ def test_the_table_has_one_row_for_each_run_and_a_dash_for_what_is_missing():
         "image words": "0.613",
         "other words": "0.975",
         "answer tok.": "1234",
-        "tokens": "5678",
+        "image tok.": "3456",
+        "all tokens": "5678",
         "s/dense": "0.123",
         "s/sparse": "-",
         "train s": "10.0",
@@ -81,6 +83,8 @@ def test_pictures_are_drawn_where_there_is_an_out_folder(tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "accuracy_over_tokens.png",
         "accuracy_over_time.png",
+        "accuracy_over_cpu_time.png",
+        "tokens_by_kind.png",
     }
 
 
