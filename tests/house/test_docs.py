@@ -48,6 +48,10 @@ RUN_BY = {
         "regate = attach(": "launch/examples/deepspeed_loop.py",
         "quota=PerWindow(": "tests/house/test_docs.py",
     },
+    "images.md": {
+        "images=ImagesConfig(keep_share=0.25)": "tests/recipe/config/test_elision.py",
+        "images: {keep_share: 0.25, ranking: random}": "tests/recipe/config/test_elision.py",
+    },
 }
 """Page, a line of the block, and what runs it: a test, or a script that a test runs, which then has
 the block word for word."""

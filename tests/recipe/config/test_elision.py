@@ -15,6 +15,7 @@ from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config, load_config
 from regate_ds.schedule_config import ScheduleConfig
+from tests.house.test_docs import blocks
 from tests.support.paths import ROOT
 
 Load = Callable[..., RunConfig]
@@ -164,3 +165,29 @@ def test_a_dense_run_may_be_dense_throughout(load, dense):
 def test_a_run_that_ranks_nothing_by_the_teacher_needs_no_store(load, override):
     assert load().needs_teacher
     assert not load("teacher.store=null", override).needs_teacher
+
+
+def test_the_page_on_images_says_the_same_in_python_and_in_a_file(load):
+    (python, file) = (block for block, _ in blocks(ROOT / "docs/images.md") if "0.25" in block)
+    made: dict[str, RegateConfig] = {}
+    exec(python, made)
+    images = yaml.safe_load(file)["elision"]["images"]
+    overrides = [f"elision.images.{key}={value}" for key, value in images.items()]
+    assert made["config"].images == load(*overrides).elision.images
+    assert made["config"].chooses_images
+
+
+def test_images_may_have_a_schedule_of_their_own(load):
+    config = load("elision.images={keep_share: 0.5, schedule: {warmup: 3, final_dense_share: 0}}")
+    schedules = config.elision.schedules(20)
+    answers = [schedules.chooses_answers(step) for step in range(20)]
+    images = [schedules.chooses_images(step) for step in range(20)]
+    assert answers == [False] + [True] * 17 + [False] * 2
+    assert images == [False] * 3 + [True] * 17
+    assert [schedules.is_dense(step) for step in range(20)] == [True] + [False] * 19
+
+
+def test_an_execution_that_moves_no_rows_cannot_elide_images(load):
+    load("elision.images.keep_share=0.5", "elision.execution=none")
+    with pytest.raises(ValueError, match=r"execution=LossOnly\(\): moves no rows, so that images"):
+        load("elision.images.keep_share=0.5", "elision.execution=loss_only")
