@@ -73,7 +73,8 @@ def test_a_plan_can_be_walked_without_the_weights_of_a_model(corpus: Path):
     shutil.copytree(corpus / "student", corpus / "bare")
     (corpus / "bare" / "model.safetensors").unlink()
     bare = f"model.path={corpus / 'bare'}"
-    done = regate("train", str(corpus / "run.yaml"), "run.plan_only=true", bare)
+    images = "elision.images={keep_share: 0.25, schedule: {warmup: 0, final_dense_share: 0.5}}"
+    done = regate("train", str(corpus / "run.yaml"), "run.plan_only=true", bare, images)
     assert done.returncode == 0, done.stderr
     figures = dict(line.split() for line in done.stdout.splitlines())
     index = ReferenceStore(corpus / "store").index
@@ -82,6 +83,9 @@ def test_a_plan_can_be_walked_without_the_weights_of_a_model(corpus: Path):
     assert figures["kept_share_of_answer"] == f"{kept / index.num_tokens:.4f}"
     assert figures["padding_share"] != "0.0000"
     assert figures["expected_share"] == f"{(2 + 2 + 8 / 2) / 12:.4f}"
+    # An image of the tiny student has four tokens.
+    assert figures["kept_share_of_image"] == "0.2500"
+    assert figures["expected_share_of_image"] == f"{(6 + 6 / 4) / 12:.4f}"
 
 
 @pytest.mark.parametrize("switch", ["on", "off"])

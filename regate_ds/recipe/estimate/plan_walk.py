@@ -48,7 +48,6 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     process = Process(0, world_size, torch.device("cpu"))
     order = make_order(config, len(corpus.train_records), process)
     judge_length(config.elision, order.total_steps)
-    schedule = config.elision.schedule.in_steps(order.total_steps)
     _require_layers(config, corpus)
     planner = _Planner(config, corpus)
     total, imbalance = _Tally(), 0.0
@@ -64,7 +63,7 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     return {
         **total.figures(),
         "imbalance_over_ranks": imbalance / order.steps_per_epoch,
-        "expected_share": schedule.expected_share(config.elision.keep_share),
+        **_expected(config.elision, order.total_steps),
         "steps": order.total_steps,
     }
 
@@ -72,6 +71,17 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
 def data_ranks_of(parallel: ParallelConfig | None, world_size: int) -> int:
     """Return how many of a job's ranks read different samples."""
     return world_size if parallel is None else world_size // parallel.ranks_per_copy
+
+
+def _expected(elision: RegateConfig, num_steps: int) -> dict[str, float]:
+    """Return the mean shares that a run of so many steps keeps, before rows are filled."""
+    schedules = elision.schedules(num_steps)
+    answers, images = schedules.answers, schedules.images
+    share = 1.0 if answers is None else answers.expected_share(elision.keep_share)
+    if images is None:
+        return {"expected_share": share}
+    of_image = images.expected_share(elision.images.keep_share)
+    return {"expected_share": share, "expected_share_of_image": of_image}
 
 
 def _require_layers(config: RunConfig, corpus: Corpus) -> None:
@@ -123,10 +133,11 @@ class _Tally:
         return replace(_Tally(*sums), longest=max(self.longest, other.longest))
 
     def figures(self) -> dict[str, float]:
+        of_image = {"kept_share_of_image": self.images_kept / self.images} if self.images else {}
         return {
             "kept_share_of_tokens": self.kept / self.tokens,
             "kept_share_of_answer": self.targets / self.labels,
-            "kept_share_of_image": self.images_kept / max(1, self.images),
+            **of_image,
             "row_length_mean": self.slots / self.micro_batches,
             "row_length_max": self.longest,
             "padding_share": self.padded / (self.kept + self.padded),
