@@ -154,6 +154,9 @@ def check_counts_follow_the_plan(root: Path) -> None:
         expected = sum(counts) if row["dense"] else sum(-(-n // 2) for n in counts)
         assert row["answer_total"] == sum(counts)
         assert row["answer_kept"] == expected + row["filled"]
+        # Every sample has one image of 16 tokens.
+        assert row["image_total"] == 16 * len(counts)
+        assert row["image_kept"] == (16 if row["dense"] else 8) * len(counts)
     dense = [row["dense"] for row in rows(root, "whole")]
     assert dense == [s < 2 or s >= 10 for s in range(STEPS)]
     check_share_is_the_schedules(root, trainer)

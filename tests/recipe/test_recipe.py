@@ -83,7 +83,7 @@ def test_a_plan_can_be_walked_without_the_weights_of_a_model(corpus: Path):
     assert figures["kept_share_of_answer"] == f"{kept / index.num_tokens:.4f}"
     assert figures["padding_share"] != "0.0000"
     assert figures["expected_share"] == f"{(2 + 2 + 8 / 2) / 12:.4f}"
-    # An image of the tiny student has four tokens.
+    # An image of the tiny student has 16 tokens.
     assert figures["kept_share_of_image"] == "0.2500"
     assert figures["expected_share_of_image"] == f"{(6 + 6 / 4) / 12:.4f}"
 

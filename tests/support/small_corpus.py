@@ -54,7 +54,10 @@ def make_corpus(
             "num_workers": 0,
         },
         "teacher": {"store": str(folder / "store"), "tokens_per_batch": 1024},
-        "elision": {"schedule": {"warmup": 2, "final_dense_share": 0.16}},
+        "elision": {
+            "schedule": {"warmup": 2, "final_dense_share": 0.16},
+            "images": {"keep_share": 0.5},
+        },
         "optimizer": {"lr": 1e-3, "warmup_steps": 0, "schedule": "constant"},
         "run": {
             "out": str(folder / "run"),

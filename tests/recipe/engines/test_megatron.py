@@ -137,6 +137,7 @@ def test_the_plan_that_is_printed_is_what_the_run_keeps(pool: Pool, corpus: Path
     expected = {
         "kept_share_of_tokens": f"{kept / total['tokens_total']:.4f}",
         "kept_share_of_answer": f"{total['answer_kept'] / total['answer_total']:.4f}",
+        "kept_share_of_image": f"{total['image_kept'] / total['image_total']:.4f}",
         "padding_share": f"{padded / (kept + padded):.4f}",
         "filled": str(total["filled"]),
         "steps": str(len(found)),
