@@ -24,6 +24,7 @@ import yaml
 from regate_ds.job.deepspeed_launcher import launch, report
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.reports.compare import compare_runs
+from regate_ds.recipe.reports.cost import cost_line
 from regate_ds.recipe.reports.sample import picture_sample
 from regate_ds.recipe.run_folder import RunFolder
 from regate_ds.recipe.tasks.table import TASKS
@@ -31,6 +32,9 @@ from regate_ds.recipe.tasks.task import Task
 
 ROOT = Path("runs/quickstart")
 RANKS = 2
+
+MARGIN = 0.04
+"""How far below dense one elided run may end: two to three standard errors of the difference."""
 
 RUNS = {
     # A few steps with the host's own loss and head, to measure their time; it is not evaluated.
@@ -62,10 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _launch(["train", str(task.config), *overrides, *settings, f"run.out={out}"])
     picture_sample(load_config(task.config, overrides), ROOT / "sample.png")
     print(f"\n{compare_runs([ROOT / name for name in RUNS], out=ROOT)}")
-    print(f"\n{ROOT}: compare.json, accuracy_over_tokens.png, accuracy_over_time.png, sample.png")
-    print(f"judged by {task.judged_by}: {_judged(task)}")
+    pictures = ", ".join(sorted(path.name for path in ROOT.glob("*.png")))
+    print(f"\n{ROOT}: compare.json, {pictures}")
+    found = _judged(task)
+    print(f"judged by {task.judged_by}: {', '.join(f'{n} {v:.3f}' for n, v in found.items())}")
+    print(cost_line(RunFolder(ROOT / "dense"), RunFolder(ROOT / "regate")))
     print(f"quickstart: {time.monotonic() - begin:.0f} s")
-    return 0
+    return _verdict(found["dense"], found["regate"])
 
 
 def _data_arguments(task: Task, out: Path) -> argparse.Namespace:
@@ -74,11 +81,22 @@ def _data_arguments(task: Task, out: Path) -> argparse.Namespace:
     return parser.parse_args([str(out)])
 
 
-def _judged(task: Task) -> str:
+def _judged(task: Task) -> dict[str, float]:
     """Return the task's own figure of each run that was evaluated."""
     summaries = {name: RunFolder(ROOT / name).summary() for name in RUNS}
-    found = {name: row[task.judged_by] for name, row in summaries.items() if task.judged_by in row}
-    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    return {name: row[task.judged_by] for name, row in summaries.items() if task.judged_by in row}
+
+
+def _verdict(dense: float, regate: float) -> int:
+    """Return 0, or 1 if the elided run is worse than one run of each can explain."""
+    if regate >= dense - MARGIN:
+        return 0
+    print(
+        f"regate is {dense - regate:.3f} below dense, more than {MARGIN}: read the runs' figures in "
+        f"{ROOT}",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _overrides(student: Path) -> list[str]:

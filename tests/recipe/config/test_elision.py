@@ -12,6 +12,7 @@ from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.config import RegateConfig
+from regate_ds.images_config import ImagesConfig
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config, load_config
 from regate_ds.schedule_config import ScheduleConfig
@@ -53,6 +54,11 @@ def test_the_papers_configuration_is_the_papers_setting():
         cycle_dense_steps=16,
         final_dense_steps=0,
     )
+
+
+def test_the_recommended_configuration_is_the_defaults_and_a_quarter_of_the_image():
+    elision = load_config(ROOT / "configs" / "recommended.yaml").elision
+    assert elision == RegateConfig(images=ImagesConfig(keep_share=0.25))
 
 
 def test_a_method_is_chosen_by_name_and_has_its_own_knobs(load):
