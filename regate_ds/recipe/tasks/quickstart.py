@@ -92,7 +92,7 @@ def _verdict(dense: float, regate: float) -> int:
     if regate >= dense - MARGIN:
         return 0
     print(
-        f"regate is {dense - regate:.3f} below dense, more than {MARGIN}: read the runs' figures in "
+        f"regate is {dense - regate:.3f} below dense, more than {MARGIN}: read the figures in "
         f"{ROOT}",
         file=sys.stderr,
     )
