@@ -29,7 +29,8 @@ def wild_batch(rng: random.Random, *, images: bool = False) -> TokenBatch:
     rows = []
     for _ in range(num_rows):
         sizes = [rng.randrange(1, 14) for _ in range(rng.randrange(1, 4))]
-        rows.append([_labels(size, rng) for size in sizes])
+        shares = [0.0, 0.2, 0.5, 1.0] if images else [0.0, 0.5, 0.8, 1.0]
+        rows.append([_labels(size, shares, rng) for size in sizes])
         longest = max(longest, sum(sizes))
     longest += rng.choice([0, 0, 5])
     labels = torch.full((num_rows, longest), IGNORE)
@@ -51,7 +52,7 @@ def wild_batch(rng: random.Random, *, images: bool = False) -> TokenBatch:
 def _images(size: int, rng: random.Random) -> list[int]:
     """The number of each position's image; new images begin at random, also next to others."""
     image, number, is_inside = [], -1, False
-    share, gap = rng.choice([0.0, 0.3, 0.9]), rng.choice([0.0, 0.2])
+    share, gap = rng.choice([0.0, 0.7, 0.9]), rng.choice([0.0, 0.2])
     for _ in range(size):
         if rng.random() < 0.3:
             is_inside = rng.random() < share
@@ -60,8 +61,8 @@ def _images(size: int, rng: random.Random) -> list[int]:
     return image
 
 
-def _labels(size: int, rng: random.Random) -> list[int]:
-    share = rng.choice([0.0, 0.5, 0.8, 1.0])
+def _labels(size: int, shares: list[float], rng: random.Random) -> list[int]:
+    share = rng.choice(shares)
     return [rng.randrange(50) if rng.random() < share else IGNORE for _ in range(size)]
 
 
