@@ -21,7 +21,6 @@ from transformers import LlavaForConditionalGeneration
 from regate_ds import Keyed, ReferenceStore, RegateConfig, Teacher, score_dataset
 from regate_ds.adapters.deepspeed.pipeline import attach_pipeline
 from regate_ds.adapters.deepspeed.pipeline_student import pipeline_student
-from regate_ds.data.keyed import KeyedCollate
 from regate_ds.teacher.backbone import text_backbone
 
 STAGES, STEPS = 2, 4
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     engine, *_ = deepspeed.initialize(model=student, model_parameters=weights, config=DS)
     reference = None if args.dense else ReferenceStore(store)
     regate = attach_pipeline(engine, total_steps=STEPS, reference=reference)
-    batches = micro_batches(data, KeyedCollate(collate), engine.grid)
+    batches = micro_batches(data, regate.collate(collate), engine.grid)
     losses = []
     for _ in range(STEPS):
         losses.append(float(regate.train_batch(batches)))

@@ -136,7 +136,8 @@ def number_images(is_image_BT: Tensor, lengths: Sequence[int]) -> Tensor:
             "tokens; give each image as many placeholders as it has tokens"
         )
     image_BT = torch.full(is_image_BT.shape, -1)
-    image_BT[is_image_BT] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    lengths_I = torch.tensor(list(lengths), dtype=torch.int64)
+    image_BT[is_image_BT] = torch.arange(len(lengths)).repeat_interleave(lengths_I)
     first_B = image_BT.masked_fill(~is_image_BT, len(lengths)).amin(dim=1)
     rows = is_image_BT.any(dim=1).nonzero().squeeze(1)
     is_cut = first_B[rows[1:]] == image_BT.amax(dim=1)[rows[:-1]]
@@ -146,6 +147,24 @@ def number_images(is_image_BT: Tensor, lengths: Sequence[int]) -> Tensor:
             "placeholders of whole images"
         )
     return torch.where(is_image_BT, image_BT - first_B[:, None], -1)
+
+
+def join_images(kinds: Sequence[Tensor]) -> Tensor:
+    """Number images of several kinds [B, T], each kind numbered alone, by their first positions."""
+    starts = [_starts_images(image_BT) for image_BT in kinds]
+    number_BT = torch.stack(starts).any(dim=0).cumsum(1) - 1
+    joined_BT = torch.full_like(kinds[0], -1)
+    for image_BT, starts_BT in zip(kinds, starts, strict=True):
+        # A position belongs to the newest image of its kind.
+        newest_BT = number_BT.masked_fill(~starts_BT, -1).cummax(dim=1).values
+        joined_BT = torch.where(image_BT >= 0, newest_BT, joined_BT)
+    return joined_BT
+
+
+def _starts_images(image_BT: Tensor) -> Tensor:
+    """Mark the first position of each image; the numbers of a row rise."""
+    before_BT = torch.nn.functional.pad(image_BT.cummax(dim=1).values[:, :-1], (1, 0), value=-1)
+    return image_BT > before_BT
 
 
 def shift_labels(labels_BT: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def beyond_kept(
     int64 [B, T]: below 0 is kept, and the lowest others are the next best; 0 elsewhere. Of the n
     elidable tokens of an image ceil(keep_share * n) are kept.
 
-    ValueError if the micro-batch has no image_BT, or the ranking returns no order.
+    ValueError if the micro-batch has no image_BT, or the ranking or its store returns no order.
     """
     images = find_images(batch)
     num_M = torch.bincount(images.image_M[images.is_elidable_M], minlength=len(images.keys))
@@ -84,7 +85,7 @@ def beyond_kept(
     orders = None
     if ranking.stored is not None:
         assert read_orders is not None
-        orders = read_orders(images.keys, images.sizes_I.tolist())
+        orders = _stored_orders(images, read_orders)
     inputs = RankingInputs(
         step=step,
         keys=images.keys,
@@ -98,15 +99,30 @@ def beyond_kept(
     return beyond_P.view_as(batch.labels_BT)
 
 
+def _stored_orders(images: Images, read_orders: ReadOrders) -> list[Tensor]:
+    """Return each image's stored order; ValueError if it does not name each token once."""
+    sizes = images.sizes_I.tolist()
+    orders = read_orders(images.keys, sizes)
+    for key, size, order_n in zip(images.keys, sizes, orders, strict=True):
+        if not torch.equal(order_n.sort().values, torch.arange(size)):
+            raise ValueError(
+                f"the order of image {key} in the store does not name each of its {size} tokens "
+                f"once: it has {len(order_n)}; make the store anew with `regate rank`"
+            )
+    return orders
+
+
 def _require_orders(ranking: Ranking, inputs: RankingInputs, images: Images) -> Tensor:
     """Return the places [M] of all tokens; ValueError if an image's are not 0 to n - 1."""
-    place_M = ranking(inputs)
+    place_M: Any = ranking(inputs)
     start_I = images.sizes_I.cumsum(0) - images.sizes_I
     wanted_M = torch.arange(len(images.image_M)) - start_I[images.image_M]
-    if place_M.shape != wanted_M.shape or place_M.is_floating_point():
+    is_tensor = isinstance(place_M, Tensor)
+    if not is_tensor or place_M.shape != wanted_M.shape or place_M.is_floating_point():
+        found = f"{place_M.dtype} {tuple(place_M.shape)}" if is_tensor else type(place_M).__name__
         raise ValueError(
-            f"{type(ranking).__name__} returned {place_M.dtype} {tuple(place_M.shape)}; it must "
-            f"return whole numbers of shape {tuple(wanted_M.shape)}"
+            f"{type(ranking).__name__} returned {found}; it must return whole numbers of shape "
+            f"{tuple(wanted_M.shape)}"
         )
     found_M = place_M[_by_image(images.image_M, place_M)]
     if not torch.equal(found_M, wanted_M):

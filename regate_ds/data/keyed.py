@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regate_ds.algorithm.batch import TokenBatch, number_runs, shift_labels
+from regate_ds.algorithm.batch import TokenBatch, shift_labels
 from regate_ds.data.collate import Batch
 
 KEY = "regate_key"
 """Name of the key in an item."""
+
+IMAGES = "regate_images"
+"""Name of an input by which a collated batch may number its images itself: [B, T], -1 elsewhere."""
+
+NumberImages = Callable[[Mapping[str, Any]], Tensor | None]
+"""Returns the number of each position's image in its row, -1 where there is none, from what the
+host's collate function returned; None if that does not tell. ValueError if it must."""
+
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Keyed(Dataset[dict[str, Any]]):
@@ -61,24 +70,26 @@ class KeyedCollate:
 
     It takes the keys off the items, calls the host's collate function on the rest, and reads the
     ``labels`` and the ``attention_mask``. The labels are not among the inputs of the batch that it
-    returns, because the plan has them.
+    returns, because the plan has them; nor is ``regate_images``.
     """
 
     def __init__(
         self,
         collate_fn: Callable[[list[Any]], dict[str, Tensor]],
-        image_token_id: int | None = None,
+        number_images: NumberImages | None = None,
     ) -> None:
         """Wrap the host's ``collate_fn``; its labels are as Hugging Face models take them.
 
-        image_token_id: the token id of image placeholders in ``input_ids``; None if there are none.
+        number_images: numbers the images of batches without ``regate_images``; None if there are no
+            images.
         """
-        self._collate_fn, self._image_token_id = collate_fn, image_token_id
+        self._collate_fn, self._number_images = collate_fn, number_images
 
     def __call__(self, items: list[dict[str, Any]]) -> Batch:
         """Return the micro-batch of these items.
 
-        ValueError if an item has no key, the batch no label tensor, or a row padding on the left.
+        ValueError if an item has no key, the batch no label tensor, or a row padding on the left,
+        or if its images cannot be told apart where they must be.
         """
         if any(KEY not in item for item in items):
             raise ValueError(f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name)")
@@ -96,25 +107,37 @@ class KeyedCollate:
             row = int(starts_late_B.nonzero()[0])
             raise ValueError(f"row {row} has padding before tokens; set padding_side='right'")
         segment_BT = torch.where(mask_BT, 0, -1)
-        inputs = {k: v for k, v in inputs.items() if k != "labels"}
-        image_BT = self._images(inputs)
+        image_BT = self._images(inputs, labels_BT)
+        inputs = {k: v for k, v in inputs.items() if k not in ("labels", IMAGES)}
         return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT), image_BT))
 
-    def _images(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Number each row's images by their runs of placeholders; None where there are none."""
-        if self._image_token_id is None or "input_ids" not in inputs:
-            return None
-        return number_runs(inputs["input_ids"] == self._image_token_id)
+    def _images(self, inputs: Mapping[str, Any], labels_BT: Tensor) -> Tensor | None:
+        """Return the numbers that the batch has itself, or else those of ``number_images``."""
+        image_BT = inputs.get(IMAGES)
+        if image_BT is None:
+            return None if self._number_images is None else self._number_images(inputs)
+        found = type(image_BT).__name__
+        if isinstance(image_BT, Tensor):
+            if image_BT.shape == labels_BT.shape and image_BT.dtype in _INTEGERS:
+                return image_BT.long()
+            found = f"{image_BT.dtype} {tuple(image_BT.shape)}"
+        raise ValueError(
+            f"the collated batch has {IMAGES} {found}; give whole numbers of the labels' shape "
+            f"{tuple(labels_BT.shape)}: the image's number in its sample, and -1 elsewhere"
+        )
 
 
 class PlainCollate:
-    """A collate function for runs without elision: it only takes the keys off the items."""
+    """A collate function for runs without elision: it only takes off what is ours."""
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any]) -> None:
         self._collate_fn = collate_fn
 
     def __call__(self, items: list[Any]) -> Any:
-        return self._collate_fn([_without_key(item) for item in items])
+        batch = self._collate_fn([_without_key(item) for item in items])
+        if isinstance(batch, dict) and IMAGES in batch:
+            return {k: v for k, v in batch.items() if k != IMAGES}
+        return batch
 
 
 def _without_key(item: Any) -> Any:

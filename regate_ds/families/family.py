@@ -5,7 +5,7 @@ A record holds the names of transformers' classes, which are loaded only when th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,6 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from regate_ds.data.llava.encode import VisionInputs
+
+ImageLengths = Callable[[Any, Mapping[str, Any]], Mapping[int, Sequence[int]]]
+"""Returns for each id of a placeholder how many of them each image of a micro-batch has, in reading
+order, given the model's config and its inputs. ValueError if the inputs do not tell it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,10 @@ class Family:
     empty_image: Callable[[Any, Tensor], dict[str, Tensor]]
     """Makes the model inputs of the smallest image, from the vision config and a tensor whose dtype
     and device they get."""
+
+    image_lengths: ImageLengths | None = None
+    """Tells the images of a user's micro-batch apart; None if image tokens cannot be elided unless
+    the batch numbers its images itself."""
 
     vision_inputs: Callable[[Any, Any], VisionInputs] | None = None
     """Makes the family's ``VisionInputs`` from the model's config and its image processor; None if

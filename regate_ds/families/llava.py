@@ -6,7 +6,7 @@ Shapes: I images of a micro-batch, B rows, T positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +75,28 @@ def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": like.new_zeros(shape)}
 
 
+def _image_lengths(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
+    """Return one length for all images; a tower for images of any size is given their sizes."""
+    pixels, sizes_I2 = inputs.get("pixel_values"), inputs.get("image_sizes")
+    if pixels is not None and sizes_I2 is not None:
+        sizes_I2 = torch.as_tensor(sizes_I2) // config.vision_config.patch_size
+        return {config.image_token_id: sizes_I2.prod(dim=-1).tolist()}
+    num_images = 0 if pixels is None else len(pixels)
+    num_positions = int((inputs["input_ids"] == config.image_token_id).sum())
+    if num_images and num_positions % num_images:
+        raise ValueError(
+            f"the batch has {num_images} images, but {num_positions} image positions, which is not "
+            "a multiple; give each image as many placeholders as it has tokens"
+        )
+    return {config.image_token_id: [num_positions // max(1, num_images)] * num_images}
+
+
 LLAVA = Family(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     tower="vision_tower",
     empty_image=_empty_image,
+    image_lengths=_image_lengths,
     vision_inputs=LlavaVision.of,
     in_megatron=True,
 )

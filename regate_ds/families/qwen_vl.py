@@ -5,7 +5,7 @@ Shapes: I images of a micro-batch, P pixel patches of all its images, B rows, T 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,23 @@ def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": like.new_zeros(side * side, size), "image_grid_thw": grid}
 
 
+def _image_lengths(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
+    """Return the merged patches of each temporal step: a clip's steps are an image each."""
+    area = config.vision_config.spatial_merge_size**2
+    return {
+        token: [h * w // area for t, h, w in _rows(inputs.get(name)) for _ in range(t)]
+        for token, name in (
+            (config.image_token_id, "image_grid_thw"),
+            (config.video_token_id, "video_grid_thw"),
+        )
+    }
+
+
+def _rows(grid_I3: Any) -> list[list[int]]:
+    """Return time, height and width in patches of each image; no row without images."""
+    return [] if grid_I3 is None else torch.as_tensor(grid_I3).tolist()
+
+
 QWEN2_VL = Family(
     model_type="qwen2_vl",
     model_class="Qwen2VLForConditionalGeneration",
@@ -72,6 +89,7 @@ QWEN2_VL = Family(
     plain_text="qwen2",
     num_position_axes=3,
     empty_image=_empty_image,
+    image_lengths=_image_lengths,
     vision_inputs=Qwen2VLVision.of,
 )
 
@@ -82,4 +100,5 @@ QWEN2_5_VL = Family(
     plain_text="qwen2",
     num_position_axes=3,
     empty_image=_empty_image,
+    image_lengths=_image_lengths,
 )

@@ -48,18 +48,37 @@ def test_without_a_mask_every_position_is_real():
     assert KeyedCollate(stack)([item(0)]).tokens.segment_BT.tolist() == [[0, 0, 0]]
 
 
-def test_images_are_the_runs_of_the_placeholder():
-    items = [item(n, input_ids=[9, 9, 9], labels=[IGNORE] * 3) for n in (0, 1)]
-    items[1]["input_ids"] = [9, 4, 9]
-    tokens = KeyedCollate(stack, image_token_id=9)(items).tokens
-    assert tokens.image_BT.tolist() == [[0, 0, 0], [0, -1, 1]]
+def test_images_are_numbered_by_what_is_given_or_by_the_batch_itself():
+    items = [item(0), item(1, labels=[IGNORE] * 3)]
+    own = [{**one, "regate_images": [n, n, -1]} for n, one in enumerate(items)]
+    numbered = KeyedCollate(stack, lambda inputs: inputs["input_ids"] - 5)
+    assert numbered(items).tokens.image_BT.tolist() == [[0, 1, 2], [0, 1, 2]]
+    batch = numbered(own)
+    assert batch.tokens.image_BT.tolist() == [[0, 0, -1], [1, 1, -1]]
+    assert batch.inputs.keys() == {"input_ids"}
     assert KeyedCollate(stack)(items).tokens.image_BT is None
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros(1, 2, dtype=torch.int64), r"torch.int64 \(1, 2\)"),
+        (torch.zeros(1, 3), r"torch.float32 \(1, 3\)"),
+        (torch.ones(1, 3, dtype=torch.bool), "torch.bool"),
+        ([[0, 0, -1]], "list"),
+    ],
+)
+def test_numbers_of_images_that_are_none_are_refused(images, found: str):
+    with pytest.raises(ValueError, match=rf"has regate_images {found}.*labels' shape \(1, 3\)"):
+        KeyedCollate(lambda items: {**stack(items), "regate_images": images})([item(3)])
 
 
 def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     items = [item(0), "a text"]
     assert PlainCollate(list)(items) == [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, "a text"]
     assert PlainCollate(lambda given: None)(items) is None
+    numbered = {"input_ids": 1, "regate_images": 2}
+    assert PlainCollate(lambda given: numbered)(items) == {"input_ids": 1}
 
 
 @pytest.mark.parametrize(

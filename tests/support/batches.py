@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 
@@ -34,6 +35,20 @@ def random_batch(rows: list[list[int]], *, seed: int = 0, length: int | None = N
         keys.append(tuple(("set", number + i) for i in range(len(samples))))
         number += len(samples)
     return input_ids, TokenBatch(tuple(keys), segment, labels)
+
+
+def made_up_images(batch: TokenBatch) -> TokenBatch:
+    """Say that the first half of each sample, but its first position, is two images that touch.
+
+    Label positions among them stay what they are.
+    """
+    image_BT = torch.full_like(batch.segment_BT, -1)
+    for r, row in enumerate(batch.segment_BT.tolist()):
+        for s in range(max(row) + 1):
+            start, middle = row.index(s), row.count(s) // 2
+            image_BT[r, start + 1 : start + middle] = 1
+            image_BT[r, start + 1 : start + 1 + middle // 2] = 0
+    return replace(batch, image_BT=image_BT)
 
 
 def _label_positions(size: int, rng: random.Random) -> list[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -122,16 +125,21 @@ def _enlarge(model: nn.Module) -> nn.Module:
     return model
 
 
-def with_images(input_ids_BT: Tensor, batch: TokenBatch, sizes: list[int]) -> TokenBatch:
-    """Write an image of that many placeholders from position 1 of each row; 0 leaves it as text.
+def with_images(
+    input_ids_BT: Tensor, batch: TokenBatch, images: Sequence[Sequence[int]]
+) -> TokenBatch:
+    """Write images of so many placeholders one after the other from position 1 of each row.
 
     Changes ``input_ids_BT``; returns the batch without targets that are placeholders.
     """
-    for r, size in enumerate(sizes):
-        input_ids_BT[r, 1 : 1 + size] = IMAGE_TOKEN
+    image_BT = torch.full_like(input_ids_BT, -1)
+    for r, sizes in enumerate(images):
+        numbers = [number for number, size in enumerate(sizes) for _ in range(size)]
+        image_BT[r, 1 : 1 + len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+    input_ids_BT[image_BT >= 0] = IMAGE_TOKEN
     is_target_BT = input_ids_BT.roll(-1, 1) == IMAGE_TOKEN
     labels_BT = batch.labels_BT.masked_fill(is_target_BT, IGNORE)
-    return TokenBatch(batch.keys, batch.segment_BT, labels_BT)
+    return replace(batch, labels_BT=labels_BT, image_BT=image_BT)
 
 
 def packed_positions(batch: TokenBatch) -> Tensor:

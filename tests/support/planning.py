@@ -12,14 +12,22 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.images import ReadOrders
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.quotas.per_sample import PerSample
-from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.score import ScoreInputs
-from regate_ds.algorithm.window import Choice, Method, count_hard, plan_window, score_window
+from regate_ds.algorithm.window import (
+    Choice,
+    Method,
+    count_hard,
+    place_images,
+    plan_window,
+    score_window,
+)
 from regate_ds.config import RegateConfig
+from regate_ds.images_config import ImagesConfig
 from regate_ds.settings.section import read_section
 
 
@@ -41,35 +49,47 @@ def gate_layers(
 
 
 def plan_sparse(
-    batch: TokenBatch, score_N: Tensor, *, keep_share: float, align: Any, token_multiple: int = 1
+    batch: TokenBatch, score_N: Tensor, *, token_multiple: int = 1, **knobs: Any
 ) -> ElisionPlan:
     """The plan of a micro-batch alone, by the paper's quota, in padded rows."""
-    rows = RowLayout(multiple=token_multiple)
-    return plan_in(rows, batch, score_N, keep_share=keep_share, align=align)
+    return plan_in(RowLayout(multiple=token_multiple), batch, score_N, **knobs)
 
 
 def plan_ragged(
-    batch: TokenBatch, score_N: Tensor, *, keep_share: float, align: Any, token_multiple: int = 1
+    batch: TokenBatch, score_N: Tensor, *, token_multiple: int = 1, **knobs: Any
 ) -> ElisionPlan:
     """The same in ragged rows."""
     rows = RowLayout(row_format="ragged", multiple=token_multiple)
-    return plan_in(rows, batch, score_N, keep_share=keep_share, align=align)
+    return plan_in(rows, batch, score_N, **knobs)
 
 
 def plan_in(
-    rows: RowLayout, batch: TokenBatch, score_N: Tensor, *, keep_share: float, align: Any
+    rows: RowLayout,
+    batch: TokenBatch,
+    score_N: Tensor,
+    *,
+    keep_share: float,
+    align: Any,
+    images: ImagesConfig | None = None,
+    step: int = 0,
+    read_orders: ReadOrders | None = None,
 ) -> ElisionPlan:
+    """``images``: with which share and ranking image tokens are elided; None keeps them all."""
+    chosen = images or ImagesConfig()
     method = Method(
         score=Given(score_N),
         quota=PerSample(),
         execution=Elide(align=align),
         keep_share=keep_share,
-        ranking=RandomOrder(),
-        image_share=1.0,
+        ranking=chosen.ranking,
+        image_share=chosen.keep_share,
     )
     values_N = score_window(method, [batch], step=0, reference_N=None, statistics={})
     num_hard_S, _ = count_hard(method, [batch], values_N, state={})
-    choice = Choice(values_N=values_N, num_hard_S=num_hard_S)
+    beyond = None
+    if images is not None:
+        beyond = place_images(method, [batch], step=step, read_orders=read_orders)
+    choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
     return plan_window(method, [batch], choice, rows)[0]
 
 

@@ -10,6 +10,7 @@ from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import attach_model, has_tower
 from regate_ds.adapters.session_state import Reference, require_reference
 from regate_ds.config import RegateConfig, require_config, require_steps
+from regate_ds.families.numbering import numbering_of
 from regate_ds.parallel.layout import num_ranks
 from regate_ds.teacher.online import OnlineReference
 
@@ -54,7 +55,7 @@ def attach(
     options = LoopOptions(
         own_loss=own_loss,
         tower_unwatched=tower_unwatched,
-        image_token_id=getattr(getattr(model, "config", None), "image_token_id", None),
+        number_images=numbering_of(model, elides_images=config.chooses_images),
     )
     return DeepSpeedRegate(
         config, attachment, total_steps=total_steps, reference=reference, options=options

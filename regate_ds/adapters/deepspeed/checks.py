@@ -9,6 +9,7 @@ from typing import Any
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig
+from regate_ds.data.keyed import NumberImages
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ class LoopOptions:
     tower_unwatched: bool = False
     """The model has a tower, and runs no empty image where a micro-batch has none."""
 
-    image_token_id: int | None = None
-    """The token id of image placeholders; None if the model has none."""
+    number_images: NumberImages | None = None
+    """Numbers the images of a micro-batch that does not do so itself."""
 
 
 def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:

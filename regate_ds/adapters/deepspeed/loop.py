@@ -61,7 +61,7 @@ class DeepSpeedRegate:
         """Wrap your collate function; the items need a ``regate_key``, which ``Keyed`` adds."""
         if not self.config.enabled:
             return PlainCollate(collate_fn)
-        return KeyedCollate(collate_fn, self._options.image_token_id)
+        return KeyedCollate(collate_fn, self._options.number_images)
 
     def windows(self, loader: Iterable[Any], engine: Any = None) -> Iterator[Window]:
         """Yield the loader's micro-batches in groups of one optimizer step, each with its plan.

@@ -7,8 +7,8 @@
         loss = regate.train_batch(iterator)
         regate.step(applied=engine.was_step_applied())
 
-The iterator yields ``Batch`` (inputs and tokens), as ``KeyedCollate`` and the collator in
-`data/collate.py` make it. DeepSpeed requires that the first and the last stage of a replica read
+The iterator yields ``Batch`` (inputs and tokens), as ``regate.collate(collate)`` and the collator
+in `data/collate.py` make it. DeepSpeed requires that the first and the last stage of a replica read
 the same micro-batches.
 """
 
@@ -37,6 +37,7 @@ from regate_ds.adapters.window import window_tokens
 from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
+from regate_ds.data.keyed import KeyedCollate, PlainCollate
 from regate_ds.parallel.layout import ParallelLayout, cpu_group
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -79,6 +80,12 @@ class PipelineRegate:
         self._replica, self._opened = replica, opened
         self._losses: dict[int, Tensor] = {}
         """Losses of each micro-batch's targets, of the step that was trained last."""
+
+    def collate(self, collate_fn: Callable[[list[Any]], Any]) -> KeyedCollate | PlainCollate:
+        """Wrap your collate function; the items need a ``regate_key``, which ``Keyed`` adds."""
+        if not self.config.enabled:
+            return PlainCollate(collate_fn)
+        return KeyedCollate(collate_fn, self._student.number_images)
 
     def train_batch(self, iterator: Iterator[Batch]) -> Tensor:
         """Run one optimizer step and return the mean loss over all targets of the step.

@@ -18,6 +18,7 @@ from regate_ds.adapters.huggingface.support import (
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.config import RegateConfig, require_config
+from regate_ds.families.numbering import numbering_of
 from regate_ds.families.text_decoders import TEXT_DECODERS
 
 
@@ -31,6 +32,8 @@ class PipelineStudent(PipelineModule):
         options.setdefault("checkpointable_layers", [Decoder.__name__])
         super().__init__(loss_fn=self._loss, dynamic_shape=True, **options)
         self.regate_config, self.table = config, table
+        self.number_images = numbering_of(host, elides_images=config.chooses_images)
+        """Numbers the images of a micro-batch that does not do so itself."""
         self.scale, self.losses = 1.0, dict[int, Tensor]()
         self._host_loss = host.loss_function
         self._vocab_size = host.config.get_text_config().vocab_size

@@ -34,7 +34,7 @@ from regate_ds.adapters.deepspeed.checks import warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.window import PLAN
 from regate_ds.config import RegateConfig, require_config
-from regate_ds.data.keyed import KEY, PlainCollate
+from regate_ds.data.keyed import IMAGES, KEY, PlainCollate
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
@@ -56,7 +56,7 @@ class RegateMixin:
             # Trainer keeps the columns that the model's forward takes; read them before attach
             # replaces that forward.
             self._set_signature_columns_if_needed()
-            self._signature_columns.append(KEY)
+            self._signature_columns += [KEY, IMAGES]
             self.add_callback(_StateCallback(self))
         self.regate: DeepSpeedRegate = attach(self.model, regate, reference=reference)
         if regate.enabled:

@@ -27,7 +27,7 @@ from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.values import Stores
-from tests.adapters.deepspeed.zero_cases_helper import BY_WINDOW, ZeroCase
+from tests.adapters.deepspeed.zero_cases_helper import BY_WINDOW, IMAGES_ELIDED, ZeroCase
 from tests.adapters.deepspeed.zero_checks_helper import (
     NUM_STEPS,
     TOLERANCE,
@@ -57,7 +57,7 @@ class PipeCase:
 
 
 TEXT = ZeroCase("text", accumulation=3, rows=UNEVEN)
-LLAVA = ZeroCase("llava", accumulation=3, rows=UNEVEN)
+LLAVA = ZeroCase("llava", accumulation=3, rows=UNEVEN, knobs=IMAGES_ELIDED)
 SMALL = {
     "text": PipeCase(replace(TEXT, stage=0)),
     "text, all layers gated": PipeCase(replace(TEXT, stage=1, knobs=(("first_layer", 0),))),
@@ -176,6 +176,8 @@ def check_step(case: PipeCase) -> None:
     mine = {n: expected[n] for n in pipe.names.values() if n in found and n in expected}
     assert mine, "this stage has no parameter"
     assert_gradients_equal({n: found[n] for n in mine}, mine, TOLERANCE)
+    counts = pipe.regate.metrics()
+    assert (counts["image_kept"] < counts["image_total"]) == case.zero.config.chooses_images
     pipe.engine.destroy()
 
 

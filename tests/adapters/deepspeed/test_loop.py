@@ -342,6 +342,7 @@ def test_of_saves_by_several_numbers_of_ranks_the_last_is_read(tmp_path):
         ({"warmup": 1}, "warmup_steps is 1 by this configuration, but 0 in the checkpoint's run"),
         ({"final_dense_share": 0.5}, "final_dense_steps is 2 by this"),
         ({"cycle_steps": 2}, "cycle_steps is 2 by this"),
+        ({"images.schedule": {"warmup": 3}}, "images.schedule is .* but None in the checkpoint's"),
         ({"total_steps": 5}, "total_steps=5, but the checkpoint's run has 4"),
     ],
 )

@@ -74,6 +74,8 @@ def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
     regate = attach(model, case.config, total_steps=NUM_STEPS, **options)
     engine = start_engine(model, case.stage, case.accumulation)
     (window,) = regate.windows(case.batches(rank), engine)
+    counts = regate.metrics()
+    assert (counts["image_kept"] < counts["image_total"]) == bool(case.config.chooses_images)
     for number, inputs in enumerate(window, start=1):
         if rank == RANKS[-1] and case.targets_of_last_rank is not None:
             assert inputs[PLAN].num_targets == case.targets_of_last_rank

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
+from regate_ds.images_config import ImagesConfig
+from tests.support.batches import made_up_images
 from tests.support.measure import Gradients, assert_gradients_equal, gradients, relative_error
 from tests.support.models import IMAGE_TOKEN, packed_positions, random_batch, with_images
 from tests.support.oracle import Rotary, oracle_loss
@@ -37,8 +39,18 @@ class Case:
     inputs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, input_ids: Tensor, batch: TokenBatch, *, seed: int = 0, **knobs: Any) -> Case:
+    def of(
+        cls,
+        input_ids: Tensor,
+        batch: TokenBatch,
+        *,
+        seed: int = 0,
+        image_share: float = 1.0,
+        **knobs: Any,
+    ) -> Case:
         """Scores at random; half of the label positions kept unless ``knobs`` say otherwise."""
+        if image_share < 1.0:
+            knobs["images"] = ImagesConfig(keep_share=image_share)
         generator = torch.Generator().manual_seed(seed)
         score_N = torch.rand(int(batch.is_label_BT.sum()), generator=generator)
         plan = plan_sparse(batch, score_N, **{"keep_share": 0.5, "align": "predictor", **knobs})
@@ -54,14 +66,15 @@ class Case:
 
 
 def text_case(rows: list[list[int]], *, seed: int = 1, **knobs: Any) -> Case:
+    """Text; images are made up, at places where any token may lie."""
     input_ids, batch = random_batch(rows, seed=seed)
-    return Case.of(input_ids, batch, seed=seed, **knobs)
+    return Case.of(input_ids, made_up_images(batch), seed=seed, **knobs)
 
 
 def llava_case(rows: list[list[int]], num_images: list[int], seed: int = 2, **knobs) -> Case:
     """Images at the start of the rows that have any, one after the other."""
     input_ids, batch = random_batch(rows, seed=seed)
-    batch = with_images(input_ids, batch, [TOKENS_OF_LLAVA_IMAGE * n for n in num_images])
+    batch = with_images(input_ids, batch, [[TOKENS_OF_LLAVA_IMAGE] * n for n in num_images])
     case = Case.of(input_ids, batch, seed=seed, **knobs)
     if not sum(num_images):
         return case

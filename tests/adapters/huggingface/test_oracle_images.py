@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regate_ds.algorithm.batch import IMAGE
+from regate_ds.families.numbering import numbering_of
 from tests.adapters.huggingface.gated_cases_helper import (
     Case,
     assert_exact,
@@ -20,23 +22,40 @@ from tests.support.oracle import Rotary
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("gated", [range(0, 3), range(1, 3), range(0, 2)])
+@pytest.mark.parametrize("gated", [range(0, 3), range(1, 3), range(0, 2), range(2, 3)])
 @pytest.mark.parametrize(
-    ("rows", "num_images"),
-    [([[20], [13]], [1, 1]), ([[20], [13]], [2, 0]), ([[12, 7], [13]], [1, 1]), ([[9]], [0])],
+    ("rows", "num_images", "image_share"),
+    [
+        ([[20], [13]], [1, 1], 1.0),
+        ([[20], [13]], [2, 0], 0.5),
+        ([[16, 7], [13]], [2, 1], 0.3),
+        ([[9]], [0], 0.5),
+    ],
 )
-def test_llava_is_exact_with_images_without_and_packed(attention, gated, rows, num_images):
-    assert_exact(llava(attention), llava_case(rows, num_images), gated, embed=embed_llava)
+def test_llava_is_exact_with_images_without_and_packed(
+    attention, gated, rows, num_images, image_share
+):
+    case = llava_case(rows, num_images, image_share=image_share)
+    assert elides_images(case) == (image_share < 1.0 and sum(num_images) > 0)
+    assert_exact(llava(attention), case, gated, embed=embed_llava)
 
 
-PATCH_GRIDS = [(1, 4, 6), (1, 4, 4)]
-"""Frames, height and width of each row's image in patches; 2 x 2 of them make a token."""
+def elides_images(case: Case) -> bool:
+    return not set((case.batch.kind_BT == IMAGE).flatten().nonzero().flatten().tolist()) <= set(
+        case.plan.position_R.tolist()
+    )
 
 
-def qwen2_vl_case(lengths: list[int], grids: list[tuple[int, int, int]], seed: int = 4) -> Case:
+PATCH_GRIDS = [(1, 4, 6), (2, 4, 4)]
+"""Temporal steps, height and width of each row's image or clip; 2 x 2 patches make a token."""
+
+
+def qwen2_vl_case(
+    lengths: list[int], grids: list[tuple[int, int, int]], image_share: float = 1.0, seed: int = 4
+) -> Case:
     input_ids, batch = random_batch([[n] for n in lengths], seed=seed)
-    batch = with_images(input_ids, batch, [t * h * w // 4 for t, h, w in grids])
-    case = Case.of(input_ids, batch, seed=seed)
+    batch = with_images(input_ids, batch, [[h * w // 4] * t for t, h, w in grids])
+    case = Case.of(input_ids, batch, seed=seed, image_share=image_share)
     num_patches = sum(t * h * w for t, h, w in grids)
     generator = torch.Generator().manual_seed(seed)
     inputs = {
@@ -54,12 +73,14 @@ def embed_qwen2_vl(host: nn.Module, case: Case) -> Tensor:
 
 
 def grid_positions(length: int, grid: tuple[int, int, int]) -> Tensor:
-    """[3, T]: frame, row and column count on from the text before; text counts on from the image.
+    """[3, T]: time, row and column count on from the text before; text counts on from the image.
 
     The image starts at position 1, as ``with_images`` puts it.
     """
-    _, height, width = (grid[0], grid[1] // 2, grid[2] // 2)
-    image = [(1, 1 + y, 1 + x) for y in range(height) for x in range(width)]
+    steps, height, width = (grid[0], grid[1] // 2, grid[2] // 2)
+    image = [
+        (1 + t, 1 + y, 1 + x) for t in range(steps) for y in range(height) for x in range(width)
+    ]
     after = 1 + max(height, width)
     text = [(after + i,) * 3 for i in range(length - 1 - len(image))]
     return torch.tensor([(0, 0, 0), *image, *text]).T
@@ -77,9 +98,19 @@ def rotary_of(model: nn.Module, lengths: list[int], grids: list[tuple]) -> list[
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("gated", [range(0, 3), range(1, 3), range(0, 1)])
-def test_qwen2_vl_is_exact_with_positions_of_three_axes(attention: str, gated: range):
+@pytest.mark.parametrize(
+    ("gated", "image_share"),
+    [(range(0, 3), 0.5), (range(1, 3), 0.3), (range(2, 3), 0.5), (range(0, 1), 1.0)],
+)
+def test_qwen2_vl_is_exact_with_positions_of_three_axes(
+    attention: str, gated: range, image_share: float
+):
     model, lengths = qwen2_vl(attention), [20, 15]
     rotary_B = rotary_of(model, lengths, PATCH_GRIDS)
-    case = qwen2_vl_case(lengths, PATCH_GRIDS)
+    case = qwen2_vl_case(lengths, PATCH_GRIDS, image_share)
+    assert elides_images(case) == (image_share < 1.0)
+    number_images = numbering_of(model, elides_images=True)
+    assert torch.equal(
+        number_images({"input_ids": case.input_ids, **case.inputs}), case.batch.image_BT
+    )
     assert_exact(model, case, gated, embed=embed_qwen2_vl, rotary_B=rotary_B)

@@ -14,7 +14,10 @@ from tests.support.measure import Gradients, assert_gradients_equal, gradients
 from tests.support.models import causal_lm
 from tests.support.planning import gate_layers
 
-TWO_MICRO_BATCHES = [text_case([[20], [13]], seed=1), text_case([[8, 9], [25]], seed=2)]
+TWO_MICRO_BATCHES = [
+    text_case([[20], [13]], seed=1),
+    text_case([[8, 9], [25]], seed=2, image_share=0.5),
+]
 
 
 def attached(**knobs) -> nn.Module:

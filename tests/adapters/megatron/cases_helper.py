@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.config import RegateConfig
-from tests.support.batches import random_batch
+from tests.support.batches import made_up_images, random_batch
 from tests.support.planning import config_of
 
 HIDDEN, HEADS, GROUPS, FFN, EXPERTS = 32, 4, 2, 48, 4
@@ -46,6 +46,10 @@ class Case:
     score: str = "fused"
     quota: str = "per_sample"
     keep_share: float = 0.5
+    image_share: float = 1.0
+    """Share of each image's tokens that are kept. Below 1 a row of LLaVAModel has two images, and
+    the first half of a sample of text is taken for two."""
+
     dense: bool = False
     token_multiple: int = 1
     seed: int = 0
@@ -74,6 +78,7 @@ class Case:
             score=self.score,
             quota=self.quota,
             keep_share=self.keep_share,
+            images={"keep_share": self.image_share},
             first_layer=self.first_layer,
             last_layer=self.last_layer,
             token_multiple=self.token_multiple,
@@ -110,6 +115,8 @@ def items(case: Case, data_rank: int) -> list[Item]:
             labels = tokens.labels_BT.clone()
             labels[:, : case.length * 3 // 4] = IGNORE
             tokens = replace(tokens, labels_BT=labels)
+        if case.image_share < 1.0:
+            tokens = made_up_images(tokens)
         made.append(_named(Item(ids, tokens), f"rank{data_rank}-{number}"))
     return made
 
@@ -122,7 +129,7 @@ def _named(item: Item, name: str) -> Item:
 
 def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
     if case.model == "llava":
-        # Room for the image in every row.
+        # Room for the images in every row.
         sizes = torch.randint(12, case.length + 1, (case.rows,), generator=generator)
         return [[n] for n in sizes.tolist()]
     if case.one_slice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,33 +17,39 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron_on_cpu.modules import Norm, layer_spec
-from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.batch import IGNORE
 from tests.adapters.megatron.cases_helper import VOCABULARY, Case, Item
 from tests.support.batches import random_batch
 
 IMAGE, PATCH = 8, 4
 NUM_PATCHES = (IMAGE // PATCH) ** 2
 IMAGE_AT = 1
-"""Position of the image in every row."""
+"""Position of the first image in every row; another one touches it."""
 
 
 @dataclass(frozen=True)
 class ImageItem(Item):
-    """``ids_BT`` are of the text, with one placeholder; ``tokens`` of what the decoder sees."""
+    """``ids_BT`` are of the text, with a placeholder an image; ``tokens`` of what the decoder sees.
+
+    The images [I, ...] are row by row, equally many in each.
+    """
 
     images: Tensor
 
 
 def image_item(case: Case, lengths: list[list[int]], seed: int) -> ImageItem:
     ids_BT, tokens = random_batch(lengths, seed=seed, length=case.length)
-    end = IMAGE_AT + NUM_PATCHES
-    text_BT = torch.cat([ids_BT[:, : IMAGE_AT + 1], ids_BT[:, end:]], dim=1)
-    text_BT[:, IMAGE_AT] = DEFAULT_IMAGE_TOKEN_INDEX
+    num_images = 2 if case.image_share < 1.0 else 1
+    start, end = IMAGE_AT + num_images, IMAGE_AT + num_images * NUM_PATCHES
+    text_BT = torch.cat([ids_BT[:, :start], ids_BT[:, end:]], dim=1)
+    text_BT[:, IMAGE_AT:start] = DEFAULT_IMAGE_TOKEN_INDEX
     labels_BT = tokens.labels_BT.clone()
     labels_BT[:, IMAGE_AT - 1 : end - 1] = IGNORE
+    image_BT = torch.full_like(labels_BT, -1)
+    image_BT[:, IMAGE_AT:end] = torch.arange(num_images).repeat_interleave(NUM_PATCHES)
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(len(lengths), 3, IMAGE, IMAGE, generator=generator)
-    return ImageItem(text_BT, TokenBatch(tokens.keys, tokens.segment_BT, labels_BT), images)
+    images = torch.randn(num_images * len(lengths), 3, IMAGE, IMAGE, generator=generator)
+    return ImageItem(text_BT, replace(tokens, labels_BT=labels_BT, image_BT=image_BT), images)
 
 
 def vision_config(host: TransformerConfig, **more: Any) -> TransformerConfig:
@@ -121,6 +127,6 @@ class PlainVision(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, patches, H]"""
+        """[I, patches, H]"""
         features = self.vision_model(images)[:, 1:]
         return self.vision_projection(features.transpose(0, 1).contiguous()).transpose(0, 1)

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import attach
-from regate_ds.adapters.megatron.samples import ImageTokens, with_images
+from regate_ds.adapters.megatron.samples import ImageTokens, image_numbers, with_images
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.parallel import resharding as routes
@@ -187,23 +187,27 @@ def check_overlap(case: Case) -> None:
 
 
 def check_image_labels(case: Case) -> None:
-    """Two images in one row, one or none in others, cut or not, against what LLaVAModel makes."""
+    """Three images in a row, two of which touch, one or none in others, cut or not.
+
+    Labels and numbers of images against what LLaVAModel makes of images filled with their numbers.
+    """
     join(case)
     chunks = build(case)
     model: Any = chunks[0].module
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 50, (3, 12), generator=generator)
-    ids[0, 0] = ids[0, 7] = ids[1, 11] = DEFAULT_IMAGE_TOKEN_INDEX
+    ids[0, 0] = ids[0, 6] = ids[0, 7] = ids[1, 11] = DEFAULT_IMAGE_TOKEN_INDEX
     labels = torch.randint(1, 50, (3, 12), generator=generator)
     mask = (torch.rand(3, 12, generator=generator) < 0.7).float()
     size = model.img_seq_len
     image = ImageTokens(placeholder=DEFAULT_IMAGE_TOKEN_INDEX, num_positions=size)
+    numbers = torch.tensor([0.0, 1.0, 2.0, 0.0])[None, :, None].expand(size, -1, HIDDEN)
     for length in (15, case.length):
         model._language_max_sequence_length = length
         for pads in (False, True):
             model._language_is_pipeline_parallel = pads
-            _, found, found_mask = model._preprocess_data(
-                torch.zeros(size, 3, HIDDEN),
+            merged_TBH, found, found_mask = model._preprocess_data(
+                numbers + 1,
                 torch.zeros(3, 12, HIDDEN),
                 ids,
                 mask,
@@ -211,12 +215,14 @@ def check_image_labels(case: Case) -> None:
                 False,
                 None,
                 DEFAULT_IMAGE_TOKEN_INDEX,
-                torch.ones(3, dtype=torch.int),
+                torch.ones(4, dtype=torch.int),
             )
             wanted = found.masked_fill(found_mask <= 0, IGNORE)
             own = labels.masked_fill(mask <= 0, IGNORE)
             mine = with_images(own, ids, replace(image, max_length=length, pads=pads))
             assert torch.equal(mine, wanted), f"length {length}, pads {pads}"
+            image_BT = image_numbers(ids, image, mine.shape[1])
+            assert torch.equal(image_BT, merged_TBH[:, :, 0].T.long() - 1)
     dismantle(chunks)
 
 

@@ -58,7 +58,9 @@ def cases() -> list[tuple[str, Case]]:
         # What is recomputed inside a layer is far from the restore.
         if "last_layer" in sizes and recompute == "selective":
             continue
-        case = Case(**sizes, row_format=rows, first_layer=first, recompute=recompute)
+        share = 0.5 if (rows == "padded") == (first == 1) else 1.0
+        fields = {"row_format": rows, "first_layer": first, "image_share": share}
+        case = Case(**sizes, **fields, recompute=recompute)
         # Eight processes on the few cores of a test machine: once.
         if case.world > 4 and (first, recompute, rows) != (1, "full", "padded"):
             continue
@@ -110,6 +112,8 @@ scatters in every layer, in double precision. Every gradient must hold
 single precision alone makes of the plain model, and by 5e-5 at most), every loss the same; the
 table shows the largest `||g - g*|| / (||g*|| + 0.01 ||all g*||)` of any parameter of any rank.
 Single precision, CPU, gloo.
+Padded rows from layer 1 and ragged rows from layer 0 also elide half of the tokens of two images a
+sample.
 "Own attention": the stock attention of Megatron-core on CPUs knows no context parallelism and no
 packed sequences (thd), so that the tests bring one; on GPUs Transformer Engine's is used.
 "last_layer n": the gated range ends before layer n of the four, and the full sequence goes on. Of f

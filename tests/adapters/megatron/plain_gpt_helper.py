@@ -77,10 +77,11 @@ def embedded(model: PlainModel, item: Item) -> Tensor:
     if not isinstance(item, ImageItem):
         return table[item.ids_BT]
     assert model.vision is not None
-    images_BPH = model.vision(item.images.to(model.dtype))
+    features_IPH = model.vision(item.images.to(model.dtype))
     ids_BT = item.ids_BT.clamp(min=0)
-    before, after = ids_BT[:, :IMAGE_AT], ids_BT[:, IMAGE_AT + 1 :]
-    return torch.cat([table[before], images_BPH, table[after]], dim=1)
+    num_rows, end = len(ids_BT), IMAGE_AT + len(features_IPH) // len(ids_BT)
+    images_BPH = features_IPH.reshape(num_rows, -1, HIDDEN)
+    return torch.cat([table[ids_BT[:, :IMAGE_AT]], images_BPH, table[ids_BT[:, end:]]], dim=1)
 
 
 def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:

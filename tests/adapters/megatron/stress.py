@@ -25,6 +25,7 @@ def random_case(rng: random.Random) -> Case:
     num_layers = stages * rng.choice([1, 2] if stages > 1 else [2, 3, 4])
     sp = sizes["tp"] > 1 and rng.random() < 0.7
     row_format = rng.choice(["padded", "ragged"])
+    execution = rng.choice(["elide", "elide", "loss_only"])
     first = rng.randrange(0, num_layers // stages + 1 if vpp > 1 else num_layers)
     first = min(first, num_layers - 1)
     last = None if vpp > 1 or rng.random() < 0.5 else rng.randrange(first + 1, num_layers + 1)
@@ -47,7 +48,8 @@ def random_case(rng: random.Random) -> Case:
         token_multiple=rng.choice([1, 1, 3, 4]),
         one_slice=model != "llava" and row_format == "padded" and rng.random() < 0.2,
         seed=rng.randrange(1000),
-        execution=rng.choice(["elide", "elide", "loss_only"]),
+        execution=execution,
+        image_share=rng.choice([0.1, 0.3, 0.5, 1.0]) if execution == "elide" else 1.0,
         score=rng.choice(["fused", "fused", "random"]),
         quota=rng.choice(["per_sample", "per_window", "threshold"]),
     )

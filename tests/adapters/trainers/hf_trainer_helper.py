@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
-from regate_ds import Keyed, ReferenceStore, RegateConfig, ScheduleConfig, attach
+from regate_ds import ImagesConfig, Keyed, ReferenceStore, RegateConfig, ScheduleConfig, attach
 from regate_ds.adapters.trainers.hf_trainer import RegateMixin, RegateTrainer
 from tests.support.paths import ROOT
 
@@ -150,7 +150,8 @@ def settings(root: Path, **more: Any) -> TrainingArguments:
 
 def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     """Plain SGD, so that the weights after some steps are a sum of gradients."""
-    config = RegateConfig(schedule=ScheduleConfig(warmup=1, final_dense_share=0.0))
+    schedule = ScheduleConfig(warmup=1, final_dense_share=0.0)
+    config = RegateConfig(schedule=schedule, images=ImagesConfig(keep_share=0.5))
     reference = ReferenceStore(root / "trainer" / "reference")
     model, data, collate = parts(root)
     trainer = Recorded(
@@ -164,6 +165,8 @@ def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     start = weights(model)
     trainer.train()
     assert [len(window) for window in trainer.windows] == [3, 1, 3]
+    counts = trainer.regate.metrics()
+    assert 0 < counts["image_kept"] < counts["image_total"]
 
     own = parts(root)[0]
     regate = attach(own.train(), config, total_steps=STEPS, reference=reference)

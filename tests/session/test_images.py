@@ -1,0 +1,170 @@
+"""Image tokens in a session: a schedule of their own, counts, resume, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from regate_ds.algorithm.batch import IMAGE, TokenBatch
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.images_config import ImagesConfig
+from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
+from tests.algorithm.plain_plan_helper import rows_of, wild_batch
+from tests.session.test_session import run_step
+from tests.support.planning import config_of, fuse, plan_in
+from tests.support.stores import RandomReference, index_of, read_difficulty
+
+TOTAL_STEPS = 8
+ANSWERS = {"warmup": 2, "final_dense_share": 0.25}
+"""Steps 2 to 5 choose among answers."""
+
+IMAGES = {"warmup": 1, "cycle_steps": 3, "cycle_dense_steps": 1, "final_dense_share": 0.0}
+"""Steps 2, 3, 5 and 6 choose among image tokens."""
+
+
+def window_of(seed: int, num_micro: int = 2) -> tuple[TokenBatch, ...]:
+    rng, batches = random.Random(seed), []
+    while len(batches) < num_micro:
+        batch = wild_batch(rng, images=True)
+        keys = tuple(
+            tuple((f"{seed}-{len(batches)}-{name}", n) for name, n in row) for row in batch.keys
+        )
+        if bool(batch.is_label_BT.any()) and int((batch.kind_BT == IMAGE).sum()) > 8:
+            batches.append(replace(batch, keys=keys))
+    return tuple(batches)
+
+
+WINDOWS = [window_of(seed) for seed in range(2)]
+INDEX = index_of(batch for window in WINDOWS for batch in window)
+
+
+def made(rows: RowLayout | None = None, **knobs) -> tuple[Regate, DifficultyStore]:
+    chosen = {"images": {"keep_share": 0.3, "schedule": IMAGES}, "schedule": ANSWERS, **knobs}
+    store = DifficultyStore(INDEX)
+    stores = Stores(RandomReference(INDEX), store)
+    config = config_of(keep_share=0.4, **chosen)
+    return Regate(config, stores, total_steps=TOTAL_STEPS, rows=rows), store
+
+
+def positions(step: StepPlan) -> list[tuple[int, list[list[int]]]]:
+    return [(one.num_filled, rows_of(one)) for one in step.micro]
+
+
+def test_answers_and_images_are_elided_in_the_steps_of_their_own_schedules():
+    session, store = made(rows=RowLayout(multiple=4))
+    chosen = []
+    for number in range(TOTAL_STEPS):
+        window = WINDOWS[number % 2]
+        keys = [[key for row in batch.keys for key in row] for batch in window]
+        before = [read_difficulty(store, each) for each in keys]
+        step = run_step(session, *window)
+        answers, images = 2 <= number < 6, number in (2, 3, 5, 6)
+        assert step.is_dense == (not answers and not images)
+        for batch, each, old_N, plan in zip(window, keys, before, step.micro, strict=True):
+            score_N = fuse(RandomReference(INDEX).read(each), old_N)
+            wanted = planned_alone(batch, score_N, answers=answers, images=images, step=number)
+            if not step.is_dense:
+                assert rows_of(plan) == rows_of(wanted)
+                assert plan.num_filled == wanted.num_filled
+        check_counts(step, answers=answers, images=images)
+        chosen.append((answers, images))
+    assert set(chosen) == {(a, b) for a in (False, True) for b in (False, True)}
+
+
+def planned_alone(batch: TokenBatch, score_N, *, answers: bool, images: bool, step: int):
+    return plan_in(
+        RowLayout(multiple=4),
+        batch,
+        score_N,
+        keep_share=0.4 if answers else 1.0,
+        align="predictor",
+        images=ImagesConfig(keep_share=0.3) if images else None,
+        step=step,
+    )
+
+
+def check_counts(step: StepPlan, *, answers: bool, images: bool) -> None:
+    counts = step.counts
+    assert 0 < counts["image_total"] < counts["tokens_total"]
+    assert (counts["image_kept"] < counts["image_total"]) == images
+    assert (counts["answer_kept"] < counts["answer_total"]) == answers
+    elided = counts["image_total"] - counts["image_kept"]
+    elided += counts["answer_total"] - counts["answer_kept"]
+    assert counts["tokens_total"] - counts["tokens_kept"] == elided
+
+
+def test_without_answers_to_choose_images_need_no_store():
+    config = config_of(keep_share=1.0, images={"keep_share": 0.3, "schedule": IMAGES})
+    session = Regate(config, Stores(), total_steps=TOTAL_STEPS)
+    steps = [run_step(session, *WINDOWS[0]) for _ in range(TOTAL_STEPS)]
+    assert [number for number, step in enumerate(steps) if not step.is_dense] == [2, 3, 5, 6]
+    assert all(step.counts["answer_kept"] == step.counts["answer_total"] for step in steps)
+    # Drawn anew in each step.
+    assert positions(steps[2]) != positions(steps[3])
+
+
+def test_images_follow_the_schedule_of_answers_unless_they_have_one():
+    session, _ = made(images={"keep_share": 0.3})
+    for number in range(TOTAL_STEPS):
+        step = run_step(session, *WINDOWS[0])
+        check_counts(step, answers=2 <= number < 6, images=2 <= number < 6)
+
+
+def test_the_plans_of_images_kept_whole_are_those_without_images():
+    plans: list[list[ElisionPlan]] = []
+    for images in ({"keep_share": 1.0, "schedule": IMAGES}, {}):
+        session, _ = made(images=images)
+        windows = [
+            [replace(b, image_BT=b.image_BT if images else None) for b in w] for w in WINDOWS
+        ]
+        steps = [run_step(session, *windows[number % 2]) for number in range(TOTAL_STEPS)]
+        plans.append([one for step in steps for one in step.micro])
+    for mine, theirs in zip(*plans, strict=True):
+        for name, value in vars(mine).items():
+            other = getattr(theirs, name)
+            same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+            assert same, name
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_goes_on_in_both_schedules_as_if_it_had_never_stopped(stop: int, tmp_path):
+    whole, whole_store = made()
+    steps = [run_step(whole, *WINDOWS[number % 2]) for number in range(TOTAL_STEPS)]
+    begun, begun_store = made()
+    for number in range(stop):
+        run_step(begun, *WINDOWS[number % 2])
+    begun_store.save(tmp_path)
+    rest, rest_store = made()
+    rest.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    rest_store.load(tmp_path)
+    for number in range(stop, TOTAL_STEPS):
+        step = run_step(rest, *WINDOWS[number % 2])
+        assert positions(step) == positions(steps[number])
+        assert step.counts == steps[number].counts
+    keys = [key for window in WINDOWS for batch in window for key in batch.flat_keys]
+    assert torch.equal(read_difficulty(rest_store, keys), read_difficulty(whole_store, keys))
+
+
+@pytest.mark.parametrize("images", [{}, {"schedule": {**IMAGES, "warmup": 3}}])
+def test_a_checkpoint_of_another_schedule_of_images_is_refused(images: dict):
+    saved, other = (
+        made()[0],
+        made(images={"keep_share": 0.3, **images})[0],
+    )
+    for mine, theirs in ((saved, other), (other, saved)):
+        with pytest.raises(ValueError, match="images.schedule is .* but .* in the checkpoint's"):
+            mine.load_state_dict(json.loads(json.dumps(theirs.state_dict())))
+
+
+def test_a_batch_that_does_not_tell_its_images_is_refused_before_anything_is_planned():
+    session, _ = made(images={"keep_share": 0.3, "schedule": {"warmup": 0}})
+    with pytest.raises(ValueError, match=r"does not tell .* images \(image_BT=None\); give"):
+        session.plan_step([replace(WINDOWS[0][0], image_BT=None)])
+    assert run_step(session, *WINDOWS[0]).step == 0
