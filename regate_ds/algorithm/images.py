@@ -51,12 +51,14 @@ def find_images(batch: TokenBatch) -> Images:
         )
     sample_P, image_P = batch.sample_BT.reshape(-1), batch.image_BT.reshape(-1)
     position_P = ((sample_P >= 0) & (image_P >= 0)).nonzero().squeeze(1)
-    pair_P2 = torch.stack([sample_P[position_P], image_P[position_P]], dim=1)
-    pairs_I2, image_P, sizes_I = pair_P2.unique(dim=0, return_inverse=True, return_counts=True)
+    # One number for each pair of sample and image: rows would be compared far more slowly.
+    base = int(image_P.max()) + 1
+    pair_P = sample_P[position_P] * base + image_P[position_P]
+    pairs_I, image_P, sizes_I = pair_P.unique(return_inverse=True, return_counts=True)
     order_M = image_P.argsort(stable=True)
     position_M, flat_keys = position_P[order_M], batch.flat_keys
     return Images(
-        keys=tuple((flat_keys[sample], number) for sample, number in pairs_I2.tolist()),
+        keys=tuple((flat_keys[pair // base], pair % base) for pair in pairs_I.tolist()),
         sizes_I=sizes_I,
         image_M=image_P[order_M],
         position_M=position_M,
