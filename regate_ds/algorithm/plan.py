@@ -65,7 +65,7 @@ class ElisionPlan:
     """fp32 weight of each target in the summed loss; None is 1 for all."""
 
     num_filled: int = 0
-    """Label positions kept only to reach the row's multiple."""
+    """Positions kept only to reach the row's multiple."""
 
     step: int = 0
     """The optimizer step that this plan is of."""

@@ -5,7 +5,7 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ def numbering_of(model: Any, *, elides_images: bool) -> NumberImages:
         return partial(_number_runs, tuple(one for one in found if one is not None))
     family = find_family(model)
     if family is None or family.image_lengths is None:
-        return _refuse(getattr(config, "model_type", type(model).__name__))
+        return partial(_refuse, getattr(config, "model_type", type(model).__name__))
     return partial(_number_images, family.image_lengths, config)
 
 
@@ -55,12 +55,9 @@ def _number_images(
     return join_images([number_images(ids_BT == token, each) for token, each in lengths.items()])
 
 
-def _refuse(model_type: str) -> Callable[[Mapping[str, Any]], Tensor | None]:
-    def refuse(_: Mapping[str, Any]) -> Tensor | None:
-        raise ValueError(
-            f"images.keep_share is below 1, but how many tokens each image of a {model_type!r} "
-            f"model has is not known; let the collate function return {IMAGES!r} [rows, tokens], "
-            "the number of the image in its sample and -1 elsewhere, or set images.keep_share=1.0"
-        )
-
-    return refuse
+def _refuse(model_type: str, inputs: Mapping[str, Any]) -> Tensor | None:
+    raise ValueError(
+        f"images.keep_share is below 1, but how many tokens each image of a {model_type!r} model "
+        f"has is not known; let the collate function return {IMAGES!r} [rows, tokens], the number "
+        "of the image in its sample and -1 elsewhere, or set images.keep_share=1.0"
+    )

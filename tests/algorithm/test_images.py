@@ -240,6 +240,27 @@ def test_images_are_numbered_by_their_lengths_where_they_touch_and_across_rows()
     assert number_images(torch.zeros(2, 3).bool(), []).tolist() == [[-1] * 3] * 2
 
 
+def test_images_anywhere_are_numbered_as_a_walk_numbers_them():
+    rng = random.Random(8)
+    for _ in range(40):
+        rows, lengths, wanted = [], ([], []), []
+        for _ in range(3):
+            kinds, numbers = [], []
+            for number in range(rng.randrange(4)):
+                kind, size = rng.randrange(2), rng.randrange(1, 4)
+                lengths[kind].append(size)
+                # Images touch, or text or separators lie between and inside them.
+                for _ in range(size):
+                    gap = rng.choice([0, 0, 1])
+                    kinds += [-1] * gap + [kind]
+                    numbers += [-1] * gap + [number]
+            rows.append(kinds + [-1] * (32 - len(kinds)))
+            wanted.append(numbers + [-1] * (32 - len(numbers)))
+        kind_BT = torch.tensor(rows)
+        numbered = [number_images(kind_BT == kind, lengths[kind]) for kind in range(2)]
+        assert join_images(numbered).tolist() == wanted
+
+
 def test_images_of_several_kinds_are_numbered_in_reading_order():
     first = torch.tensor([[0, -1, 1, 1, -1, -1], [-1, 0, 0, -1, 1, -1]])
     second = torch.tensor([[-1, 0, -1, -1, 1, 1], [0, -1, -1, -1, -1, -1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,11 @@ def test_a_clip_is_an_image_for_each_of_its_temporal_steps():
 @pytest.mark.parametrize("student", [LLAVA, QWEN], ids=["llava", "qwen2_vl"])
 def test_a_batch_of_text_has_no_image(student: Any):
     assert numbers(student, [[1, 5, 6]]) == [[-1, -1, -1]]
+
+
+def test_what_numbers_images_goes_to_the_loaders_workers():
+    for student, elides in ((LLAVA, True), (LLAVA, False), (model("llava_next"), True)):
+        pickle.dumps(numbering_of(student, elides_images=elides))
 
 
 def test_inputs_without_token_ids_tell_nothing():

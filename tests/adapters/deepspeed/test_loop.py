@@ -6,18 +6,19 @@ Real engines on several ranks: tests/adapters/deepspeed/test_zero.py.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.window import PLAN
 from regate_ds.algorithm.batch import IGNORE, TokenBatch, host_labels
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed
@@ -48,8 +49,7 @@ def batches(number: int = NUM_MICRO) -> list[Batch]:
     for n in range(number):
         case = text_case([[24 - 5 * n], [7 + 2 * n]], seed=n)
         keys = tuple(((f"micro{n}", i),) for i in range(2))
-        tokens = TokenBatch(keys, case.batch.segment_BT, case.batch.labels_BT)
-        made.append(Batch({"input_ids": case.input_ids}, tokens))
+        made.append(Batch({"input_ids": case.input_ids}, replace(case.batch, keys=keys)))
     return made
 
 
@@ -124,12 +124,15 @@ def test_an_auxiliary_loss_is_added_once_and_unscaled():
     assert regate.loss(output).item() == pytest.approx(wanted.item())
 
 
-def run(regate: DeepSpeedRegate, model, loader: list[Batch], used: SimpleNamespace) -> list[Tensor]:
+def run(
+    regate: DeepSpeedRegate, model, loader: list[Batch], used: SimpleNamespace
+) -> list[ElisionPlan]:
+    """The plans of the micro-batches."""
     kept = []
     for window in regate.windows(loader, used):
         for inputs in window:
             regate.loss(model(**inputs))
-            kept.append(inputs[PLAN].label_position_L)
+            kept.append(inputs[PLAN])
         regate.step(applied=True)
     return kept
 
@@ -152,7 +155,9 @@ def test_a_loader_shorter_than_a_step_is_refused():
 
 
 def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
-    by_memory_alone = {"warmup": 1, "reference_weight": 0.0}
+    # The second step elides answers and image tokens.
+    images = {"keep_share": 0.5, "schedule": {"warmup": 1, "cycle_steps": 2}}
+    by_memory_alone = {"warmup": 1, "reference_weight": 0.0, "images": images}
     model, whole = made(**by_memory_alone)
     used = engine()
     run(whole, model, batches(), used)
@@ -163,12 +168,13 @@ def test_a_loaded_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     third, resumed = made(**by_memory_alone)
     resumed.load(tmp_path)
     found = run(resumed, third, batches(), engine())
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a.kept_BK, b.kept_BK) for a, b in zip(found, wanted, strict=True))
     assert resumed.metrics() == whole.metrics()
+    assert whole.metrics()["image_kept"] < whole.metrics()["image_total"]
     for batch, with_memory in zip(batches(), wanted, strict=True):
         zeros_N = torch.zeros(int(batch.tokens.is_label_BT.sum()))
         without = plan_sparse(batch.tokens, zeros_N, keep_share=0.5, align="predictor")
-        assert not torch.equal(without.label_position_L, with_memory)
+        assert not torch.equal(without.label_position_L, with_memory.label_position_L)
 
 
 def test_a_folder_without_our_state_is_refused(tmp_path):
