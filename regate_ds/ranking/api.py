@@ -13,6 +13,7 @@ from regate_ds.algorithm.rankings.ranking import Ranking, StoredRanking
 from regate_ds.algorithm.rankings.table import stored_ranking
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed, KeyedCollate
+from regate_ds.families.numbering import numbering_of
 from regate_ds.families.pictures import pictures_of
 from regate_ds.families.table import family_of
 from regate_ds.parallel.layout import ProcessGroup, require_group
@@ -77,13 +78,17 @@ def model_id_for(ranking: StoredRanking, model: Any) -> str | None:
     return None if ranking.reads == "pixels" else vision_id(model)
 
 
+_NOT_RANKED = ("pixel_values_videos", "image_sizes")
+"""Model inputs of videos, and of towers for images of any size, that no family here ranks."""
+
+
 class _Rows:
     """The samples of a data set that have images; each is a unit of its images."""
 
     def __init__(self, data: Keyed, collate_fn: Callable[[list[Any]], Any], model: Any) -> None:
         self._data, self._names = data, family_of(model).image_inputs
         self._token_id = model.config.image_token_id
-        self._collate = KeyedCollate(collate_fn, self._token_id)
+        self._collate = KeyedCollate(collate_fn, numbering_of(model, elides_images=True))
         self.units: list[list[Shown]] = []
         self._row_of: list[int] = []
         self.index = AnswerIndex.build(self._samples())
@@ -91,21 +96,30 @@ class _Rows:
     def read(self, unit: int) -> PictureInputs:
         """Return the image inputs of a unit's sample."""
         inputs = self._collate([self._data[self._row_of[unit]]]).inputs
-        if missing := [name for name in self._names if name not in inputs]:
-            key, _ = self.units[unit][0].images[0]
-            raise ValueError(
-                f"sample {key[0]!r} record {key[1]} has image tokens, but its collated batch lacks "
-                f"{', '.join(missing)}; make the collate function return what the model takes"
-            )
         return {name: inputs[name] for name in self._names}
 
     def _samples(self) -> Any:
         for row in range(len(self._data)):
             batch = self._collate([self._data[row]])
             if shown := _images_of(batch):
+                self._require_inputs(batch)
                 self.units.append(shown)
                 self._row_of.append(row)
             yield from samples_of(batch, self._token_id)
+
+    def _require_inputs(self, batch: Batch) -> None:
+        """Refuse, by ValueError naming it, a sample whose images are not what the family ranks."""
+        (name, record), given = batch.tokens.flat_keys[0], batch.inputs
+        if other := [one for one in _NOT_RANKED if given.get(one) is not None]:
+            raise ValueError(
+                f"sample {name!r} record {record} has {other[0]}, which is not ranked; use "
+                "images.ranking=random or stride"
+            )
+        if missing := [one for one in self._names if given.get(one) is None]:
+            raise ValueError(
+                f"sample {name!r} record {record} has image tokens, but its collated batch lacks "
+                f"{missing[0]}; make the collate function return what the model takes"
+            )
 
 
 def _images_of(batch: Batch) -> list[Shown]:

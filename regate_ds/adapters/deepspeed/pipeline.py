@@ -21,12 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.deepspeed.pipeline_layers import (
     Micro,
+    inputs_and_labels,
     names_and_tensors,
     numbered,
 )
@@ -215,7 +215,7 @@ class PipelineRegate:
         batches = window if reads else [{}] * engine.micro_batches
         names, feed = [], []
         for number, batch in enumerate(batches):
-            inputs, labels = _inputs_and_labels(batch)
+            inputs, labels = inputs_and_labels(batch)
             if plan is None and isinstance(batch, Batch):
                 labels = host_labels(labels)
             input_names, tensors = (
@@ -228,13 +228,6 @@ class PipelineRegate:
             micro = [one.to(engine.device) for one in plan.micro]
         student.table.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
         return iter(feed) if reads else None
-
-
-def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
-    if isinstance(batch, Batch):
-        return batch.inputs, batch.tokens.labels_BT
-    inputs = dict(batch)
-    return inputs, inputs.pop("labels", torch.zeros(0))
 
 
 def _replica(engine: Any) -> Replica:
