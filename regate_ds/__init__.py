@@ -17,6 +17,8 @@ _HOME = {
     "score_dataset": "regate_ds.teacher.api",
     "TeacherConfig": "regate_ds.teacher.config",
     "open_teacher": "regate_ds.teacher.api",
+    "ImageOrderStore": "regate_ds.stores.image_orders.reader",
+    "rank_images": "regate_ds.ranking.api",
     "attach": "regate_ds.adapters.deepspeed.attach",
     "attach_model": "regate_ds.adapters.huggingface.gates",
 }

@@ -14,6 +14,7 @@ from regate_ds.commands.compare import add_compare
 from regate_ds.commands.data import add_data
 from regate_ds.commands.doctor import add_doctor
 from regate_ds.commands.evaluate import add_eval
+from regate_ds.commands.rank import add_rank
 from regate_ds.commands.store import add_store
 from regate_ds.commands.teacher import add_teacher
 from regate_ds.commands.train import add_train
@@ -23,6 +24,7 @@ from regate_ds.job.preemption import EXIT_CODE, Preempted, restore_signals
 COMMANDS = (
     add_data,
     add_teacher,
+    add_rank,
     add_store,
     add_train,
     add_eval,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
@@ -18,12 +19,10 @@ from regate_ds.session import Regate
 from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
-from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.stores.values import Stores
 from regate_ds.teacher.online import OnlineReference
 
 Difficulty = DifficultyStore | StreamDifficulty
-Reference = ReferenceStore | OnlineReference
 
 STATE_FOLDER = "regate"
 """Name of the folder inside a checkpoint that holds the method's state."""
@@ -83,24 +82,6 @@ class Opened:
             )
 
 
-def require_reference(config: RegateConfig, reference: object, *, online: bool = False) -> None:
-    """Refuse, by ValueError, a run without the losses that its score reads.
-
-    It needs the arguments alone, so that every rank that attaches raises. online: whether the host
-    can use a teacher that scores while training.
-    """
-    if isinstance(reference, OnlineReference) and not online:
-        raise ValueError(
-            "reference is an online teacher, which works in a DeepSpeed loop only; write a store "
-            "with score_dataset and give ReferenceStore(path)"
-        )
-    if config.needs_reference and reference is None:
-        raise ValueError(
-            f"score={type(config.score).__name__} needs the teacher's losses, but reference=None; "
-            "give a ReferenceStore, or an online teacher, or set execution=none for the dense run"
-        )
-
-
 def read_state(checkpoint_dir: str | Path) -> dict[str, Any]:
     """Return what all ranks share of a checkpoint; ValueError if it has none."""
     folder = Path(checkpoint_dir) / STATE_FOLDER
@@ -111,7 +92,7 @@ def read_state(checkpoint_dir: str | Path) -> dict[str, Any]:
 
 def open_session(
     config: RegateConfig,
-    reference: Reference | None,
+    computed: Computed,
     layout: ParallelLayout,
     *,
     total_steps: int,
@@ -119,10 +100,11 @@ def open_session(
 ) -> Opened:
     """Make the session of a run of ``total_steps`` steps, and the difficulty that its score needs.
 
-    ValueError if the score needs reference losses and has none.
+    ValueError if the score needs reference losses and has none, or the ranking orders.
     """
+    reference = computed.reference
     difficulty = _difficulty(config, reference, layout) if config.statistics else None
-    stores = Stores(reference, difficulty)
+    stores = Stores(reference, difficulty, computed.orders)
     session = Regate(config, stores, total_steps=total_steps, layout=layout, rows=rows)
     return Opened(session, difficulty)
 

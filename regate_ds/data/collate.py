@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.data.llava.encode import Encoder, VisionInputs, describe
-from regate_ds.data.llava.images import IMAGE_ERRORS
+from regate_ds.data.llava.images import IMAGE_ERRORS, load_rgb
 from regate_ds.data.llava.records import Record, bad_record
 from regate_ds.data.llava.sample import EncodedSample
 
@@ -177,8 +177,7 @@ def _decode(record: Record) -> tuple[Image.Image, ...]:
     images = []
     for path in record.images:
         try:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
+            images.append(load_rgb(path))
         except IMAGE_ERRORS as error:
             raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error
     return tuple(images)

@@ -50,6 +50,17 @@ class Family:
     """Tells the images of a user's micro-batch apart; None if image tokens cannot be elided unless
     the batch numbers its images itself."""
 
+    image_inputs: tuple[str, ...] = ("pixel_values",)
+    """Names of the model inputs that hold images, image by image."""
+
+    patches: Callable[[Any, dict[str, Tensor], Sequence[int]], list[Tensor]]
+    """Returns the pixel values [n, P] of each image token's patch, from the model's config, its
+    image inputs and the number of tokens of each image."""
+
+    attention: Callable[[Any, dict[str, Tensor], Tensor], list[Tensor]]
+    """Returns the attention [L, n] that each image token receives, from the model's config, its
+    image inputs and what the tower's positions receive [L, B, S]."""
+
     vision_inputs: Callable[[Any, Any], VisionInputs] | None = None
     """Makes the family's ``VisionInputs`` from the model's config and its image processor; None if
     the recipe cannot train it. ValueError for a processor of another family."""

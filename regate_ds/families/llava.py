@@ -1,6 +1,7 @@
 """LLaVA: a vision tower with one image size, a projector, and any Llama-like decoder.
 
-Shapes: I images of a micro-batch, B rows, T positions.
+Shapes: I images of a micro-batch, B rows, T positions, L layers, S positions of the tower, n tokens
+of an image, P values of a patch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from regate_ds.families.family import Family, transformers_class
 
@@ -34,9 +36,7 @@ class LlavaVision:
         with torch.device("meta"):
             tower = transformers_class("AutoModel").from_config(config.vision_config)
             features = tower(torch.zeros(1, 3, height, width)).last_hidden_state
-        # "default" cuts off the class token, which comes first; "full" keeps every feature.
-        num_cut = 1 if config.vision_feature_select_strategy == "default" else 0
-        return cls(processor, int(features.shape[1]) - num_cut)
+        return cls(processor, int(features.shape[1]) - _num_cut(config))
 
     def num_tokens(self, size: tuple[int, int]) -> int:
         return self.num_image_tokens
@@ -91,12 +91,44 @@ def _image_lengths(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int
     return {config.image_token_id: [num_positions // max(1, num_images)] * num_images}
 
 
+def _patches(config: Any, inputs: dict[str, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Cut the patches out, in the order of the tower's positions.
+
+    ValueError if the class token is an image token too: it has no patch.
+    """
+    side = config.vision_config.patch_size
+    patches_IPn = F.unfold(inputs["pixel_values"].float(), side, stride=side)
+    num_patches, largest = patches_IPn.shape[2], max(sizes)
+    if largest > num_patches:
+        raise ValueError(
+            f"an image has {largest} tokens, but {num_patches} patches: with "
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy} the class "
+            "token is one of them; use images.ranking=diversity, attention, random or stride"
+        )
+    # Without a class token, "default" cuts off the first patch.
+    first = min(num_patches - largest, _num_cut(config))
+    return [patches_Pn.T[first:] for patches_Pn in patches_IPn]
+
+
+def _attention(config: Any, inputs: dict[str, Tensor], received_LBS: Tensor) -> list[Tensor]:
+    num_cut = _num_cut(config)
+    return [received_LBS[:, image, num_cut:] for image in range(received_LBS.shape[1])]
+
+
+def _num_cut(config: Any) -> int:
+    """Return how many of the tower's positions are no image tokens: "default" cuts off the class
+    token, which comes first; "full" keeps every feature."""
+    return 1 if config.vision_feature_select_strategy == "default" else 0
+
+
 LLAVA = Family(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     tower="vision_tower",
     empty_image=_empty_image,
     image_lengths=_image_lengths,
+    patches=_patches,
+    attention=_attention,
     vision_inputs=LlavaVision.of,
     in_megatron=True,
 )

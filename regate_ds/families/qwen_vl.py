@@ -1,12 +1,14 @@
 """Qwen2-VL and Qwen2.5-VL: images of any size, and rotary positions with three axes.
 
-Shapes: I images of a micro-batch, P pixel patches of all its images, B rows, T positions.
+Shapes: I images of a micro-batch, P pixel patches of all its images, B rows, T positions, L layers,
+S positions of the tower, M patches of a merged token, n merged tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.families.family import Family
+
+_INPUTS = ("pixel_values", "image_grid_thw")
 
 _PROCESSORS = ("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor")
 
@@ -82,6 +86,45 @@ def _rows(grid_I3: Any) -> list[list[int]]:
     return [] if grid_I3 is None else torch.as_tensor(grid_I3).tolist()
 
 
+def _patches(config: Any, inputs: dict[str, Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Join the patches of each merged token, which lie one after the other."""
+    found, merged = _sizes(config, inputs), config.vision_config.spatial_merge_size**2
+    return list(inputs["pixel_values"].unflatten(0, (-1, merged)).flatten(1).split(found))
+
+
+def _attention(config: Any, inputs: dict[str, Tensor], received_LBS: Tensor) -> list[Tensor]:
+    """Add up what the patches of each merged token receive."""
+    merged = config.vision_config.spatial_merge_size**2
+    received_Ln = received_LBS[:, 0].unflatten(1, (-1, merged)).sum(dim=2)
+    return list(received_Ln.split(_sizes(config, inputs), dim=1))
+
+
+def _sizes(config: Any, inputs: dict[str, Tensor]) -> list[int]:
+    """Return the number of merged tokens of each image."""
+    num_patches_I = inputs["image_grid_thw"].prod(dim=1)
+    return (num_patches_I // config.vision_config.spatial_merge_size**2).tolist()
+
+
+def _windowed_attention(
+    config: Any, inputs: dict[str, Tensor], received_LBS: Tensor
+) -> list[Tensor]:
+    """Put what Qwen2.5-VL's tower has in the order of its windows into reading order.
+
+    In most layers a patch attends to its window alone: that is the attention that there is.
+    """
+    vision, grid = config.vision_config, inputs["image_grid_thw"]
+    merged = vision.spatial_merge_size**2
+    order_n, _ = import_module("transformers.vision_utils").get_vision_window_index(
+        grid,
+        spatial_merge_size=vision.spatial_merge_size,
+        window_size=vision.window_size,
+        patch_size=vision.patch_size,
+    )
+    received_LBnM = received_LBS.unflatten(2, (-1, merged))
+    read_LBS = received_LBnM[:, :, order_n.argsort().to(received_LBS.device)].flatten(2)
+    return _attention(config, inputs, read_LBS)
+
+
 QWEN2_VL = Family(
     model_type="qwen2_vl",
     model_class="Qwen2VLForConditionalGeneration",
@@ -90,6 +133,9 @@ QWEN2_VL = Family(
     num_position_axes=3,
     empty_image=_empty_image,
     image_lengths=_image_lengths,
+    image_inputs=_INPUTS,
+    patches=_patches,
+    attention=_attention,
     vision_inputs=Qwen2VLVision.of,
 )
 
@@ -101,4 +147,7 @@ QWEN2_5_VL = Family(
     num_position_axes=3,
     empty_image=_empty_image,
     image_lengths=_image_lengths,
+    image_inputs=_INPUTS,
+    patches=_patches,
+    attention=_windowed_attention,
 )

@@ -48,6 +48,15 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def require_group(group: ProcessGroup | None, call: str) -> None:
+    """Refuse, by ValueError, a job of several ranks without a group: each would do all the work."""
+    if group is None and num_ranks() > 1:
+        raise ValueError(
+            f"this job has {num_ranks()} ranks: give {call} the group of those that call "
+            "it, such as group=torch.distributed.group.WORLD, after init_process_group"
+        )
+
+
 def cpu_group(groups: Sequence[Sequence[int]]) -> ProcessGroup | None:
     """Make these groups of ranks for tensors in CPU memory, and return the one with this rank.
 

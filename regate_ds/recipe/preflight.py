@@ -6,11 +6,14 @@ A wrong setting should cost seconds, not the minutes that loading takes on many 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regate_ds.algorithm.rankings.ranking import StoredRanking
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import is_same_on_all
+from regate_ds.ranking.api import require_stored
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
 from regate_ds.recipe.config.megatron_limits import require_packages, require_ranks, require_student
 from regate_ds.recipe.config.tree import RunConfig, load_config
@@ -27,6 +30,7 @@ MAY_CHANGE = {
     "run.log_every",
     "run.keep_checkpoints",
     "teacher.verify",
+    "rank.verify",
     "data.num_workers",
 }
 """Settings that a resumed run may change, because they do not change the training."""
@@ -66,6 +70,15 @@ def judge_teacher(config: RunConfig, world_size: int) -> None:
     if config.teacher.store is None:
         raise ValueError("teacher.store=None: name the folder that gets the reference losses")
     require_teacher(config, world_size)
+
+
+def judge_rank(config: RunConfig) -> StoredRanking:
+    """Return the ranking whose orders are to be computed. ValueError if the configuration reads
+    none, or names no folder for them."""
+    ranking = require_stored(config.elision.images.ranking)
+    if config.rank.store is None:
+        raise ValueError("rank.store=None: name the folder that gets the orders of image tokens")
+    return ranking
 
 
 def require_teacher(config: RunConfig, world_size: int) -> None:
@@ -108,8 +121,11 @@ def require_one_data_set(fingerprint: str, process: Process) -> None:
         )
 
 
-def describe_run(config: RunConfig, steps: int, teacher_id: str | None) -> str:
-    """Return a line that says how much of the run is sparse, and whose losses rank the tokens."""
+def describe_run(config: RunConfig, steps: int, origin: Mapping[str, str | None]) -> str:
+    """Return a line that says how much of the run is sparse, and by whose losses and orders.
+
+    origin: as ``origin_of`` returns it.
+    """
     elision = config.elision
     schedules = elision.schedules(steps)
     shares = {
@@ -120,8 +136,12 @@ def describe_run(config: RunConfig, steps: int, teacher_id: str | None) -> str:
         f"{1.0 if one is None else one.expected_share(share, steps):.3f} of the {kind} tokens"
         for kind, (one, share) in shares.items()
     )
+    orders = ""
+    if "orders_ranking" in origin:
+        by = origin["orders_model_id"] or "no model"
+        orders = f", image orders {origin['orders_ranking']} by {by}"
     return (
         f"{config.run.out.name}: {steps} steps, {schedules.num_sparse(steps)} of them sparse, kept "
-        f"share {kept}, teacher {teacher_id or 'none'}"
-        f"{', online' if config.scores_online else ''}"
+        f"share {kept}, teacher {origin.get('teacher_id') or 'none'}"
+        f"{', online' if config.scores_online else ''}{orders}"
     )

@@ -24,6 +24,7 @@ from regate_ds.recipe.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
 from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
@@ -35,8 +36,6 @@ from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
 from regate_ds.recipe.step_figures import StepFigures, peak_memory, shown
-from regate_ds.stores.reference.reader import ReferenceStore
-from regate_ds.teacher.online import OnlineReference
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -59,7 +58,7 @@ class Trainer:
         self.order = make_order(config, len(corpus.train_records), self.data)
         judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
-        self.reference = self._open_reference()
+        self.computed = open_computed(config, corpus, process)
         self.engine = make_engine(
             Setup(
                 config=config,
@@ -67,7 +66,7 @@ class Trainer:
                 process=process,
                 data=self.data,
                 total_steps=self.order.total_steps,
-                reference=self.reference,
+                computed=self.computed,
             )
         )
         self._figures = StepFigures(self.engine, process, self.data)
@@ -75,9 +74,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""
         if self.process.is_first:
-            teacher = None if self.reference is None else self.reference.teacher_id
             total = self.order.total_steps
-            print(describe_run(self.config, total, teacher), flush=True)
+            print(describe_run(self.config, total, origin_of(self.computed)), flush=True)
         torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
         start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
         total, show = self.order.total_steps, self.process.is_first
@@ -103,23 +101,6 @@ class Trainer:
         if self.config.run.eval_every:
             self._evaluate(0)
         return 0
-
-    def _open_reference(self) -> ReferenceStore | OnlineReference | None:
-        """Open the store of the teacher's losses, or build the online teacher.
-
-        None if the run elides nothing. ValueError if the losses were computed for other data.
-        """
-        if not self.config.needs_teacher:
-            return None
-        if self.config.scores_online:
-            # Imported only here: it may need deepspeed, which a run through Megatron-core does not.
-            from regate_ds.recipe.online_teacher import open_online
-
-            return open_online(self.config.teacher, self.corpus, self.process)
-        assert self.config.teacher.store is not None
-        store = ReferenceStore(self.config.teacher.store, verify=self.config.teacher.verify)
-        store.require(self.corpus.index.fingerprint)
-        return store
 
     def _loader(self, start: int) -> Iterator[Batch]:
         """Return this rank's micro-batches from step ``start`` on."""
@@ -223,10 +204,9 @@ class Trainer:
         peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}
-        origin: dict[str, Any] = {}
-        if self.reference is not None:
-            fingerprint = self.corpus.index.fingerprint
-            origin = {"teacher_id": self.reference.teacher_id, "data_fingerprint": fingerprint}
+        origin = origin_of(self.computed)
+        if origin:
+            origin["data_fingerprint"] = self.corpus.index.fingerprint
         summary = {
             **scores,
             **self._totals(),

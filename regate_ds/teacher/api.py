@@ -17,7 +17,7 @@ from torch import nn
 from regate_ds.data.keyed import Keyed, KeyedCollate
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import start_process
-from regate_ds.parallel.layout import ProcessGroup, num_ranks, size_of
+from regate_ds.parallel.layout import ProcessGroup, num_ranks, require_group, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.identity import teacher_id
@@ -124,11 +124,7 @@ def score_dataset(
 
 def _require_group(teacher: Teacher, group: ProcessGroup | None) -> None:
     """Refuse, by ValueError, ranks outside the group: they would all score and write everything."""
-    if group is None and num_ranks() > 1:
-        raise ValueError(
-            f"this job has {num_ranks()} ranks: give score_dataset the group of those that call "
-            "it, such as group=torch.distributed.group.WORLD, after init_process_group"
-        )
+    require_group(group, "score_dataset")
     if (teacher.replica is not None or teacher.in_step) and size_of(group) != num_ranks():
         raise ValueError(
             f"all {num_ranks()} ranks of the job hold this teacher together, and all must score: "

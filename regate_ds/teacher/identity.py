@@ -27,20 +27,25 @@ def teacher_id(teacher: nn.Module, *, pad_id: int) -> str:
 
 def id_of_weights(config: Any, weights: Iterable[tuple[str, Tensor]], *, pad_id: int) -> str:
     """Name a model as ``teacher_id`` does, from weights in the order of their names, one by one."""
-    relevant = json.dumps([_relevant(config.to_dict()), pad_id], sort_keys=True, default=str)
-    digest = hashlib.sha256(relevant.encode())
+    settings = [relevant_settings(config.to_dict()), pad_id]
+    return name_by_hash(config.model_type, settings, weights)
+
+
+def name_by_hash(model_type: str, settings: Any, weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Name a model by a hash over its settings, and its weights in the order of their names."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in weights:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(content.numpy().data)
-    return f"{config.model_type}-{digest.hexdigest()[:16]}"
+    return f"{model_type}-{digest.hexdigest()[:16]}"
 
 
-def _relevant(value: Any) -> Any:
+def relevant_settings(value: Any) -> Any:
     """Return the configuration, at any depth, without names, paths and the keys in _IRRELEVANT."""
     if not isinstance(value, dict):
         return value
-    return {str(key): _relevant(item) for key, item in value.items() if _decides(str(key))}
+    return {str(key): relevant_settings(item) for key, item in value.items() if _decides(str(key))}
 
 
 def _decides(key: str) -> bool:

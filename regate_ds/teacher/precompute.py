@@ -7,9 +7,7 @@ that was killed and started again, end with the same files, bit for bit.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +17,16 @@ import torch
 from torch import Tensor
 
 from regate_ds.job.progress import progress
-from regate_ds.parallel.collectives import broadcast_text, is_same_on_all, sum_over
+from regate_ds.job.read_ahead import read_ahead
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
-from regate_ds.stores.reference.lifecycle import await_store, begin_store, is_complete
+from regate_ds.stores.reference.lifecycle import begin_store, is_complete
 from regate_ds.stores.reference.writer import ReferenceWriter
-from regate_ds.teacher.batching import RowBatch, cut_batches, cut_shards, padded_tokens, share_out
+from regate_ds.stores.shard_job import fill_store
+from regate_ds.stores.shares import share_out
+from regate_ds.teacher.batching import RowBatch, cut_batches, cut_shards, padded_tokens
 from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
-
-_AHEAD = 2
-"""Number of batches whose samples are read while another batch is scored."""
 
 ScoreSamples = Callable[[Sequence[ScoredSample]], Tensor]
 """Returns the losses in nats of all label positions of the samples, in order: fp32 [N]."""
@@ -67,6 +64,15 @@ class TeacherJob:
     speed; None leaves the comparison out."""
 
     @property
+    def subject(self) -> str:
+        """The data and the teacher, by name."""
+        return f"data with fingerprint {self.index.fingerprint[:12]} and teacher {self.teacher_id}"
+
+    @property
+    def settings(self) -> str:
+        return f"tokens_per_batch={self.tokens_per_batch}"
+
+    @property
     def is_complete(self) -> bool:
         """Whether the store is finished. ValueError if it is damaged, or not this job's."""
         return is_complete(self.store, self.index, self.teacher_id)
@@ -76,6 +82,10 @@ class TeacherJob:
         lengths, limit = self.index.num_positions, self.tokens_per_batch
         cut = partial(cut_shards, num_positions=lengths, tokens_per_batch=limit)
         begin_store(self.store, self.index, self.teacher_id, cut, limit)
+
+    def writer(self) -> ReferenceWriter:
+        """Open the store for writing."""
+        return ReferenceWriter(self.store, self.index)
 
     def batches(self, rows: Sequence[int]) -> list[RowBatch]:
         """Cut a shard's rows into batches."""
@@ -92,6 +102,9 @@ class TeacherJob:
             )
         return sample
 
+    def read_batch(self, rows: RowBatch) -> list[ScoredSample]:
+        return [self.read(row) for row in rows]
+
 
 def precompute(
     job: TeacherJob, group: ProcessGroup | None = None, device: torch.device | str = "cpu"
@@ -102,72 +115,19 @@ def precompute(
     ValueError if the folder holds a store of other data, another teacher or other batches,
     RuntimeError if the ranks' jobs differ.
     """
-    _require_one_job(job, group, device)
-    (num_done,) = sum_over([int(job.is_complete)], group, device)
-    if num_done < size_of(group):
-        _on_first(job.begin, group, device)
-    await_store(job.store)
-    writer = ReferenceWriter(job.store, job.index)
-    # All ranks take the first rank's list: on a network file system the others may see less.
-    missing = [int(n) for n in broadcast_text(_list(writer.missing()), group, device).split()]
-    _check_part(writer, missing, group)
-    sum_over([0], group, device)  # All ranks have looked before one of them writes.
-    if num_done == size_of(group):
+    filled = fill_store(job, partial(_score_missing, job, group), group, device)
+    if filled is None:
         return Throughput(0, 0.0)
-    begin = time.perf_counter()
-    busy, num_tokens = _score_missing(job, writer, missing, group)
-    sum_over([0], group, device)  # All shards exist now.
-    seconds = time.perf_counter() - begin
-    share = _measure(job, [row for number in missing for row in writer.rows(number)])
-    _on_first(writer.finish, group, device)
-    return Throughput(num_tokens, seconds, busy / max(seconds, 1e-9), share)
-
-
-def _require_one_job(
-    job: TeacherJob, group: ProcessGroup | None, device: torch.device | str
-) -> None:
-    """Refuse ranks with other data or another teacher, whose losses would get into this store."""
-    name = f"data with fingerprint {job.index.fingerprint[:12]} and teacher {job.teacher_id}"
-    if not is_same_on_all(f"{name}, {job.tokens_per_batch}", group, device):
-        raise RuntimeError(
-            f"rank {rank_in(group)} has {name}, other ranks have not; give all ranks the same "
-            "data, teacher and tokens_per_batch"
-        )
-
-
-def _on_first(
-    action: Callable[[], None], group: ProcessGroup | None, device: torch.device | str
-) -> None:
-    """Run an action on the first rank only; if it fails there, all ranks raise."""
-    error, text = None, ""
-    if rank_in(group) == 0:
-        try:
-            action()
-        except (ValueError, OSError) as caught:
-            error, text = caught, str(caught) or repr(caught)
-    text = broadcast_text(text, group, device)
-    if error is not None:
-        raise error
-    if text:
-        raise RuntimeError(f"on the first rank: {text}")
-
-
-def _list(numbers: list[int]) -> str:
-    return " ".join(map(str, numbers))
-
-
-def _check_part(writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None) -> None:
-    """Check this rank's part of the shards that an earlier start wrote."""
-    written = sorted(set(range(len(writer.shards))) - set(missing))
-    for number in written[rank_in(group) :: size_of(group)]:
-        writer.check(number)
+    (busy, rows), seconds = filled
+    num_tokens = int(job.index.num_positions[rows].sum())
+    return Throughput(num_tokens, seconds, busy / max(seconds, 1e-9), _measure(job, rows))
 
 
 def _score_missing(
-    job: TeacherJob, writer: ReferenceWriter, missing: list[int], group: ProcessGroup | None
-) -> tuple[float, int]:
-    """Score the missing shards; return the seconds this rank's teacher worked, and the number of
-    tokens that all ranks scored."""
+    job: TeacherJob, group: ProcessGroup | None, writer: ReferenceWriter, missing: list[int]
+) -> tuple[float, list[int]]:
+    """Score the missing shards; return the seconds this rank's teacher worked, and the rows that
+    all ranks scored."""
     shards = {number: job.batches(writer.rows(number)) for number in missing}
     # Share out what is missing, not all shards: a replica that is far ahead would wait for hours.
     replica, place = divmod(rank_in(group), job.ranks_per_replica)
@@ -181,8 +141,7 @@ def _score_missing(
     )
     if job.in_step:
         _score_as_often(job, parts, replica)
-    rows = [row for batches in shards.values() for batch in batches for row in batch]
-    return busy, int(job.index.num_positions[rows].sum())
+    return busy, [row for number in missing for row in writer.rows(number)]
 
 
 def _score_shards(
@@ -196,7 +155,9 @@ def _score_shards(
     total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
     busy = 0.0
     with progress(total, desc="teacher", unit="token", show=show) as bar:
-        samples_of = _read_ahead(job, [batch for batches in shards.values() for batch in batches])
+        samples_of = read_ahead(
+            job.read_batch, [batch for batches in shards.values() for batch in batches]
+        )
         for number, batches in shards.items():
             losses = []
             for batch in batches:
@@ -208,21 +169,6 @@ def _score_shards(
             if writer is not None:
                 writer.write_shard(number, torch.cat(losses))
     return busy
-
-
-def _read_ahead(job: TeacherJob, batches: list[RowBatch]) -> Iterator[list[ScoredSample]]:
-    """Yield the samples of each batch, and read the next ones meanwhile."""
-
-    def read(batch: RowBatch) -> list[ScoredSample]:
-        return [job.read(row) for row in batch]
-
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = deque(reader.submit(read, batch) for batch in batches[:_AHEAD])
-        for next_batch in [*batches[_AHEAD:], *[None] * min(_AHEAD, len(batches))]:
-            samples = pending.popleft().result()
-            if next_batch is not None:
-                pending.append(reader.submit(read, next_batch))
-            yield samples
 
 
 def _score_as_often(job: TeacherJob, parts: list[dict[int, list[RowBatch]]], replica: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.session_state import open_session
 from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
 from regate_ds.algorithm.scores.table import SCORES
@@ -38,13 +39,13 @@ def config(monkeypatch) -> RegateConfig:
 
 
 def test_a_score_without_reference_remembers_whatever_samples_come(config, tmp_path):
-    opened = open_session(config, None, ParallelLayout(), total_steps=2)
+    opened = open_session(config, Computed(), ParallelLayout(), total_steps=2)
     (plan,) = opened.session.plan_step([BATCH]).micro
     losses_L = torch.rand(plan.num_targets)
     opened.session.record(plan, losses_L)
     opened.session.finish_step(applied=True)
     opened.save(tmp_path)
-    resumed = open_session(config, None, ParallelLayout(), total_steps=2)
+    resumed = open_session(config, Computed(), ParallelLayout(), total_steps=2)
     resumed.load(tmp_path)
     (sparse,) = resumed.session.plan_step([BATCH]).micro
     of_position = dict(zip(plan.label_position_L.tolist(), losses_L.tolist(), strict=True))
@@ -58,4 +59,4 @@ def test_a_score_without_reference_remembers_whatever_samples_come(config, tmp_p
 
 def test_a_score_that_reads_the_teacher_is_refused_without_one():
     with pytest.raises(ValueError, match="needs the teacher's losses"):
-        open_session(RegateConfig(), None, ParallelLayout(), total_steps=2)
+        open_session(RegateConfig(), Computed(), ParallelLayout(), total_steps=2)

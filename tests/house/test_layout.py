@@ -26,6 +26,7 @@ ROOMS = (
     "data",
     "families",
     "teacher",
+    "ranking",
     "open_step",
     "sparse_step",
     "session",

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from regate_ds.stores.answer_index import AnswerIndex
-from regate_ds.stores.reference.lifecycle import await_store, begin_store
+from regate_ds.stores.reference.lifecycle import begin_store
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.stores.reference.shard import LARGEST
 from regate_ds.stores.reference.writer import ReferenceWriter
+from regate_ds.stores.shard_job import await_store, missing_in
 from tests.support.samples import Sample, make_index
 
 NUM_SAMPLES = 8
@@ -201,7 +202,7 @@ def test_a_shard_of_another_job_does_not_fit_though_it_is_as_long(tmp_path, of):
     writer = _begin(tmp_path / "store")
     shutil.copy(tmp_path / "other" / "shard-00001.fp16", tmp_path / "store")
     with pytest.raises(ValueError, match=r"shard-00001\.fp16 is damaged: its values are not"):
-        writer.check(1)
+        writer.files[1].check()
 
 
 def test_an_unfinished_store_is_refused_with_what_is_left(tmp_path, losses):
@@ -240,7 +241,7 @@ def test_an_unfinished_store_is_gone_on_with_in_its_own_shards(tmp_path, losses)
     _begin(tmp_path).write_shard(1, _of_shard(losses, 1))
     writer = _begin(tmp_path, rows=[[row] for row in range(NUM_SAMPLES)])
     assert [writer.rows(number) for number in range(3)] == SHARD_ROWS
-    assert writer.missing() == [0, 2]
+    assert missing_in(writer) == [0, 2]
 
 
 def test_an_unfinished_store_with_other_batches_is_not_gone_on_with(tmp_path):
@@ -261,7 +262,7 @@ def test_a_resumed_job_can_check_what_is_there(tmp_path, losses):
     path = tmp_path / "shard-00000.fp16"
     path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(ValueError, match=r"shard-00000\.fp16 is damaged"):
-        _begin(tmp_path).check(0)
+        _begin(tmp_path).files[0].check()
 
 
 def test_finishing_without_a_shard_names_it(tmp_path, losses):
@@ -276,7 +277,7 @@ def test_a_store_that_another_machine_has_begun_is_waited_for(tmp_path):
     other = threading.Timer(0.3, _begin, args=(path,))
     other.start()
     await_store(path, seconds=20)
-    assert ReferenceWriter(path, make_index(NUM_SAMPLES)).missing() == [0, 1, 2]
+    assert missing_in(ReferenceWriter(path, make_index(NUM_SAMPLES))) == [0, 1, 2]
     other.join()
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from regate_ds.teacher.batching import by_length, cut_batches, cut_shards, padded_tokens, share_out
+from regate_ds.stores.shares import share_out
+from regate_ds.teacher.batching import by_length, cut_batches, cut_shards, padded_tokens
 
 
 def plan_batches(lengths: torch.Tensor, tokens_per_batch: int) -> list[list[int]]:

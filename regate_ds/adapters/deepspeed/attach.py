@@ -5,22 +5,24 @@ from __future__ import annotations
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import attach_model, has_tower
-from regate_ds.adapters.session_state import Reference, require_reference
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.families.numbering import numbering_of
 from regate_ds.parallel.layout import num_ranks
+from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.teacher.online import OnlineReference
 
 
-def attach(
+def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     model: nn.Module,
     config: RegateConfig,
     *,
     total_steps: int | None = None,
     reference: Reference | None = None,
+    orders: ImageOrderStore | None = None,
     own_loss: bool = False,
 ) -> DeepSpeedRegate:
     """Make the model accept plans. Call it before ``deepspeed.initialize``.
@@ -28,20 +30,17 @@ def attach(
     total_steps: optimizer steps of the whole run; a resume must repeat it.
     reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
         them while training; only scores that read it need it.
+    orders: the orders of the training set's image tokens; only rankings that read them need them.
     own_loss: allows ``token_losses``, for users who weigh the losses themselves.
 
     ValueError names what is not supported. With enabled=False the model is not changed.
     """
     require_config("config", config)
-    if reference is not None and not hasattr(reference, "read"):
-        raise ValueError(
-            f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore or "
-            "Teacher(...).online()"
-        )
+    computed = Computed(reference, orders)
     if isinstance(reference, OnlineReference):
         reference.require_frozen(model)
     if config.enabled:
-        require_reference(config, reference, online=True)
+        computed.require(config, online=True)
         if total_steps is not None:
             require_steps(total_steps)
     warn_if_never_sparse(config, total_steps)
@@ -58,5 +57,5 @@ def attach(
         number_images=numbering_of(model, elides_images=config.chooses_images),
     )
     return DeepSpeedRegate(
-        config, attachment, total_steps=total_steps, reference=reference, options=options
+        config, attachment, total_steps=total_steps, computed=computed, options=options
     )

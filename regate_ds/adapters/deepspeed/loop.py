@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.deepspeed.checks import LoopOptions, require_elided, require_engine
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.run import metrics_of
-from regate_ds.adapters.session_state import Opened, Reference, open_session, read_state
+from regate_ds.adapters.session_state import Opened, open_session, read_state
 from regate_ds.adapters.window import Window, in_steps, require_collated, window_tokens
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig, require_steps
@@ -44,14 +45,14 @@ class DeepSpeedRegate:
         attachment: Attachment,
         *,
         total_steps: int | None,
-        reference: Reference | None,
+        computed: Computed,
         options: LoopOptions,
     ) -> None:
         """total_steps: None where the loop tells it before the first window."""
         self.config, self.total_steps = config, total_steps
         self.plan: StepPlan | None = None
         """The plan of the current step, or of the last one."""
-        self._reference, self._attachment, self._options = reference, attachment, options
+        self._computed, self._attachment, self._options = computed, attachment, options
         self._opened: Opened | None = None
         self._engine: Any = None
         self._load_from: Path | None = None
@@ -206,9 +207,8 @@ class DeepSpeedRegate:
         assert self.total_steps is not None
         group = engine.data_parallel_group if engine.dp_world_size > 1 else None
         layout = ParallelLayout(data=group, device=engine.device)
-        self._opened = open_session(
-            self.config, self._reference, layout, total_steps=self.total_steps
-        )
+        total_steps = self.total_steps
+        self._opened = open_session(self.config, self._computed, layout, total_steps=total_steps)
         self._load()
 
     def _load(self) -> None:
@@ -220,7 +220,7 @@ class DeepSpeedRegate:
     @property
     def _online(self) -> OnlineReference | None:
         """The online teacher; None without one, or if the score needs no reference."""
-        found = self._reference if self.config.needs_reference else None
+        found = self._computed.reference if self.config.needs_reference else None
         return found if isinstance(found, OnlineReference) else None
 
     def _window(self, micro: list[Any]) -> Window:

@@ -21,33 +21,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.deepspeed.pipeline_layers import (
     Micro,
+    inputs_and_labels,
     names_and_tensors,
     numbered,
 )
 from regate_ds.adapters.deepspeed.pipeline_student import PipelineStudent
 from regate_ds.adapters.plan_wire import Replica
 from regate_ds.adapters.run import metrics_of
-from regate_ds.adapters.session_state import Opened, open_session, require_reference
+from regate_ds.adapters.session_state import Opened, open_session
 from regate_ds.adapters.window import window_tokens
 from regate_ds.algorithm.batch import TokenBatch, host_labels
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import KeyedCollate, PlainCollate
 from regate_ds.parallel.layout import ParallelLayout, cpu_group
+from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
 def attach_pipeline(
-    engine: Any, *, total_steps: int, reference: ReferenceStore | None = None
+    engine: Any,
+    *,
+    total_steps: int,
+    reference: ReferenceStore | None = None,
+    orders: ImageOrderStore | None = None,
 ) -> PipelineRegate:
     """Make this rank's ``PipelineRegate`` for a pipeline engine.
 
     total_steps: optimizer steps of the whole run; a resume must repeat it.
+    orders: the orders of the training set's image tokens; only rankings that read them need them.
 
     Collective over all ranks of the world. ValueError names what is not supported.
     """
@@ -57,12 +64,13 @@ def attach_pipeline(
             f"engine.module is a {type(student).__name__}, not a PipelineStudent; make the model "
             "with pipeline_student before deepspeed.initialize"
         )
-    require_reference(student.regate_config, reference)
+    computed = Computed(reference, orders)
+    computed.require(student.regate_config)
     opened = None
     if student.regate_config.enabled and engine.is_last_stage():
         data = engine.grid.get_data_parallel_group() if engine.dp_world_size > 1 else None
         layout = ParallelLayout(data=data, device=engine.device)
-        opened = open_session(student.regate_config, reference, layout, total_steps=total_steps)
+        opened = open_session(student.regate_config, computed, layout, total_steps=total_steps)
     return PipelineRegate(engine, student, _replica(engine), opened)
 
 
@@ -207,7 +215,7 @@ class PipelineRegate:
         batches = window if reads else [{}] * engine.micro_batches
         names, feed = [], []
         for number, batch in enumerate(batches):
-            inputs, labels = _inputs_and_labels(batch)
+            inputs, labels = inputs_and_labels(batch)
             if plan is None and isinstance(batch, Batch):
                 labels = host_labels(labels)
             input_names, tensors = (
@@ -220,13 +228,6 @@ class PipelineRegate:
             micro = [one.to(engine.device) for one in plan.micro]
         student.table.micro = tuple(Micro(*pair) for pair in zip(micro, names, strict=True))
         return iter(feed) if reads else None
-
-
-def _inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
-    if isinstance(batch, Batch):
-        return batch.inputs, batch.tokens.labels_BT
-    inputs = dict(batch)
-    return inputs, inputs.pop("labels", torch.zeros(0))
 
 
 def _replica(engine: Any) -> Replica:

@@ -26,6 +26,7 @@ from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
 from regate_ds.algorithm.gate import keep
 from regate_ds.algorithm.loss import summed_loss
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.data.collate import Batch
 
 Flow = tuple[Tensor, Tensor, Tensor]
 """Residual stream [B, S, H], its positions [B, S], and what ``numbered`` made of the number."""
@@ -167,6 +168,14 @@ def take_apart(
     decoder.layers, decoder.norm = nn.ModuleList(), nn.Identity()
     embed = Embed(host, table, gathers=first_layer == 0, needs_tower=needs_tower)
     return [embed, *parts, head]
+
+
+def inputs_and_labels(batch: Any) -> tuple[dict[str, Any], Any]:
+    """Return the model inputs of a micro-batch, ours or the host's own, and its labels."""
+    if isinstance(batch, Batch):
+        return batch.inputs, batch.tokens.labels_BT
+    inputs = dict(batch)
+    return inputs, inputs.pop("labels", torch.zeros(0))
 
 
 def names_and_tensors(inputs: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:

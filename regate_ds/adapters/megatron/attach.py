@@ -23,6 +23,7 @@ from megatron.core import parallel_state as mpu
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.megatron.bypass import Channel, open_channel
 from regate_ds.adapters.megatron.chunks import (
     find_chunks,
@@ -34,13 +35,14 @@ from regate_ds.adapters.megatron.groups import find_axes, group_device
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.regate import Attached, MegatronRegate, tokens_of
 from regate_ds.adapters.megatron.support import require_supported_chunks
-from regate_ds.adapters.session_state import open_session, require_reference
+from regate_ds.adapters.session_state import open_session
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.rows import RowFormat
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
@@ -50,12 +52,14 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     *,
     total_steps: int,
     reference: ReferenceStore | None = None,
+    orders: ImageOrderStore | None = None,
     row_format: RowFormat = "padded",
     tokens: Callable[[Any], TokenBatch] | None = None,
 ) -> MegatronRegate:
     """Put the gates into model chunks that are built. Collective over all ranks of the world.
 
     total_steps: optimizer steps of the whole run; a resume must repeat it.
+    orders: the orders of the training set's image tokens; only rankings that read them need them.
     row_format: ``padded`` gives all rows of a step one length; ``ragged`` puts the kept tokens of a
         micro-batch one after the other, and needs an attention that takes packed sequences
         (Transformer Engine).
@@ -66,10 +70,10 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     enabled=False the model is not changed.
     """
     require_config("config", config)
-    tokens = tokens or tokens_of
+    tokens, computed = tokens or tokens_of, Computed(reference, orders)
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
-    require_reference(config, reference)
+    computed.require(config)
     models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
     host: Any = chunks[0].config
@@ -99,7 +103,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         layout = ParallelLayout(data=axes.data, device=group_device())
         rows = axes.place.rows
         planner = Planner(
-            open_session(config, reference, layout, total_steps=total_steps, rows=rows)
+            open_session(config, computed, layout, total_steps=total_steps, rows=rows)
         )
     gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
     return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)

@@ -35,6 +35,7 @@ from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.window import PLAN
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.data.keyed import IMAGES, KEY, PlainCollate
+from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
@@ -46,6 +47,7 @@ class RegateMixin:
         *args: Any,
         regate: RegateConfig,
         reference: ReferenceStore | None = None,
+        orders: ImageOrderStore | None = None,
         **kwargs: Any,
     ) -> None:
         require_config("regate", regate)
@@ -58,7 +60,9 @@ class RegateMixin:
             self._set_signature_columns_if_needed()
             self._signature_columns += [KEY, IMAGES]
             self.add_callback(_StateCallback(self))
-        self.regate: DeepSpeedRegate = attach(self.model, regate, reference=reference)
+        self.regate: DeepSpeedRegate = attach(
+            self.model, regate, reference=reference, orders=orders
+        )
         if regate.enabled:
             # Our loss is already a mean over all targets of the step.
             self.loss_is_scaled_for_ga = True
@@ -112,7 +116,7 @@ class RegateMixin:
 
 
 class RegateTrainer(RegateMixin, Trainer):
-    """``transformers.Trainer`` with the arguments ``regate`` and ``reference``."""
+    """``transformers.Trainer`` with the arguments ``regate``, ``reference`` and ``orders``."""
 
 
 class _StateCallback(TrainerCallback):

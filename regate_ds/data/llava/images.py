@@ -21,6 +21,12 @@ _TAIL_BYTES = 4096
 _JPEG_END = b"\xff\xd9"
 
 
+def load_rgb(path: Path) -> Image.Image:
+    """Decode an image as the student sees it. One of IMAGE_ERRORS if the file is broken."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def image_fault(path: Path, *, verify: bool = True) -> str | None:
     """Return why the file cannot be used as an image; None if it can.
 

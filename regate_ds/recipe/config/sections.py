@@ -13,6 +13,7 @@ from typing import Any, Literal
 from regate_ds.config import RegateConfig
 from regate_ds.data.llava.template import Template
 from regate_ds.settings.refuse import require
+from regate_ds.stores.kind import Verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,23 @@ class DataConfig:
             f"must be at least max_length={self.max_length}, or null",
         )
         require(self, "num_workers", self.num_workers >= 0, "must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """The orders of image tokens, computed once before training where the ranking reads them."""
+
+    store: Path | None = None
+    """Folder of the orders: written by `regate rank`, read by `regate train`."""
+
+    batch: int = 16
+    """Images of one forward pass of the vision tower in `regate rank`."""
+
+    verify: Verify = "quick"
+    """Compare a store's orders with their checksums as they are read, or every byte on opening."""
+
+    def __post_init__(self) -> None:
+        require(self, "batch", self.batch >= 1, "must be at least 1")
 
 
 def judge_length(elision: RegateConfig, num_steps: int) -> None:

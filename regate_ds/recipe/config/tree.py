@@ -18,7 +18,13 @@ import yaml
 
 from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.megatron_limits import require_settings
-from regate_ds.recipe.config.sections import DataConfig, ParallelConfig, RunSection, judge_length
+from regate_ds.recipe.config.sections import (
+    DataConfig,
+    ParallelConfig,
+    RankConfig,
+    RunSection,
+    judge_length,
+)
 from regate_ds.recipe.optimizer import OptimizerConfig
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.settings.section import plain_values, read_section
@@ -33,6 +39,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
     elision: RegateConfig = field(default_factory=RegateConfig)
     parallel: ParallelConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -52,6 +59,11 @@ class RunConfig:
             raise ValueError(
                 "teacher.store=None: elision ranks tokens by the teacher's losses; name the folder "
                 "that `regate teacher` writes, set teacher.mode=online, or elision.execution=none"
+            )
+        if self.elision.stored_ranking is not None and self.rank.store is None:
+            raise ValueError(
+                "rank.store=None: elision.images.ranking reads orders that are computed once; name "
+                "the folder that `regate rank` writes, or use random or stride"
             )
         if self.run.eval_every and self.data.test is None:
             raise ValueError(

@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from regate_ds.adapters.computed import Computed
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
-from regate_ds.stores.reference.reader import ReferenceStore
-from regate_ds.teacher.online import OnlineReference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,7 @@ class Setup:
     """This process among the ranks that read different samples."""
 
     total_steps: int
-    reference: ReferenceStore | OnlineReference | None
+    computed: Computed
 
 
 class Engine(Protocol):

@@ -32,7 +32,11 @@ class ZeroEngine:
         config = setup.config
         model = trainable(setup.corpus.student, config.model, seed=config.run.seed)
         regate = attach(
-            model, config.elision, total_steps=setup.total_steps, reference=setup.reference
+            model,
+            config.elision,
+            total_steps=setup.total_steps,
+            reference=setup.computed.reference,
+            orders=setup.computed.orders,
         )
         optimizer = make_optimizer(model, config.optimizer)
         engine = deepspeed.initialize(

@@ -20,8 +20,9 @@ from regate_ds.job.progress import progress
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.evaluation.words import counted_words
+from regate_ds.stores.kind import Verify
 from regate_ds.stores.reference.manifest import APPEND_NAME, Manifest, shard_path
-from regate_ds.stores.reference.reader import ReferenceStore, Verify
+from regate_ds.stores.reference.reader import ReferenceStore
 
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, float("inf"))
 """Edges of the histogram's bins, in nats."""

@@ -13,9 +13,6 @@ What a job does depends on what its folder holds:
 from __future__ import annotations
 
 import io
-import os
-import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,20 +23,20 @@ from torch import Tensor
 
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX, make_folder, write_atomically
+from regate_ds.stores.kind import MANIFEST_NAME, hash_of
 from regate_ds.stores.reference.manifest import (
     APPEND_NAME,
-    MANIFEST_NAME,
+    REFERENCE,
     Manifest,
     Shard,
-    content_of,
     files_of,
-    hash_of,
     index_path,
     rows_path,
     shard_path,
 )
 from regate_ds.stores.reference.reader import load_index, load_rows
 from regate_ds.stores.reference.shard import describe_samples
+from regate_ds.stores.shard_job import names_in
 
 CutShards = Callable[[Tensor], list[list[int]]]
 """Cuts rows of the index, int64 [R], into shards; returns each shard's rows in order."""
@@ -55,11 +52,11 @@ def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
     if found is None:
         return False
     _require_growable(path, found, index, teacher_id)
-    has_files = _names_in(path).issuperset(file.name for file in files_of(path, found))
+    has_files = names_in(path).issuperset(file.name for file in files_of(path, found))
     is_same_data = found.fingerprint == index.fingerprint
     if not (is_same_data and found.is_finished and has_files) or leftovers(path, found):
         return False
-    content_of(index_path(path, found), found.index_sha256)
+    REFERENCE.content_of(index_path(path, found), found.index_sha256)
     return True
 
 
@@ -93,31 +90,6 @@ def begin_store(
     _write_unfinished(path / name, index, teacher_id, rows_S, (*shards, *new))
 
 
-def await_store(path: Path, seconds: float = 60.0) -> None:
-    """Wait until this process sees the store that another one has made ready.
-
-    A network file system shows a new file to another node only after a while. RuntimeError if
-    it does not within ``seconds``.
-    """
-    deadline = time.monotonic() + seconds
-    # Listing a folder makes a network file system look again; asking for one name may not.
-    while MANIFEST_NAME not in _names_in(path):
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"teacher.store={path} was made ready by the first rank, but "
-                f"{socket.gethostname()} does not see it; name a folder that all nodes share"
-            )
-        time.sleep(0.1)
-
-
-def _names_in(path: Path) -> set[str]:
-    try:
-        os.listdir(path.absolute().parent)
-        return set(os.listdir(path))
-    except FileNotFoundError:
-        return set()
-
-
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:
     """Return the store's files in the folder that no manifest names any more, as after a kill."""
     forms = ("shard-*.fp16", "index-*.npz", "rows-*.npy", APPEND_NAME, f".*{TEMPORARY_SUFFIX}")
@@ -137,14 +109,7 @@ def _pending(path: Path, current: Manifest) -> Manifest | None:
 
 def _current(path: Path) -> Manifest | None:
     """Return the manifest of the store in the folder, or None if there is no store."""
-    if (path / MANIFEST_NAME).exists():
-        return Manifest.load(path)
-    if any(path.glob("shard-*.fp16")):
-        raise ValueError(
-            f"{path} holds shards but no {MANIFEST_NAME}, which says which data and teacher they "
-            "are of; restore it from a copy, or delete the folder"
-        )
-    return None
+    return Manifest.load(path) if REFERENCE.holds(path, "shard-*.fp16") else None
 
 
 def _require_growable(path: Path, found: Manifest, index: AnswerIndex, teacher_id: str) -> Tensor:
@@ -152,31 +117,23 @@ def _require_growable(path: Path, found: Manifest, index: AnswerIndex, teacher_i
 
     ``ValueError`` if the store neither is this job's nor can grow into it.
     """
-    _require_equal(path, "teacher", found.teacher_id, teacher_id)
+    REFERENCE.require_same(path, "teacher", found.teacher_id, teacher_id)
     if found.fingerprint == index.fingerprint:
         return torch.from_numpy(load_rows(path, found))
     what = "data with fingerprint"
     if not found.is_finished:
         rest = "; finish it with the data that it was begun with, then add to it"
-        _require_equal(path, what, found.fingerprint, index.fingerprint, rest)
+        REFERENCE.require_same(path, what, found.fingerprint, index.fingerprint, rest)
     try:
         new_rows_S = load_index(path, found).rows_in(index)
     except ValueError as error:
         rest = f"; samples may be added, but those of the store must stay as they are: {error}"
-        _require_equal(path, what, found.fingerprint, index.fingerprint, rest)
+        REFERENCE.require_same(path, what, found.fingerprint, index.fingerprint, rest)
         raise
     if (pending := _pending(path, found)) is not None:
         rest = f"; finish the addition with its own data, or delete {path / APPEND_NAME}"
-        _require_equal(path, what, pending.fingerprint, index.fingerprint, rest)
+        REFERENCE.require_same(path, what, pending.fingerprint, index.fingerprint, rest)
     return new_rows_S[torch.from_numpy(load_rows(path, found))]
-
-
-def _require_equal(path: Path, what: str, old: str, new: str, rest: str = "") -> None:
-    if old != new:
-        raise ValueError(
-            f"the reference store {path} belongs to {what} {old}, this job has {new}"
-            f"{rest}; or give the job a folder of its own, or delete the store"
-        )
 
 
 def _shard(
@@ -216,7 +173,9 @@ def _resume(file: Path, index: AnswerIndex, tokens_per_batch: int) -> None:
     shards = list(manifest.shards)
     for number, shard in enumerate(shards):
         if not shard_path(store, number).exists():
-            _require_batches(store, shard.tokens_per_batch, tokens_per_batch)
+            REFERENCE.require_setting(
+                store, "teacher.tokens_per_batch", shard.tokens_per_batch, tokens_per_batch
+            )
             shards[number] = replace(shard, sha256=None)
     resumed = replace(manifest, shards=tuple(shards))
     if not index_path(store, resumed).exists():
@@ -225,14 +184,6 @@ def _resume(file: Path, index: AnswerIndex, tokens_per_batch: int) -> None:
         write_atomically(index_path(store, resumed), content)
     if resumed != manifest:
         write_atomically(file, resumed.to_bytes())
-
-
-def _require_batches(store: Path, begun: int, asked: int) -> None:
-    if begun != asked:
-        raise ValueError(
-            f"the reference store {store} was begun with teacher.tokens_per_batch={begun}, this "
-            f"job has {asked}; use the value that it was begun with, or delete the store"
-        )
 
 
 def _require_partition(shard_rows: Sequence[Sequence[int]], num_samples: int) -> None:

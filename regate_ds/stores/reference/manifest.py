@@ -12,18 +12,18 @@ longer store that it grows into can lie side by side, and the manifest says whic
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-STORE_FORMAT = 2
-"""Version of the manifest and of the shard files."""
+from regate_ds.stores.kind import MANIFEST_NAME, StoreKind, sealed
 
-MANIFEST_NAME, APPEND_NAME = "manifest.json", "append.json"
+REFERENCE = StoreKind(
+    name="reference store", command="regate teacher", call="score_dataset", format=2
+)
+
+APPEND_NAME = "append.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Manifest:
     index_sha256: str
     rows_sha256: str
     shards: tuple[Shard, ...]
-    format: int = STORE_FORMAT
+    format: int = REFERENCE.format
 
     @property
     def is_finished(self) -> bool:
@@ -69,30 +69,12 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return JSON that ends with its own checksum, so that a changed byte is found."""
-        return _sealed(asdict(self))
+        return sealed(asdict(self))
 
     @classmethod
     def load(cls, store: Path, name: str = MANIFEST_NAME) -> Manifest:
         """Read a store's manifest. ``ValueError`` names the file if it is missing or damaged."""
-        path = store / name
-        if not path.is_file():
-            raise ValueError(
-                f"{store} is not a reference store (it has no {name}); "
-                "compute one (regate teacher CONFIG, or score_dataset)"
-            )
-        content = path.read_bytes()
-        try:
-            fields = json.loads(content)
-        except ValueError as error:
-            raise damaged(path, f"it is not JSON ({error})") from error
-        if not isinstance(fields, dict) or _sealed(fields) != content:
-            raise damaged(path, "its text does not match its checksum")
-        if fields["format"] != STORE_FORMAT:
-            raise ValueError(
-                f"{path} has store format {fields['format']}, this version reads {STORE_FORMAT}; "
-                "make it anew in an empty folder (regate teacher CONFIG, or score_dataset)"
-            )
-        del fields["sha256"]
+        fields = REFERENCE.load_fields(store, name)
         return cls(**{**fields, "shards": tuple(Shard(**shard) for shard in fields["shards"])})
 
 
@@ -114,44 +96,6 @@ def files_of(store: Path, manifest: Manifest) -> list[Path]:
     return [index_path(store, manifest), rows_path(store, manifest), *shards]
 
 
-def content_of(path: Path, sha256: str) -> bytes:
-    """Return the bytes of a file. ``ValueError`` names it if it is missing or has another hash."""
-    if not path.is_file():
-        raise missing_file(path)
-    content = path.read_bytes()
-    if hash_of(content) != sha256:
-        raise damaged(path, "its bytes do not match the checksum in the manifest")
-    return content
-
-
-def hash_of(*parts: bytes) -> str:
-    """Return the SHA-256 of the joined parts as hexadecimal digits."""
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def damaged(path: Path, fault: str) -> ValueError:
-    """Make the error for a file whose content is wrong."""
-    return ValueError(
-        f"{path} is damaged: {fault}; restore it from a copy, or delete it and run "
-        "`regate teacher` again"
-    )
-
-
-def missing_file(path: Path) -> ValueError:
-    """Make the error for a file that the manifest names and the folder lacks."""
-    return ValueError(
-        f"{path} is missing, so the reference store is incomplete; restore it from a copy, or run "
-        "`regate teacher` again"
-    )
-
-
 def starts_of(sizes: Sequence[int]) -> list[int]:
     """Return the start of each part if they lie one after the other, and the end of the last."""
     return list(accumulate(sizes, initial=0))
-
-
-def _sealed(fields: dict[str, Any]) -> bytes:
-    """Return the fields as JSON, with the checksum of the others as the last field."""
-    content = {name: value for name, value in fields.items() if name != "sha256"}
-    checksum = hash_of(json.dumps(content).encode())
-    return json.dumps({**content, "sha256": checksum}).encode() + b"\n"

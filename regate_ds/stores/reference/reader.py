@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,18 +16,16 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
 from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.kind import Verify
 from regate_ds.stores.reference.manifest import (
+    REFERENCE,
     Manifest,
-    content_of,
-    damaged,
     index_path,
     rows_path,
     shard_path,
     starts_of,
 )
-from regate_ds.stores.reference.shard import VALUE, checked_values, describe_samples, open_shard
-
-Verify = Literal["quick", "full"]
+from regate_ds.stores.reference.shard import VALUE, describe_samples, shard_files
 
 
 class ReferenceStore:
@@ -48,10 +45,8 @@ class ReferenceStore:
         self.index = load_index(self.path, self._manifest)
         rows_S = load_rows(self.path, self._manifest)
         self._shard_S, self._start_S = self._find_places(rows_S)
-        self._shard_bytes = [
-            open_shard(shard_path(self.path, number), shard)
-            for number, shard in enumerate(self._manifest.shards)
-        ]
+        self._files = shard_files(self.path, self._manifest.shards)
+        self._shard_bytes = [file.open() for file in self._files]
         self._checked_values: dict[int, np.ndarray] = {}
         if verify == "full":
             self._verify(rows_S)
@@ -95,9 +90,8 @@ class ReferenceStore:
     def _values(self, number: int) -> np.ndarray:
         """Return a shard's values; check them the first time."""
         if number not in self._checked_values:
-            path, shard = shard_path(self.path, number), self._manifest.shards[number]
-            values = checked_values(self._shard_bytes[number], path, shard)
-            self._checked_values[number] = values
+            values = self._files[number].checked(self._shard_bytes[number])
+            self._checked_values[number] = values.view(VALUE)
         return self._checked_values[number]
 
     def _verify(self, rows_S: np.ndarray) -> None:
@@ -108,17 +102,14 @@ class ReferenceStore:
             digests = self.index.digests[rows_S[starts[number] : starts[number + 1]]]
             samples = describe_samples(self.teacher_id, shard.tokens_per_batch, digests)
             if samples != shard.samples:
-                raise damaged(shard_path(self.path, number), "its values are of other samples")
+                raise REFERENCE.damaged(self._files[number].path, "its values are of other samples")
 
     def _require_finished(self) -> None:
         if self._manifest.is_finished:
             return
         shards = self._manifest.shards
         missing = [n for n in range(len(shards)) if not shard_path(self.path, n).exists()]
-        raise ValueError(
-            f"the reference store {self.path} is not finished ({len(missing)} of {len(shards)} "
-            "shards are still to compute); run `regate teacher` again: it goes on where it stopped"
-        )
+        raise REFERENCE.unfinished(self.path, len(missing), len(shards))
 
     def _find_places(self, rows_S: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return for each row of the index its shard, and its values' start: int64 [S] each."""
@@ -137,12 +128,12 @@ class ReferenceStore:
 def load_index(store: Path, manifest: Manifest) -> AnswerIndex:
     """Read the index that a manifest names. ValueError if it is missing or damaged."""
     path = index_path(store, manifest)
-    content_of(path, manifest.index_sha256)
+    REFERENCE.content_of(path, manifest.index_sha256)
     return AnswerIndex.load(path)
 
 
 def load_rows(store: Path, manifest: Manifest) -> np.ndarray:
     """Read int64 [S]: rows of the index, shard by shard. ValueError if the file is missing or
     damaged."""
-    content = content_of(rows_path(store, manifest), manifest.rows_sha256)
+    content = REFERENCE.content_of(rows_path(store, manifest), manifest.rows_sha256)
     return np.load(io.BytesIO(content), allow_pickle=False)

@@ -7,7 +7,6 @@ adds samples to it.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,23 +15,11 @@ from torch import Tensor
 
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.kind import MANIFEST_NAME
 from regate_ds.stores.reference.lifecycle import leftovers
-from regate_ds.stores.reference.manifest import (
-    APPEND_NAME,
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    shard_path,
-    starts_of,
-)
+from regate_ds.stores.reference.manifest import APPEND_NAME, REFERENCE, Manifest, Shard, starts_of
 from regate_ds.stores.reference.reader import load_rows
-from regate_ds.stores.reference.shard import (
-    LARGEST,
-    checked_values,
-    checksum_of,
-    open_shard,
-    write_shard,
-)
+from regate_ds.stores.reference.shard import LARGEST, rounded, shard_files
 
 
 class ReferenceWriter:
@@ -46,6 +33,7 @@ class ReferenceWriter:
         self._index = index
         self._rows_S = load_rows(path, self._manifest)
         self._starts = starts_of([shard.num_rows for shard in self._manifest.shards])
+        self.files = shard_files(path, self._manifest.shards)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -54,21 +42,6 @@ class ReferenceWriter:
     def rows(self, number: int) -> list[int]:
         """Return the rows of the index that a shard holds, in the order of their values."""
         return self._rows_S[self._starts[number] : self._starts[number + 1]].tolist()
-
-    def missing(self) -> list[int]:
-        """Return the numbers of the shards that have no file yet. A file that exists is whole."""
-        names, numbers = set(os.listdir(self.path)), range(len(self.shards))
-        return [number for number in numbers if shard_path(self.path, number).name not in names]
-
-    def check(self, number: int) -> str:
-        """Check every byte of a shard against its checksum, and return the checksum.
-
-        ``ValueError`` names the file and the fault.
-        """
-        path, shard = shard_path(self.path, number), self.shards[number]
-        content = open_shard(path, shard)
-        checked_values(content, path, shard)
-        return checksum_of(content)
 
     def write_shard(self, number: int, values_N: Tensor) -> None:
         """Write the losses, in nats, of a shard's samples in the order of its rows.
@@ -83,26 +56,18 @@ class ReferenceWriter:
                 f"{tuple(values_N.shape)}; score every label position of its samples once"
             )
         self._require_storable(number, values_N)
-        self._require_there()
-        write_shard(shard_path(self.path, number), shard, values_N)
+        REFERENCE.require_there(self.path / self._name)
+        self.files[number].write(rounded(values_N))
 
     def finish(self) -> None:
         """Check every shard, write the checksums into the manifest, and delete the files that a
         killed job left behind. One process calls it, last."""
-        self._require_there()
-        shards = tuple(replace(s, sha256=self.check(n)) for n, s in enumerate(self.shards))
+        REFERENCE.require_there(self.path / self._name)
+        shards = tuple(replace(s, sha256=f.check()) for s, f in zip(self.shards, self.files))
         self._manifest = replace(self._manifest, shards=shards)
         write_atomically(self.path / MANIFEST_NAME, self._manifest.to_bytes())
         for path in leftovers(self.path, self._manifest):
             path.unlink()
-
-    def _require_there(self) -> None:
-        """Refuse to write if the store is gone: its folder was removed, or its disk unmounted."""
-        if not (self.path / self._name).is_file():
-            raise FileNotFoundError(
-                f"the reference store {self.path} has vanished while it was written (it has no "
-                f"{self._name} any more); check the disk, then run the job again"
-            )
 
     def _require_storable(self, number: int, values_N: Tensor) -> None:
         """Refuse, by ``ValueError`` naming the sample, a loss that fp16 cannot hold."""

@@ -18,6 +18,7 @@ from regate_ds.adapters.megatron.regate import MegatronRegate
 from regate_ds.adapters.megatron.samples import ImageTokens, read_tokens
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
+from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.stores.reference.reader import ReferenceStore
 
 
@@ -30,6 +31,9 @@ class LoopSettings:
 
     reference: Path | None = None
     """Folder of the teacher's losses; null with keep_share=1.0."""
+
+    orders: Path | None = None
+    """Folder of the orders of image tokens; null if `images.ranking` reads none."""
 
     dataset: str = "train"
     """Name of the training data in the keys of its samples, the same as in the reference store."""
@@ -112,11 +116,13 @@ class DeferredAttach:
     def _attach(self, models: Sequence[nn.Module] | nn.Module) -> None:
         settings = self.settings
         store = None if settings.reference is None else ReferenceStore(settings.reference)
+        orders = None if settings.orders is None else ImageOrderStore(settings.orders)
         self.regate = attach(
             models,
             settings.elision,
             total_steps=self._host.total_steps(),
             reference=store,
+            orders=orders,
             row_format=settings.row_format,
             tokens=self._tokens,
         )

@@ -65,7 +65,8 @@ class MegatronEngine:
     def build(cls, setup: Setup) -> MegatronEngine:
         config, student = setup.config, setup.corpus.student
         assert config.parallel is not None
-        assert not isinstance(setup.reference, OnlineReference)
+        reference = setup.computed.reference
+        assert not isinstance(reference, OnlineReference)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]
@@ -76,7 +77,8 @@ class MegatronEngine:
             chunks,
             config.elision,
             total_steps=setup.total_steps,
-            reference=setup.reference,
+            reference=reference,
+            orders=setup.computed.orders,
             row_format=config.parallel.row_format,
         )
         optimizer = get_megatron_optimizer(
