@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.read import read_records
-from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.llava import build_llava, clip_processor
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student
 from regate_ds.recipe.tasks.digits import tower as s
-from regate_ds.recipe.tasks.digits.alignment import align_student, notes
-from regate_ds.recipe.tasks.digits.phase import PhaseConfig, finished_phase, optimise
+from regate_ds.recipe.tasks.digits.alignment import AlignConfig, align_student, notes
+from regate_ds.recipe.tasks.digits.own_cell import look_at_own_cell
+from regate_ds.recipe.tasks.digits.phase import (
+    PhaseConfig,
+    average_gradients,
+    finished_phase,
+    on_ranks,
+    optimise,
+    side_by_side,
+)
 from regate_ds.recipe.tasks.digits.questions import DIGITS, Shown
 from regate_ds.recipe.tasks.digits.scenes import Split, handwritten
 from regate_ds.recipe.tasks.digits.student import encoder_of
+from regate_ds.recipe.tasks.digits.thinning import thin_image
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_words
 from tests.support.small_corpus import TEXT, VISION, make_corpus
@@ -33,6 +47,11 @@ def touch(out: Path) -> None:
     (out / "made").touch()
 
 
+def die(out: Path) -> None:
+    touch(out)
+    raise OSError("disk full")
+
+
 def test_a_finished_stage_is_made_once_for_each_basis(tmp_path: Path):
     first = finished_phase(tmp_path, "text", [1], touch)
     assert (first / "made").exists()
@@ -42,10 +61,6 @@ def test_a_finished_stage_is_made_once_for_each_basis(tmp_path: Path):
 
 
 def test_a_stage_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path):
-    def die(out: Path) -> None:
-        touch(out)
-        raise OSError("disk full")
-
     with pytest.raises(OSError, match="disk full"):
         finished_phase(tmp_path, "text", [1], die)
     assert not list(tmp_path.glob("text-*"))
@@ -56,6 +71,98 @@ def test_a_stage_that_dies_leaves_nothing_that_looks_finished(tmp_path: Path):
 def test_an_empty_stage_is_refused(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="must be at least 1 and lr above 0"):
         PhaseConfig(**{"steps": 1, "batch": 1, "lr": 1e-3, **wrong})
+
+
+def test_jobs_side_by_side_return_their_results_in_order(tmp_path: Path):
+    jobs = [partial(finished_phase, tmp_path, name, [1], touch) for name in ("text", "tower")]
+    assert [folder.name.split("-")[0] for folder in side_by_side(*jobs)] == ["text", "tower"]
+    with pytest.raises(OSError, match="disk full"):
+        side_by_side(partial(finished_phase, tmp_path, "text", [2], die))
+
+
+def check_gradients_are_averaged(ranks: ProcessGroup) -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    average_gradients(model, ranks)
+    model(torch.tensor([1.0, 4.0 * ranks.rank()])).backward()
+    assert torch.equal(model.weight.grad, torch.tensor([[1.0, 2.0]]))
+
+
+def test_ranks_of_a_phase_train_on_the_mean_of_their_gradients():
+    on_ranks(2, check_gradients_are_averaged)
+
+
+def test_one_step_in_so_many_sees_the_whole_image():
+    phase = PhaseConfig(steps=5, batch=1, lr=1e-3, image_share=0.25, whole_every=2)
+    assert list(phase.image_shares()) == [0.25, 1.0, 0.25, 1.0, 0.25]
+
+
+def test_a_thinned_image_loses_no_text_and_keeps_the_order():
+    is_image_BT = torch.zeros(3, 20, dtype=torch.bool)
+    is_image_BT[:, 1:9] = True
+    kept_BK = thin_image(is_image_BT, 0.5, Random(0))
+    assert (kept_BK.diff(dim=1) > 0).all()
+    assert (is_image_BT.gather(1, kept_BK).sum(dim=1) == 4).all()
+    assert all(set(range(9, 20)) | {0} <= set(row) for row in kept_BK.tolist())
+    assert torch.equal(thin_image(is_image_BT, 1.0, Random(0)), torch.arange(20).expand(3, -1))
+
+
+def fresh_tower(**settings: Any) -> Any:
+    config = CLIPVisionConfig(**{**FINE, "num_attention_heads": 4, **settings})
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLIPVisionModel(config)
+
+
+def test_a_fresh_tower_looks_at_each_patch_of_the_own_cell_with_one_head():
+    tower = fresh_tower()
+    look_at_own_cell(tower)
+    images = [s.render(list(s.crowded_scene(PART, Random(seed)).values())) for seed in range(3)]
+    pixels = clip_processor(FINE["image_size"])(images, return_tensors="pt")["pixel_values"]
+    for layer in tower(pixels, output_attentions=True).attentions:
+        # 6 x 6 patches, 2 x 2 of them in a cell; the class token comes before them.
+        weights = layer[:, :, 1:, 1:].unflatten(3, (6, 6)).unflatten(2, (6, 6))
+        for head, row, column in itertools.product(range(4), range(6), range(6)):
+            seen = weights[
+                :, head, row, column, row // 2 * 2 + head // 2, column // 2 * 2 + head % 2
+            ]
+            assert (seen > 0.9).all()
+
+
+def test_a_tower_without_a_head_for_each_patch_of_a_cell_is_refused():
+    with pytest.raises(ValueError, match="2 heads for 4 patches of a cell; set num_attention_head"):
+        look_at_own_cell(fresh_tower(num_attention_heads=2))
+
+
+def test_every_patch_learns_what_its_cell_shows():
+    phase = PhaseConfig(steps=40, batch=16, lr=1e-2)
+    student = build_llava(
+        train_tokenizer(["a"], vocab_size=280),
+        text=TEXT,
+        vision={**FINE, "num_attention_heads": 4},
+        seed=0,
+    )
+    before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
+    s.learn_scenes(student, phase, seed=0)
+    moved = {n for n, p in student.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all("vision_tower" in name for name in moved)
+    assert colour_is_read(student) > 0.9
+
+
+def colour_is_read(student: Student) -> float:
+    """Share of single patches from whose features a linear fit reads the colour of their cell."""
+    rng, side = Random(1), FINE["image_size"] // FINE["patch_size"]
+    scenes = [s._full_scene(PART, rng) for _ in range(40)]
+    with torch.no_grad():
+        features_NF = s._by_cell(s._features(student, scenes), side).flatten(0, 2)
+    truth_N = torch.tensor([s._truth(cells) for cells in scenes])[..., 1].flatten()
+    truth_N = truth_N.repeat_interleave((side // 3) ** 2)
+    inputs = torch.cat([features_NF, torch.ones(len(features_NF), 1)], dim=1)
+    half = len(inputs) // 2
+    wanted = torch.nn.functional.one_hot(truth_N[:half]).float()
+    fit = torch.linalg.lstsq(inputs[:half], wanted).solution
+    return float(((inputs[half:] @ fit).argmax(dim=1) == truth_N[half:]).float().mean())
 
 
 def test_the_same_seed_trains_the_same_weights():
@@ -111,8 +218,8 @@ def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: 
     records, _ = read_records(tmp_path / "data" / "train.json", name="mine")
     texts = SampleDataset(records, encoder_of(student, 256))
     before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
-    stage = PhaseConfig(steps=3, batch=4, lr=1e-3)
-    align_student(student, texts, stage, text_share=0.25, seed=0)
+    stage = AlignConfig(steps=3, batch=4, lr=1e-3, image_share=0.25, text_share=0.25)
+    align_student(student, texts, stage, seed=0)
     for name, weight in student.model.named_parameters():
         assert weight.requires_grad
         if "vision_tower" in name:

@@ -4,27 +4,29 @@ They learn from notes on crowded scenes, which lie between captions and question
 place or a digit, and the rest of it must be read from the image. The data set's answers are mixed
 in as text, so that the backbone keeps what it knows; its questions never come with an image here.
 
-Shapes: B samples, T positions, S positions of one sample, N label positions, H hidden.
+Shapes: B samples, T positions, K kept positions, S positions of one sample, N label positions,
+H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE, number_runs, shift_labels
-from regate_ds.data.collate import Collator, LoadedSample, SampleDataset
+from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.students.student import Student
-from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
+from regate_ds.recipe.tasks.digits.phase import PhaseConfig, average_gradients, optimise
 from regate_ds.recipe.tasks.digits.questions import Shown
 from regate_ds.recipe.tasks.digits.scenes import Split, handwritten, render
+from regate_ds.recipe.tasks.digits.thinning import thin_image
 from regate_ds.recipe.tasks.digits.tower import Cells, crowded_scene
 
 _MOST_NOTES = 6
@@ -34,31 +36,55 @@ _BY_PLACE = ("row", "column", "digit", "colour", "size")
 _BY_DIGIT = ("digit", "colour", "size", "row", "column")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(PhaseConfig):
+    """Length, batch and learning rate of the last phase, and what its batches hold."""
+
+    text_share: float = 0.25
+    """Share of a batch that is answers of the data set, without their image."""
+
+
 def align_student(
-    student: Student, texts: SampleDataset, phase: PhaseConfig, *, text_share: float, seed: int
+    student: Student,
+    texts: SampleDataset,
+    phase: AlignConfig,
+    *,
+    seed: int,
+    ranks: ProcessGroup | None = None,
 ) -> None:
-    """Train projector and backbone on scenes' notes and, for ``text_share`` of a batch, on text.
+    """Train projector and backbone on scenes' notes and, for a part of each batch, on text.
 
     The tower is frozen: gradients of a backbone that does not use the image yet would ruin it.
+    With ``ranks``, each of them draws its part of every batch.
     """
+    num_ranks, rank = (1, 0) if ranks is None else (ranks.size(), ranks.rank())
+    batch = phase.batch // num_ranks
     part = Split("train", handwritten("train"), seed, None)
-    collator = Collator(pad_id=student.tokenizer.pad_token_id, vision=student.vision)
+    collator = Collator(pad_id=student.pad_id, vision=student.vision)
     model = student.model.train()
     model.model.vision_tower.requires_grad_(False)
-    num_text = min(round(text_share * phase.batch), len(texts))
+    if ranks is not None:
+        average_gradients(model, ranks)
+    num_text = min(round(phase.text_share * batch), len(texts))
     tokens_of: dict[str, list[int]] = {}
+    shares = phase.image_shares()
 
     def loss(rng: Random) -> Tensor:
-        scenes = [crowded_scene(part, rng) for _ in range(phase.batch - num_text)]
+        scenes = [crowded_scene(part, rng) for _ in range(batch - num_text)]
         noted = [_note_sample(student, cells, rng, tokens_of) for cells in scenes]
         drawn = [texts[number] for number in rng.sample(range(len(texts)), num_text)]
-        unseen = [_without_image(sample, student.tokenizer.pad_token_id) for sample in drawn]
+        unseen = [_without_image(sample, student.pad_id) for sample in drawn]
         # Notes and text run apart: notes are far shorter, and padding costs as much as text.
-        states = [_label_states(model, collator, samples) for samples in (noted, unseen) if samples]
+        share = next(shares)
+        states = [
+            _label_states(model, collator(samples), share, rng)
+            for samples in (noted, unseen)
+            if samples
+        ]
         hidden_NH, labels_N = (torch.cat(parts) for parts in zip(*states))
         return F.cross_entropy(model.lm_head(hidden_NH), labels_N)
 
-    optimise("alignment", model, loss, phase, seed)
+    optimise("alignment", model, loss, phase, num_ranks * seed + rank)
     model.requires_grad_(True)
 
 
@@ -107,19 +133,30 @@ def _note_sample(
     return LoadedSample(encoded, (image,))
 
 
-def _label_states(
-    model: Any, collator: Collator, samples: Sequence[LoadedSample]
-) -> tuple[Tensor, Tensor]:
-    """Return the last hidden state [N, H] and the target [N] of each label position."""
-    batch = collator(samples)
-    hidden_BTH = model.model(**batch.inputs, use_cache=False).last_hidden_state
-    is_label_BT = batch.tokens.is_label_BT
-    return hidden_BTH[is_label_BT], batch.tokens.labels_BT[is_label_BT]
+def _label_states(model: Any, batch: Batch, share: float, rng: Random) -> tuple[Tensor, Tensor]:
+    """Return the last hidden state [N, H] and the target [N] of each label position.
+
+    The decoder sees a ``share`` of the image tokens.
+    """
+    assert batch.tokens.image_BT is not None
+    is_image_BT = batch.tokens.image_BT >= 0
+    embeddings_BTH = model.get_input_embeddings()(batch.inputs["input_ids"])
+    if "pixel_values" in batch.inputs:
+        patches = model.model.vision_tower(batch.inputs["pixel_values"]).last_hidden_state[:, 1:]
+        image = model.model.multi_modal_projector(patches)
+        embeddings_BTH = embeddings_BTH.masked_scatter(is_image_BT[..., None], image)
+    kept_BK = thin_image(is_image_BT, share, rng)
+    every_BKH = kept_BK[..., None].expand(-1, -1, embeddings_BTH.shape[-1])
+    hidden_BKH = model.model.language_model(
+        inputs_embeds=embeddings_BTH.gather(1, every_BKH), position_ids=kept_BK, use_cache=False
+    ).last_hidden_state
+    labels_BK = batch.tokens.labels_BT.gather(1, kept_BK)
+    is_label_BK = labels_BK != IGNORE
+    return hidden_BKH[is_label_BK], labels_BK[is_label_BK]
 
 
 def _without_image(sample: LoadedSample, pad_id: int) -> LoadedSample:
     """Return the sample as the teacher sees it: the pad id at image positions, and no image."""
     encoded = sample.encoded
     ids_S = encoded.input_ids_S.masked_fill(encoded.is_placeholder_S, pad_id)
-    none_S = torch.full_like(ids_S, -1)
-    return LoadedSample(replace(encoded, input_ids_S=ids_S, image_S=none_S, images=()), ())
+    return LoadedSample(replace(encoded, input_ids_S=ids_S, images=()), ())

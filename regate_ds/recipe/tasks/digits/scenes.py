@@ -20,10 +20,10 @@ from PIL import Image
 from regate_ds.job.progress import progress
 from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown, ask
 
-CELL = 16
+CELL = 32
 """Side of a grid cell in pixels; a scene is 3 x 3 cells."""
 
-SIZES = {"small": 10, "large": 16}
+SIZES = {"small": 20, "large": 32}
 """Side of a drawn digit in pixels, at most CELL."""
 
 COLOURS = {
@@ -146,10 +146,11 @@ def draw_scene(part: Split, rng: Random) -> list[Placed]:
     if part.num_frames is None:
         cells.sort()
     digits = rng.sample(range(10), num_digits)
-    return [_place(part, digit, cell, rng) for digit, cell in zip(digits, cells)]
+    return [place(part, digit, cell, rng) for digit, cell in zip(digits, cells)]
 
 
-def _place(part: Split, digit: int, cell: int, rng: Random) -> Placed:
+def place(part: Split, digit: int, cell: int, rng: Random) -> Placed:
+    """Draw a handwritten ``digit`` of any colour and size somewhere in a cell, 0 to 8."""
     size = rng.choice(list(SIZES))
     row, column = divmod(cell, 3)
     side = SIZES[size]
@@ -180,4 +181,4 @@ def render(scene: list[Placed]) -> Image.Image:
 
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, optimize=True)
+    image.save(path)

@@ -1,4 +1,4 @@
-"""Make the quickstart's student in four phases: first its backbone and tower, then both together.
+"""Make the quickstart's student in four phases: its backbone beside its tower, then both together.
 
     text     the backbone learns the training set's answers, without the images
     tower    the vision tower learns to tell what stands in each cell of a scene
@@ -9,18 +9,20 @@ The student then knows how answers are phrased and how to look at a place or for
 never answered a question with an image: it learns that in fine-tuning. Each phase is cached; see
 ``finished_phase``.
 
-Shapes: B samples, T positions, N label positions, V vocabulary.
+Shapes: B samples, T positions, K kept positions, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from regate_ds.algorithm.batch import IGNORE
@@ -33,20 +35,26 @@ from regate_ds.data.llava.template import Template
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student, save_student
-from regate_ds.recipe.tasks.digits.alignment import align_student
+from regate_ds.recipe.tasks.digits.alignment import AlignConfig, align_student
 from regate_ds.recipe.tasks.digits.phase import (
     PhaseConfig,
     digest_of_files,
     finished_phase,
+    on_ranks,
     optimise,
+    side_by_side,
 )
+from regate_ds.recipe.tasks.digits.thinning import thin_image
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_scenes, learn_words
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import teacher_inputs
 
-_RECIPE = 4
+_RECIPE = 5
 """Part of every cache name; raise it when a phase's code changes its result."""
+
+_RANKS = 2
+"""Processes that the last phase runs on; another number gives other weights."""
 
 _POOL = 8
 """Number of text batches that are drawn at once and sorted by length, so that they pad little."""
@@ -65,53 +73,69 @@ class PretrainConfig:
     vocab_size: int = 448
     max_length: int = 256
     seed: int = 0
-    text_phase: PhaseConfig = PhaseConfig(steps=150, batch=32, lr=2e-3)
-    tower_phase: PhaseConfig = PhaseConfig(steps=500, batch=64, lr=4e-3)
+    text_phase: PhaseConfig = PhaseConfig(steps=200, batch=16, lr=2e-3, image_share=0.25)
+    tower_phase: PhaseConfig = PhaseConfig(steps=400, batch=16, lr=6e-3)
     words_phase: PhaseConfig = PhaseConfig(steps=800, batch=512, lr=1e-2)
-    words_scenes: int = 1536
+    words_scenes: int = 400
     """Scenes that the projector's phase learns from."""
 
-    align_phase: PhaseConfig = PhaseConfig(steps=400, batch=32, lr=3e-3)
-    align_text_share: float = 0.25
-    """Share of the last phase's samples that are answers of the data set, without their image."""
+    align_phase: AlignConfig = AlignConfig(steps=300, batch=32, lr=3e-3, image_share=0.25)
 
 
 def make_digits_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
     """Return the student's folder, made from the records in ``train`` or found in ``cache``."""
     records, _ = read_records(train, name="pretrain")
     images = (image for record in records for image in record.images)
-    settings = asdict(config)
-    words = {k: v for k, v in settings.items() if k.startswith("words")}
-    align = {k: v for k, v in settings.items() if k.startswith("align")}
-    tower = {"tower_phase": settings["tower_phase"]}
-    text = {k: v for k, v in settings.items() if k not in words | align | tower}
-
-    def make_text(out: Path) -> None:
-        save_student(learn_text(records, config), out)
-
-    def make_tower(out: Path) -> None:
-        student = load_student(first)
-        learn_scenes(student, config.tower_phase, seed=config.seed)
-        save_student(student, out)
-
-    def make_words(out: Path) -> None:
-        student = load_student(second)
-        phase, number = config.words_phase, config.words_scenes
-        learn_words(student, phase, num_scenes=number, seed=config.seed)
-        save_student(student, out)
-
-    def make_aligned(out: Path) -> None:
-        student = load_student(third)
-        texts = SampleDataset(records, encoder_of(student, config.max_length))
-        phase, share = config.align_phase, config.align_text_share
-        align_student(student, texts, phase, text_share=share, seed=config.seed)
-        save_student(student, out)
-
     data = digest_of_files([train, *images])
-    first = finished_phase(cache, "text", [_RECIPE, data, text], make_text)
-    second = finished_phase(cache, "tower", [first.name, tower], make_tower)
-    third = finished_phase(cache, "words", [second.name, words], make_words)
+    settings = asdict(config)
+    tower = {"tower_phase": settings.pop("tower_phase")}
+    words = {k: settings.pop(k) for k in [k for k in settings if k.startswith("words")]}
+    align = {k: settings.pop(k) for k in [k for k in settings if k.startswith("align")]}
+    text_basis, tower_basis = [_RECIPE, data, settings], [_RECIPE, data, settings, tower]
+    first, second = side_by_side(
+        partial(finished_phase, cache, "text", text_basis, partial(_make_text, records, config)),
+        partial(finished_phase, cache, "tower", tower_basis, partial(_make_tower, records, config)),
+    )
+
+    make_words = partial(_make_words, config, first, second)
+    third = finished_phase(cache, "words", [first.name, second.name, words], make_words)
+    make_aligned = partial(_make_aligned, records, config, third)
     return finished_phase(cache, "student", [third.name, align], make_aligned)
+
+
+def _make_text(records: Sequence[Record], config: PretrainConfig, out: Path) -> None:
+    save_student(learn_text(records, config), out)
+
+
+def _make_tower(records: Sequence[Record], config: PretrainConfig, out: Path) -> None:
+    student = fresh_student(records, config)
+    learn_scenes(student, config.tower_phase, seed=config.seed)
+    save_student(student, out)
+
+
+def _make_words(config: PretrainConfig, text: Path, tower: Path, out: Path) -> None:
+    student, seeing = load_student(text), load_student(tower)
+    trained: Any = seeing.model.model
+    student.model.model.vision_tower.load_state_dict(trained.vision_tower.state_dict())
+    phase, number = config.words_phase, config.words_scenes
+    learn_words(student, phase, num_scenes=number, seed=config.seed)
+    save_student(student, out)
+
+
+def _make_aligned(
+    records: Sequence[Record], config: PretrainConfig, words: Path, out: Path
+) -> None:
+    on_ranks(_RANKS, partial(_align, records, config, words, out))
+
+
+def _align(
+    records: Sequence[Record], config: PretrainConfig, words: Path, out: Path, ranks: ProcessGroup
+) -> None:
+    student = load_student(words)
+    texts = SampleDataset(records, encoder_of(student, config.max_length))
+    align_student(student, texts, config.align_phase, seed=config.seed, ranks=ranks)
+    if ranks.rank() == 0:
+        save_student(student, out)
 
 
 def encoder_of(student: Student, max_length: int) -> Encoder:
@@ -124,38 +148,46 @@ def encoder_of(student: Student, max_length: int) -> Encoder:
     )
 
 
-def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
-    """Make a student and train its backbone on the answers, in the form that the teacher sees."""
+def fresh_student(records: Sequence[Record], config: PretrainConfig) -> Student:
+    """Make a student with fresh weights and a tokenizer of the records' own text."""
     texts = [text for record in records for t in record.turns for text in (t.question, t.answer)]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
-    student = build_llava(tokenizer, text=config.text, vision=config.vision, seed=config.seed)
+    return build_llava(tokenizer, text=config.text, vision=config.vision, seed=config.seed)
+
+
+def learn_text(records: Sequence[Record], config: PretrainConfig) -> Student:
+    """Make a student and train its backbone on the answers, in the form that the teacher sees."""
+    student = fresh_student(records, config)
     encoder = encoder_of(student, config.max_length)
     samples = [encoder.encode(record) for record in records]
     # The backbone's weights are the student's own storage: training it trains the student.
     backbone: Any = text_backbone(student.model).train()
     pool: list[list[EncodedSample]] = []
+    shares = config.text_phase.image_shares()
 
     def loss(rng: Random) -> Tensor:
         if not pool:
             pool.extend(_batches_of_like_length(samples, config.text_phase.batch, rng))
         batch = pool.pop()
         ids_BT = teacher_inputs(
-            [s.input_ids_S for s in batch],
-            [s.is_placeholder_S for s in batch],
-            tokenizer.pad_token_id,
+            [s.input_ids_S for s in batch], [s.is_placeholder_S for s in batch], student.pad_id
         ).input_ids_BT
         labels_BT = nn.utils.rnn.pad_sequence([s.labels_S for s in batch], True, IGNORE)
+        image_BT = nn.utils.rnn.pad_sequence([s.image_S for s in batch], True, -1)
+        kept_BK = thin_image(image_BT >= 0, next(shares), rng)
         # Under a causal mask no token sees the padding on its right, so no mask is needed.
-        hidden_BTH = backbone.model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return _answer_loss(backbone, hidden_BTH, labels_BT)
+        hidden_BKH = backbone.model(
+            input_ids=ids_BT.gather(1, kept_BK), position_ids=kept_BK, use_cache=False
+        ).last_hidden_state
+        return _answer_loss(backbone, hidden_BKH, labels_BT.gather(1, kept_BK))
 
     optimise("text backbone", backbone, loss, config.text_phase, config.seed)
     return student
 
 
-def _answer_loss(model: Any, hidden_BTH: Tensor, labels_BT: Tensor) -> Tensor:
-    is_label_BT = labels_BT != IGNORE
-    return F.cross_entropy(model.lm_head(hidden_BTH[is_label_BT]), labels_BT[is_label_BT])
+def _answer_loss(model: Any, hidden_BKH: Tensor, labels_BK: Tensor) -> Tensor:
+    is_label_BK = labels_BK != IGNORE
+    return F.cross_entropy(model.lm_head(hidden_BKH[is_label_BK]), labels_BK[is_label_BK])
 
 
 def _batches_of_like_length(

@@ -10,7 +10,7 @@ from regate_ds.recipe.tasks.task import Task
 
 TEXT: dict[str, Any] = {
     "model_type": "llama",
-    "hidden_size": 96,
+    "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -25,11 +25,12 @@ VISION: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 128,
     "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 48,
-    # One token covers a cell, because a quarter of a digit does not show which one it is.
-    "patch_size": 16,
+    "num_hidden_layers": 1,
+    # A head for each patch of a cell: see own_cell.py.
+    "num_attention_heads": 16,
+    "hidden_act": "relu",
+    "image_size": 96,
+    "patch_size": 8,
     "projection_dim": 64,
 }
 

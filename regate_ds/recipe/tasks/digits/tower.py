@@ -6,7 +6,8 @@
 Scenes are drawn during training, from the training part's digits. They are more crowded than those
 of the data set, so that nearly every cell teaches something.
 
-Shapes: B scenes, C cells, P patches of an image, F features of the tower, H hidden, N patches.
+Shapes: B scenes, C cells, P patches of an image (X of a cell), F features of the tower, H hidden,
+N patches, V kinds of words.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regate_ds.recipe.students.student import Student
+from regate_ds.recipe.tasks.digits.own_cell import look_at_own_cell
 from regate_ds.recipe.tasks.digits.phase import PhaseConfig, optimise
 from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown
 from regate_ds.recipe.tasks.digits.scenes import (
@@ -29,6 +31,7 @@ from regate_ds.recipe.tasks.digits.scenes import (
     Split,
     draw_scene,
     handwritten,
+    place,
     render,
 )
 
@@ -41,28 +44,34 @@ _PLACES = [(row, column) for row in ROWS for column in COLUMNS]
 _MOST_SCENES = 5
 """Largest number of scenes laid over each other; where two have a digit, the later one stays."""
 
+_FULL_SHARE = 0.9
+"""Share of the cells that hold a digit in the tower's own phase."""
+
 Cells = dict[int, Placed]
 """A scene: what stands in each of the cells 0 to 8 that is not empty."""
 
 
 def learn_scenes(student: Student, phase: PhaseConfig, *, seed: int) -> None:
-    """Train the tower to tell what stands in each cell, through heads that are then discarded."""
+    """Train a fresh tower to tell at every patch what stands in its cell.
+
+    It learns through heads that are then discarded.
+    """
     tower = student.model.model.vision_tower.train()
+    look_at_own_cell(tower)
     config = student.model.config.vision_config
     side = config.image_size // config.patch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        num_features = config.hidden_size * (side // 3) ** 2
-        heads = nn.ModuleList(nn.Linear(num_features, len(words) + 1) for words in _CHOICES)
+        heads = nn.ModuleList(nn.Linear(config.hidden_size, len(words) + 1) for words in _CHOICES)
     part = Split("train", handwritten("train"), seed, None)
 
     def loss(rng: Random) -> Tensor:
-        scenes = [crowded_scene(part, rng) for _ in range(phase.batch)]
-        cells_BCF = _by_cell(_features(student, scenes), side)
-        truth_BCX = torch.tensor([_truth(cells) for cells in scenes])
+        scenes = [_full_scene(part, rng) for _ in range(phase.batch)]
+        features_NF = _by_cell(_features(student, scenes), side).flatten(0, 2)
+        truth_BCV = torch.tensor([_truth(cells) for cells in scenes])
+        truth_NV = truth_BCV.flatten(0, 1).repeat_interleave((side // 3) ** 2, dim=0)
         losses = [
-            F.cross_entropy(head(cells_BCF).flatten(0, 1), truth_BCX[..., x].flatten())
-            for x, head in enumerate(heads)
+            F.cross_entropy(head(features_NF), truth_NV[:, x]) for x, head in enumerate(heads)
         ]
         return torch.stack(losses).sum()
 
@@ -103,6 +112,12 @@ def crowded_scene(part: Split, rng: Random) -> Cells:
     return cells
 
 
+def _full_scene(part: Split, rng: Random) -> Cells:
+    """Put a digit into nearly every cell."""
+    filled = [cell for cell in range(9) if rng.random() < _FULL_SHARE]
+    return {cell: place(part, rng.randrange(10), cell, rng) for cell in filled}
+
+
 def _cell(shown: Shown) -> int:
     return 3 * ROWS.index(shown.row) + COLUMNS.index(shown.column)
 
@@ -115,11 +130,11 @@ def _features(student: Student, scenes: list[Cells]) -> Tensor:
 
 
 def _by_cell(patches_BPF: Tensor, side: int) -> Tensor:
-    """Join the features of the patches of each of the 3 x 3 cells: [B, 9, patches * F]."""
+    """Group the patches by the 3 x 3 cells: [B, C, X, F]."""
     batch, _, features = patches_BPF.shape
     in_cell = side // 3
     grid = patches_BPF.view(batch, 3, in_cell, 3, in_cell, features)
-    return grid.transpose(2, 3).reshape(batch, 9, in_cell * in_cell * features)
+    return grid.transpose(2, 3).reshape(batch, 9, in_cell * in_cell, features)
 
 
 def _truth(cells: Cells) -> list[list[int]]:
@@ -152,7 +167,8 @@ def _directions(student: Student) -> dict[str, Tensor]:
 
     Text alone hardly tells the words of a kind apart: they share most of their embeddings.
     """
-    embedding = student.model.get_input_embeddings().weight.detach()
+    embeddings: Any = student.model.get_input_embeddings()
+    embedding = embeddings.weight.detach()
     length = embedding.norm(dim=1).mean()
     directions: dict[str, Tensor] = {}
     for words in _CHOICES:
