@@ -42,7 +42,7 @@ def test_a_dense_step_leaves_the_decoders_output_bit_for_bit(pool: Pool, case: C
 def test_stages_send_what_the_plan_says_and_less_than_without_it(
     pool: Pool, row_format: str, vpp: int
 ):
-    case = Case(pp=2, vpp=vpp, row_format=row_format)
+    case = Case(pp=2, vpp=vpp, row_format=row_format, image_share=0.5)
     dense = pool.run(2, loop_helper.check_bytes, replace(case, dense=True))
     kept = pool.run(2, loop_helper.check_bytes, case)
     for sent, expected in dense + kept:
@@ -73,7 +73,7 @@ def test_transfers_behind_the_computation_change_no_bit(pool: Pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [Case(cp=2), Case(pp=2), Case(dp=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(cp=2), Case(pp=2, image_share=0.5), Case(dp=2)], ids=str)
 def test_difficulty_is_remembered_once_a_step_that_was_applied(pool: Pool, case: Case):
     pool.run(case.world, loop_helper.check_memory, case)
 
@@ -106,7 +106,9 @@ def test_kept_rows_are_cut_anew_once_a_micro_batch_and_pass(pool: Pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", [Case(tp=2, sp=True, token_multiple=2), Case(pp=2, row_format="ragged")], ids=str
+    "case",
+    [Case(tp=2, sp=True, token_multiple=2, image_share=0.5), Case(pp=2, row_format="ragged")],
+    ids=str,
 )
 def test_megatrons_optimizer_learns_alike_under_any_layout(pool: Pool, case: Case):
     single = replace(case, tp=1, sp=False, pp=1)
