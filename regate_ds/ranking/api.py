@@ -20,7 +20,7 @@ from regate_ds.parallel.layout import ProcessGroup, require_group
 from regate_ds.ranking.identity import vision_id
 from regate_ds.ranking.job import PictureInputs, RankCost, RankJob, rank_pictures
 from regate_ds.stores.answer_index import AnswerIndex
-from regate_ds.stores.image_orders.pictures import Shown
+from regate_ds.stores.image_orders.pictures import ShownPicture
 from regate_ds.teacher.online import samples_of
 
 
@@ -89,7 +89,7 @@ class _Rows:
         self._data, self._names = data, family_of(model).image_inputs
         self._token_id = model.config.image_token_id
         self._collate = KeyedCollate(collate_fn, numbering_of(model, elides_images=True))
-        self.units: list[list[Shown]] = []
+        self.units: list[list[ShownPicture]] = []
         self._row_of: list[int] = []
         self.index = AnswerIndex.build(self._samples())
 
@@ -122,10 +122,10 @@ class _Rows:
             )
 
 
-def _images_of(batch: Batch) -> list[Shown]:
+def _images_of(batch: Batch) -> list[ShownPicture]:
     """Return the images of a micro-batch of one sample, each a picture of its own."""
     image_BT, (key,) = batch.tokens.image_BT, batch.tokens.flat_keys
     if image_BT is None:
         return []
     sizes = torch.bincount(image_BT[image_BT >= 0]).tolist()
-    return [Shown(size, ((key, number),)) for number, size in enumerate(sizes)]
+    return [ShownPicture(size, ((key, number),)) for number, size in enumerate(sizes)]

@@ -19,7 +19,7 @@ from regate_ds.job.progress import progress
 from regate_ds.job.read_ahead import read_ahead
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.image_orders.manifest import OrdersSubject
-from regate_ds.stores.image_orders.pictures import PictureTable, Shown, num_stored
+from regate_ds.stores.image_orders.pictures import PictureTable, ShownPicture, num_stored
 from regate_ds.stores.image_orders.writer import (
     ImageOrderWriter,
     begin_orders,
@@ -53,7 +53,7 @@ class RankCost:
 class RankJob:
     """Which pictures are ranked, by what, and where the orders are stored."""
 
-    units: Sequence[Sequence[Shown]]
+    units: Sequence[Sequence[ShownPicture]]
     """Pictures that are read together; each picture of the data stands in one unit."""
 
     read: Callable[[int], PictureInputs]
@@ -98,7 +98,7 @@ class RankJob:
                 room = self.batch - num_pictures
         return into_shards(batches)
 
-    def pictures(self, batches: Sequence[UnitBatch]) -> list[Shown]:
+    def pictures(self, batches: Sequence[UnitBatch]) -> list[ShownPicture]:
         """Return the pictures of some batches, in order."""
         return [shown for batch in batches for unit in batch for shown in self.units[unit]]
 

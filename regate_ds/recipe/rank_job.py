@@ -18,7 +18,7 @@ from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus, open_corpus
 from regate_ds.recipe.preflight import judge_rank, require_one_data_set
 from regate_ds.recipe.students.student import Student
-from regate_ds.stores.image_orders.pictures import Shown
+from regate_ds.stores.image_orders.pictures import ShownPicture
 
 
 def run_rank(config: RunConfig) -> None:
@@ -46,7 +46,7 @@ def make_rank_job(
     files = list(shown)
     assert config.rank.store is not None
     return RankJob(
-        units=[[Shown(_num_tokens(student, file), tuple(shown[file]))] for file in files],
+        units=[[ShownPicture(_num_tokens(student, file), tuple(shown[file]))] for file in files],
         read=partial(_read, student, files),
         look=partial(pictures_of, student.model, reads=ranking.reads),
         ranking=ranking,

@@ -18,20 +18,20 @@ from torch import distributed as dist
 from regate_ds.algorithm.rankings.diversity import DiversityOrder
 from regate_ds.algorithm.rankings.ranking import Picture
 from regate_ds.ranking.job import PictureInputs, RankJob, rank_pictures
-from regate_ds.stores.image_orders.pictures import Shown
+from regate_ds.stores.image_orders.pictures import ShownPicture
 
 NUM_UNITS = 12
 LARGEST = 12
 
 
-def unit_of(number: int) -> list[Shown]:
+def unit_of(number: int) -> list[ShownPicture]:
     """One to three pictures; the first of each third unit is shown by another sample as well."""
     shown = []
     for picture in range(1 + number % 3):
         images = [(("set", number), picture)]
         if picture == 0 and number % 3 == 0:
             images.append((("set", 100 + number), 0))
-        shown.append(Shown(4 + (5 * number + picture) % 9, tuple(images)))
+        shown.append(ShownPicture(4 + (5 * number + picture) % 9, tuple(images)))
     return shown
 
 

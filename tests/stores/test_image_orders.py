@@ -11,7 +11,7 @@ import torch
 from regate_ds.algorithm.rankings.attention import AttentionOrder
 from regate_ds.algorithm.rankings.diversity import DiversityOrder
 from regate_ds.stores.image_orders.manifest import OrdersSubject
-from regate_ds.stores.image_orders.pictures import PictureTable, Shown, num_stored
+from regate_ds.stores.image_orders.pictures import PictureTable, ShownPicture, num_stored
 from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.stores.image_orders.writer import (
     ImageOrderWriter,
@@ -27,7 +27,7 @@ def image(number: int):
 
 
 TABLE = PictureTable(
-    tuple(Shown(size, (image(i), *[image(20)] * (i == 1))) for i, size in enumerate(SIZES))
+    tuple(ShownPicture(size, (image(i), *[image(20)] * (i == 1))) for i, size in enumerate(SIZES))
 )
 SUBJECT = OrdersSubject(fingerprint="abc", ranking="diversity", model_id="tower-1", table=TABLE)
 SHARDS = [2, 1, 2]
@@ -86,12 +86,12 @@ def test_an_image_that_the_store_lacks_is_refused_by_name(store):
 @pytest.mark.parametrize("size", [0, 65536])
 def test_an_image_with_more_tokens_than_uint16_counts_is_refused_by_name(size):
     with pytest.raises(ValueError, match=rf"^image 1 of sample 'set' record 11 has {size} tokens"):
-        PictureTable((Shown(4, (image(0),)), Shown(size, (image(3),))))
+        PictureTable((ShownPicture(4, (image(0),)), ShownPicture(size, (image(3),))))
 
 
 def test_an_image_with_two_pictures_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^image 0 of sample 'set' record 10 is given twice"):
-        PictureTable((Shown(4, (image(0),)), Shown(4, (image(1), image(0)))))
+        PictureTable((ShownPicture(4, (image(0),)), ShownPicture(4, (image(1), image(0)))))
 
 
 def test_the_data_and_the_ranking_must_be_those_of_the_store(store):
@@ -141,7 +141,7 @@ def test_a_shard_of_another_job_does_not_fit_though_it_is_as_long(store, tmp_pat
         "ranking": replace(SUBJECT, ranking="attention"),
         "model": replace(SUBJECT, model_id="tower-2"),
         "images": replace(
-            SUBJECT, table=PictureTable((Shown(9, (image(30),)), *TABLE.pictures[1:]))
+            SUBJECT, table=PictureTable((ShownPicture(9, (image(30),)), *TABLE.pictures[1:]))
         ),
     }
     for name, subject in others.items():

@@ -20,7 +20,7 @@ MOST_TOKENS = 65535
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPicture:
     """A picture, and the images that show it: at least one."""
 
     num_tokens: int
@@ -31,7 +31,7 @@ class Shown:
 class PictureTable:
     """All pictures of a store, in the order in which their orders are stored."""
 
-    pictures: tuple[Shown, ...]
+    pictures: tuple[ShownPicture, ...]
 
     def __post_init__(self) -> None:
         """Refuse, by ValueError naming the image, one that is too large or stands here twice."""
@@ -83,7 +83,7 @@ class PictureTable:
         for picture, name, record, number in zip(*(saved[column].tolist() for column in columns)):
             images[picture].append(((names[name], record), number))
         sizes = saved["sizes"].tolist()
-        return cls(tuple(Shown(size, tuple(shown)) for size, shown in zip(sizes, images)))
+        return cls(tuple(ShownPicture(size, tuple(shown)) for size, shown in zip(sizes, images)))
 
 
 def name_of(image: ImageKey) -> str:
@@ -97,6 +97,6 @@ def num_stored(num_tokens: int) -> int:
     return -(-num_tokens // 2)
 
 
-def count_stored(pictures: Sequence[Shown]) -> int:
+def count_stored(pictures: Sequence[ShownPicture]) -> int:
     """Return how many numbers are stored of these pictures."""
     return sum(num_stored(shown.num_tokens) for shown in pictures)
