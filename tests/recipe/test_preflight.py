@@ -90,11 +90,13 @@ def test_a_json_that_contradicts_is_refused_before_anything_is_loaded(load, monk
 def test_a_run_says_how_much_of_it_is_sparse(load):
     config = load("elision.schedule.warmup=2", "elision.schedule.final_dense_share=0.2")
     assert describe_run(config, 10, {"teacher_id": "llama-1"}) == (
-        "run: 10 steps, 6 of them sparse, kept share 0.700 of the answer tokens, teacher llama-1"
+        "run: 10 steps, 6 of them sparse, kept share 0.700 of the answer tokens "
+        "and 1.000 of the image tokens, teacher llama-1"
     )
     for dense in ("elision.keep_share=1.0", "elision.execution=none", "elision.enabled=false"):
         assert describe_run(load(dense), 10, {}) == (
-            "run: 10 steps, 0 of them sparse, kept share 1.000 of the answer tokens, teacher none"
+            "run: 10 steps, 0 of them sparse, kept share 1.000 of the answer tokens "
+            "and 1.000 of the image tokens, teacher none"
         )
 
 
