@@ -166,6 +166,9 @@ class RunSection:
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations; bf16 keeps fp32 master weights."""
 
+    group_by_length: bool = False
+    """True takes samples of about one length into a step, so that rows end in little padding."""
+
     seed: int = 0
     """Seed of sample order, new weights and dropout."""
 

@@ -46,7 +46,7 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     world_size = data_ranks_of(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
-    order = make_order(config, len(corpus.train_records), process)
+    order = make_order(config, corpus.index.num_positions.tolist(), process)
     judge_length(config.elision, order.total_steps)
     _require_layers(config, corpus)
     planner = _Planner(config, corpus)
