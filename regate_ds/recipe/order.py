@@ -16,7 +16,6 @@ import torch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
 
-
 GROUP = 50
 """Number of steps whose samples are dealt out by length."""
 
