@@ -38,8 +38,8 @@ MARGIN = 0.04
 
 RUNS = {
     # A few steps with the host's own loss and head, to measure their time; it is not evaluated.
-    "host": ["elision.enabled=false", "run.steps=40", "run.eval_every=0", "data.test=null"],
-    "dense": ["elision.keep_share=1.0"],
+    "host": ["elision.enabled=false", "run.steps=20", "run.eval_every=0", "data.test=null"],
+    "dense": ["elision.execution=none"],
     "regate": [],
 }
 

@@ -71,7 +71,7 @@ class PretrainConfig:
     """Hugging Face config of the tower; its image is a scene, its patch divides a cell."""
 
     vocab_size: int = 448
-    max_length: int = 256
+    max_length: int = 288
     seed: int = 0
     text_phase: PhaseConfig = PhaseConfig(steps=200, batch=16, lr=2e-3, image_share=0.25)
     tower_phase: PhaseConfig = PhaseConfig(steps=400, batch=16, lr=6e-3)
