@@ -10,7 +10,7 @@ from regate_ds.commands.output import print_figures
 
 def add_train(commands: argparse._SubParsersAction, debug: argparse.ArgumentParser) -> None:
     text = (
-        "train; elision.enabled=false is the host's own run, elision.keep_share=1.0 the dense one"
+        "train; elision.enabled=false is the host's own run, elision.execution=none the dense one"
     )
     train = commands.add_parser("train", parents=[debug], help=text, description=text)
     add_config(train)

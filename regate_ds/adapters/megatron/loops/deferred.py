@@ -30,7 +30,7 @@ class LoopSettings:
     """The knobs of the method."""
 
     reference: Path | None = None
-    """Folder of the teacher's losses; null with keep_share=1.0."""
+    """Folder of the teacher's losses; null where the score reads none."""
 
     orders: Path | None = None
     """Folder of the orders of image tokens; null if `images.ranking` reads none."""
