@@ -25,7 +25,7 @@ class Computed:
     def __post_init__(self) -> None:
         """Refuse, by ValueError, what is no store; a path, say."""
         reference, orders = self.reference, self.orders
-        if reference is not None and not hasattr(reference, "read"):
+        if reference is not None and not hasattr(reference, "teacher_id"):
             raise ValueError(
                 f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore "
                 "or Teacher(...).online()"
@@ -61,3 +61,5 @@ class Computed:
                 "ImageOrderStore, or use images.ranking=random or stride"
             )
         self.orders.require_ranking(ranking)
+        if isinstance(self.reference, ReferenceStore):
+            self.orders.require(self.reference.fingerprint)

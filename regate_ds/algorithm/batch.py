@@ -58,11 +58,8 @@ class TokenBatch:
                 f"row {row} has {int(num_segments_B[row])} segments, but {int(num_keys_B[row])} "
                 "keys; give each row exactly one key for each of its segments"
             )
-        if self.image_BT is not None and self.image_BT.shape != self.labels_BT.shape:
-            raise ValueError(
-                f"image_BT {tuple(self.image_BT.shape)} and labels {tuple(self.labels_BT.shape)} "
-                "differ in shape; give both the same shape [B, T]"
-            )
+        if self.image_BT is not None:
+            _require_image_numbers(self.image_BT, self.labels_BT)
         labelled_padding = (self.is_label_BT & (self.segment_BT < 0)).nonzero()
         if len(labelled_padding):
             row, position = (int(index) for index in labelled_padding[0])
@@ -106,6 +103,20 @@ class TokenBatch:
         values_BT = values_N.new_full(self.labels_BT.shape, empty)
         values_BT[self.is_label_BT] = values_N
         return values_BT
+
+
+def _require_image_numbers(image_BT: Tensor, labels_BT: Tensor) -> None:
+    """Refuse, by ValueError, what numbers no images: a mask, say."""
+    if image_BT.shape != labels_BT.shape:
+        raise ValueError(
+            f"image_BT {tuple(image_BT.shape)} and labels {tuple(labels_BT.shape)} differ in "
+            "shape; give both the same shape [B, T]"
+        )
+    if image_BT.dtype != torch.int64 or bool((image_BT >= 1 << 31).any()):
+        raise ValueError(
+            f"image_BT is {image_BT.dtype}, up to {image_BT.max().item()}; give the number of each "
+            "position's image in its sample, from 0, as int64, and -1 where there is none"
+        )
 
 
 def starts_segment(segment_BT: Tensor) -> Tensor:

@@ -76,49 +76,53 @@ def beyond_kept(
 ) -> Tensor:
     """Return each image token's place in its image's order, less the number that are kept.
 
-    int64 [B, T]: below 0 is kept, and the lowest others are the next best; 0 elsewhere. Of the n
-    elidable tokens of an image ceil(keep_share * n) are kept.
+    int64 [B, T]: below 0 is kept, and the lowest others are the next best; 0 elsewhere. The order
+    is of the image's n IMAGE positions alone, of which ceil(keep_share * n) are kept.
 
     ValueError if the micro-batch has no image_BT, or the ranking or its store returns no order.
     """
     images = find_images(batch)
-    num_M = torch.bincount(images.image_M[images.is_elidable_M], minlength=len(images.keys))
-    num_kept_I = share_of(num_M, keep_share)
     orders = None
     if ranking.stored is not None:
         assert read_orders is not None
         orders = _stored_orders(images, read_orders)
+    image_M = images.image_M[images.is_elidable_M]
+    num_I = torch.bincount(image_M, minlength=len(images.keys))
+    num_kept_I = share_of(num_I, keep_share)
     inputs = RankingInputs(
-        step=step,
-        keys=images.keys,
-        sizes_I=images.sizes_I,
-        num_kept_I=num_kept_I,
-        orders=orders,
+        step=step, keys=images.keys, sizes_I=num_I, num_kept_I=num_kept_I, orders=orders
     )
-    place_M = _places_among_elidable(images, _require_orders(ranking, inputs, images))
+    place_M = _require_places(ranking, inputs, image_M)
     beyond_P = torch.zeros(batch.labels_BT.numel(), dtype=torch.int64)
-    beyond_P[images.position_M] = place_M - num_kept_I[images.image_M]
+    beyond_P[images.position_M[images.is_elidable_M]] = place_M - num_kept_I[image_M]
     return beyond_P.view_as(batch.labels_BT)
 
 
 def _stored_orders(images: Images, read_orders: ReadOrders) -> list[Tensor]:
-    """Return each image's stored order; ValueError if it does not name each token once."""
+    """Return the stored order of each image's elidable tokens, numbered among themselves.
+
+    ValueError if an order does not name each token of its image once.
+    """
     sizes = images.sizes_I.tolist()
-    orders = read_orders(images.keys, sizes)
-    for key, size, order_n in zip(images.keys, sizes, orders, strict=True):
-        if not torch.equal(order_n.sort().values, torch.arange(size)):
+    orders, elidable = read_orders(images.keys, sizes), images.is_elidable_M.split(sizes)
+    found: list[Tensor] = []
+    for key, is_elidable_n, order_n in zip(images.keys, elidable, orders, strict=True):
+        if not torch.equal(order_n.sort().values, torch.arange(len(is_elidable_n))):
             raise ValueError(
-                f"the order of image {key} in the store does not name each of its {size} tokens "
-                f"once: it has {len(order_n)}; make the store anew with `regate rank`"
+                f"the order of image {key} in the store does not name each of its "
+                f"{len(is_elidable_n)} tokens once: it has {len(order_n)}; make the store anew "
+                "with `regate rank`"
             )
-    return orders
+        number_n = is_elidable_n.long().cumsum(0) - 1
+        found.append(number_n[order_n[is_elidable_n[order_n]]])
+    return found
 
 
-def _require_orders(ranking: Ranking, inputs: RankingInputs, images: Images) -> Tensor:
+def _require_places(ranking: Ranking, inputs: RankingInputs, image_M: Tensor) -> Tensor:
     """Return the places [M] of all tokens; ValueError if an image's are not 0 to n - 1."""
     place_M: Any = ranking(inputs)
-    start_I = images.sizes_I.cumsum(0) - images.sizes_I
-    wanted_M = torch.arange(len(images.image_M)) - start_I[images.image_M]
+    start_I = inputs.sizes_I.cumsum(0) - inputs.sizes_I
+    wanted_M = torch.arange(len(image_M)) - start_I[image_M]
     is_tensor = isinstance(place_M, Tensor)
     if not is_tensor or place_M.shape != wanted_M.shape or place_M.is_floating_point():
         found = f"{place_M.dtype} {tuple(place_M.shape)}" if is_tensor else type(place_M).__name__
@@ -126,29 +130,12 @@ def _require_orders(ranking: Ranking, inputs: RankingInputs, images: Images) -> 
             f"{type(ranking).__name__} returned {found}; it must return whole numbers of shape "
             f"{tuple(wanted_M.shape)}"
         )
-    found_M = place_M[_by_image(images.image_M, place_M)]
+    order_M = place_M.argsort(stable=True)
+    found_M = place_M[order_M[image_M[order_M].argsort(stable=True)]]
     if not torch.equal(found_M, wanted_M):
-        image = int(images.image_M[(found_M != wanted_M).nonzero()[0]])
+        image = int(image_M[(found_M != wanted_M).nonzero()[0]])
         raise ValueError(
-            f"{type(ranking).__name__} gave image {images.keys[image]} places that are not 0 to "
-            f"{int(images.sizes_I[image]) - 1}, each once"
+            f"{type(ranking).__name__} gave image {inputs.keys[image]} places that are not 0 to "
+            f"{int(inputs.sizes_I[image]) - 1}, each once"
         )
     return place_M
-
-
-def _places_among_elidable(images: Images, place_M: Tensor) -> Tensor:
-    """Return each token's place among the elidable tokens of its image."""
-    order_M = _by_image(images.image_M, place_M)
-    is_counted_M = images.is_elidable_M[order_M].long()
-    counted_M = is_counted_M.cumsum(0) - is_counted_M
-    start_I = images.sizes_I.cumsum(0) - images.sizes_I
-    before_I = counted_M[start_I] if len(start_I) else counted_M
-    among_M = torch.empty_like(place_M)
-    among_M[order_M] = counted_M - before_I[images.image_M[order_M]]
-    return among_M
-
-
-def _by_image(image_M: Tensor, place_M: Tensor) -> Tensor:
-    """Return the indices that sort tokens by image, then by place."""
-    order_M = place_M.argsort(stable=True)
-    return order_M[image_M[order_M].argsort(stable=True)]

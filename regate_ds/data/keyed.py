@@ -135,10 +135,10 @@ class PlainCollate:
 
     def __call__(self, items: list[Any]) -> Any:
         batch = self._collate_fn([_without_key(item) for item in items])
-        if isinstance(batch, dict) and IMAGES in batch:
+        if isinstance(batch, Mapping) and IMAGES in batch:
             return {k: v for k, v in batch.items() if k != IMAGES}
         return batch
 
 
 def _without_key(item: Any) -> Any:
-    return {k: v for k, v in item.items() if k != KEY} if isinstance(item, dict) else item
+    return {k: v for k, v in item.items() if k != KEY} if isinstance(item, Mapping) else item

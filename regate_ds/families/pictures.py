@@ -40,12 +40,25 @@ def pictures_of(
         if reads == "features":
             features = list(model.get_image_features(**on_device).pooler_output)
             _require_sizes(family.model_type, features, lengths)
-            return [Picture(features_nF=features_nF.float()) for features_nF in features]
+            return [
+                Picture(features_nF=_finite(features_nF.float(), "features"))
+                for features_nF in features
+            ]
         with measuring_attention(family.tower_of(model)) as received:
             model.get_image_features(**on_device)
     attention = family.attention(model.config, on_device, received.layers_LBS)
     _require_sizes(family.model_type, [one.T for one in attention], lengths)
-    return [Picture(attention_Ln=attention_Ln) for attention_Ln in attention]
+    return [Picture(attention_Ln=_finite(one_Ln, "attention")) for one_Ln in attention]
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    """Return the values; RuntimeError if one of them is not finite."""
+    if not bool(values.isfinite().all()):
+        raise RuntimeError(
+            f"the tower's {what} of an image are not finite; check the model's weights, or run it "
+            "in bf16 or fp32"
+        )
+    return values
 
 
 def _require_sizes(model_type: str, found: Sequence[Tensor], sizes: list[int]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regate_ds.algorithm.rankings.ranking import Ranking, StoredRanking
-from regate_ds.algorithm.rankings.table import stored_ranking
+from regate_ds.algorithm.rankings.table import RANKINGS, stored_ranking
 from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed, KeyedCollate
 from regate_ds.families.numbering import numbering_of
@@ -47,9 +47,9 @@ def rank_images(  # noqa: PLR0913 (a user's call: each argument by its name)
     ValueError names the image, the ranking or the store that is refused.
     """
     require_group(group, "rank_images")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch={batch!r}: must be a whole number, at least 1")
     stored, rows = require_stored(ranking), _Rows(data, collate_fn, model)
-    if batch < 1:
-        raise ValueError(f"batch={batch}: must be at least 1")
     job = RankJob(
         units=rows.units,
         read=rows.read,
@@ -65,6 +65,11 @@ def rank_images(  # noqa: PLR0913 (a user's call: each argument by its name)
 
 def require_stored(ranking: Ranking) -> StoredRanking:
     """Return the ranking whose orders are to be computed; ValueError if it reads none."""
+    if not isinstance(ranking, tuple(RANKINGS.values())):
+        raise ValueError(
+            f"ranking={ranking!r} is a {type(ranking).__name__}; give a ranking, such as "
+            "DiversityOrder()"
+        )
     if (stored := stored_ranking(ranking)) is None:
         raise ValueError(
             f"images.ranking={type(ranking).__name__} needs no store, so there is nothing to "
@@ -127,5 +132,11 @@ def _images_of(batch: Batch) -> list[ShownPicture]:
     image_BT, (key,) = batch.tokens.image_BT, batch.tokens.flat_keys
     if image_BT is None:
         return []
+    numbers = image_BT[image_BT >= 0].unique_consecutive().tolist()
+    if sorted(set(numbers)) != list(range(len(set(numbers)))) or numbers != sorted(numbers):
+        raise ValueError(
+            f"sample {key[0]!r} record {key[1]} numbers its images {numbers[:8]}; number them from 0 "
+            "in reading order, so that each is ranked by its own picture"
+        )
     sizes = torch.bincount(image_BT[image_BT >= 0]).tolist()
     return [ShownPicture(size, ((key, number),)) for number, size in enumerate(sizes)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.job.process import Process
+from regate_ds.ranking.api import model_id_for
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
 from regate_ds.stores.image_orders.reader import ImageOrderStore
@@ -51,4 +52,9 @@ def _open_orders(config: RunConfig, corpus: Corpus) -> ImageOrderStore | None:
     store = ImageOrderStore(config.rank.store, verify=config.rank.verify)
     store.require(corpus.index.fingerprint)
     store.require_ranking(ranking)
+    if (found := model_id_for(ranking, corpus.student.model)) != store.model_id:
+        raise ValueError(
+            f"the image orders in {store.path} are of model {store.model_id}, this run starts from "
+            f"{found}; run `regate rank` with this run's model.path, in another rank.store"
+        )
     return store

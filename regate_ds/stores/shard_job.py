@@ -1,4 +1,4 @@
-"""Fill a store shard by shard, device any number of ranks, in a job that can be resumed.
+"""Fill a store shard by shard, on any number of ranks, in a job that can be resumed.
 
 A shard that exists is not computed again; which rank computes a shard is left to the job.
 """

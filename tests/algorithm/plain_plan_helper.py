@@ -15,8 +15,9 @@ from regate_ds.algorithm.plan import ElisionPlan
 Beyond = dict[tuple[int, int], int]
 """By (row, position) of elidable image tokens: the place in the image's order, less those kept."""
 
-OrderOf = Callable[[SampleKey, int, int, int], list[int]]
-"""(sample, number of the image, its tokens, how many are kept) -> its tokens in order."""
+OrderOf = Callable[[tuple[SampleKey, int], list[bool], int], list[int]]
+"""(sample and number of the image, which of its tokens may be elided, how many of these are kept)
+-> those that may be elided, numbered among themselves, in order."""
 
 
 def wild_batch(rng: random.Random, *, images: bool = False) -> TokenBatch:
@@ -96,10 +97,11 @@ def plain_beyond(batch: TokenBatch, order_of: OrderOf, keep_share: float) -> Bey
     for key, sample in zip(keys, samples_of(batch), strict=True):
         for number, tokens in sample.images.items():
             stays = {sample.positions[0], *sample.elidable}
-            num_kept = math.ceil(keep_share * len(set(tokens) - stays) - 1e-9)
-            order = [tokens[i] for i in order_of(key, number, len(tokens), num_kept)]
-            for place, t in enumerate(t for t in order if t not in stays):
-                beyond[sample.row, t] = place - num_kept
+            is_free = [t not in stays for t in tokens]
+            free = [t for t in tokens if t not in stays]
+            num_kept = math.ceil(keep_share * len(free) - 1e-9)
+            for place, i in enumerate(order_of((key, number), is_free, num_kept)):
+                beyond[sample.row, free[i]] = place - num_kept
     return beyond
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -56,33 +57,32 @@ def read_orders(keys: Sequence[ImageKey], sizes: Sequence[int]) -> list[torch.Te
     return [torch.tensor(given_order(*pair)) for pair in zip(keys, sizes, strict=True)]
 
 
-def plain_order(ranking: Ranking, key: ImageKey, size: int, num_kept: int) -> list[int]:
-    """The tokens in order. The draw itself is the ranking's own, of the image alone."""
+def plain_order(ranking: Ranking, key: ImageKey, is_free: list[bool], num_kept: int) -> list[int]:
+    """The free tokens, numbered among themselves, in order. A draw is the ranking's own, of the
+    image alone."""
+    size = sum(is_free)
     if isinstance(ranking, StrideOrder):
         first = [(i * size // num_kept + STEP) % size for i in range(num_kept)]
         return first + [token for token in range(size) if token not in first]
-    if isinstance(ranking, DiversityOrder):
-        return given_order(key, size)
     inputs = RankingInputs(
         step=STEP,
         keys=(key,),
         sizes_I=torch.tensor([size]),
         num_kept_I=torch.tensor([num_kept]),
     )
-    drawn = RandomOrder(seed=ranking.seed)(inputs).argsort().tolist()
     if isinstance(ranking, RandomOrder):
-        return drawn
+        return ranking(inputs).argsort().tolist()
+    stored = [sum(is_free[:i]) for i in given_order(key, len(is_free)) if is_free[i]]
+    if isinstance(ranking, DiversityOrder):
+        return stored
     assert isinstance(ranking, MixedOrder)
-    best = given_order(key, size)[: -(-num_kept * 4 // 10)]
+    best = stored[: -(-num_kept * 4 // 10)]
+    drawn = RandomOrder(seed=ranking.seed)(inputs).argsort().tolist()
     return best + [token for token in drawn if token not in best]
 
 
 def plain_places(batch: TokenBatch, ranking: Ranking, share: float) -> Beyond:
-    return plain_beyond(
-        batch,
-        lambda sample, number, size, kept: plain_order(ranking, (sample, number), size, kept),
-        share,
-    )
+    return plain_beyond(batch, partial(plain_order, ranking), share)
 
 
 def scores(batch: TokenBatch, rng: random.Random) -> torch.Tensor:
@@ -190,9 +190,9 @@ def test_a_batch_that_does_not_tell_its_images_is_refused():
 
 ONE_IMAGE = TokenBatch(
     ((("set", 7),),),
-    torch.zeros(1, 4, dtype=torch.int64),
-    torch.tensor([[IGNORE, IGNORE, IGNORE, 5]]),
-    torch.tensor([[-1, 2, 2, 2]]),
+    torch.zeros(1, 5, dtype=torch.int64),
+    torch.tensor([[IGNORE, IGNORE, IGNORE, IGNORE, 5]]),
+    torch.tensor([[-1, 2, 2, 2, -1]]),
 )
 
 
@@ -221,6 +221,38 @@ class Gives:
 def test_a_ranking_that_returns_no_permutation_is_refused_by_name(what: Any, message: str):
     with pytest.raises(ValueError, match=message):
         beyond_kept(Gives(what), ONE_IMAGE, keep_share=0.5, step=0)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.tensor([[False, True, True, True, False]]), "image_BT is torch.bool, up to True"),
+        (torch.tensor([[-1, 1 << 62, 0, 0, -1]]), f"image_BT is torch.int64, up to {1 << 62}"),
+        (torch.tensor([[0, 0]]), "differ in shape"),
+    ],
+)
+def test_what_numbers_no_images_is_refused(image: torch.Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(ONE_IMAGE, image_BT=image)
+
+
+def test_a_stored_share_of_a_mixed_order_counts_tokens_that_may_be_elided():
+    # The whole sample is one image: its first position stays, and is first in the stored order.
+    batch = TokenBatch(
+        ((("set", 0),),),
+        torch.zeros(1, 8, dtype=torch.int64),
+        torch.full((1, 8), IGNORE),
+        torch.zeros(1, 8, dtype=torch.int64),
+    )
+    for step in range(20):
+        beyond_BT = beyond_kept(
+            MixedOrder(ranked_share=1.0),
+            batch,
+            keep_share=0.5,
+            step=step,
+            read_orders=lambda *_: [torch.arange(8)],
+        )
+        assert (beyond_BT[0, 1:] < 0).nonzero().flatten().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1], [1, 2, 3], [-1, 0, 1]])

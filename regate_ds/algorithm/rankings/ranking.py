@@ -38,13 +38,15 @@ class RankingInputs:
     step: int
     keys: tuple[ImageKey, ...]
     sizes_I: Tensor
-    """int64: tokens of each image."""
+    """int64: tokens of each image that may be elided: all but those that predict an answer, and but
+    the first position of a sample."""
 
     num_kept_I: Tensor
     """int64: how many of each image's tokens the step keeps."""
 
     orders: Sequence[Tensor] | None = None
-    """For each image its tokens in stored order, int64 [n]; None unless the ranking reads them."""
+    """For each image these tokens, numbered from 0, in stored order, int64 [n]; None unless the
+    ranking reads them."""
 
 
 class Ranking(Protocol):

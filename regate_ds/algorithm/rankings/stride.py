@@ -34,7 +34,7 @@ class StrideOrder:
 
 def _places(size: int, num_kept: int, step: int) -> Tensor:
     """Return the place of each of an image's tokens."""
-    first_k = (torch.arange(num_kept) * size // max(1, num_kept) + step) % size
+    first_k = (torch.arange(num_kept) * size // max(1, num_kept) + step) % max(1, size)
     is_first_n = torch.zeros(size, dtype=torch.bool).index_fill(0, first_k, True)
     order_n = torch.cat([first_k, (~is_first_n).nonzero().squeeze(1)])
     return torch.empty_like(order_n).index_copy(0, order_n, torch.arange(size))
