@@ -135,8 +135,8 @@ def _images_of(batch: Batch) -> list[ShownPicture]:
     numbers = image_BT[image_BT >= 0].unique_consecutive().tolist()
     if sorted(set(numbers)) != list(range(len(set(numbers)))) or numbers != sorted(numbers):
         raise ValueError(
-            f"sample {key[0]!r} record {key[1]} numbers its images {numbers[:8]}; number them from 0 "
-            "in reading order, so that each is ranked by its own picture"
+            f"sample {key[0]!r} record {key[1]} numbers its images {numbers[:8]}; number them "
+            "from 0 in reading order, so that each is ranked by its own picture"
         )
     sizes = torch.bincount(image_BT[image_BT >= 0]).tolist()
     return [ShownPicture(size, ((key, number),)) for number, size in enumerate(sizes)]
