@@ -143,6 +143,16 @@ class RegateConfig:
         """The ranking whose orders are computed once and read; None if none is."""
         return stored_ranking(self.images.ranking) if self.chooses_images else None
 
+    def never_sparse(self, num_steps: int) -> dict[str, ScheduleConfig]:
+        """Return, by key, the schedules that elide nothing in so many steps of what is to be."""
+        schedules, own = self.schedules(num_steps), self.images.schedule
+        found: dict[str, ScheduleConfig] = {}
+        if schedules.answers is not None and schedules.answers.num_sparse(num_steps) == 0:
+            found["schedule"] = self.schedule
+        if schedules.images is not None and schedules.images.num_sparse(num_steps) == 0:
+            found["schedule" if own is None else "images.schedule"] = own or self.schedule
+        return found
+
     def schedules(self, total_steps: int) -> Schedules:
         """Return when answers and when images are elided in a run of so many steps."""
         answers, own = self.schedule.in_steps(total_steps), self.images.schedule

@@ -7,6 +7,8 @@ one file for each data rank.
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from regate_ds.algorithm.rows import RowLayout
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate
+from regate_ds.settings.section import plain_values
 from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
@@ -23,6 +26,8 @@ from regate_ds.stores.values import Stores
 from regate_ds.teacher.online import OnlineReference
 
 Difficulty = DifficultyStore | StreamDifficulty
+
+_log = logging.getLogger(__name__)
 
 STATE_FOLDER = "regate"
 """Name of the folder inside a checkpoint that holds the method's state."""
@@ -44,7 +49,7 @@ class Opened:
         """
         folder = Path(checkpoint_dir) / STATE_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.session.state_dict()
+        state = {**self.session.state_dict(), "elision": plain_values(self.session.config)}
         if self.difficulty is not None:
             self.difficulty.save(folder)
             state |= {
@@ -61,6 +66,7 @@ class Opened:
         """
         state, folder = read_state(checkpoint_dir), Path(checkpoint_dir) / STATE_FOLDER
         self.session.require_state(state)
+        warn_of_changes(state.get("elision", {}), plain_values(self.session.config))
         self._load_difficulty(state, folder)
         self.session.load_state_dict(state)
 
@@ -79,6 +85,22 @@ class Opened:
                 f"state.json says {state['num_writes']}: a save over an older one was "
                 "interrupted; resume from another checkpoint, and save each checkpoint into its "
                 "own folder"
+            )
+
+
+def warn_of_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> None:
+    """Log a line for each knob that differs from the checkpoint's run: that is allowed, and the run
+    is then another one than if it had never stopped."""
+    for key in (key for key in now if key in saved and saved[key] != now[key]):
+        if isinstance(now[key], Mapping) and isinstance(saved[key], Mapping):
+            warn_of_changes(saved[key], now[key], f"{where}{key}.")
+        else:
+            _log.warning(
+                "resumed with %s%s=%s, but the checkpoint's run had %s",
+                where,
+                key,
+                now[key],
+                saved[key],
             )
 
 

@@ -49,6 +49,10 @@ def rank_images(  # noqa: PLR0913 (a user's call: each argument by its name)
     require_group(group, "rank_images")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r}: must be a whole number, at least 1")
+    if hasattr(model, "get_base_model"):
+        raise ValueError(
+            f"model={type(model).__name__}: rank with the model as it is before peft wraps it"
+        )
     stored, rows = require_stored(ranking), _Rows(data, collate_fn, model)
     job = RankJob(
         units=rows.units,

@@ -2,22 +2,17 @@
 
 A step takes the next ``micro_batch * accumulation * world_size`` samples of the epoch's
 permutation; samples that do not fill a step at the end of an epoch are left out of that epoch.
-With lengths, the samples of ``GROUP`` neighbouring steps are sorted by length before they are dealt
-to these steps, which are then shuffled: so the rows of a step have about one length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
-
-GROUP = 50
-"""Number of steps whose samples are dealt out by length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +27,6 @@ class Order:
     seed: int
     total_steps: int
     start_step: int = 0
-    lengths: tuple[int, ...] | None = None
-    """Number of tokens of each sample, to group them by; None leaves the permutation as it is."""
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -67,32 +60,14 @@ class Order:
 
     def _permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        drawn = torch.randperm(self.num_samples, generator=generator).tolist()
-        if self.lengths is None:
-            return drawn
-        size, used = self.samples_per_step, self.steps_per_epoch * self.samples_per_step
-        grouped: list[int] = []
-        for start in range(0, used, GROUP * size):
-            group = sorted(drawn[start : min(start + GROUP * size, used)], key=self._length)
-            steps = [group[i : i + size] for i in range(0, len(group), size)]
-            for step in torch.randperm(len(steps), generator=generator).tolist():
-                grouped += steps[step]
-        return grouped
-
-    def _length(self, number: int) -> int:
-        assert self.lengths is not None
-        return self.lengths[number]
+        return torch.randperm(self.num_samples, generator=generator).tolist()
 
 
-def make_order(config: RunConfig, lengths: Sequence[int], data: Process) -> Order:
-    """Return a data rank's order of samples; its ``total_steps`` is the length of the run.
-
-    lengths: number of tokens of each sample.
-    """
+def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
+    """Return a data rank's order of samples; its ``total_steps`` is the length of the run."""
     run = config.run
     order = Order(
-        num_samples=len(lengths),
-        lengths=tuple(lengths) if run.group_by_length else None,
+        num_samples=num_samples,
         micro_batch=run.micro_batch,
         accumulation=run.accumulation,
         rank=data.rank,

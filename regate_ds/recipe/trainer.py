@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.corpus, self.process = config, corpus, process
         self.data = data_ranks(config, process)
         require_one_data_set(corpus.index.fingerprint, process)
-        self.order = make_order(config, corpus.index.num_positions.tolist(), self.data)
+        self.order = make_order(config, len(corpus.train_records), self.data)
         judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self.computed = open_computed(config, corpus, process)

@@ -27,7 +27,8 @@ def _one_of(kinds: tuple[type[Any], ...]) -> str:
     named = [kind for kind in kinds if kind is not NoneType]
     if len(named) == 1:
         name = named[0].__name__
-        return f"a {name}{', or None' * (NoneType in kinds)}; write {name}(...)"
+        article = "an" if name[0] in "AEIOU" else "a"
+        return f"{article} {name}{', or None' * (NoneType in kinds)}; write {name}(...)"
     package = named[0].__module__.rpartition(".")[0]
     names = ", ".join(kind.__name__ for kind in named)
     return f"one of {names}; write {named[0].__name__}(...), from {package}'s modules"

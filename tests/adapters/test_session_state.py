@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.session_state import open_session
+from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.config import RegateConfig
+from regate_ds.images_config import ImagesConfig
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.schedule_config import ScheduleConfig
 from tests.support.batches import random_batch
@@ -55,6 +57,24 @@ def test_a_score_without_reference_remembers_whatever_samples_come(config, tmp_p
         elided = [loss for p, loss in here.items() if p not in kept]
         assert elided
         assert min(kept[p] for p in here if p in kept) > max(elided)
+
+
+def test_a_resume_with_other_knobs_says_which(config, tmp_path, caplog):
+    opened = open_session(config, Computed(), ParallelLayout(), total_steps=2)
+    opened.save(tmp_path)
+    for changed, lines in (
+        (config, []),
+        (replace(config, keep_share=0.4), ["keep_share=0.4, but the checkpoint's run had 0.5"]),
+        (
+            replace(config, images=ImagesConfig(keep_share=0.25, ranking=RandomOrder(seed=3))),
+            ["images.keep_share=0.25", "images.random.seed=3"],
+        ),
+    ):
+        caplog.clear()
+        open_session(changed, Computed(), ParallelLayout(), total_steps=2).load(tmp_path)
+        found = [record.getMessage() for record in caplog.records]
+        assert len(found) == len(lines)
+        assert all(line in message for line, message in zip(lines, found, strict=True))
 
 
 def test_a_score_that_reads_the_teacher_is_refused_without_one():

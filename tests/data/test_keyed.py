@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 import torch
 
@@ -79,6 +81,7 @@ def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     assert PlainCollate(lambda given: None)(items) is None
     numbered = {"input_ids": 1, "regate_images": 2}
     assert PlainCollate(lambda given: numbered)(items) == {"input_ids": 1}
+    assert PlainCollate(lambda given: UserDict(numbered))(items) == {"input_ids": 1}
 
 
 @pytest.mark.parametrize(

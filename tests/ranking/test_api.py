@@ -151,6 +151,16 @@ def test_attach_refuses_a_run_without_the_orders_that_its_ranking_reads(samples,
         attach(model, images_config(MixedOrder()), total_steps=1, orders=orders)
     with pytest.raises(ValueError, match="orders='store' is a str; give an ImageOrderStore"):
         attach(model, RegateConfig(), orders="store")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is a ImageOrderStore; give a ReferenceStore"):
+        attach(model, RegateConfig(), reference=orders)  # type: ignore[arg-type]
+
+
+def test_rank_images_refuses_what_it_cannot_rank(samples, tmp_path):
+    data, model = Keyed(samples, "mine"), samples.student.model
+    with pytest.raises(ValueError, match="ranking='pixels' is a str; give a ranking"):
+        rank_images(data, collate, model, "pixels", tmp_path / "s")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch='2': must be a whole number"):
+        rank_images(data, collate, model, PixelOrder(), tmp_path / "s", batch="2")  # type: ignore
 
 
 def test_the_store_is_of_the_data_of_the_teachers_store(samples, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from regate_ds.recipe.order import Order
 
@@ -64,22 +63,3 @@ def test_the_order_follows_from_the_seed_alone():
 def test_a_set_too_small_for_a_step_is_refused():
     with pytest.raises(ValueError, match="11 samples do not fill one optimizer step of 12"):
         replace(ORDER, num_samples=11)
-
-
-def test_samples_of_about_one_length_are_taken_into_a_step():
-    lengths = tuple(int(n) for n in torch.randint(200, (1_000,)))
-    plain = replace(ORDER, num_samples=1_000, total_steps=83)
-    grouped = replace(plain, lengths=lengths)
-    for epoch in (steps(plain), steps(grouped)):
-        assert len(set(flat(epoch))) == len(flat(epoch)) == 83 * 12
-
-    def spread(order: Order) -> float:
-        spans = [[lengths[n] for n in flat(step)] for step in steps(order)]
-        return sum(max(span) - min(span) for span in spans) / len(spans)
-
-    # 50 steps share a range of 200 tokens, and the 33 after them.
-    assert spread(grouped) < 200 / 20 < 100 < spread(plain)
-    means = [sum(lengths[n] for n in flat(step)) for step in steps(grouped)]
-    assert means != sorted(means)
-    again = steps(replace(grouped, start_step=20))
-    assert again == steps(grouped)[20:]

@@ -43,7 +43,7 @@ REFUSED = [
     (RegateConfig, {"quota": None}, "must be one of PerSample, PerWindow, Threshold"),
     (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision"),
     (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
-    (RegateConfig, {"images": 0.5}, r"must be a ImagesConfig; write ImagesConfig\(...\)"),
+    (RegateConfig, {"images": 0.5}, r"must be an ImagesConfig; write ImagesConfig\(...\)"),
     (ImagesConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
     (ImagesConfig, {"keep_share": "half"}, "must be a number"),
     (ImagesConfig, {"ranking": "random"}, "must be one of RandomOrder, StrideOrder, PixelOrder"),

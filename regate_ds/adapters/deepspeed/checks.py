@@ -32,14 +32,15 @@ def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
     """Log a warning if the run should elide tokens, but its schedule makes every step dense."""
     if not config.chooses or total_steps is None:
         return
-    if config.schedules(total_steps).num_sparse(total_steps) == 0:
+    for name, given in config.never_sparse(total_steps).items():
         _log.warning(
-            "all of the %d steps are dense, so no token is elided; lower schedule.warmup=%s, "
-            "schedule.cycle_dense_steps=%d or schedule.final_dense_share=%s",
+            "by %s all of the %d steps are dense, so no token is elided; lower its warmup=%s, "
+            "cycle_dense_steps=%d or final_dense_share=%s",
+            name,
             total_steps,
-            config.schedule.warmup,
-            config.schedule.cycle_dense_steps,
-            config.schedule.final_dense_share,
+            given.warmup,
+            given.cycle_dense_steps,
+            given.final_dense_share,
         )
 
 

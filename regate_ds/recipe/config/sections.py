@@ -80,20 +80,19 @@ def judge_length(elision: RegateConfig, num_steps: int) -> None:
     """Refuse, by ValueError, a schedule shorter than the run, or one without a sparse step."""
     if not elision.enabled:
         return
-    given = elision.schedule
-    for name, one in (("", given), ("images.", elision.images.schedule)):
+    for name, one in (("", elision.schedule), ("images.", elision.images.schedule)):
         if one is not None and one.in_steps(num_steps).total_steps < num_steps:
             raise ValueError(
                 f"elision.{name}schedule.total_steps={one.total_steps}: the run has {num_steps} "
                 "steps; set it to at least as many, or to null"
             )
-    if elision.chooses and elision.schedules(num_steps).num_sparse(num_steps) == 0:
+    for name, given in elision.never_sparse(num_steps).items():
         raise ValueError(
             f"elision.keep_share={elision.keep_share} and elision.images.keep_share="
-            f"{elision.images.keep_share}, but no step of the run's {num_steps} is sparse: lower "
-            f"elision.schedule.warmup={given.warmup}, elision.schedule.final_dense_share="
-            f"{given.final_dense_share} or elision.schedule.cycle_dense_steps="
-            f"{given.cycle_dense_steps}, or set elision.execution=none"
+            f"{elision.images.keep_share}, but by elision.{name} no step of the run's {num_steps} "
+            f"is sparse: lower its warmup={given.warmup}, final_dense_share="
+            f"{given.final_dense_share} or cycle_dense_steps={given.cycle_dense_steps}, or set "
+            "elision.execution=none"
         )
 
 
@@ -165,9 +164,6 @@ class RunSection:
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations; bf16 keeps fp32 master weights."""
-
-    group_by_length: bool = False
-    """True takes samples of about one length into a step, so that rows end in little padding."""
 
     seed: int = 0
     """Seed of sample order, new weights and dropout."""

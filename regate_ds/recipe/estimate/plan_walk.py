@@ -1,9 +1,9 @@
 """`run.plan_only=true`: plan the sparse steps of one epoch and report what they keep.
 
 No model runs. Without a reference store all positions have the same score: the kept positions then
-differ from a real run's, and with ``align: both`` their number does too. Image tokens whose order
-would be read from a store are kept in reading order: their number is the same. The steps are
-planned for the data ranks that the launcher announces, or that the variable WORLD_SIZE gives.
+differ from a real run's, and with ``align: both`` their number does too. Without the store of image
+orders that a run reads, image tokens are kept in reading order: their number is the same. The steps
+are planned for the data ranks that the launcher announces, or that the variable WORLD_SIZE gives.
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 import torch
-from torch import Tensor
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.counts import COUNTS, count_step
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.quotas.quota import QuotaState
-from regate_ds.algorithm.rankings.ranking import ImageKey
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.window import (
     Choice,
     count_hard,
-    place_images,
     plan_window,
-    score_window,
     window_keys,
 )
 from regate_ds.config import RegateConfig
@@ -37,6 +33,7 @@ from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.sections import ParallelConfig, judge_length
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
+from regate_ds.recipe.estimate.unseen import place_unseen, read_orders_of, score_unseen
 from regate_ds.recipe.order import Order, make_order
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -46,7 +43,7 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     world_size = data_ranks_of(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
-    order = make_order(config, corpus.index.num_positions.tolist(), process)
+    order = make_order(config, len(corpus.train_records), process)
     judge_length(config.elision, order.total_steps)
     _require_layers(config, corpus)
     planner = _Planner(config, corpus)
@@ -152,6 +149,7 @@ class _Planner:
         self._config, self._data = config.elision, corpus.train
         self._rows = row_layout_of(config)
         self._state: QuotaState = {}
+        self._read_orders = read_orders_of(config)
         self._collator = Collator(pad_id=0, vision=None, pack_length=config.data.pack_length)
         path = None if config.scores_online else config.teacher.store
         self._store = ReferenceStore(path) if path is not None and path.exists() else None
@@ -174,7 +172,7 @@ class _Planner:
             choice = Choice(
                 values_N=values_n,
                 num_hard_S=counts_s,
-                beyond=place_unseen(self._config, window, step),
+                beyond=place_unseen(self._config, window, step, self._read_orders),
             )
             plans = plan_window(method, window, choice, self._rows)
             pairs = zip(window, plans, strict=True)
@@ -196,45 +194,3 @@ def row_layout_of(config: RunConfig) -> RowLayout:
         return RowLayout(multiple=multiple)
     cut = SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1)
     return cut.row_layout(parallel.row_format, multiple)
-
-
-def score_unseen(
-    config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor | None
-) -> Tensor:
-    """Return the score of each label position of samples that the student has not seen.
-
-    reference_N: the teacher's losses; None scores as if they were all 0.
-    """
-    num_labels = sum(map(_num_labels, window))
-    statistics = {
-        one.name: torch.full((num_labels,), one.unseen) for one in config.method.score.statistics
-    }
-    if reference_N is None:
-        reference_N = torch.zeros(num_labels)
-    return score_window(
-        config.method, window, step=0, reference_N=reference_N, statistics=statistics
-    )
-
-
-def place_unseen(
-    config: RegateConfig, window: Sequence[TokenBatch], step: int
-) -> tuple[Tensor, ...] | None:
-    """Return the places of a window's image tokens; None if images are not elided."""
-    if not config.chooses_images:
-        return None
-    return place_images(config.method, window, step=step, read_orders=_in_reading_order)
-
-
-def _in_reading_order(images: Sequence[ImageKey], sizes: Sequence[int]) -> list[Tensor]:
-    return [torch.arange(size) for size in sizes]
-
-
-def plan_unseen(
-    config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor, rows: RowLayout
-) -> tuple[Tensor, tuple[ElisionPlan, ...]]:
-    """Return the scores of a window that is a whole sparse step, and its plans."""
-    values_N = score_unseen(config, window, reference_N)
-    num_hard_S, _ = count_hard(config.method, window, values_N, state={})
-    beyond = place_unseen(config, window, 0)
-    choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
-    return values_N, plan_window(config.method, window, choice, rows)

@@ -141,7 +141,10 @@ def test_chosen_methods_are_read_back_as_they_were_written(load, tmp_path):
     ("overrides", "message"),
     [
         (["total_steps=9"], "elision.schedule.total_steps=9: the run has 10 steps"),
-        (["warmup=10"], "no step of the run's 10 is sparse: lower elision.schedule.warmup=10"),
+        (
+            ["warmup=10"],
+            "by elision.schedule no step .* 10 is sparse: lower its warmup=10",
+        ),
         (["final_dense_share=1"], "no step of the run's 10 is sparse"),
     ],
 )
@@ -197,3 +200,13 @@ def test_an_execution_that_moves_no_rows_cannot_elide_images(load):
     load("elision.images.keep_share=0.5", "elision.execution=none")
     with pytest.raises(ValueError, match=r"execution=LossOnly\(\): moves no rows, so that images"):
         load("elision.images.keep_share=0.5", "elision.execution=loss_only")
+
+
+def test_a_schedule_of_images_without_a_sparse_step_is_named(load):
+    elision = load("elision.images={keep_share: 0.5, schedule: {warmup: 100}}").elision
+    assert set(elision.never_sparse(10)) == {"images.schedule"}
+    assert set(elision.never_sparse(1000)) == set()
+    with pytest.raises(ValueError, match=r"by elision.images.schedule no step .* its warmup=100"):
+        judge_length(elision, 10)
+    both = load("elision.images.keep_share=0.5", "elision.schedule.warmup=100").elision
+    assert set(both.never_sparse(10)) == {"schedule"}

@@ -1,0 +1,71 @@
+"""Score and place the tokens of samples that the student has not seen, as a first sparse step would."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.images import ReadOrders
+from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.rankings.ranking import ImageKey
+from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.window import Choice, count_hard, place_images, plan_window, score_window
+from regate_ds.config import RegateConfig
+from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.stores.image_orders.reader import ImageOrderStore
+
+
+def score_unseen(
+    config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor | None
+) -> Tensor:
+    """Return the score of each label position of samples that the student has not seen.
+
+    reference_N: the teacher's losses; None scores as if they were all 0.
+    """
+    num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
+    statistics = {
+        one.name: torch.full((num_labels,), one.unseen) for one in config.method.score.statistics
+    }
+    if reference_N is None:
+        reference_N = torch.zeros(num_labels)
+    return score_window(
+        config.method, window, step=0, reference_N=reference_N, statistics=statistics
+    )
+
+
+def place_unseen(
+    config: RegateConfig, window: Sequence[TokenBatch], step: int, read_orders: ReadOrders
+) -> tuple[Tensor, ...] | None:
+    """Return the places of a window's image tokens; None if images are not elided."""
+    if not config.chooses_images:
+        return None
+    return place_images(config.method, window, step=step, read_orders=read_orders)
+
+
+def read_orders_of(config: RunConfig) -> ReadOrders:
+    """Return what reads the orders of image tokens: the run's store, if it is there."""
+    ranking, path = config.elision.stored_ranking, config.rank.store
+    if ranking is None or path is None or not path.exists():
+        return _in_reading_order
+    store = ImageOrderStore(path)
+    store.require_ranking(ranking)
+    return store.read
+
+
+def _in_reading_order(images: Sequence[ImageKey], sizes: Sequence[int]) -> list[Tensor]:
+    return [torch.arange(size) for size in sizes]
+
+
+def plan_unseen(
+    config: RunConfig, window: Sequence[TokenBatch], reference_N: Tensor
+) -> tuple[Tensor, tuple[ElisionPlan, ...]]:
+    """Return the scores of a window that is a whole sparse step, and its plans."""
+    elision = config.elision
+    values_N = score_unseen(elision, window, reference_N)
+    num_hard_S, _ = count_hard(elision.method, window, values_N, state={})
+    beyond = place_unseen(elision, window, 0, read_orders_of(config))
+    choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
+    return values_N, plan_window(elision.method, window, choice, RowLayout())
