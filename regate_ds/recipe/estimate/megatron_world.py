@@ -32,7 +32,7 @@ from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import replicas
 from regate_ds.parallel.resharding import SequenceCut, move_rows
-from regate_ds.recipe.estimate.plan_walk import plan_unseen
+from regate_ds.recipe.estimate.unseen import in_reading_order, plan_unseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ def plan_of(world: World, data_rank: int) -> StepPlan:
     window = [_random_batch(world, number, generator) for number in range(world.num_micro)]
     config = RegateConfig(keep_share=world.keep_share)
     reference_N = torch.rand(sum(int(b.is_label_BT.sum()) for b in window), generator=generator)
-    _, micro = plan_unseen(config, window, reference_N, world.cut.row_layout("padded", 1))
+    rows = world.cut.row_layout("padded", 1)
+    _, micro = plan_unseen(config, window, reference_N, rows, in_reading_order)
     return StepPlan(0, False, micro, sum(plan.num_targets for plan in micro), {})
 
 

@@ -1,4 +1,4 @@
-"""Score and place the tokens of samples that the student has not seen, as a first sparse step would."""
+"""Score and place the tokens of samples that the student has not seen yet."""
 
 from __future__ import annotations
 
@@ -49,23 +49,27 @@ def read_orders_of(config: RunConfig) -> ReadOrders:
     """Return what reads the orders of image tokens: the run's store, if it is there."""
     ranking, path = config.elision.stored_ranking, config.rank.store
     if ranking is None or path is None or not path.exists():
-        return _in_reading_order
+        return in_reading_order
     store = ImageOrderStore(path)
     store.require_ranking(ranking)
     return store.read
 
 
-def _in_reading_order(images: Sequence[ImageKey], sizes: Sequence[int]) -> list[Tensor]:
+def in_reading_order(images: Sequence[ImageKey], sizes: Sequence[int]) -> list[Tensor]:
+    """Return orders that keep the first tokens of each image."""
     return [torch.arange(size) for size in sizes]
 
 
 def plan_unseen(
-    config: RunConfig, window: Sequence[TokenBatch], reference_N: Tensor
+    config: RegateConfig,
+    window: Sequence[TokenBatch],
+    reference_N: Tensor,
+    rows: RowLayout,
+    read_orders: ReadOrders,
 ) -> tuple[Tensor, tuple[ElisionPlan, ...]]:
     """Return the scores of a window that is a whole sparse step, and its plans."""
-    elision = config.elision
-    values_N = score_unseen(elision, window, reference_N)
-    num_hard_S, _ = count_hard(elision.method, window, values_N, state={})
-    beyond = place_unseen(elision, window, 0, read_orders_of(config))
+    values_N = score_unseen(config, window, reference_N)
+    num_hard_S, _ = count_hard(config.method, window, values_N, state={})
+    beyond = place_unseen(config, window, 0, read_orders)
     choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
-    return values_N, plan_window(elision.method, window, choice, RowLayout())
+    return values_N, plan_window(config.method, window, choice, rows)

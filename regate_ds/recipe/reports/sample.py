@@ -9,12 +9,13 @@ from PIL import Image
 
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.data.llava.encode import VisionInputs
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import load_corpus
-from regate_ds.recipe.estimate.unseen import plan_unseen
+from regate_ds.recipe.estimate.unseen import plan_unseen, read_orders_of
 from regate_ds.recipe.reports.plots import TokenMark, plot_sample
 from regate_ds.stores.reference.reader import ReferenceStore
 
@@ -30,7 +31,13 @@ def picture_sample(config: RunConfig, path: Path) -> None:
     record, encoded = corpus.train_records[number], corpus.train.encode(number)
     batch = Collator(pad_id=0, vision=None)([LoadedSample(encoded, ())]).tokens
     store = ReferenceStore(config.teacher.store)
-    score_N, (plan,) = plan_unseen(config, [batch], store.read([encoded.key]))
+    score_N, (plan,) = plan_unseen(
+        config.elision,
+        [batch],
+        store.read([encoded.key]),
+        RowLayout(),
+        read_orders_of(config),
+    )
     kept = set(plan.label_position_L.tolist())
     positions = batch.is_label_BT[0].nonzero().squeeze(1).tolist()
     tokens = [
