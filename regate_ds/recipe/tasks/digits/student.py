@@ -79,7 +79,7 @@ class PretrainConfig:
     words_scenes: int = 400
     """Scenes that the projector's phase learns from."""
 
-    align_phase: AlignConfig = AlignConfig(steps=200, batch=32, lr=3e-3, image_share=0.25)
+    align_phase: AlignConfig = AlignConfig(steps=300, batch=32, lr=3e-3, image_share=0.25)
 
 
 def make_digits_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
