@@ -25,7 +25,8 @@ class Computed:
     def __post_init__(self) -> None:
         """Refuse, by ValueError, what is no store; a path, say."""
         reference, orders = self.reference, self.orders
-        if reference is not None and not hasattr(reference, "teacher_id"):
+        swapped = isinstance(reference, ImageOrderStore)
+        if swapped or (reference is not None and not hasattr(reference, "read")):
             raise ValueError(
                 f"reference={reference!r} is a {type(reference).__name__}; give a ReferenceStore "
                 "or Teacher(...).online()"
