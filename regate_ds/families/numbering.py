@@ -21,8 +21,6 @@ from regate_ds.families.table import find_family
 def numbering_of(model: Any, *, elides_images: bool) -> NumberImages:
     """Return what numbers the images of this model's micro-batches.
 
-    ValueError if image tokens of a text model are to be elided.
-
     elides_images: whether the run elides image tokens. Otherwise a run of placeholders counts as an
         image, because then only the places of images matter.
     """
@@ -31,11 +29,6 @@ def numbering_of(model: Any, *, elides_images: bool) -> NumberImages:
         names = ("image_token_id", "video_token_id")
         found = [getattr(config, name, None) for name in names]
         return partial(_number_runs, tuple(one for one in found if one is not None))
-    if not any(hasattr(config, name) for name in ("vision_config", "image_token_id")):
-        raise ValueError(
-            f"images.keep_share is below 1, but {type(model).__name__} is a text model; set "
-            "images.keep_share=1.0"
-        )
     family = find_family(model)
     if family is None or family.image_lengths is None:
         return partial(_refuse, getattr(config, "model_type", type(model).__name__))

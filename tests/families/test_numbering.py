@@ -102,10 +102,3 @@ def test_without_elided_images_runs_of_placeholders_are_images_whatever_the_mode
     assert numbers(QWEN, ids, elides=False) == [[0, 0, -1, 1, 1]]
     assert numbers(model("llama", image_token_id=None), ids, elides=False) is None
     assert numbers(LLAVA, ids, elides=False, labels=torch.zeros(1, 9)) is None
-
-
-def test_a_text_model_has_no_image_tokens_to_elide():
-    text = SimpleNamespace(config=SimpleNamespace(model_type="qwen2"))
-    numbering_of(text, elides_images=False)
-    with pytest.raises(ValueError, match=r"SimpleNamespace is a text model; set images.keep_share"):
-        numbering_of(text, elides_images=True)

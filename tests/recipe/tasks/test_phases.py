@@ -76,8 +76,6 @@ def test_an_empty_stage_is_refused(wrong: dict[str, float]):
 def test_jobs_side_by_side_return_their_results_in_order(tmp_path: Path):
     jobs = [partial(finished_phase, tmp_path, name, [1], touch) for name in ("text", "tower")]
     assert [folder.name.split("-")[0] for folder in side_by_side(*jobs)] == ["text", "tower"]
-    with pytest.raises(OSError, match="disk full"):
-        side_by_side(partial(finished_phase, tmp_path, "text", [2], die))
 
 
 def check_gradients_are_averaged(ranks: ProcessGroup) -> None:
