@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import ProcessGroup
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from regate_ds.data.collate import SampleDataset
@@ -23,7 +22,6 @@ from regate_ds.recipe.tasks.digits.alignment import AlignConfig, align_student, 
 from regate_ds.recipe.tasks.digits.own_cell import look_at_own_cell
 from regate_ds.recipe.tasks.digits.phase import (
     PhaseConfig,
-    average_gradients,
     finished_phase,
     on_ranks,
     optimise,
@@ -35,16 +33,13 @@ from regate_ds.recipe.tasks.digits.student import encoder_of
 from regate_ds.recipe.tasks.digits.thinning import thin_image
 from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.digits.tower import learn_words
+from tests.recipe.tasks.phase_jobs_helper import check_gradients_are_averaged, touch
 from tests.support.small_corpus import TEXT, VISION, make_corpus
 
 PART = Split("train", handwritten("train"), 0, None)
 
 FINE = {**VISION, "patch_size": 8}
 """Patches that divide a cell of the grid."""
-
-
-def touch(out: Path) -> None:
-    (out / "made").touch()
 
 
 def die(out: Path) -> None:
@@ -76,13 +71,6 @@ def test_an_empty_stage_is_refused(wrong: dict[str, float]):
 def test_jobs_side_by_side_return_their_results_in_order(tmp_path: Path):
     jobs = [partial(finished_phase, tmp_path, name, [1], touch) for name in ("text", "tower")]
     assert [folder.name.split("-")[0] for folder in side_by_side(*jobs)] == ["text", "tower"]
-
-
-def check_gradients_are_averaged(ranks: ProcessGroup) -> None:
-    model = torch.nn.Linear(2, 1, bias=False)
-    average_gradients(model, ranks)
-    model(torch.tensor([1.0, 4.0 * ranks.rank()])).backward()
-    assert torch.equal(model.weight.grad, torch.tensor([[1.0, 2.0]]))
 
 
 def test_ranks_of_a_phase_train_on_the_mean_of_their_gradients():
