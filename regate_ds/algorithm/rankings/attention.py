@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.knobs import refuse_knobs
-from regate_ds.algorithm.rankings.ranking import Picture, RankingInputs, Reads, by_value, places_in
+from regate_ds.algorithm.rankings.ranking import ByStoredOrder, Picture, Reads, by_value
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionOrder:
+class AttentionOrder(ByStoredOrder):
     """Attention received in the vision tower."""
 
     contribution_share: float = 0.5
@@ -57,7 +57,3 @@ class AttentionOrder:
             source = contribution if by_all else detail
             chosen[next(token for token in source if token not in chosen)] = None
         return torch.tensor(list(chosen), dtype=torch.int64)
-
-    def __call__(self, inputs: RankingInputs) -> Tensor:
-        assert inputs.orders is not None
-        return places_in(inputs.orders)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regate_ds.algorithm.rankings.ranking import Picture, RankingInputs, Reads, places_in
+from regate_ds.algorithm.rankings.ranking import ByStoredOrder, Picture, Reads
 
 _BLOCK = 1024
 """Number of tokens whose distances to all others exist at one time."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiversityOrder:
+class DiversityOrder(ByStoredOrder):
     """Max-min diversity over the features that the decoder gets."""
 
     @property
@@ -48,10 +48,6 @@ class DiversityOrder:
             chosen.append(int(distance_n.argmax()))
             distance_n = distance_n.minimum(1 - x_nF @ x_nF[chosen[-1]])
         return torch.tensor(chosen)
-
-    def __call__(self, inputs: RankingInputs) -> Tensor:
-        assert inputs.orders is not None
-        return places_in(inputs.orders)
 
 
 def _nearest_other(x_nF: Tensor) -> Tensor:

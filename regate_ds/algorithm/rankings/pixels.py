@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regate_ds.algorithm.rankings.ranking import Picture, RankingInputs, Reads, by_value, places_in
+from regate_ds.algorithm.rankings.ranking import ByStoredOrder, Picture, Reads, by_value
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelOrder:
+class PixelOrder(ByStoredOrder):
     """A cheap measure that needs no model: the patch's variance over all its values."""
 
     @property
@@ -28,7 +28,3 @@ class PixelOrder:
     def order(self, picture: Picture, num_first: int) -> Tensor:
         assert picture.pixels_nP is not None
         return by_value(picture.pixels_nP.float().var(dim=1, correction=0))[:num_first]
-
-    def __call__(self, inputs: RankingInputs) -> Tensor:
-        assert inputs.orders is not None
-        return places_in(inputs.orders)

@@ -95,10 +95,14 @@ class StoredRanking(Ranking, Protocol):
         ...
 
 
-def places_in(orders: Sequence[Tensor]) -> Tensor:
-    """Return the place [M] of each token in its image's order."""
-    parts = [torch.empty_like(n).index_copy(0, n, torch.arange(len(n))) for n in orders]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+class ByStoredOrder:
+    """What rankings whose orders are computed once have in common: they rank as the store says."""
+
+    def __call__(self, inputs: RankingInputs) -> Tensor:
+        """Return the place [M] of each token in its image's order."""
+        assert inputs.orders is not None
+        parts = [torch.empty_like(n).index_copy(0, n, torch.arange(len(n))) for n in inputs.orders]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
 
 
 def by_value(value_n: Tensor) -> Tensor:
