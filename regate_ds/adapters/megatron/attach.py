@@ -31,7 +31,7 @@ from regate_ds.adapters.megatron.chunks import (
     require_undivided,
 )
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
-from regate_ds.adapters.megatron.groups import find_axes, group_device
+from regate_ds.adapters.megatron.groups import Axes, find_axes, group_device
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.regate import Attached, MegatronRegate, tokens_of
 from regate_ds.adapters.megatron.support import require_supported_chunks
@@ -98,15 +98,20 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         sequence=axes.sequence,
         channel=_channel(chunks, first, last) if ends_early and span is not None else None,
     )
-    attachment, planner = Attachment(), None
-    if dist.get_rank() == axes.replica.planner:
-        layout = ParallelLayout(data=axes.data, device=group_device())
-        rows = axes.place.rows
-        planner = Planner(
-            open_session(config, computed, layout, total_steps=total_steps, rows=rows)
-        )
+    attachment, planner = Attachment(), _planner(config, computed, axes, total_steps)
     gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
     return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
+
+
+def _planner(
+    config: RegateConfig, computed: Computed, axes: Axes, total_steps: int
+) -> Planner | None:
+    """Open the session on the rank that plans for its replica; None on the others."""
+    if dist.get_rank() != axes.replica.planner:
+        return None
+    layout = ParallelLayout(data=axes.data, device=group_device())
+    rows = axes.place.rows
+    return Planner(open_session(config, computed, layout, total_steps=total_steps, rows=rows))
 
 
 def _channel(chunks: Sequence[Any], first: int, last: int) -> Channel | None:
