@@ -25,19 +25,25 @@ class Attachment:
         RuntimeError if the instance's forward is already replaced; all earlier replacements of this
         attachment are then removed.
         """
-        if "forward" in vars(module):
+        self.rebind(module, "forward", forward, **bound)
+
+    def rebind(
+        self, module: nn.Module, name: str, method: Callable[..., Any], **bound: Any
+    ) -> None:
+        """Replace another method of the module, in the same way."""
+        if name in vars(module):
             self.remove()
             raise RuntimeError(
-                f"{type(module).__name__}.forward is already replaced on this model; "
+                f"{type(module).__name__}.{name} is already replaced on this model; "
                 "remove() the other attachment first"
             )
-        host_forward = module.forward
-        # A partial, not a closure: a deep copy of the model then calls the copy's own forward.
-        replacement = partial(forward, host_forward, **bound)
+        host_method = getattr(module, name)
+        # A partial, not a closure: a deep copy of the model then calls the copy's own method.
+        replacement = partial(method, host_method, **bound)
         # Hosts read the signature, for example to decide which inputs generation may pass.
-        replacement.__signature__ = inspect.signature(host_forward)  # type: ignore[attr-defined]
-        module.forward = replacement
-        self._restores.append(partial(delattr, module, "forward"))
+        replacement.__signature__ = inspect.signature(host_method)  # type: ignore[attr-defined]
+        setattr(module, name, replacement)
+        self._restores.append(partial(delattr, module, name))
 
     def add_hook(self, handle: RemovableHandle) -> None:
         """Remember a forward hook that is already registered, so that ``remove`` removes it too."""

@@ -9,6 +9,7 @@ Shapes: L targets, C targets of one chunk, H hidden, V vocabulary. Logits exist 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,27 +20,59 @@ CHUNK = 256
 """Number of targets whose logits exist at one time: about full speed, at little memory."""
 
 
-def summed_loss(
+@dataclass(frozen=True, kw_only=True)
+class LogitChange:
+    """What a model does to its logits behind the head's product."""
+
+    scale: float = 1.0
+    """Factor of all logits."""
+
+    cap: float | None = None
+    """Then a logit x becomes ``cap * tanh(x / cap)`` (soft capping, Gemma 2, arXiv 2408.00118)."""
+
+    def apply(self, logits_CV: Tensor) -> Tensor:
+        """Return the changed logits."""
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        return logits_CV if self.cap is None else self.cap * torch.tanh(logits_CV / self.cap)
+
+    def slope(self, changed_CV: Tensor) -> Tensor | float:
+        """Return the derivative of a changed logit by the head's product."""
+        if self.cap is None:
+            return self.scale
+        return (1.0 - (changed_CV / self.cap).square()) * self.scale
+
+
+UNCHANGED = LogitChange()
+
+
+def summed_loss(  # noqa: PLR0913 (a head in three parts)
     hidden_LH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     targets_L: Tensor,
     share_L: Tensor | None = None,
+    change: LogitChange = UNCHANGED,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the targets' losses in nats, and the losses [L], detached. At least fp32.
 
     share_L: weight of each target in the sum; None is 1 for all.
+    change: what the model does to its logits.
 
     The weights are known, so the gradient is known before the backward pass up to one scalar.
     It is computed here, chunk by chunk, while the logits exist; the backward pass only scales it,
     and can run once.
     """
     with_grad = torch.is_grad_enabled()
-    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, share_L, with_grad)
+    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, share_L, change, with_grad)
 
 
 def token_losses(
-    hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_L: Tensor
+    hidden_LH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_L: Tensor,
+    change: LogitChange = UNCHANGED,
 ) -> Tensor:
     """Return the differentiable loss of each target [L] in nats, for a loss of the user's own.
 
@@ -47,7 +80,7 @@ def token_losses(
     slower than ``summed_loss``, at the same memory.
     """
     losses = [
-        checkpoint(_chunk_losses, h, weight_VH, bias_V, t, use_reentrant=False)
+        checkpoint(_chunk_losses, h, weight_VH, bias_V, t, change, use_reentrant=False)
         for h, t in zip(hidden_LH.split(CHUNK), targets_L.split(CHUNK), strict=True)
     ]
     return torch.cat(losses)
@@ -62,9 +95,13 @@ def _logits(h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
 
 
 def _chunk_losses(
-    h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_C: Tensor
+    h_CH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_C: Tensor,
+    change: LogitChange,
 ) -> Tensor:
-    logits_CV = _logits(h_CH, weight_VH, bias_V)
+    logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
     return torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
 
 
@@ -77,6 +114,7 @@ class _SummedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_L: Tensor,
         share_L: Tensor | None,
+        change: LogitChange,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         wants = [with_grad and wanted for wanted in ctx.needs_input_grad[:3]]
@@ -84,15 +122,18 @@ class _SummedLoss(torch.autograd.Function):
         losses = []
         for start in range(0, len(targets_L), CHUNK):
             h_CH, targets_C = hidden_LH[start : start + CHUNK], targets_L[start : start + CHUNK]
-            logits_CV = _logits(h_CH, weight_VH, bias_V)
+            logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
             normaliser_C = logits_CV.logsumexp(dim=1)
             at_target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
             losses.append(normaliser_C - at_target_C)
             if any(wants):
+                slope_CV = change.slope(logits_CV)
                 residual_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
                 residual_CV.scatter_add_(
                     1, targets_C[:, None], -torch.ones_like(at_target_C)[:, None]
                 )
+                if change != UNCHANGED:
+                    residual_CV.mul_(slope_CV)
                 if share_L is not None:
                     residual_CV.mul_(share_L[start : start + CHUNK, None])
                 sums.add(start, h_CH, residual_CV.to(hidden_LH.dtype))
@@ -112,7 +153,7 @@ class _SummedLoss(torch.autograd.Function):
         # Free the gradients: the head's is [V, H], and the loss may outlive this step.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g * grads[0].to(g.dtype) for g in gradients]
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 class _Gradients:

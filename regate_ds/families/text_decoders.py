@@ -1,6 +1,8 @@
-"""The text decoders whose layers were tested: causal, with one tensor in and one out of each layer.
+"""The text decoders whose layers were tested, and what their layers are given beyond the usual.
 
-The decoder of a multimodal model is looked up here by its own ``model_type``, not the model's.
+The usual is one hidden tensor in and one out, an attention mask, and rotary positions. The decoder
+of a multimodal model is looked up here by its own ``model_type``, not the model's. Which class of
+transformers may stand around a decoder is in ``hosts.py``.
 """
 
 from __future__ import annotations
@@ -12,8 +14,24 @@ from dataclasses import dataclass
 class TextDecoder:
     """What a decoder can be used for. A decoder without a record is refused by name."""
 
-    shards: bool = True
+    token_inputs: tuple[str, ...] = ()
+    """Names of further layer arguments that have a row for each token."""
+
+    recurrent: tuple[str, ...] = ()
+    """Types of layers that carry a state from token to token. They are given no mask, so that a row
+    may hold one sample only."""
+
+    own_mask: bool = False
+    """Whether the decoder's own mask says more than causal order, even in short rows."""
+
+    packs: bool = True
+    """Whether the decoder keeps the samples of one row apart; else rows of several are refused."""
+
+    shards: bool = False
     """Whether DeepSpeed cuts the layers correctly, as our tests show (teacher/sharding)."""
+
+    in_pipeline: bool = False
+    """Whether the decoder was tested in DeepSpeed's pipeline."""
 
     in_megatron: bool = False
     """Whether the weights' names in Megatron-core are known."""
@@ -25,12 +43,57 @@ class TextDecoder:
     """Number of rotary axes; an image has three in some families."""
 
 
+_PLAIN = TextDecoder()
+
+_DELTA_NET = TextDecoder(recurrent=("linear_attention",), packs=False)
+
+_CONVOLUTION = TextDecoder(recurrent=("conv",), packs=False)
+
+_LEAKING = TextDecoder(packs=False)
+"""Its mask is made without position_ids: in the layers before the gate, samples of a row would see
+each other."""
+
+# fmt: off
+_USUAL = (
+    "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe",
+    "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
+    "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "granite",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "jais2",
+    "jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2",
+    "minimax_m3_vl_text", "ministral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2",
+    "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2_moe", "qwen3", "qwen3_moe",
+    "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "vaultgemma", "youtu",
+)
+# fmt: on
+
+# fmt: off
+_IN_HOSTS = (
+    "glm4v_text", "glm4v_moe_text", "glm46v_text", "glm_ocr_text", "paddleocr_vl_text",
+    "hunyuan_vl_text", "qwen2_5_omni_text", "step3p5", "phi4_multimodal", "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
+# fmt: on
+"""Decoders that only multimodal models have."""
+
 TEXT_DECODERS: dict[str, TextDecoder] = {
-    "llama": TextDecoder(in_megatron=True),
-    "mistral": TextDecoder(),
-    "qwen2": TextDecoder(in_megatron=True, has_qkv_bias=True),
-    "qwen2_vl_text": TextDecoder(shards=False, has_qkv_bias=True, num_position_axes=3),
-    "qwen2_5_vl_text": TextDecoder(shards=False, has_qkv_bias=True, num_position_axes=3),
+    **dict.fromkeys(_USUAL, _PLAIN),
+    **dict.fromkeys(_IN_HOSTS, _PLAIN),
+    "afmoe": _LEAKING,
+    "doge": TextDecoder(own_mask=True),
+    "gpt_oss": _LEAKING,
+    "lfm2": _CONVOLUTION,
+    "llama": TextDecoder(shards=True, in_pipeline=True, in_megatron=True),
+    "ministral3": TextDecoder(token_inputs=("position_ids",)),
+    "mistral": TextDecoder(shards=True, in_pipeline=True),
+    "qwen2": TextDecoder(shards=True, in_pipeline=True, in_megatron=True, has_qkv_bias=True),
+    "qwen2_5_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
+    "qwen2_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
+    "qwen3_5_moe_text": _DELTA_NET,
+    "qwen3_5_text": _DELTA_NET,
+    "qwen3_next": _DELTA_NET,
 }
 """The records, by ``model_type``."""
 

@@ -1,7 +1,7 @@
 """The slow, plain reference: every layer gathers, attends, scatters, one sample at a time.
 
 Nothing here is shared with the fast path but the weights. Supports Llama, Mistral, Qwen2 and
-Qwen2-VL decoders (RMSNorm, rotary positions, grouped queries, SwiGLU).
+Qwen2-VL decoders (RMSNorm, rotary positions, grouped queries, SwiGLU, sliding windows).
 
 Shapes: B rows, T positions, K kept positions, H hidden, N heads, D size of a head, V vocabulary.
 """
@@ -72,7 +72,9 @@ def sample_loss(host: nn.Module, sample: Sample, gated: range) -> Tensor:
     cos_TD, sin_TD = sample.rotary or _rotary(decoder, len(x_TH), x_TH.dtype)
     for number, layer in enumerate(decoder.layers):
         positions = sample.kept if number in gated else list(range(len(x_TH)))
-        y_KH = _layer(layer, x_TH[positions], cos_TD[positions], sin_TD[positions])
+        window = _window(decoder.config, number)
+        hidden_KK = _hidden(positions, window)
+        y_KH = _layer(layer, x_TH[positions], cos_TD[positions], sin_TD[positions], hidden_KK)
         rows = [x_TH[t] for t in range(len(x_TH))]
         for slot, position in enumerate(positions):
             rows[position] = y_KH[slot]
@@ -91,24 +93,43 @@ def _rotary(decoder: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor
     return angles.cos(), angles.sin()
 
 
-def _layer(layer: nn.Module, x_KH: Tensor, cos_KD: Tensor, sin_KD: Tensor) -> Tensor:
-    x_KH = x_KH + _attention(layer.self_attn, layer.input_layernorm(x_KH), cos_KD, sin_KD)
+def _window(config, number: int) -> float:
+    """How many positions a layer's attention reaches back, its own included."""
+    types = getattr(config, "layer_types", None)
+    slides = types is None or types[number] == "sliding_attention"
+    size = getattr(config, "sliding_window", None)
+    return size if slides and size is not None else math.inf
+
+
+def _hidden(positions: list[int], window: float) -> Tensor:
+    """True where a position (row) may not see another (column): later, or beyond the window."""
+    return torch.tensor([[not 0 <= i - j < window for j in positions] for i in positions])
+
+
+def _layer(
+    layer: nn.Module, x_KH: Tensor, cos_KD: Tensor, sin_KD: Tensor, hidden_KK: Tensor
+) -> Tensor:
+    attended_KH = _attention(
+        layer.self_attn, layer.input_layernorm(x_KH), cos_KD, sin_KD, hidden_KK
+    )
+    x_KH = x_KH + attended_KH
     mlp = layer.mlp
     h_KH = layer.post_attention_layernorm(x_KH)
     return x_KH + mlp.down_proj(nn.functional.silu(mlp.gate_proj(h_KH)) * mlp.up_proj(h_KH))
 
 
-def _attention(attention: nn.Module, h_KH: Tensor, cos_KD: Tensor, sin_KD: Tensor) -> Tensor:
+def _attention(
+    attention: nn.Module, h_KH: Tensor, cos_KD: Tensor, sin_KD: Tensor, hidden_KK: Tensor
+) -> Tensor:
     num_kept, size = len(h_KH), attention.head_dim
     query = _rotate(attention.q_proj(h_KH).view(num_kept, -1, size), cos_KD, sin_KD)
     key = _rotate(attention.k_proj(h_KH).view(num_kept, -1, size), cos_KD, sin_KD)
     value = attention.v_proj(h_KH).view(num_kept, -1, size)
     per_group = query.shape[1] // key.shape[1]
-    later = torch.ones(num_kept, num_kept, dtype=torch.bool).triu(1)
     heads = []
     for head in range(query.shape[1]):
         k, v = key[:, head // per_group], value[:, head // per_group]
-        weights = (query[:, head] @ k.T / math.sqrt(size)).masked_fill(later, -math.inf)
+        weights = (query[:, head] @ k.T / math.sqrt(size)).masked_fill(hidden_KK, -math.inf)
         heads.append(weights.softmax(dim=-1) @ v)
     return attention.o_proj(torch.cat(heads, dim=-1))
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
+from regate_ds.adapters.huggingface.support import window_of
 from regate_ds.algorithm.gate import keep
 from regate_ds.algorithm.loss import summed_loss
 from regate_ds.algorithm.plan import ElisionPlan
@@ -81,12 +82,22 @@ class Embed(nn.Module):
         if self._needs_tower and all(named.get(name) is None for name in PIXELS):
             named = with_empty_image(self._host[0], named)
         hidden = self.base_model(**named, use_cache=False).last_hidden_state
+        _require_within_window(self._host[0], hidden.shape[1])
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)
             positions = positions.expand(hidden.shape[:2])
         # A tensor that is sent to the next stage must be contiguous.
         flow = (hidden, positions.contiguous(), number)
         return gathered(flow, micro.plan) if self._gathers else flow
+
+
+def _require_within_window(host: Any, num_tokens: int) -> None:
+    window = window_of(host)
+    if window is not None and num_tokens >= window:
+        raise ValueError(
+            f"a row of {num_tokens} tokens reaches the attention window of {window}, which a "
+            "pipeline does not apply; use shorter rows, or train without a pipeline"
+        )
 
 
 class Decoder(nn.Module):

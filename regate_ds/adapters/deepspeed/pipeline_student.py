@@ -10,16 +10,12 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed.pipeline_layers import Decoder, MicroBatchTable, take_apart
 from regate_ds.adapters.huggingface.gates import has_tower
-from regate_ds.adapters.huggingface.support import (
-    require_language_model,
-    require_supported_decoder,
-    require_tested_decoder,
-)
+from regate_ds.adapters.huggingface.support import require_host, require_span
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.families.numbering import numbering_of
-from regate_ds.families.text_decoders import TEXT_DECODERS
+from regate_ds.families.text_decoders import TEXT_DECODERS, decoders_that
 
 
 class PipelineStudent(PipelineModule):
@@ -61,8 +57,8 @@ def pipeline_student(
     ValueError names what is not supported.
     """
     require_config("config", config)
-    require_language_model(model, model)
     host: Any = model
+    require_host(model, host)
     decoder = host.get_decoder()
     _require_pipeline(host, decoder, config)
     table = MicroBatchTable()
@@ -79,10 +75,9 @@ def pipeline_student(
 
 def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
     """Refuse a model or a gated range that the pipeline would compute wrongly."""
-    require_tested_decoder(decoder)
-    depth = len(decoder.layers)
+    name, depth = decoder.config.model_type, len(decoder.layers)
     last = depth if config.last_layer is None else config.last_layer
-    require_supported_decoder(host, decoder, config.first_layer, last)
+    require_span(config.first_layer, last, depth)
     require_execution(config.execution, "deepspeed_pipeline")
     if last < depth:
         raise ValueError(
@@ -94,9 +89,14 @@ def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
             f"{type(host).__name__} ties its input and output embeddings, which lie on two stages; "
             "untie them (tie_word_embeddings=False) or train without a pipeline"
         )
-    num_axes = TEXT_DECODERS[decoder.config.model_type].num_position_axes
+    num_axes = TEXT_DECODERS[name].num_position_axes
     if num_axes > 1:
         raise ValueError(
-            f"decoder {decoder.config.model_type!r} has rotary positions of several axes "
-            f"({num_axes}), which the pipeline does not pass on; train it without a pipeline"
+            f"decoder {name!r} has rotary positions of several axes ({num_axes}), which the "
+            "pipeline does not pass on; train it without a pipeline"
+        )
+    tested = decoders_that("in_pipeline")
+    if name not in tested:
+        raise ValueError(
+            f"decoder {name!r} was not tested in a pipeline, only {tested}; train it without one"
         )

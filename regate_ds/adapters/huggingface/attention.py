@@ -3,7 +3,11 @@
 The boundaries of samples come from the plan. transformers would infer them from gaps in
 position_ids, and elision makes such gaps; so position_ids never reach the attention of kept rows.
 
-Shapes: B rows, K slots.
+Where attention is causal and unbounded, the mask follows from the plan alone. Where the host's own
+mask says more (a window, chunks, a prefix or an image whose tokens see each other), that mask is
+taken at kept rows and columns.
+
+Shapes: B rows, T positions, K slots.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ def ungated_attention_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, An
     the bounds of samples from position_ids only if the micro-batch is a single row; with more rows
     it attends across samples without an error.
     """
-    if plan.is_packed and _implementation(host) == "flash_attention_2":
+    if plan.is_packed and attention_of(host) == "flash_attention_2":
         return {"attention_mask": None, **_boundaries(plan.token_run_lengths, plan.kept_BK.device)}
     return {}
 
@@ -38,30 +42,50 @@ def attention_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, Any]:
     A row of one sample has its padding at the end. Causal attention then hides the padding from
     real tokens, so no mask is needed. Rows of several samples get explicit boundaries.
     """
-    implementation = _implementation(host)
+    implementation = attention_of(host)
     if implementation == "flash_attention_2":
         bounds = _boundaries(plan.run_lengths, plan.kept_BK.device) if plan.is_packed else {}
         return {"attention_mask": None, **bounds}
     if implementation == "sdpa" and not plan.is_packed:
         return {"attention_mask": None}
-    allowed = _allowed(plan)
+    allowed = _same_sample(plan).tril()
     if implementation == "eager":
         return {"attention_mask": _additive(allowed, next(host.parameters()).dtype)}
     return {"attention_mask": allowed}
 
 
-def _implementation(host: nn.Module) -> str:
+def attention_of(host: Any) -> str:
+    """Return the decoder's attention implementation: sdpa, eager or flash_attention_2."""
     return host.get_decoder().config._attn_implementation
 
 
-def _allowed(plan: ElisionPlan) -> Tensor:
-    """Return bool [B, 1, K, K]: True where a slot may attend to a slot of its sample, not later.
+def own_mask_at_kept(mask: Tensor, plan: ElisionPlan) -> Tensor:
+    """Return a host's mask [B or 1, heads or 1, T, T] at kept rows and columns, [B, ..., K, K].
 
-    Padding attends to padding, so that no row of the mask is empty.
+    It holds booleans (True may be seen) or numbers to add to the scores. Samples of one row stay
+    apart, and padding sees padding alone, so that no row of the mask is empty.
     """
+    num_rows, num_slots = plan.kept_BK.shape
+    heads, num_tokens = mask.shape[1], mask.shape[3]
+    row_BhKT = plan.kept_BK[:, None, :, None].expand(-1, heads, -1, num_tokens)
+    column_BhKK = plan.kept_BK[:, None, None, :].expand(-1, heads, num_slots, -1)
+    rows_BhKT = mask.expand(num_rows, -1, -1, -1).gather(2, row_BhKT)
+    kept_BhKK = rows_BhKT.gather(3, column_BhKK)
+    yes, no = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
+    is_padding_BK = plan.segment_BK < 0
+    both_padding = (is_padding_BK[:, :, None] & is_padding_BK[:, None, :])[:, None]
+    return kept_BhKK.masked_fill(~_same_sample(plan), no).masked_fill(both_padding, yes)
+
+
+def every_kept(plan: ElisionPlan) -> Tensor:
+    """Return bool [B, 1, K, K] for a host whose tokens all see each other: True within a sample."""
+    return _same_sample(plan)
+
+
+def _same_sample(plan: ElisionPlan) -> Tensor:
+    """Return bool [B, 1, K, K]: True between slots of one sample, and between those of padding."""
     segment_BK = plan.segment_BK
-    same_BKK = segment_BK[:, :, None] == segment_BK[:, None, :]
-    return same_BKK.tril()[:, None]
+    return (segment_BK[:, :, None] == segment_BK[:, None, :])[:, None]
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,29 +100,3 @@ def _boundaries(run_lengths: tuple[int, ...], device: torch.device) -> dict[str,
     cumulative = torch.tensor(ends, dtype=torch.int32, device=device)
     longest = max(run_lengths)
     return dict(zip(BOUNDARIES, (cumulative, cumulative, longest, longest), strict=True))
-
-
-def at_kept(kwargs: dict[str, Any], plan: ElisionPlan) -> dict[str, Any]:
-    """Return the layer's inputs at kept positions.
-
-    The mask and the boundaries are left out, because ``attention_inputs`` gives those of the plan.
-    """
-    replaced = {"attention_mask", "position_ids", "position_embeddings", *BOUNDARIES}
-    rotary = tuple(_rotary_at_kept(x, plan) for x in kwargs["position_embeddings"])
-    return {
-        **{k: v for k, v in kwargs.items() if k not in replaced},
-        "position_ids": None,
-        "position_embeddings": rotary,
-    }
-
-
-def _rotary_at_kept(x: Tensor, plan: ElisionPlan) -> Tensor:
-    """Select the rotary embedding of kept positions: [..., B or 1, T, D] -> [..., B, K, D].
-
-    Kept tokens thus have their original positions.
-    """
-    *lead, _, num_tokens, size = x.shape
-    num_rows, num_slots = plan.kept_BK.shape
-    x_BTD = x.expand(*lead, num_rows, num_tokens, size)
-    index = plan.kept_BK.unsqueeze(-1).expand(*lead, num_rows, num_slots, size)
-    return x_BTD.gather(-2, index)

@@ -16,32 +16,31 @@ Shapes: B rows, T positions, K slots, H hidden, L targets.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface.attention import (
-    at_kept,
-    attention_inputs,
-    ungated_attention_inputs,
-)
+from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
 from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
+from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
 from regate_ds.adapters.huggingface.support import (
-    require_language_model,
+    require_host,
+    require_passed_through,
     require_plain_call,
     require_rows,
-    require_supported_decoder,
-    require_tested_decoder,
-    require_window,
+    require_samples_apart,
+    require_span,
 )
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.gate import keep, restore
-from regate_ds.algorithm.loss import summed_loss, token_losses
+from regate_ds.algorithm.loss import LogitChange, summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig, require_config
+from regate_ds.families.hosts import Supported
 
 
 @dataclass
@@ -62,19 +61,13 @@ class ElidedOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
-class _Gated:
-    """A micro-batch's plan and attention arguments, passed to every layer as an argument."""
-
-    plan: ElisionPlan
-    attention: dict[str, Any]
-    ungated_attention: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _ModelGate:
     """Facts about the model that its replaced forward needs; they are fixed at attach."""
 
     host: nn.Module
+    support: Supported
+    current: CurrentPass
+    num_layers: int
     packed_at_end: bool
     """Whether the decoder's output holds kept slots only, in a step that elides."""
 
@@ -84,6 +77,10 @@ class _LayerGate:
     """What one decoder layer does in a step that elides."""
 
     number: int
+    layer_type: str
+    names: tuple[str, ...]
+    """Names of the layer's arguments behind its hidden states."""
+
     gated: bool
     """Whether the layer runs on kept slots."""
 
@@ -113,29 +110,33 @@ def attach_model(
 
     ValueError names what is not supported; RuntimeError if the model is already attached.
     """
-    host = model.get_base_model() if hasattr(model, "get_base_model") else model
-    require_language_model(model, host)
-    decoder = host.get_decoder()
-    require_tested_decoder(decoder)
-    depth = len(decoder.layers)
+    host: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = RegateConfig() if config is None else config
     require_config("config", config)
+    support = require_host(model, host)
+    decoder = host.get_decoder()
+    depth = len(decoder.layers)
     last_layer = depth if config.last_layer is None else config.last_layer
-    require_supported_decoder(host, decoder, config.first_layer, last_layer)
+    require_span(config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
     span = gated_span(config.execution.spans(config.first_layer, last_layer))
-    attachment = Attachment()
+    attachment, current = Attachment(), CurrentPass()
     ends_early = span is not None and span.last < depth
-    gate = _ModelGate(host, packed_at_end=not ends_early)
+    gate = _ModelGate(host, support, current, depth, packed_at_end=not ends_early)
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, _base_forward, host=host)
-    attachment.rebind_forward(host.get_output_embeddings(), _head_forward, own_loss=own_loss)
+    head = host.get_output_embeddings()
+    attachment.rebind_forward(head, _head_forward, own_loss=own_loss, change=support.change)
+    if support.deepstack:
+        attachment.rebind(decoder, METHOD, add_at_kept, current=current)
+    types = getattr(decoder.config, "layer_types", None) or [""] * depth
     for number, layer in enumerate(decoder.layers):
         gated = span is not None and span.first <= number < span.last
         restores = gated and ends_early
         packs = restores or (span is not None and number == span.first)
-        layer_gate = _LayerGate(number, gated, packs, restores)
+        names = tuple(signature(layer.forward).parameters)[1:]
+        layer_gate = _LayerGate(number, types[number], names, gated, packs, restores)
         attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
 
@@ -156,12 +157,16 @@ def _model_forward(
         return host_forward(*args, **kwargs)
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
-    require_window(host, plan)
-    inputs = attention_inputs(plan, host) if plan.moves_rows else {}
-    gated = _Gated(plan, inputs, ungated_attention_inputs(plan, host))
-    outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": gated})
+    require_samples_apart(host, plan, packs=gate.support.packs)
+    gate.current.value = within = ForwardPass(plan, host, gate.support)
+    try:
+        outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": within})
+    finally:
+        gate.current.value = None
     hidden = outputs.last_hidden_state
     is_packed = gate.packed_at_end and plan.moves_rows
+    num_rows = plan.num_slots if is_packed else plan.num_tokens
+    require_passed_through(host, hidden, num_rows, within.num_seen, gate.num_layers)
     rows_L = plan.label_slot_L if is_packed else plan.label_position_L
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
     loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
@@ -173,7 +178,7 @@ def _base_forward(
     host_forward: Any,
     *args: Any,
     host: nn.Module,
-    regate_plan: _Gated | None = None,
+    regate_plan: ForwardPass | None = None,
     **kwargs: Any,
 ) -> Any:
     """Add an empty image to a micro-batch that has a plan and no image.
@@ -193,18 +198,21 @@ def _layer_forward(
     hidden_states: Tensor,
     *args: Any,
     gate: _LayerGate,
-    regate_plan: _Gated | None = None,
+    regate_plan: ForwardPass | None = None,
     **kwargs: Any,
 ) -> Any:
     if regate_plan is None:
         return host_forward(hidden_states, *args, **kwargs)
-    plan = regate_plan.plan
+    within, plan = regate_plan, regate_plan.plan
+    within.num_seen += 1
     if gate.number == 0:
         require_rows(hidden_states, plan)
     if not plan.moves_rows or not gate.gated:
-        return host_forward(hidden_states, *args, **{**kwargs, **regate_plan.ungated_attention})
+        return host_forward(hidden_states, *args, **{**kwargs, **within.ungated})
     x = keep(hidden_states, plan) if gate.packs else hidden_states
-    y = host_forward(x, *args, **at_kept(kwargs, plan), **regate_plan.attention)
+    given = arguments_by_name(gate.names, args, kwargs)
+    y = host_forward(x, **within.gated(host_forward.__self__, gate.layer_type, given))
+    within.holds_kept_rows = not gate.restores
     return restore(hidden_states, y, plan) if gate.restores else y
 
 
@@ -213,6 +221,7 @@ def _head_forward(
     hidden: Tensor,
     *,
     own_loss: bool,
+    change: LogitChange,
     regate_plan: ElisionPlan | None = None,
 ) -> Any:
     """Compute the losses of a plan's targets; without a plan, the host's logits.
@@ -223,6 +232,6 @@ def _head_forward(
         return host_forward(hidden)
     head, targets_L, weight_L = host_forward.__self__, regate_plan.targets_L, regate_plan.weight_L
     if not own_loss:
-        return summed_loss(hidden, head.weight, head.bias, targets_L, weight_L)
-    losses_L = token_losses(hidden, head.weight, head.bias, targets_L)
+        return summed_loss(hidden, head.weight, head.bias, targets_L, weight_L, change)
+    losses_L = token_losses(hidden, head.weight, head.bias, targets_L, change)
     return (losses_L if weight_L is None else losses_L * weight_L).sum(), losses_L

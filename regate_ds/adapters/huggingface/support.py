@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.families.text_decoders import TEXT_DECODERS
+from regate_ds.families.hosts import Supported, supported
 
-_CAUSAL_LAYERS = {"full_attention", "sliding_attention"}
+_CAUSAL_LAYERS = ("full_attention", "sliding_attention")
 
 
 def require_language_model(model: nn.Module, host: Any) -> None:
@@ -39,35 +39,52 @@ def require_language_model(model: nn.Module, host: Any) -> None:
         )
 
 
-def require_tested_decoder(decoder: Any) -> None:
-    """Refuse a kind of decoder that no test has compared with an oracle."""
-    if decoder.config.model_type not in TEXT_DECODERS:
-        raise ValueError(
-            f"decoder {decoder.config.model_type!r} is not supported; tested are "
-            f"{tuple(TEXT_DECODERS)}: use one of these"
-        )
+def require_host(model: nn.Module, host: Any) -> Supported:
+    """Return what elision needs to know of a model; refuse one that it would compute wrongly.
 
-
-def require_supported_decoder(host: nn.Module, decoder: nn.Module, first: int, last: int) -> None:
-    """Refuse a decoder, gated range or head that elision would compute wrongly."""
-    config: Any = decoder.config
-    if config._attn_implementation not in ("sdpa", "eager", "flash_attention_2"):
+    ValueError in one line, before anything of the model is changed.
+    """
+    require_language_model(model, host)
+    support = supported(host)
+    config: Any = host.get_decoder().config
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager", "flash_attention_2"):
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} is not supported; "
-            "load the model with sdpa, eager or flash_attention_2"
+            f"attn_implementation={implementation!r} is not supported; load the model with sdpa, "
+            "eager or flash_attention_2"
         )
-    if not 0 <= first < last <= len(decoder.layers):
+    if support.own_mask and implementation == "flash_attention_2":
         raise ValueError(
-            f"gated layers [{first}, {last}) do not fit a decoder of {len(decoder.layers)} layers; "
-            "set first_layer and last_layer within it"
+            f"{type(host).__name__} needs its own attention mask, which flash_attention_2 does not "
+            "take; load the model with attn_implementation='sdpa' or 'eager'"
         )
-    unknown = set(getattr(config, "layer_types", None) or ()) - _CAUSAL_LAYERS
+    known = {*_CAUSAL_LAYERS, *support.recurrent}
+    unknown = set(getattr(config, "layer_types", None) or ()) - known
     if unknown:
         raise ValueError(
             f"layers of type {sorted(unknown)} are not supported; use a model whose layers are all "
-            f"of type {sorted(_CAUSAL_LAYERS)}"
+            f"of type {sorted(known)}"
         )
+    _require_no_router_loss(getattr(config, "output_router_logits", False))
     require_plain_head(host)
+    return support
+
+
+def require_span(first: int, last: int, depth: int) -> None:
+    """Refuse a gated range that a decoder of ``depth`` layers does not have."""
+    if not 0 <= first < last <= depth:
+        raise ValueError(
+            f"gated layers [{first}, {last}) do not fit a decoder of {depth} layers; "
+            "set first_layer and last_layer within it"
+        )
+
+
+def _require_no_router_loss(asked: Any) -> None:
+    if asked:
+        raise ValueError(
+            "output_router_logits=True asks for the load-balancing loss of the experts, which the "
+            "host computes from rows of all tokens and a plan would drop; set it to false"
+        )
 
 
 def require_plain_head(host: Any) -> None:
@@ -96,11 +113,13 @@ def require_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             f"a call with regate_plan also has {found}; give inputs by keyword and no labels: the "
             "plan has them"
         )
-    if (cache := kwargs.get("past_key_values")) is not None:
-        raise ValueError(
-            f"a call with regate_plan also has past_key_values ({type(cache).__name__}), but "
-            "a plan is of whole samples, without a cache; leave it out"
-        )
+    for name in ("past_key_values", "cache"):
+        if (cache := kwargs.get(name)) is not None:
+            raise ValueError(
+                f"a call with regate_plan also has {name} ({type(cache).__name__}), but "
+                "a plan is of whole samples, without a cache; leave it out"
+            )
+    _require_no_router_loss(kwargs.get("output_router_logits"))
     if kwargs.get("return_dict") is False:
         raise ValueError(
             "return_dict=False with a regate_plan is not supported, as the output is an "
@@ -119,14 +138,48 @@ def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
         )
 
 
-def require_window(host: Any, plan: ElisionPlan) -> None:
-    """Refuse an elided plan whose rows are as long as the decoder's sliding window, or longer."""
-    config = host.get_decoder().config
-    layer_types = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else True
-    window = getattr(config, "sliding_window", None)
-    if slides and window is not None and plan.num_tokens >= window and plan.moves_rows:
+def require_samples_apart(host: Any, plan: ElisionPlan, *, packs: bool) -> None:
+    """Refuse packed rows where the host lets the samples of a row see each other."""
+    if plan.is_packed and not packs:
         raise ValueError(
-            f"a row of {plan.num_tokens} tokens reaches the attention window of {window}: after "
-            "elision the window would count kept tokens, not positions; use shorter rows"
+            f"a row holds several samples, but {type(host).__name__} does not keep them apart; "
+            "give each sample a row of its own (data.pack_length=null)"
+        )
+
+
+def require_passed_through(
+    host: Any, hidden: Tensor, num_rows: int, num_seen: int, num_layers: int
+) -> None:
+    """Refuse a pass whose layers were not all given the plan, or whose output is of other rows."""
+    if num_seen != num_layers:
+        raise ValueError(
+            f"{num_seen} of {num_layers} decoder layers of {type(host).__name__} were given the "
+            "plan: the others ran without it; use a model of docs/models.md"
+        )
+    if hidden.shape[-2] != num_rows:
+        raise ValueError(
+            f"the decoder of {type(host).__name__} returned rows of {hidden.shape[-2]}, the plan "
+            f"has {num_rows}; use a model of docs/models.md"
+        )
+
+
+def window_of(host: Any) -> int | None:
+    """Return how many positions some layer's attention reaches back; None if all."""
+    config = host.get_decoder().config
+    types = getattr(config, "layer_types", None)
+    found = []
+    if types is None or "sliding_attention" in types:
+        found.append(getattr(config, "sliding_window", None))
+    if types is not None and "chunked_attention" in types:
+        found.append(getattr(config, "attention_chunk_size", None))
+    return min((size for size in found if size is not None), default=None)
+
+
+def require_window(implementation: str, num_tokens: int, window: int | None) -> None:
+    """Refuse rows as long as the window, or longer, where a kernel counts it in rows."""
+    if implementation == "flash_attention_2":
+        raise ValueError(
+            f"a row of {num_tokens} tokens reaches the attention window of {window}: after "
+            "elision flash_attention_2 would count kept tokens, not positions; use shorter rows, "
+            "or load the model with attn_implementation='sdpa'"
         )

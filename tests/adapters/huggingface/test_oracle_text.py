@@ -31,6 +31,20 @@ def test_every_decoder_and_attention_is_exact_with_ragged_and_with_packed_rows(
     assert_exact(causal_lm(kind, attention), text_case(rows), range(1, 3))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [[[20], [9]], [[9, 11], [13, 4, 3]]])
+@pytest.mark.parametrize("types", [None, ["full_attention", "sliding_attention", "full_attention"]])
+def test_a_window_counts_positions_and_not_kept_tokens(
+    attention: str, rows: list[list[int]], types: list[str] | None
+):
+    if types is None:
+        model = causal_lm("mistral", attention, sliding_window=6)
+    else:
+        sliding = {"use_sliding_window": True, "sliding_window": 6, "layer_types": types}
+        model = causal_lm("qwen2", attention, **sliding)
+    assert_exact(model, text_case(rows), range(1, 3))
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_grouped_queries_are_exact(heads: tuple[int, int]):
     assert_exact(causal_lm("llama", heads=heads), text_case([[17], [8]]), range(0, 3))

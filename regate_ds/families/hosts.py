@@ -1,0 +1,199 @@
+"""Which decoder a class of transformers may hold, and what that class does around it.
+
+Support is keyed by both: the same decoder is right in one class and wrong in another, which scales
+its logits or lets image tokens see each other. A class that has no line here is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from regate_ds.algorithm.loss import UNCHANGED, LogitChange
+from regate_ds.families.text_decoders import TEXT_DECODERS
+
+ChangeOf = Callable[[Any], LogitChange]
+"""Returns what a class does to its logits, from the config of its text decoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """What a class with a language modelling head does around its decoder's layers."""
+
+    decoders: tuple[str, ...]
+    """``model_type`` of the decoders that it was tested with."""
+
+    change: ChangeOf | None = None
+    """What it does to the logits; None if nothing."""
+
+    two_way: bool = False
+    """Whether some of its tokens see later ones, so that its own mask decides in every layer."""
+
+    deepstack: bool = False
+    """Whether its decoder adds features of the image between its layers."""
+
+
+def _scaled(name: str) -> ChangeOf:
+    return lambda text: LogitChange(scale=getattr(text, name))
+
+
+def _divided(name: str) -> ChangeOf:
+    return lambda text: LogitChange(scale=1.0 / getattr(text, name))
+
+
+def _capped(text: Any) -> LogitChange:
+    return LogitChange(cap=getattr(text, "final_logit_softcapping", None))
+
+
+def _by_width(text: Any) -> LogitChange:
+    return LogitChange(scale=text.dim_model_base / text.hidden_size)
+
+
+_GRANITE = _divided("logits_scaling")
+
+_CHANGES: dict[str, ChangeOf] = {
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), _scaled("logit_scale")),
+    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa"), _GRANITE),
+    "granitemoeshared": _GRANITE,
+    "hyperclovax": _scaled("logits_scaling"),
+    "minicpm3": _by_width,
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_unified_text"), _capped),
+    **dict.fromkeys(("nanochat", "vaultgemma"), _capped),
+}
+"""What the class with a decoder alone does to its logits."""
+
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite")
+"""Decoders that were tested in classes which take any: those neither scale nor cap."""
+
+_ANY = Host(decoders=_LLAMAS)
+
+_DELTA = ("qwen3_5_text",)
+
+HOSTS: dict[str, Host] = {
+    "AriaForConditionalGeneration": Host(decoders=("aria_text",)),
+    "AyaVisionForConditionalGeneration": Host(decoders=("cohere2",)),
+    "Cohere2VisionForConditionalGeneration": Host(decoders=("cohere2",)),
+    "DeepseekVLForConditionalGeneration": _ANY,
+    "DeepseekVLHybridForConditionalGeneration": _ANY,
+    "Exaone4_5_ForConditionalGeneration": Host(decoders=("exaone4",)),
+    "FastVlmForConditionalGeneration": _ANY,
+    "Gemma3ForConditionalGeneration": Host(decoders=("gemma3_text",), two_way=True),
+    "Glm46VForConditionalGeneration": Host(decoders=("glm4v_text", "glm46v_text")),
+    "Glm4vForConditionalGeneration": Host(decoders=("glm4v_text",)),
+    "Glm4vMoeForConditionalGeneration": Host(decoders=("glm4v_moe_text",)),
+    "GlmOcrForConditionalGeneration": Host(decoders=("glm_ocr_text",)),
+    "GotOcr2ForConditionalGeneration": _ANY,
+    "HunYuanVLForConditionalGeneration": Host(decoders=("hunyuan_vl_text",)),
+    "HyperCLOVAXVisionV2ForConditionalGeneration": Host(
+        decoders=("hyperclovax",), change=_scaled("logits_scaling")
+    ),
+    "Idefics2ForConditionalGeneration": _ANY,
+    "Idefics3ForConditionalGeneration": _ANY,
+    "InternVLForConditionalGeneration": Host(decoders=(*_LLAMAS, "qwen3_moe", "gpt_oss")),
+    "Kimi_K25ForConditionalGeneration": Host(decoders=("deepseek_v3",)),
+    "Lfm2VlForConditionalGeneration": Host(decoders=("lfm2",)),
+    "LightOnOcrForConditionalGeneration": Host(decoders=("qwen3",)),
+    "LlavaForConditionalGeneration": _ANY,
+    "LlavaNextForConditionalGeneration": _ANY,
+    "LlavaNextVideoForConditionalGeneration": _ANY,
+    "LlavaOnevisionForConditionalGeneration": _ANY,
+    "MiniCPMV4_6ForConditionalGeneration": Host(decoders=_DELTA),
+    "MiniCPMV4_7ForConditionalGeneration": Host(decoders=_DELTA),
+    "MiniMaxM3SparseForConditionalGeneration": Host(decoders=("minimax_m3_vl_text",)),
+    "Mistral3ForConditionalGeneration": Host(decoders=("mistral", "ministral3")),
+    "Ovis2ForConditionalGeneration": _ANY,
+    "PaddleOCRVLForConditionalGeneration": Host(decoders=("paddleocr_vl_text",)),
+    "PaliGemmaForConditionalGeneration": Host(
+        decoders=("gemma", "gemma2"), change=_capped, two_way=True
+    ),
+    "Phi4MultimodalForCausalLM": Host(decoders=("phi4_multimodal",)),
+    "QianfanOCRForConditionalGeneration": Host(decoders=("qwen3",)),
+    "Qwen2VLForConditionalGeneration": Host(decoders=("qwen2_vl_text",)),
+    "Qwen2_5OmniThinkerForConditionalGeneration": Host(decoders=("qwen2_5_omni_text",)),
+    "Qwen2_5_VLForConditionalGeneration": Host(decoders=("qwen2_5_vl_text",)),
+    "Qwen3VLForConditionalGeneration": Host(decoders=("qwen3_vl_text",), deepstack=True),
+    "Qwen3VLMoeForConditionalGeneration": Host(decoders=("qwen3_vl_moe_text",), deepstack=True),
+    "Qwen3_5ForConditionalGeneration": Host(decoders=_DELTA),
+    "Qwen3_5MoeForConditionalGeneration": Host(decoders=("qwen3_5_moe_text",)),
+    "SmolVLMForConditionalGeneration": _ANY,
+    "Step3p7ForConditionalGeneration": Host(decoders=("step3p5",)),
+    "VideoLlama3ForConditionalGeneration": _ANY,
+    "VideoLlavaForConditionalGeneration": _ANY,
+    "VipLlavaForConditionalGeneration": _ANY,
+}
+"""The classes that hold a decoder of another family, and those with images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supported:
+    """What elision needs to know of one class around one decoder."""
+
+    token_inputs: tuple[str, ...] = ()
+    """Names of layer arguments with a row for each token, beside mask and rotary positions."""
+
+    recurrent: tuple[str, ...] = ()
+    """Types of layers that get no mask."""
+
+    own_mask: bool = False
+    """Whether the host's own mask decides in every layer."""
+
+    packs: bool = True
+    """Whether a row may hold several samples."""
+
+    deepstack: bool = False
+    """Whether features of the image are added between layers."""
+
+    change: LogitChange = UNCHANGED
+    """What is done to the logits."""
+
+
+def supported(host: Any) -> Supported:
+    """Return what is known of a model's class around its decoder.
+
+    ValueError, with the way out, for a decoder or a class that no test has compared.
+    """
+    text = host.get_decoder().config
+    decoder = TEXT_DECODERS.get(text.model_type)
+    if decoder is None:
+        raise ValueError(
+            f"decoder {text.model_type!r} is not supported; docs/models.md lists the models that "
+            "were tested: use one of these"
+        )
+    around = _host_of(host, text.model_type)
+    return Supported(
+        token_inputs=decoder.token_inputs,
+        recurrent=decoder.recurrent,
+        own_mask=decoder.own_mask or around.two_way,
+        packs=decoder.packs and not around.two_way,
+        deepstack=around.deepstack,
+        change=UNCHANGED if around.change is None else around.change(text),
+    )
+
+
+def _host_of(host: Any, model_type: str) -> Host:
+    alone = import_module(
+        "transformers.models.auto.modeling_auto"
+    ).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    # A class of the user's own may be derived from one of transformers.
+    names = [kind.__name__ for kind in type(host).__mro__ if _is_of_transformers(kind)]
+    name = names[0] if names else type(host).__name__
+    around = HOSTS.get(name)
+    if around is None and alone.get(model_type) == name:
+        around = Host(decoders=(model_type,), change=_CHANGES.get(model_type))
+    if around is None:
+        raise ValueError(
+            f"{name} is not supported; docs/models.md lists the models that were tested: use one "
+            "of these"
+        )
+    if model_type not in around.decoders:
+        raise ValueError(
+            f"{name} over a decoder {model_type!r} is not supported; tested are "
+            f"{around.decoders}: use one of these"
+        )
+    return around
+
+
+def _is_of_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.models.")
