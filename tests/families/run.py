@@ -1,0 +1,145 @@
+"""Compare the adapter with the oracle in every family: ``python -m tests.families.run [names]``.
+
+For each family a JSON row says whether the class is accepted, and how far its worst loss and
+gradients are from the oracle's. A name may have a ``*``. The exit code is 1 if an
+accepted class is wrong, or a refusal is not a ValueError of one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from tests.families.zoo.cases import Case, cases_of
+from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
+from tests.families.zoo.family import Family, attentions_of, build
+from tests.families.zoo.fp64 import in_fp64
+from tests.families.zoo.table import FAMILIES
+from tests.support.planning import gate_layers
+
+TOLERANCE = 1e-10
+RANGES = (range(0, 4), range(1, 4), range(2, 4), range(1, 3))
+RANGES_OF_TEXT = (range(0, 4), range(1, 3))
+
+
+def measure(family: Family) -> dict[str, Any]:
+    """Return the row of one family."""
+    row: dict[str, Any] = {"family": family.name, "class": family.model_class}
+    start = time.perf_counter()
+    try:
+        for attention in attentions_of(family):
+            with in_fp64():
+                _measure(family, attention, row)
+    except Exception as error:  # a row of the table, as the run goes on to the next family
+        row["error"] = f"{row.pop('at', 'build')}: {type(error).__name__}: {error}"[:500]
+    row.pop("at", None)
+    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _measure(family: Family, attention: str, row: dict[str, Any]) -> None:
+    model = build(family, attention)
+    row["decoder"] = getattr(model.get_decoder().config, "model_type", None)
+    row["at"] = "cases"
+    cases = cases_of(family, model)
+    if not _accepts(model, row):
+        return
+    ranges = RANGES if family.make_images else RANGES_OF_TEXT
+    for gated in ranges:
+        for case in cases:
+            for name, plan in case.plans():
+                if gated == ranges[0] or name != "all kept":
+                    row["at"] = f"{attention}, {case.name}, {name}, [{gated.start}, {gated.stop})"
+                    _compare(model, case, plan, gated, row)
+
+
+def _accepts(model: Any, row: dict[str, Any]) -> bool:
+    """Say in the row whether the adapter takes the class."""
+    row["at"] = "attach"
+    try:
+        gate_layers(model, first_layer=0, last_layer=4).remove()
+    except ValueError as error:
+        row["accepted"], row["refusal"] = False, str(error)
+        return False
+    row["accepted"] = True
+    return True
+
+
+def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any]) -> None:
+    """Add one comparison to the row, or the line by which the call was refused."""
+    attachment = gate_layers(model, first_layer=gated.start, last_layer=gated.stop)
+    try:
+        found = attached_run(model, case.inputs, plan)
+    except ValueError as error:
+        row.setdefault("refused_calls", {}).setdefault(str(error), []).append(row["at"])
+        return
+    finally:
+        attachment.remove()
+    wanted = oracle_run(model, case.inputs, plan, gated)
+    errors = {"loss": (loss_error(found, wanted), ""), "gradient": gradient_error(found, wanted)}
+    for what, (error, where) in errors.items():
+        if not error <= row.get(f"{what}_error", -1.0):
+            row[f"{what}_error"], row[f"{what}_at"] = error, f"{row['at']} {where}".strip()
+    row["runs"] = row.get("runs", 0) + 1
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Return what a row comes to, in a word or two."""
+    refusals = [row.get("refusal", ""), *row.get("refused_calls", {})]
+    if any("\n" in line for line in refusals):
+        return "wrong refusal"
+    if "error" in row:
+        return "not built" if row["error"].startswith("build:") else "failed"
+    if not row["accepted"]:
+        return "refused"
+    if "runs" not in row:
+        return "refused in each call"
+    worst = (row["loss_error"], row["gradient_error"])
+    return "exact" if all(error <= TOLERANCE for error in worst) else "wrong"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of families, also with *; default all")
+    parser.add_argument("--rows", type=Path, help="file for the JSON rows")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for family in _chosen(arguments.names):
+        row = measure(family)
+        rows.append({**row, "verdict": verdict(row)})
+        print(json.dumps(rows[-1]), flush=True)
+    if arguments.rows:
+        arguments.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return _summary(rows)
+
+
+def _chosen(names: list[str]) -> list[Family]:
+    """Return the families of these names; ValueError for a name that fits none."""
+    if not names:
+        return list(FAMILIES.values())
+    found = {name: [one for one in FAMILIES if fnmatch(one, name)] for name in names}
+    if unknown := [name for name, fits in found.items() if not fits]:
+        raise ValueError(f"no family is called {unknown}; names are {list(FAMILIES)}")
+    return [FAMILIES[one] for fits in found.values() for one in fits]
+
+
+def _summary(rows: list[dict[str, Any]]) -> int:
+    """Print the families of each verdict; return the exit code."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row["verdict"], []).append(row["family"])
+    for name, families in sorted(found.items()):
+        print(f"{len(families)} {name}: {', '.join(families)}")
+    return int(bool(found.keys() & {"wrong", "wrong refusal", "failed"}))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,40 @@
+"""Special settings of causal language models; what is not named here is shrunk by name alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_HEADS_ALIKE: dict[str, Any] = {"num_key_value_heads": 4}
+_EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2}
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "codegen": {"rotary_dim": 8},
+    "cohere": {"logit_scale": 0.4},
+    "cohere2": {"logit_scale": 0.4},
+    "cohere2_moe": {"logit_scale": 0.4},
+    "deepseek_v2": {**_EXPERTS, "first_k_dense_replace": 1},
+    "dots1": _EXPERTS,
+    "dots3_note_text": _HEADS_ALIKE,
+    "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+    "gemma4_text": {"final_logit_softcapping": 2.0},
+    "gemma4_unified_text": {"final_logit_softcapping": 2.0},
+    "gptj": {"rotary_dim": 8},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    "granite_swa": {"logits_scaling": 3.0},
+    "granitemoe": {"logits_scaling": 3.0, "residual_multiplier": 0.7},
+    "granitemoe_swa": {"logits_scaling": 3.0},
+    "granitemoehybrid": {"logits_scaling": 3.0},
+    "granitemoeshared": {"logits_scaling": 3.0},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "hyperclovax": {"logits_scaling": 0.4},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "minicpm3": {"dim_model_base": 24, "scale_emb": 2, "scale_depth": 1.0},
+    "ministral": {"head_dim": 16},
+    "mistral": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
+    "vaultgemma": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 2.0},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""Fields of the tiny config, by ``model_type``: scales and caps that are not neutral."""
