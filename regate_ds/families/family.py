@@ -43,8 +43,8 @@ class Family:
     """Number of rotary axes: 3 where images have a time, a height and a width."""
 
     empty_image: Callable[[Any, Tensor], dict[str, Tensor]]
-    """Makes the model inputs of the smallest image, from the vision config and a tensor whose dtype
-    and device they get."""
+    """Makes the inputs of ``get_image_features`` for the smallest image, from the model's config
+    and a tensor whose dtype and device they get."""
 
     image_lengths: ImageLengths | None = None
     """Tells the images of a user's micro-batch apart; None if image tokens cannot be elided unless
@@ -53,13 +53,14 @@ class Family:
     image_inputs: tuple[str, ...] = ("pixel_values",)
     """Names of the model inputs that hold images, image by image."""
 
-    patches: Callable[[Any, dict[str, Tensor], Sequence[int]], list[Tensor]]
+    patches: Callable[[Any, dict[str, Tensor], Sequence[int]], list[Tensor]] | None = None
     """Returns the pixel values [n, P] of each image token's patch, from the model's config, its
-    image inputs and the number of tokens of each image."""
+    image inputs and the number of tokens of each image. None if images cannot be ranked by them."""
 
-    attention: Callable[[Any, dict[str, Tensor], Tensor], list[Tensor]]
+    attention: Callable[[Any, dict[str, Tensor], Tensor], list[Tensor]] | None = None
     """Returns the attention [L, n] that each image token receives, from the model's config, its
-    image inputs and what the tower's positions receive [L, B, S]."""
+    image inputs and what the tower's positions receive [L, B, S]. None if images cannot be ranked
+    by it."""
 
     vision_inputs: Callable[[Any, Any], VisionInputs] | None = None
     """Makes the family's ``VisionInputs`` from the model's config and its image processor; None if

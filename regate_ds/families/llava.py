@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from regate_ds.families.empty import empty_square
 from regate_ds.families.family import Family, transformers_class
 
 
@@ -70,12 +71,7 @@ def _fixed_size(processor: Any) -> tuple[int, int]:
     return wide[-2], wide[-1]
 
 
-def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
-    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-    return {"pixel_values": like.new_zeros(shape)}
-
-
-def _image_lengths(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
+def equal_lengths(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
     """Return one length for all images; a tower for images of any size is given their sizes."""
     pixels, sizes_I2 = inputs.get("pixel_values"), inputs.get("image_sizes")
     if pixels is not None and sizes_I2 is not None:
@@ -125,8 +121,8 @@ LLAVA = Family(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     tower="vision_tower",
-    empty_image=_empty_image,
-    image_lengths=_image_lengths,
+    empty_image=empty_square,
+    image_lengths=equal_lengths,
     patches=_patches,
     attention=_attention,
     vision_inputs=LlavaVision.of,

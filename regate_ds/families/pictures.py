@@ -31,6 +31,8 @@ def pictures_of(
     """
     family, lengths = family_of(model), list(sizes)
     if reads == "pixels":
+        if family.patches is None:
+            raise _unranked(family.model_type, "pixels")
         pixels = family.patches(model.config, inputs, lengths)
         _require_sizes(family.model_type, pixels, lengths)
         return [Picture(pixels_nP=pixels_nP.float()) for pixels_nP in pixels]
@@ -44,11 +46,20 @@ def pictures_of(
                 Picture(features_nF=_finite(features_nF.float(), "features"))
                 for features_nF in features
             ]
+        if family.attention is None:
+            raise _unranked(family.model_type, "attention")
         with measuring_attention(family.tower_of(model)) as received:
             model.get_image_features(**on_device)
     attention = family.attention(model.config, on_device, received.layers_LBS)
     _require_sizes(family.model_type, [one.T for one in attention], lengths)
     return [Picture(attention_Ln=_finite(one_Ln, "attention")) for one_Ln in attention]
+
+
+def _unranked(model_type: str, what: str) -> ValueError:
+    return ValueError(
+        f"images of a {model_type} model cannot be ranked by {what}: how its tower lays them out "
+        "is not known; use images.ranking=random, stride or diversity"
+    )
 
 
 def _finite(values: Tensor, what: str) -> Tensor:

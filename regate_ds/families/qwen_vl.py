@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from regate_ds.families.empty import empty_grid
 from regate_ds.families.family import Family
 
 _INPUTS = ("pixel_values", "image_grid_thw")
@@ -61,15 +62,7 @@ class Qwen2VLVision:
         return {"mm_token_type_ids": is_placeholder_BT.to(torch.int32)}
 
 
-def _empty_image(vision: Any, like: Tensor) -> dict[str, Tensor]:
-    """Make an image of one merged patch."""
-    side = vision.spatial_merge_size
-    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    grid = torch.tensor([[1, side, side]], device=like.device)
-    return {"pixel_values": like.new_zeros(side * side, size), "image_grid_thw": grid}
-
-
-def _image_lengths(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
+def lengths_of_grids(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[int]]:
     """Return the merged patches of each temporal step: a clip's steps are an image each."""
     area = config.vision_config.spatial_merge_size**2
     return {
@@ -131,8 +124,8 @@ QWEN2_VL = Family(
     tower="visual",
     plain_text="qwen2",
     num_position_axes=3,
-    empty_image=_empty_image,
-    image_lengths=_image_lengths,
+    empty_image=empty_grid,
+    image_lengths=lengths_of_grids,
     image_inputs=_INPUTS,
     patches=_patches,
     attention=_attention,
@@ -145,8 +138,8 @@ QWEN2_5_VL = Family(
     tower="visual",
     plain_text="qwen2",
     num_position_axes=3,
-    empty_image=_empty_image,
-    image_lengths=_image_lengths,
+    empty_image=empty_grid,
+    image_lengths=lengths_of_grids,
     image_inputs=_INPUTS,
     patches=_patches,
     attention=_windowed_attention,

@@ -6,15 +6,19 @@ order, whether or not their micro-batch has an image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regate_ds.families.table import FAMILIES, find_family
 
-PIXELS = ("pixel_values", "pixel_values_videos")
+PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
 """Inputs of a multimodal model that make it run its vision tower."""
+
+_MARKS = ("mm_token_type_ids",)
+"""Inputs that mark image tokens, which a micro-batch without an image does not need."""
 
 
 def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +36,7 @@ def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
             f"{host.config.model_type} model is not known (only for {tuple(FAMILIES)}); put a "
             "sample with an image into every micro-batch"
         )
-    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "mm_token_type_ids")}
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", *_MARKS)}
     embedded = host.get_input_embeddings()(inputs["input_ids"])
     if family.num_position_axes > 1 and rest.get("position_ids") is None:
         # When it is given embeddings, the host would continue positions from the images of an
@@ -40,7 +44,21 @@ def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         rest["position_ids"] = torch.arange(embedded.shape[1], device=embedded.device).expand(
             embedded.shape[:2]
         )
-    image = family.empty_image(host.config.vision_config, embedded)
+    image = family.empty_image(host.config, embedded)
     features = host.base_model.get_image_features(**image, return_dict=True)
-    zero = sum(f.sum() for f in features.pooler_output) * 0.0
+    # All of them: some families add features of inner layers of the tower, by weights of their own.
+    zero = sum(one.sum() for one in _tensors(features)) * 0.0
     return {**rest, "inputs_embeds": embedded + zero.to(embedded.dtype)}
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield every differentiable tensor of an output, of its lists too."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
