@@ -171,6 +171,12 @@ def _keys(num_samples: list[int]) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def tokens_of_features(host: Any, images: dict[str, Any]) -> list[int]:
-    """Return the number of features of each image, by the host's own tower."""
+    """Return the number of features of each image, by the host's own tower.
+
+    Where the host joins the images' features, each has a share as large as its grid.
+    """
     features = host.get_image_features(**images, return_dict=True).pooler_output
-    return [one.reshape(-1, one.shape[-1]).shape[0] for one in features]
+    if isinstance(features, list | tuple) or features.dim() > 2:
+        return [one.reshape(-1, one.shape[-1]).shape[0] for one in features]
+    area_I = images["image_grid_thw"].prod(dim=1)
+    return (area_I * len(features) // area_I.sum()).tolist()
