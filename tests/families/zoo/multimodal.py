@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.families.zoo.sizes import shrink, tiny_config
+from tests.families.zoo.sizes import VISION, shrink, tiny_config
 from tests.families.zoo.texts import TEXTS
 
 Fields = dict[str, Any]
@@ -30,3 +30,8 @@ def tiny_multimodal(
     if "vision_config" in fields:
         top["vision_config"] = {**fields["vision_config"], **(vision or {})}
     return tiny_config(model_type, **top)
+
+
+def tower(model_type: str, **special: Any) -> Fields:
+    """Return the fields of a tiny vision tower, for a family that has none by default."""
+    return shrink(model_type, sizes=VISION, **special)

@@ -78,6 +78,14 @@ def rows_of_tiles(host: Any, generator: torch.Generator, count: int) -> Images:
     return {"pixel_values": pixels}
 
 
+def tiles_of_rows(host: Any, generator: torch.Generator, count: int) -> Images:
+    """Make images of one or two tiles, [I, 2, C, side, side], with a mask of real tiles."""
+    side = host.config.vision_config.image_size
+    mask_I2 = torch.tensor([[True, False], [True, True], [True, False]][:count])
+    pixels = torch.randn(count, 2, 3, side, side, generator=generator)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask_I2}
+
+
 def patches_with_places(host: Any, generator: torch.Generator, count: int) -> Images:
     """Make patches [I, P, C * side^2] with their columns and rows [I, P, 2]."""
     vision = host.config.vision_config
@@ -126,6 +134,12 @@ def tokens_of_crops(host: Any, images: Images) -> list[int]:
     half = vision.crop_size // vision.patch_size // 2
     sizes = (images["image_sizes"] // vision.crop_size * half).tolist()
     return [height * (width + 1) + 1 + half * (half + 1) for height, width in sizes]
+
+
+def tokens_of_shuffled(host: Any, images: Images) -> list[int]:
+    """Return how many tokens Llama 4 makes of each image: four patches are one."""
+    side = host.config.vision_config.image_size // host.config.vision_config.patch_size
+    return [side**2 // 4] * len(images["pixel_values"])
 
 
 def tokens_of_stills(host: Any, images: Images) -> list[int]:

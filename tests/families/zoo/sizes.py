@@ -135,7 +135,11 @@ def _three_axes(rope: dict[str, Any], default: PreTrainedConfig, sizes: Any) -> 
     """Return rotary settings whose three sections fill what is left of a head."""
     size = getattr(default, "qk_rope_head_dim", None) and sizes["qk_rope_head_dim"]
     half = int((size or sizes["head_dim"]) * rope.get("partial_rotary_factor", 1.0)) // 2
-    return {**rope, "rope_theta": 100.0, "mrope_section": [half - 2 * (half // 3), *2 * [half // 3]]}
+    return {
+        **rope,
+        "rope_theta": 100.0,
+        "mrope_section": [half - 2 * (half // 3), *2 * [half // 3]],
+    }
 
 
 def _is_dropout(name: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 _HEADS_ALIKE: dict[str, Any] = {"num_key_value_heads": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 100.0}
+_QUERY_SCALE = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 8}
 _EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2}
 
 TEXTS: dict[str, dict[str, Any]] = {
@@ -14,7 +15,9 @@ TEXTS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.4},
     "cohere2": {"logit_scale": 0.4},
     "cohere2_moe": {"logit_scale": 0.4},
-    "cohere_compass_text": {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "cohere_compass_text": {
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}
+    },
     "deepseek_v2": {**_EXPERTS, "first_k_dense_replace": 1},
     "dots1": {**_EXPERTS, "n_shared_experts": 1},
     "dots3_note_text": _HEADS_ALIKE,
@@ -38,6 +41,7 @@ TEXTS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "minicpm3": {"dim_model_base": 24, "scale_emb": 2, "scale_depth": 1.0},
     "ministral": {"head_dim": 16},
+    "ministral3": {"rope_parameters": {**_ROPE, **_QUERY_SCALE}},
     "mistral": {"head_dim": 16},
     "nanochat": {"final_logit_softcapping": 2.0},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
