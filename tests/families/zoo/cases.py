@@ -87,7 +87,8 @@ def _images(family: Family, host: nn.Module, generator: torch.Generator) -> Case
         _row([[third]], [(6, 4)], generator),
     ]
     inputs, batch = _joined(family, rows)
-    inputs["attention_mask"] = (batch.segment_BT >= 0).long()
+    if not family.settings.get("mask_never", False):
+        inputs["attention_mask"] = (batch.segment_BT >= 0).long()
     return Case("images", {**inputs, **made}, batch)
 
 
@@ -171,6 +172,13 @@ def _keys(num_samples: list[int]) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def tokens_of_features(host: Any, images: dict[str, Any]) -> list[int]:
-    """Return the number of features of each image, by the host's own tower."""
-    features = host.get_image_features(**images, return_dict=True).pooler_output
-    return [one.reshape(-1, one.shape[-1]).shape[0] for one in features]
+    """Return the number of features of each image, by the host's own tower.
+
+    Where the host joins the images' features, each has a share as large as its grid.
+    """
+    asked = host if hasattr(host, "get_image_features") else host.model
+    features = asked.get_image_features(**images, return_dict=True).pooler_output
+    if isinstance(features, list | tuple) or features.dim() > 2:
+        return [one.reshape(-1, one.shape[-1]).shape[0] for one in features]
+    area_I = images["image_grid_thw"].prod(dim=1)
+    return (area_I * len(features) // area_I.sum()).tolist()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import MODEL_MAPPING
 
 from tests.families.zoo.weights import draw_weights
 
@@ -40,8 +41,11 @@ class Family:
 
 def attentions_of(family: Family) -> tuple[str, ...]:
     """Return the attention implementations that the class has, of those that run on a CPU."""
-    model_class = getattr(transformers, family.model_class)
-    return ("sdpa", "eager") if getattr(model_class, "_supports_sdpa", True) else ("eager",)
+    classes = [getattr(transformers, family.model_class)]
+    decoder = type(family.config().get_text_config(decoder=True))
+    classes += [MODEL_MAPPING[decoder]] if decoder in MODEL_MAPPING else []
+    has_sdpa = all(getattr(one, "_supports_sdpa", True) for one in classes)
+    return ("sdpa", "eager") if has_sdpa else ("eager",)
 
 
 def build(family: Family, attention: str = "sdpa", seed: int = 0) -> nn.Module:

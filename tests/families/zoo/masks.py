@@ -5,8 +5,13 @@ Shapes: B rows, T positions.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
+
+CROSS = re.compile("cross|encoder_att")
+"""Names of attention to another model's tokens."""
 
 
 def without_elided(
@@ -32,7 +37,8 @@ def _of_no_mask(
     mask: Tensor | None, kept_BT: Tensor, layer: nn.Module, implementation: str
 ) -> Tensor:
     """Return what attention allows without a 4D mask: sdpa is then causal where its module is."""
-    flags = [m.is_causal for m in layer.modules() if hasattr(m, "is_causal")]
+    inner = [m for name, m in layer.named_modules() if not CROSS.search(name)]
+    flags = [m.is_causal for m in inner if hasattr(m, "is_causal")]
     allowed = torch.ones(len(kept_BT), 1, *2 * kept_BT.shape[1:], dtype=torch.bool)
     if implementation == "sdpa" and all(flags):
         allowed = allowed.tril()

@@ -69,7 +69,7 @@ def kept_positions(plan: ElisionPlan) -> Tensor:
 def decoder_of(host: Any) -> Any:
     """Return the module that has the decoder's layers."""
     decoder = host.get_decoder()
-    while not hasattr(decoder, "layers"):
+    if not hasattr(decoder, "layers"):  # Llama 4's get_decoder returns a causal language model
         decoder = decoder.model
     return decoder
 
@@ -88,7 +88,7 @@ def _gated(layer: Any, kept_BT: Tensor, decoder: Any) -> Callable[..., Any]:
         given = dict(names.bind(*args, **kwargs).arguments)
         for name in rest:
             given.update(given.pop(name, {}))
-        x_BTH = given["hidden_states"]
+        x_BTH = next(iter(given.values()))
         if is_recurrent(layer):
             return run_rows_alone(forward, given, kept_BT)
         found = [name for name in MASKS if name in names.parameters or name in given]

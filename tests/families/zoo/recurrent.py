@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+STREAMS = ("position_embeddings", "hidden_states", "original_hidden_states", "activations")
+"""Names of what a layer is given for each token [..., T, H]."""
+
 _NAMES = re.compile(
     "mamba|delta|shortconv|lightning|linearattention|recurrent|conv1d$|rwkv|lstm|mixer2", re.I
 )
@@ -30,7 +33,7 @@ def run_rows_alone(
     forward: Callable[..., Any], given: dict[str, Any], kept_BT: Tensor
 ) -> Tensor | tuple[Any, ...]:
     """Return the layer's results [B, T, H]; elided positions keep their residual."""
-    x_BTH, rows, rest = given["hidden_states"], [], None
+    x_BTH, rows, rest = next(iter(given.values())), [], None
     for row, kept_T in enumerate(kept_BT):
         kept_K = kept_T.nonzero().squeeze(1)
         y = forward(**{name: _of_row(name, value, row, kept_K) for name, value in given.items()})
@@ -43,13 +46,15 @@ def run_rows_alone(
 
 def _of_row(name: str, value: Any, row: int, kept_K: Tensor) -> Any:
     """Select what one row's kept tokens are given; what the layer is told of no token stays."""
+    if isinstance(value, dict):
+        return {key: _of_row(name, one, row, kept_K) for key, one in value.items()}
     if name.endswith("mask"):
         if value is None or value.dim() == 2:
             return None
         return value[row % len(value)][None][..., kept_K, :][..., kept_K]
     if name == "position_embeddings" and isinstance(value, tuple):
         return tuple(_of_row(name, one, row, kept_K) for one in value)
-    if name in ("position_embeddings", "hidden_states", "original_hidden_states"):
+    if name in STREAMS:
         return None if value is None else _row(value, -3, row).index_select(-2, kept_K)
     if name == "position_ids" and value is not None:
         return _row(value, -2, row).index_select(-1, kept_K)

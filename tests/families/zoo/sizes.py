@@ -31,7 +31,8 @@ TEXT: dict[str, Any] = {
     **dict.fromkeys(("expert_ffn_hidden_size", "shared_experts_intermediate_size"), 32),
     **dict.fromkeys(("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
+    "num_experts_per_token": 2,
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
@@ -47,6 +48,9 @@ TEXT: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_head_dim": 16,
     "index_head_dim": 16,
+    "index_topk": 8,
+    "zero_expert_num": 2,
+    "original_max_position_embeddings": WINDOW,
     "hidden_size_per_layer_input": 8,
     "num_kv_shared_layers": 0,
     "global_head_dim": 16,
@@ -117,11 +121,25 @@ def _shrunk(default: PreTrainedConfig, sizes: dict[str, Any]) -> dict[str, Any]:
             fields[name] = 0.0
         elif name in sizes and value is not None:
             fields[name] = sizes[name]
+        elif name == "rope_parameters" and "mrope_section" in (value or {}):
+            fields[name] = _three_axes(value, default, sizes)
         elif _is_kind_of_layers(value, num_layers):
             fields[name] = _mixed(value)
-    if "qk_rope_head_dim" in fields:  # then the size of a head is derived from it
-        fields.pop("head_dim", None)
+    if "qk_rope_head_dim" in fields:  # low-rank keys are of all heads, and rotate only in part
+        fields["num_key_value_heads"] = sizes["num_attention_heads"]
+        fields["head_dim"] = fields["qk_rope_head_dim"]
     return fields
+
+
+def _three_axes(rope: dict[str, Any], default: PreTrainedConfig, sizes: Any) -> dict[str, Any]:
+    """Return rotary settings whose three sections fill what is left of a head."""
+    size = getattr(default, "qk_rope_head_dim", None) and sizes["qk_rope_head_dim"]
+    half = int((size or sizes["head_dim"]) * rope.get("partial_rotary_factor", 1.0)) // 2
+    return {
+        **rope,
+        "rope_theta": 100.0,
+        "mrope_section": [half - 2 * (half // 3), *2 * [half // 3]],
+    }
 
 
 def _is_dropout(name: str, value: Any) -> bool:

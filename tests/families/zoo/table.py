@@ -7,13 +7,15 @@ from functools import partial
 from transformers.models.auto import modeling_auto
 
 from tests.families.zoo.family import Family
-from tests.families.zoo.multimodal import MULTIMODAL
+from tests.families.zoo.grids import GRIDS
 from tests.families.zoo.sizes import tiny_config
+from tests.families.zoo.squares import SQUARES
 from tests.families.zoo.texts import TEXTS
 
 
 def _text_families() -> list[Family]:
     """Return every class that transformers has for causal language models."""
+    seen = {one.config.args[0] for one in (*SQUARES, *GRIDS)}
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return [
         Family(
@@ -22,7 +24,8 @@ def _text_families() -> list[Family]:
             config=partial(tiny_config, model_type, **TEXTS.get(model_type, {})),
         )
         for model_type, model_class in names.items()
+        if model_type not in seen
     ]
 
 
-FAMILIES: dict[str, Family] = {one.name: one for one in (*MULTIMODAL, *_text_families())}
+FAMILIES: dict[str, Family] = {one.name: one for one in (*SQUARES, *GRIDS, *_text_families())}
