@@ -35,12 +35,15 @@ def empty_tile(config: Any, like: Tensor) -> dict[str, Tensor]:
 
 
 def empty_sized(config: Any, like: Tensor) -> dict[str, Tensor]:
-    """A picture of one merged patch with its size: Pixtral's towers."""
+    """A picture of two merged patches with its size, for Pixtral's towers.
+
+    With one, transformers 5.24 takes the axis of patches for that of pictures.
+    """
     merge = getattr(config, "spatial_merge_size", 1)
     side = config.vision_config.patch_size * merge
     return {
-        "pixel_values": like.new_zeros(1, _channels(config.vision_config), side, side),
-        "image_sizes": torch.tensor([[side, side]], device=like.device),
+        "pixel_values": like.new_zeros(1, _channels(config.vision_config), side, 2 * side),
+        "image_sizes": torch.tensor([[side, 2 * side]], device=like.device),
     }
 
 

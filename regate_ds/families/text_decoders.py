@@ -72,7 +72,7 @@ _USUAL = (
 # fmt: off
 _IN_HOSTS = (
     "glm4v_text", "glm4v_moe_text", "glm46v_text", "glm_ocr_text", "paddleocr_vl_text",
-    "hunyuan_vl_text", "qwen2_5_omni_text", "step3p5", "phi4_multimodal", "qwen3_vl_text",
+    "hunyuan_vl_text", "step3p5", "phi4_multimodal", "qwen3_vl_text",
     "qwen3_vl_moe_text",
 )
 # fmt: on
@@ -89,6 +89,8 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     "ministral3": TextDecoder(token_inputs=("position_ids",)),
     "mistral": TextDecoder(shards=True, in_pipeline=True),
     "qwen2": TextDecoder(shards=True, in_pipeline=True, in_megatron=True, has_qkv_bias=True),
+    # It is handed on to the layers, which do not read it.
+    "qwen2_5_omni_text": TextDecoder(token_inputs=("mm_token_type_ids",)),
     "qwen2_5_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
     "qwen2_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
     "qwen3_5_moe_text": _DELTA_NET,
