@@ -28,6 +28,9 @@ class Host:
     change: ChangeOf | None = None
     """What it does to the logits; None if nothing."""
 
+    token_inputs: tuple[str, ...] = ()
+    """Names of further arguments that it hands on to the layers, with a row for each token."""
+
     two_way: bool = False
     """Whether some of its tokens see later ones, so that its own mask decides in every layer."""
 
@@ -51,23 +54,30 @@ def _by_width(text: Any) -> LogitChange:
     return LogitChange(scale=text.dim_model_base / text.hidden_size)
 
 
+def _scaled_and_capped(text: Any) -> LogitChange:
+    return LogitChange(scale=text.output_multiplier, cap=text.final_logit_softcapping)
+
+
 _GRANITE = _divided("logits_scaling")
 
 _CHANGES: dict[str, ChangeOf] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), _scaled("logit_scale")),
     **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa"), _GRANITE),
-    "granitemoeshared": _GRANITE,
+    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), _GRANITE),
     "hyperclovax": _scaled("logits_scaling"),
     "minicpm3": _by_width,
-    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_unified_text"), _capped),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"), _capped),
     **dict.fromkeys(("nanochat", "vaultgemma"), _capped),
 }
 """What the class with a decoder alone does to its logits."""
 
-_LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite")
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi3")
 """Decoders that were tested in classes which take any: those neither scale nor cap."""
 
 _ANY = Host(decoders=_LLAMAS)
+
+_MARKS = ("mm_token_type_ids",)
+"""Marks of image tokens, which some hosts hand on to layers that do not read them."""
 
 _DELTA = ("qwen3_5_text",)
 
@@ -75,16 +85,25 @@ HOSTS: dict[str, Host] = {
     "AriaForConditionalGeneration": Host(decoders=("aria_text",)),
     "AyaVisionForConditionalGeneration": Host(decoders=("cohere2",)),
     "Cohere2VisionForConditionalGeneration": Host(decoders=("cohere2",)),
+    "Cosmos3EdgeForConditionalGeneration": Host(decoders=("cosmos3_edge_text",)),
+    "Cosmos3OmniForConditionalGeneration": Host(decoders=("qwen3_vl_text",), deepstack=True),
     "DeepseekVLForConditionalGeneration": _ANY,
     "DeepseekVLHybridForConditionalGeneration": _ANY,
-    "Exaone4_5_ForConditionalGeneration": Host(decoders=("exaone4",)),
-    "FastVlmForConditionalGeneration": _ANY,
+    "Ernie4_5_VLMoeForConditionalGeneration": Host(decoders=("ernie4_5_vl_moe_text",)),
+    "Exaone4_5_ForConditionalGeneration": Host(decoders=("exaone4",), token_inputs=_MARKS),
     "Gemma3ForConditionalGeneration": Host(decoders=("gemma3_text",), two_way=True),
+    "Gemma4ForConditionalGeneration": Host(decoders=("gemma4_text",), change=_capped, two_way=True),
+    "Gemma4UnifiedForConditionalGeneration": Host(
+        decoders=("gemma4_unified_text",), change=_capped, two_way=True
+    ),
     "Glm46VForConditionalGeneration": Host(decoders=("glm4v_text", "glm46v_text")),
     "Glm4vForConditionalGeneration": Host(decoders=("glm4v_text",)),
     "Glm4vMoeForConditionalGeneration": Host(decoders=("glm4v_moe_text",)),
     "GlmOcrForConditionalGeneration": Host(decoders=("glm_ocr_text",)),
     "GotOcr2ForConditionalGeneration": _ANY,
+    "GraniteDoclingForConditionalGeneration": Host(
+        decoders=("granite_docling_text",), change=_GRANITE, deepstack=True
+    ),
     "HunYuanVLForConditionalGeneration": Host(decoders=("hunyuan_vl_text",)),
     "HyperCLOVAXVisionV2ForConditionalGeneration": Host(
         decoders=("hyperclovax",), change=_scaled("logits_scaling")
@@ -92,8 +111,10 @@ HOSTS: dict[str, Host] = {
     "Idefics2ForConditionalGeneration": _ANY,
     "Idefics3ForConditionalGeneration": _ANY,
     "InternVLForConditionalGeneration": Host(decoders=(*_LLAMAS, "qwen3_moe", "gpt_oss")),
+    "JanusForConditionalGeneration": _ANY,
     "Kimi_K25ForConditionalGeneration": Host(decoders=("deepseek_v3",)),
     "Lfm2VlForConditionalGeneration": Host(decoders=("lfm2",)),
+    "Lfm3VlForConditionalGeneration": Host(decoders=("lfm3",)),
     "LightOnOcrForConditionalGeneration": Host(decoders=("qwen3",)),
     "LlavaForConditionalGeneration": _ANY,
     "LlavaNextForConditionalGeneration": _ANY,
@@ -103,6 +124,9 @@ HOSTS: dict[str, Host] = {
     "MiniCPMV4_7ForConditionalGeneration": Host(decoders=_DELTA),
     "MiniMaxM3SparseForConditionalGeneration": Host(decoders=("minimax_m3_vl_text",)),
     "Mistral3ForConditionalGeneration": Host(decoders=("mistral", "ministral3")),
+    "MuseGlimmerForConditionalGeneration": Host(
+        decoders=("muse_glimmer_text",), change=_scaled_and_capped
+    ),
     "Ovis2ForConditionalGeneration": _ANY,
     "PaddleOCRVLForConditionalGeneration": Host(decoders=("paddleocr_vl_text",)),
     "PaliGemmaForConditionalGeneration": Host(
@@ -111,8 +135,13 @@ HOSTS: dict[str, Host] = {
     "Phi4MultimodalForCausalLM": Host(decoders=("phi4_multimodal",)),
     "QianfanOCRForConditionalGeneration": Host(decoders=("qwen3",)),
     "Qwen2VLForConditionalGeneration": Host(decoders=("qwen2_vl_text",)),
-    "Qwen2_5OmniThinkerForConditionalGeneration": Host(decoders=("qwen2_5_omni_text",)),
+    "Qwen2_5OmniThinkerForConditionalGeneration": Host(
+        decoders=("qwen2_5_omni_text",), token_inputs=_MARKS
+    ),
     "Qwen2_5_VLForConditionalGeneration": Host(decoders=("qwen2_5_vl_text",)),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": Host(
+        decoders=("qwen3_omni_moe_text",), token_inputs=_MARKS, deepstack=True
+    ),
     "Qwen3VLForConditionalGeneration": Host(decoders=("qwen3_vl_text",), deepstack=True),
     "Qwen3VLMoeForConditionalGeneration": Host(decoders=("qwen3_vl_moe_text",), deepstack=True),
     "Qwen3_5ForConditionalGeneration": Host(decoders=_DELTA),
@@ -163,7 +192,7 @@ def supported(host: Any) -> Supported:
         )
     around = _host_of(host, text.model_type)
     return Supported(
-        token_inputs=decoder.token_inputs,
+        token_inputs=(*decoder.token_inputs, *around.token_inputs),
         recurrent=decoder.recurrent,
         own_mask=decoder.own_mask or around.two_way,
         packs=decoder.packs and not around.two_way,

@@ -71,9 +71,10 @@ _USUAL = (
 
 # fmt: off
 _IN_HOSTS = (
-    "glm4v_text", "glm4v_moe_text", "glm46v_text", "glm_ocr_text", "paddleocr_vl_text",
-    "hunyuan_vl_text", "step3p5", "phi4_multimodal", "qwen3_vl_text",
-    "qwen3_vl_moe_text",
+    "cosmos3_edge_text", "glm46v_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text",
+    "granite_docling_text", "hunyuan_vl_text", "muse_glimmer_text", "paddleocr_vl_text",
+    "phi4_multimodal", "qwen2_5_omni_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text",
+    "qwen3_vl_text", "step3p5",
 )
 # fmt: on
 """Decoders that only multimodal models have."""
@@ -82,15 +83,23 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     **dict.fromkeys(_USUAL, _PLAIN),
     **dict.fromkeys(_IN_HOSTS, _PLAIN),
     "afmoe": _LEAKING,
+    "bailing_hybrid": _DELTA_NET,
     "doge": TextDecoder(own_mask=True),
+    "ernie4_5_vl_moe_text": TextDecoder(token_inputs=("moe_mm_token_type_ids",)),
+    "gemma4_text": TextDecoder(token_inputs=("per_layer_input",)),
     "gpt_oss": _LEAKING,
+    "granitemoehybrid": TextDecoder(recurrent=("mamba", "linear_attention"), packs=False),
+    "jamba": TextDecoder(recurrent=("mamba", "linear_attention"), packs=False),
+    "lara_mini": _DELTA_NET,
     "lfm2": _CONVOLUTION,
+    "lfm3": _CONVOLUTION,
     "llama": TextDecoder(shards=True, in_pipeline=True, in_megatron=True),
+    "minimax": _DELTA_NET,
     "ministral3": TextDecoder(token_inputs=("position_ids",)),
+    "mistral4": TextDecoder(token_inputs=("position_ids",)),
     "mistral": TextDecoder(shards=True, in_pipeline=True),
+    "olmo_hybrid": _DELTA_NET,
     "qwen2": TextDecoder(shards=True, in_pipeline=True, in_megatron=True, has_qkv_bias=True),
-    # It is handed on to the layers, which do not read it.
-    "qwen2_5_omni_text": TextDecoder(token_inputs=("mm_token_type_ids",)),
     "qwen2_5_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
     "qwen2_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
     "qwen3_5_moe_text": _DELTA_NET,

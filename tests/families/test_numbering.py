@@ -91,9 +91,9 @@ def test_placeholders_that_do_not_fit_the_images_are_refused(student, ids, input
 
 
 def test_a_model_without_a_record_is_refused_by_name_where_image_tokens_are_elided():
-    message = "image of a 'llava_next' model has is not known; .* 'regate_images'"
+    message = "image of a 'janus' model has is not known; .* 'regate_images'"
     with pytest.raises(ValueError, match=message):
-        numbers(model("llava_next"), [[1, 5]])
+        numbers(model("janus"), [[1, 5]])
 
 
 def test_without_elided_images_runs_of_placeholders_are_images_whatever_the_model():
