@@ -40,7 +40,13 @@ def _family(
 
 
 MARKS = {"extra_inputs": mark_images}
-PLACES = tower("gemma4_unified_vision", patch_size=4, pooling_kernel_size=1, mm_embed_dim=32)
+PLACES = tower(
+    "gemma4_unified_vision",
+    patch_size=4,
+    pooling_kernel_size=1,
+    mm_embed_dim=32,
+    output_proj_dims=32,
+)
 MOLMO = {
     "vision": {"image_size": [16, 16], "num_position_embeddings": None},
     "text": {"additional_vocab_size": 8},
@@ -64,6 +70,7 @@ OTHERS = (
     _family("inkling2", "Inkling2"),
     _family("inkling2_loop", "Inkling2Loop"),
     _family("mllama", "Mllama"),
+    _family("mllama_text_model", "MllamaForCausalLM"),
     _family("unlimited_ocr", "UnlimitedOcr", text={"num_key_value_heads": 4}),
     _family("step3p7", "Step3p7", text={"sliding_window": 8}),
 )

@@ -51,3 +51,19 @@ TEXTS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """Fields of the tiny config, by ``model_type``: scales and caps that are not neutral."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3_text, no cap": ("gemma3_text", {"final_logit_softcapping": None}),
+    "gemma4_text, shared keys": ("gemma4_text", {"num_kv_shared_layers": 2}),
+    "llama4_text, near floor": ("llama4_text", {"floor_scale": 8}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "qwen2, window": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+}
+"""Further models of a ``model_type``, with other fields."""
