@@ -1,8 +1,9 @@
 """Compare the adapter with the oracle in every family: ``python -m tests.families.run [names]``.
 
-For each family a JSON row says whether the class is accepted, and how far its worst loss and
-gradients are from the oracle's. A name may have a ``*``. The exit code is 1 if an
-accepted class is wrong, or a refusal is not a ValueError of one line.
+For each family a JSON row says whether the class is accepted, how far its worst loss and gradients
+are from the oracle's, and in ``packed_leak`` how much samples of a row see of each other in the
+host itself: if that is not 0, the adapter must refuse packed rows. A name may have a ``*``. The
+exit code is 1 if an accepted class is wrong, or a refusal is not a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,12 @@ from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
 from tests.families.zoo.family import Family, attentions_of, build
 from tests.families.zoo.fp64 import in_fp64
+from tests.families.zoo.leaks import leak_of
 from tests.families.zoo.table import FAMILIES
 from tests.support.planning import gate_layers
 
 TOLERANCE = 1e-10
 RANGES = (range(0, 4), range(1, 4), range(2, 4), range(1, 3))
-RANGES_OF_TEXT = (range(0, 4), range(1, 3))
 
 
 def measure(family: Family) -> dict[str, Any]:
@@ -45,25 +48,37 @@ def measure(family: Family) -> dict[str, Any]:
 
 def _measure(family: Family, attention: str, row: dict[str, Any]) -> None:
     model = build(family, attention)
-    row["decoder"] = getattr(model.get_decoder().config, "model_type", None)
+    row["decoder"] = model.config.get_text_config(decoder=True).model_type
     row["at"] = "cases"
     cases = cases_of(family, model)
     if not _accepts(model, row):
         return
-    ranges = RANGES if family.make_images else RANGES_OF_TEXT
-    for gated in ranges:
+    row["at"] = "leak"
+    row["packed_leak"] = max([leak_of(model, one) for one in cases if one.name == "packed"] or [0])
+    for gated in RANGES:
         for case in cases:
             for name, plan in case.plans():
-                if gated == ranges[0] or name != "all kept":
+                if gated == RANGES[0] or name != "all kept":
                     row["at"] = f"{attention}, {case.name}, {name}, [{gated.start}, {gated.stop})"
                     _compare(model, case, plan, gated, row)
+
+
+@contextmanager
+def attached(model: Any, gated: range) -> Iterator[None]:
+    """Attach the adapter for the block."""
+    attachment = gate_layers(model, first_layer=gated.start, last_layer=gated.stop)
+    try:
+        yield
+    finally:
+        attachment.remove()
 
 
 def _accepts(model: Any, row: dict[str, Any]) -> bool:
     """Say in the row whether the adapter takes the class."""
     row["at"] = "attach"
     try:
-        gate_layers(model, first_layer=0, last_layer=4).remove()
+        with attached(model, RANGES[0]):
+            pass
     except ValueError as error:
         row["accepted"], row["refusal"] = False, str(error)
         return False
@@ -73,14 +88,12 @@ def _accepts(model: Any, row: dict[str, Any]) -> bool:
 
 def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any]) -> None:
     """Add one comparison to the row, or the line by which the call was refused."""
-    attachment = gate_layers(model, first_layer=gated.start, last_layer=gated.stop)
     try:
-        found = attached_run(model, case.inputs, plan)
+        with attached(model, gated):
+            found = attached_run(model, case.inputs, plan)
     except ValueError as error:
         row.setdefault("refused_calls", {}).setdefault(str(error), []).append(row["at"])
         return
-    finally:
-        attachment.remove()
     wanted = oracle_run(model, case.inputs, plan, gated)
     errors = {"loss": (loss_error(found, wanted), ""), "gradient": gradient_error(found, wanted)}
     for what, (error, where) in errors.items():

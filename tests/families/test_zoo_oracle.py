@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto import modeling_auto
 
 from regate_ds.algorithm.plan import plan_dense
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
 from tests.families.zoo.family import build
 from tests.families.zoo.fp64 import in_fp64
+from tests.families.zoo.left_out import LEFT_OUT
 from tests.families.zoo.oracle import host_loss, kept_positions, oracle_loss
 from tests.families.zoo.table import FAMILIES
 from tests.support.planning import gate_layers
 
 WHOLE = range(4)
+VARIED = ("llama", "cohere", "granite", "nanochat", "deepseek_v3", "olmoe", "lfm2", "qwen3_next")
+"""Texts with scales, caps, experts, low-rank keys and recurrent layers, and no window."""
+
 FEW = ("llava over llama", "qwen2_vl", "llama")
 
 
@@ -43,14 +48,18 @@ def test_with_everything_kept_the_oracle_is_the_host(name: str, attention: str):
             assert abs(found - wanted) <= 1e-12 * wanted, case.name
 
 
-def test_if_all_layers_are_gated_the_oracle_is_the_host_on_the_kept_tokens_alone():
-    host, cases = made("llama")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIED)
+def test_if_all_layers_are_gated_the_oracle_is_the_host_on_the_kept_tokens_alone(name: str):
+    host, cases = made(name)
     case = next(one for one in cases if one.name == "text")
     plan = case.plan("answers")
     wanted = float(oracle_loss(host, case.inputs, plan, WHOLE).detach())
     assert abs(short_rows(host, case, plan) - wanted) <= 1e-12 * wanted
+    if name in ("lfm2", "qwen3_next"):
+        return  # few of their layers know positions
     first = replace(plan, kept_BK=torch.arange(plan.num_slots).expand_as(plan.kept_BK))
-    assert abs(short_rows(host, case, plan, first) - wanted) > 1e-2 * wanted
+    assert abs(short_rows(host, case, plan, first) - wanted) > 1e-4 * wanted
 
 
 def short_rows(host: Any, case: Case, plan: Any, positions: Any = None) -> float:
@@ -93,3 +102,14 @@ def test_an_adapter_that_gates_another_layer_is_caught(name: str):
     assert gradient_error(found, right)[0] < 1e-10
     assert loss_error(found, wrong) > 1e-4
     assert gradient_error(found, wrong)[0] > 1e-2
+
+
+def test_every_class_of_transformers_is_in_the_zoo_or_has_a_reason():
+    found = {one.model_class for one in FAMILIES.values()}
+    mappings = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    for mapping in mappings:
+        missing = {name for name, one in mapping.items() if one not in found}
+        assert not missing - LEFT_OUT.keys()

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING
+from transformers.models.llama4 import modeling_llama4
 
 from tests.families.zoo.weights import draw_weights
 
@@ -48,11 +49,22 @@ def attentions_of(family: Family) -> tuple[str, ...]:
     return ("sdpa", "eager") if has_sdpa else ("eager",)
 
 
+def _mend_llama4() -> None:
+    """Give Llama 4's text output the field that its multimodal model reads.
+
+    Without it transformers 5.24 cannot run Llama4ForConditionalGeneration at all.
+    """
+    output = modeling_llama4.MoeCausalLMOutputWithPast
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
+
+
 def build(family: Family, attention: str = "sdpa", seed: int = 0) -> nn.Module:
     """Return the family's tiny model in fp64, in training mode, with large random weights.
 
     Call it within ``in_fp64``.
     """
+    _mend_llama4()
     config = family.config()
     config._attn_implementation = attention
     config._experts_implementation = "eager"  # the others do not know fp64

@@ -30,7 +30,6 @@ def _family(
     return Family(name=name, model_class=full, config=config, make_images=make_images, **more)
 
 
-FOUR_AXES = {"extra_inputs": mark_images, "settings": {"position_axes": 4}}
 ONE_AXIS = {"extra_inputs": mark_images}
 OMNI = {"extra_inputs": mark_images, "settings": {"position_axes": 3, "mask_never": True}}
 
@@ -68,7 +67,7 @@ GRIDS = (
         MARKED,
         text={"moe_intermediate_size": [32, 32], **_rope(3, 3, 2)},
     ),
-    _family("hunyuan_vl", "HunYuanVL", FOUR_AXES, text={"head_dim": 16, **_rope(2, 2, 2, 2)}),
+    _family("hunyuan_vl", "HunYuanVL", MARKED, text={"head_dim": 16, **_rope(2, 2, 2, 2)}),
     _family("hyperclovax_vision_v2", "HyperCLOVAXVisionV2", PLAIN, vision=WINDOWED),
     _family("paddleocr_vl", "PaddleOCRVL", MARKED, make_images=grids_of_patches, text=THREE),
     _family("minimax_m3_vl", "MiniMaxM3Sparse", PLAIN),

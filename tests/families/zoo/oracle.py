@@ -48,13 +48,13 @@ def oracle_loss(
             if hasattr(decoder, "_deepstack_process") and not deepstack_on_elided:
                 process = _only_kept(decoder, kept_BT, gated)
                 stack.enter_context(_replaced(decoder, "_deepstack_process", process))
-        logits_BTV = host(**inputs, use_cache=False).logits
+        logits_BTV = _logits(host, inputs)
     return _summed(logits_BTV, plan.label_position_L, plan.targets_L)
 
 
 def host_loss(host: nn.Module, inputs: dict[str, Any], batch: TokenBatch) -> Tensor:
     """Return the summed loss of all labels by the host's own logits."""
-    logits_BTV = host(**inputs, use_cache=False).logits
+    logits_BTV = _logits(host, inputs)
     position_L = batch.is_label_BT.reshape(-1).nonzero().squeeze(1)
     return _summed(logits_BTV, position_L, batch.labels_BT.reshape(-1)[position_L])
 
@@ -72,6 +72,10 @@ def decoder_of(host: Any) -> Any:
     if not hasattr(decoder, "layers"):  # Llama 4's get_decoder returns a causal language model
         decoder = decoder.model
     return decoder
+
+
+def _logits(host: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return host(**inputs, use_cache=False).logits
 
 
 def _summed(logits_BTV: Tensor, position_L: Tensor, targets_L: Tensor) -> Tensor:

@@ -50,6 +50,12 @@ LLAMA4_TOWER = {
 }
 DOCLING_TOWER = {"image_size": 32, "scale_factor": 2, "deepstack_visual_indexes": [0, 1]}
 JANUS_CODES = {"base_channels": 32, "num_patches": 2, "projection_dim": 64, "num_embeddings": 8}
+PERCEIVER = {
+    "resampler_n_latents": 4,
+    "resampler_n_heads": 4,
+    "resampler_head_dim": 16,
+    "resampler_depth": 1,
+}
 PHI4_TOWER = {"image_size": 32, "crop_size": 32}
 LAST_LAYER = {"vision_feature_layer": -1}
 GEMMA = {"extra_inputs": mark_images_by_token_type}
@@ -105,11 +111,17 @@ SQUARES = (
     ),
     _family("smolvlm", "SmolVLM", rows_of_tiles, scale_factor=2),
     _family("idefics3", "Idefics3", rows_of_tiles, scale_factor=2),
-    _family("idefics2", "Idefics2", rows_of_tiles),
-    _family("idefics2 over mistral, no window", "Idefics2", rows_of_tiles, text=NO_WINDOW),
+    _family("idefics2", "Idefics2", rows_of_tiles, perceiver_config=PERCEIVER),
+    _family(
+        "idefics2 over mistral, no window",
+        "Idefics2",
+        rows_of_tiles,
+        text=NO_WINDOW,
+        perceiver_config=PERCEIVER,
+    ),
     _family("granite_docling", "GraniteDocling", tiles_of_rows, vision=DOCLING_TOWER),
     _family("mistral3", "Mistral3", sized),
-    _family("mistral3 over mistral, no window", "Mistral3", sized, text=NO_WINDOW),
+    _family("mistral3 over mistral, window", "Mistral3", sized, text={"sliding_window": 8}),
     _family("mistral3 over ministral3", "Mistral3", sized),
     _family("lighton_ocr", "LightOnOcr", sized),
     _family(
