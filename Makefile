@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-gpu test-stress test-matrix test-slurm test-ssh check style quickstart realmodel bench clean
+.PHONY: setup test test-gpu test-stress test-matrix test-families test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -48,6 +48,12 @@ test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py312.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/adapters/megatron tests/recipe/engines
 	$(BIN)/python -m tests.adapters.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
+
+# Every class of transformers that is tried, tiny, against an oracle; makes docs/models.md.
+test-families: setup
+	@mkdir -p build
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --rows build/families.jsonl
+	$(BIN)/python -m tests.families.page build/families.jsonl
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.

@@ -31,6 +31,9 @@ class Host:
     token_inputs: tuple[str, ...] = ()
     """Names of further arguments that it hands on to the layers, with a row for each token."""
 
+    marks: tuple[str, ...] = ()
+    """Inputs without which it takes image tokens for text, and says nothing."""
+
     two_way: bool = False
     """Whether some of its tokens see later ones, so that its own mask decides in every layer."""
 
@@ -77,7 +80,7 @@ _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi3")
 _ANY = Host(decoders=_LLAMAS)
 
 _MARKS = ("mm_token_type_ids",)
-"""Marks of image tokens, which some hosts hand on to layers that do not read them."""
+"""Marks of image tokens; some hosts hand them on to layers that do not read them."""
 
 _DELTA = ("qwen3_5_text",)
 
@@ -89,12 +92,16 @@ HOSTS: dict[str, Host] = {
     "Cosmos3OmniForConditionalGeneration": Host(decoders=("qwen3_vl_text",), deepstack=True),
     "DeepseekVLForConditionalGeneration": _ANY,
     "DeepseekVLHybridForConditionalGeneration": _ANY,
-    "Ernie4_5_VLMoeForConditionalGeneration": Host(decoders=("ernie4_5_vl_moe_text",)),
+    "Ernie4_5_VLMoeForConditionalGeneration": Host(
+        decoders=("ernie4_5_vl_moe_text",), marks=("moe_mm_token_type_ids",)
+    ),
     "Exaone4_5_ForConditionalGeneration": Host(decoders=("exaone4",), token_inputs=_MARKS),
     "Gemma3ForConditionalGeneration": Host(decoders=("gemma3_text",), two_way=True),
-    "Gemma4ForConditionalGeneration": Host(decoders=("gemma4_text",), change=_capped, two_way=True),
+    "Gemma4ForConditionalGeneration": Host(
+        decoders=("gemma4_text",), change=_capped, marks=_MARKS, two_way=True
+    ),
     "Gemma4UnifiedForConditionalGeneration": Host(
-        decoders=("gemma4_unified_text",), change=_capped, two_way=True
+        decoders=("gemma4_unified_text",), change=_capped, marks=_MARKS, two_way=True
     ),
     "Glm46VForConditionalGeneration": Host(decoders=("glm4v_text", "glm46v_text")),
     "Glm4vForConditionalGeneration": Host(decoders=("glm4v_text",)),
@@ -138,7 +145,7 @@ HOSTS: dict[str, Host] = {
     "Qwen2_5OmniThinkerForConditionalGeneration": Host(
         decoders=("qwen2_5_omni_text",), token_inputs=_MARKS
     ),
-    "Qwen2_5_VLForConditionalGeneration": Host(decoders=("qwen2_5_vl_text",)),
+    "Qwen2_5_VLForConditionalGeneration": Host(decoders=("qwen2_5_vl_text",), marks=_MARKS),
     "Qwen3OmniMoeThinkerForConditionalGeneration": Host(
         decoders=("qwen3_omni_moe_text",), token_inputs=_MARKS, deepstack=True
     ),
@@ -164,6 +171,9 @@ class Supported:
 
     recurrent: tuple[str, ...] = ()
     """Types of layers that get no mask."""
+
+    marks: tuple[str, ...] = ()
+    """Inputs that must not be missing beside images."""
 
     own_mask: bool = False
     """Whether the host's own mask decides in every layer."""
@@ -193,6 +203,7 @@ def supported(host: Any) -> Supported:
     around = _host_of(host, text.model_type)
     return Supported(
         token_inputs=(*decoder.token_inputs, *around.token_inputs),
+        marks=around.marks,
         recurrent=decoder.recurrent,
         own_mask=decoder.own_mask or around.two_way,
         packs=decoder.packs and not around.two_way,

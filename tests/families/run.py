@@ -20,6 +20,7 @@ from typing import Any
 
 import transformers
 
+from tests.families.ranks_alone import empty_image, told_apart
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
 from tests.families.zoo.family import Family, attentions_of, build
@@ -53,6 +54,12 @@ def _measure(family: Family, attention: str, row: dict[str, Any]) -> None:
     cases = cases_of(family, model)
     if not _accepts(model, row):
         return
+    row["images"] = family.make_images is not None
+    if row["images"]:
+        row["at"] = "empty image"
+        row["empty_image"] = empty_image(model, cases)
+        row["at"] = "told apart"
+        row["told_apart"] = told_apart(model, cases)
     row["at"] = "leak"
     row["packed_leak"] = max([leak_of(model, one) for one in cases if one.name == "packed"] or [0])
     for gated in RANGES:

@@ -28,6 +28,7 @@ from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
 from regate_ds.adapters.huggingface.support import (
     require_host,
+    require_marks,
     require_passed_through,
     require_plain_call,
     require_rows,
@@ -157,6 +158,7 @@ def _model_forward(
         return host_forward(*args, **kwargs)
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
+    require_marks(host, kwargs, gate.support.marks)
     require_samples_apart(host, plan, packs=gate.support.packs)
     gate.current.value = within = ForwardPass(plan, host, gate.support)
     try:

@@ -127,6 +127,19 @@ def require_plain_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         )
 
 
+def require_marks(host: Any, kwargs: dict[str, Any], marks: tuple[str, ...]) -> None:
+    """Refuse images without the inputs that mark them, where the host would not notice."""
+    has_images = any(
+        name.startswith("pixel_values") and x is not None for name, x in kwargs.items()
+    )
+    missing = [name for name in marks if kwargs.get(name) is None]
+    if has_images and missing and kwargs.get("position_ids") is None:
+        raise ValueError(
+            f"images are given without {missing[0]!r}: {type(host).__name__} would take their "
+            "tokens for text, without an error; give all that the model's processor returns"
+        )
+
+
 def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
     """Refuse a plan of other rows than the decoder reads, such as another micro-batch's plan."""
     found, planned = tuple(hidden_BTH.shape[:2]), (len(plan.kept_BK), plan.num_tokens)
