@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from regate_ds.algorithm.loss import CHUNK, summed_loss, token_losses
+from regate_ds.algorithm.loss import CHUNK, LogitChange, summed_loss, token_losses
 
 HIDDEN, VOCABULARY = 6, 11
 
@@ -47,6 +47,27 @@ def test_summed_loss_and_its_gradients_are_those_of_cross_entropy(num_targets: i
     assert torch.allclose(losses, head.expected(), rtol=1e-12)
     assert torch.equal(total, losses.sum())
     assert_gradients(3 * total, 3 * head.expected().sum(), head.leaves)
+
+
+@pytest.mark.parametrize("num_targets", [0, 5, CHUNK + 1])
+@pytest.mark.parametrize("change", [LogitChange(scale=0.3), LogitChange(scale=2.0, cap=1.5)])
+def test_scaled_and_capped_logits_have_the_gradients_of_what_the_host_writes(
+    num_targets: int, change: LogitChange
+):
+    head, weights = Head(num_targets, bias=True), torch.rand(num_targets).double()
+
+    def expected() -> Tensor:
+        logits = F.linear(head.hidden, head.weight, head.bias) * change.scale
+        if change.cap is not None:
+            logits = torch.tanh(logits / change.cap) * change.cap
+        return F.cross_entropy(logits, head.targets, reduction="none")
+
+    total, losses = summed_loss(*head.inputs, share_L=weights, change=change)
+    assert torch.allclose(losses, expected(), rtol=1e-12)
+    assert_gradients(total, (expected() * weights).sum(), head.leaves)
+    if num_targets:
+        losses = token_losses(*head.inputs, change=change)
+        assert_gradients((losses * weights).sum(), (expected() * weights).sum(), head.leaves)
 
 
 @pytest.mark.parametrize("num_targets", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1])
