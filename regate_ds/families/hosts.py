@@ -79,6 +79,8 @@ _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi3")
 
 _ANY = Host(decoders=_LLAMAS)
 
+_LISTED = "docs/models.md lists the models that were tested"
+
 _MARKS = ("mm_token_type_ids",)
 """Marks of image tokens; some hosts hand them on to layers that do not read them."""
 
@@ -193,14 +195,19 @@ def supported(host: Any) -> Supported:
 
     ValueError, with the way out, for a decoder or a class that no test has compared.
     """
-    text = host.get_decoder().config
+    # A class of the user's own may be derived from one of transformers.
+    names = [kind.__name__ for kind in type(host).__mro__ if _is_of_transformers(kind)]
+    return supported_as(names[0] if names else type(host).__name__, host.get_decoder().config)
+
+
+def supported_as(name: str, text: Any) -> Supported:
+    """The same from the class's name and the config of its text decoder."""
     decoder = TEXT_DECODERS.get(text.model_type)
     if decoder is None:
         raise ValueError(
-            f"decoder {text.model_type!r} is not supported; docs/models.md lists the models that "
-            "were tested: use one of these"
+            f"decoder {text.model_type!r} is not supported; {_LISTED}: use one of these"
         )
-    around = _host_of(host, text.model_type)
+    around = _around(name, text.model_type)
     return Supported(
         token_inputs=(*decoder.token_inputs, *around.token_inputs),
         marks=around.marks,
@@ -212,21 +219,13 @@ def supported(host: Any) -> Supported:
     )
 
 
-def _host_of(host: Any, model_type: str) -> Host:
-    alone = import_module(
-        "transformers.models.auto.modeling_auto"
-    ).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    # A class of the user's own may be derived from one of transformers.
-    names = [kind.__name__ for kind in type(host).__mro__ if _is_of_transformers(kind)]
-    name = names[0] if names else type(host).__name__
+def _around(name: str, model_type: str) -> Host:
+    mapping = import_module("transformers.models.auto.modeling_auto")
     around = HOSTS.get(name)
-    if around is None and alone.get(model_type) == name:
+    if around is None and mapping.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == name:
         around = Host(decoders=(model_type,), change=_CHANGES.get(model_type))
     if around is None:
-        raise ValueError(
-            f"{name} is not supported; docs/models.md lists the models that were tested: use one "
-            "of these"
-        )
+        raise ValueError(f"{name} is not supported; {_LISTED}: use one of these")
     if model_type not in around.decoders:
         raise ValueError(
             f"{name} over a decoder {model_type!r} is not supported; tested are "

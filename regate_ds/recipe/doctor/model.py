@@ -1,0 +1,83 @@
+"""`regate doctor --model DIR`: what a checkpoint's configuration says, before a weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from regate_ds.families.hosts import Supported, supported_as
+from regate_ds.families.table import FAMILIES, STUDENTS
+from regate_ds.recipe.doctor.check import Check
+
+_SLOW_CONV3D = "2.9."
+"""Versions of torch whose Conv3d makes some towers 10 to 20 times slower."""
+
+_BY_CONV3D = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe")
+"""Families whose patches are embedded by a Conv3d; so are those of GLM-4V and Qwen3.5."""
+
+
+def examine_model(folder: Path) -> list[Check]:
+    """Check whether elision knows the model in a folder, and what its runs must look like.
+
+    ValueError if the folder has no readable configuration.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"{folder} has no config.json that can be read ({cause})") from error
+    name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    text = config.get_text_config(decoder=True)
+    try:
+        support = supported_as(name, text)
+    except ValueError as error:
+        return [Check("model", name, True, False, str(error))]
+    return [
+        Check("model", f"{name} over {text.model_type}", True, True),
+        *_rows(name, support),
+        *_images(config),
+        *_speed(config, support),
+    ]
+
+
+def _rows(name: str, support: Supported) -> list[Check]:
+    checks = []
+    if not support.packs:
+        advice = f"{name} does not keep the samples of a row apart: leave data.pack_length null"
+        checks.append(Check("packed rows", "refused", False, True, advice))
+    if support.own_mask:
+        advice = "its own mask is needed: attn_implementation=sdpa or eager"
+        checks.append(Check("flash_attention_2", "refused", False, True, advice))
+    return checks
+
+
+def _images(config: Any) -> list[Check]:
+    if getattr(config, "vision_config", None) is None:
+        return []
+    family, model_type = FAMILIES.get(config.model_type), config.model_type
+    checks = []
+    if family is None:
+        advice = "on several ranks put a sample with an image into every micro-batch"
+        checks.append(Check("empty image", "not known", False, True, advice))
+    if family is None or family.image_lengths is None:
+        advice = "to elide image tokens, number the images in the collate function (docs/images.md)"
+        checks.append(Check("image tokens", "not told apart", False, True, advice))
+    if model_type not in STUDENTS:
+        advice = f"regate train knows {STUDENTS}; attach() takes this one in a loop of your own"
+        checks.append(Check("regate train", "refused", False, True, advice))
+    return checks
+
+
+def _speed(config: Any, support: Supported) -> list[Check]:
+    checks = []
+    if config.model_type in _BY_CONV3D and torch.__version__.startswith(_SLOW_CONV3D):
+        advice = "its Conv3d slows the tower 10 to 20 times (pytorch#166122): use 2.10 or later"
+        checks.append(Check("torch", torch.__version__, False, False, advice))
+    if "linear_attention" in support.recurrent and importlib.util.find_spec("fla") is None:
+        advice = "its linear layers run in plain torch: pip install flash-linear-attention"
+        checks.append(Check("fla", "absent", False, False, advice))
+    return checks

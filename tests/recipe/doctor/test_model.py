@@ -1,0 +1,85 @@
+"""What `regate doctor --model` says of a checkpoint's configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from regate_ds.recipe.doctor.model import examine_model
+
+
+def checkpoint(folder: Path, model_type: str, architecture: str) -> Path:
+    """A folder that holds a configuration and no weights."""
+    config = CONFIG_MAPPING[model_type](architectures=[architecture])
+    config.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    return folder
+
+
+def found(folder: Path) -> dict[str, str]:
+    return {check.name: check.found for check in examine_model(folder)}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "wanted"),
+    [
+        ("llama", "LlamaForCausalLM", {"model": "LlamaForCausalLM over llama"}),
+        (
+            "llava",
+            "LlavaForConditionalGeneration",
+            {"model": "LlavaForConditionalGeneration over llama"},
+        ),
+        (
+            "gemma3",
+            "Gemma3ForConditionalGeneration",
+            {"packed rows": "refused", "flash_attention_2": "refused", "regate train": "refused"},
+        ),
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration", {"packed rows": "refused", "fla": "absent"}),
+        (
+            "aria",
+            "AriaForConditionalGeneration",
+            {"empty image": "not known", "image tokens": "not told apart"},
+        ),
+    ],
+)
+def test_what_a_configuration_tells(tmp_path, model_type: str, architecture: str, wanted: dict):
+    result = found(checkpoint(tmp_path, model_type, architecture))
+    assert wanted.items() <= result.items()
+    if model_type in ("llama", "llava"):
+        assert result == wanted
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "message"),
+    [
+        ("gpt2", "GPT2LMHeadModel", "decoder 'gpt2' is not supported"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForSequenceClassification is not"),
+    ],
+)
+def test_a_model_that_is_not_known_is_a_required_check_that_fails(
+    tmp_path, model_type: str, architecture: str, message: str
+):
+    (check,) = examine_model(checkpoint(tmp_path, model_type, architecture))
+    assert check.is_required
+    assert not check.is_fine
+    assert message in check.advice
+
+
+def test_the_slow_convolution_of_torch_is_named(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path, "qwen3_vl", "Qwen3VLForConditionalGeneration")
+    assert "torch" not in found(folder)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert found(folder)["torch"] == "2.9.1"
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps({"model_type": "no_such_model"})])
+def test_a_folder_without_a_readable_configuration_is_refused_in_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="has no config.json that can be read") as caught:
+        examine_model(tmp_path)
+    assert "\n" not in str(caught.value)
