@@ -23,10 +23,10 @@ import transformers
 from tests.families.ranks_alone import empty_image, told_apart
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
-from tests.families.zoo.family import Family, attentions_of, build
 from tests.families.zoo.fp64 import in_fp64
 from tests.families.zoo.leaks import leak_of
-from tests.families.zoo.table import FAMILIES
+from tests.families.zoo.models.family import Family, attentions_of, build
+from tests.families.zoo.models.table import FAMILIES
 from tests.support.planning import gate_layers
 
 TOLERANCE = 1e-10

@@ -12,11 +12,11 @@ from transformers.models.auto import modeling_auto
 from regate_ds.algorithm.plan import plan_dense
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
-from tests.families.zoo.family import build
 from tests.families.zoo.fp64 import in_fp64
-from tests.families.zoo.left_out import LEFT_OUT
+from tests.families.zoo.models.family import build
+from tests.families.zoo.models.left_out import LEFT_OUT
+from tests.families.zoo.models.table import FAMILIES
 from tests.families.zoo.oracle import host_loss, kept_positions, oracle_loss
-from tests.families.zoo.table import FAMILIES
 from tests.support.planning import gate_layers
 
 WHOLE = range(4)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, plan_rows
 from regate_ds.images_config import ImagesConfig
-from tests.families.zoo.family import Family
-from tests.families.zoo.sizes import AFTER, BEFORE, END, IMAGE_TOKEN, PADDING, START
+from tests.families.zoo.models.family import Family
+from tests.families.zoo.models.sizes import AFTER, BEFORE, END, IMAGE_TOKEN, PADDING, START
 from tests.support.models import packed_positions
 from tests.support.planning import plan_sparse
 

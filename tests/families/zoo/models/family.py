@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING
 from transformers.models.llama4 import modeling_llama4
 
-from tests.families.zoo.weights import draw_weights
+from tests.families.zoo.models.weights import draw_weights
 
 MakeImages = Callable[[Any, torch.Generator, int], dict[str, Any]]
 """(host, generator, number of images) -> the images' inputs, as the host's forward takes them."""

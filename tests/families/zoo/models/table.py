@@ -6,13 +6,13 @@ from functools import partial
 
 from transformers.models.auto import modeling_auto
 
-from tests.families.zoo.family import Family
-from tests.families.zoo.grids import GRIDS
-from tests.families.zoo.left_out import LEFT_OUT
-from tests.families.zoo.others import OTHERS
-from tests.families.zoo.sizes import tiny_config
-from tests.families.zoo.squares import SQUARES
-from tests.families.zoo.texts import TEXTS, VARIANTS
+from tests.families.zoo.models.family import Family
+from tests.families.zoo.models.grids import GRIDS
+from tests.families.zoo.models.left_out import LEFT_OUT
+from tests.families.zoo.models.others import OTHERS
+from tests.families.zoo.models.sizes import tiny_config
+from tests.families.zoo.models.squares import SQUARES
+from tests.families.zoo.models.texts import TEXTS, VARIANTS
 
 MULTIMODAL = (*SQUARES, *GRIDS, *OTHERS)
 
