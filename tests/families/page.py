@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from tests.families.run import RANGES, TOLERANCE
-from tests.families.zoo.left_out import LEFT_OUT
-from tests.families.zoo.table import FAMILIES
+from tests.families.zoo.models.left_out import LEFT_OUT
+from tests.families.zoo.models.table import FAMILIES
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "models.md"

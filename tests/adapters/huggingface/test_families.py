@@ -9,9 +9,9 @@ import pytest
 from tests.families.run import TOLERANCE, attached
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
-from tests.families.zoo.family import build
 from tests.families.zoo.fp64 import in_fp64
-from tests.families.zoo.table import FAMILIES
+from tests.families.zoo.models.family import build
+from tests.families.zoo.models.table import FAMILIES
 
 BY_HOOK = {
     "its own mask: image tokens see each other, windows, rotary by layer type": "gemma3",

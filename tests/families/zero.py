@@ -1,0 +1,119 @@
+"""Every family with an empty image on two ZeRO ranks, of which one sees images and one does not:
+
+    python -m tests.families.zero [--stages 1,2,3] [names]
+
+The gradients that the optimizer is given are compared with one process on the joint batch, in fp32.
+A rank that makes other collective calls than its neighbour would hang: the pool is then ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from regate_ds.data.collate import Batch
+from regate_ds.families.table import FAMILIES as RECORDS
+from regate_ds.job.process import start_process
+from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
+from tests.adapters.deepspeed.zero_checks_helper import check_gradients, run_named
+from tests.families.zoo.cases import cases_of
+from tests.families.zoo.models.family import attentions_of, build
+from tests.families.zoo.models.table import FAMILIES
+from tests.support.ranks import failures_of
+
+IMAGES_ELIDED = (("images.keep_share", 0.5),)
+FEW = ("llava over qwen2", "qwen3_vl", "gemma3")
+"""Families that run under every stage; the others under stage 3 alone."""
+
+
+@dataclass(frozen=True)
+class FamilyCase(ZeroCase):
+    """One step of a family of the zoo: rank 0 has images in two of three rows, rank 1 has text."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, ZeRO-{self.stage}"
+
+    def model(self) -> nn.Module:
+        family = FAMILIES[self.family]
+        return build(family, attentions_of(family)[0]).float()
+
+    def batches(self, rank: int) -> list[Batch]:
+        family = FAMILIES[self.family]
+        cases = {case.name: case for case in cases_of(family, self.model())}
+        case = cases["images" if rank == 0 else "text"]
+        keys = tuple(tuple((f"rank{rank}", number) for _, number in row) for row in case.batch.keys)
+        inputs = {name: _single(x) for name, x in case.inputs.items()}
+        image_BT = case.batch.image_BT
+        if image_BT is None:
+            image_BT = torch.full_like(case.batch.labels_BT, -1)
+        return [Batch(inputs, replace(case.batch, keys=keys, image_BT=image_BT))]
+
+
+def _single(x: Any) -> Any:
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def cases(names: list[str], stages: list[int]) -> dict[str, FamilyCase]:
+    """Return the cases by name: each family with a record under ZeRO-3, FEW under all stages."""
+    made = []
+    for name, family in FAMILIES.items():
+        if family.make_images is None or (names and name not in names):
+            continue
+        if family.config().model_type not in RECORDS:
+            continue
+        knobs = IMAGES_ELIDED if RECORDS[family.config().model_type].image_lengths else ()
+        made += [
+            FamilyCase(family=name, stage=stage, knobs=knobs)
+            for stage in stages
+            if stage == 3 or name in FEW or names
+        ]
+    return {case.name: case for case in made}
+
+
+def check_families(rank: int, folder: str) -> None:
+    """Run in each rank: the cases whose names the folder lists."""
+    transformers.logging.set_verbosity_error()
+    start_process()
+    wanted = (Path(folder) / "cases.txt").read_text().splitlines()
+    known = cases([], [1, 2, 3])
+    for name in wanted:
+        if rank == 0:
+            print(name, flush=True)
+        case = known.get(name) or _case_named(name)
+        run_named(rank, folder, {name: lambda case=case: check_gradients(rank, case)})
+        outcome = Path(folder) / f"rank{rank}.json"
+        outcome.rename(Path(folder) / f"rank{rank} {wanted.index(name)}.json")
+
+
+def _case_named(name: str) -> FamilyCase:
+    family, stage = name.rsplit(", ZeRO-", 1)
+    return cases([family], [int(stage)])[name]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of families; default all with an empty image")
+    parser.add_argument("--stages", default="1,2,3")
+    arguments = parser.parse_args()
+    stages = [int(one) for one in arguments.stages.split(",")]
+    chosen = cases(arguments.names, stages)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "cases.txt").write_text("\n".join(chosen))
+        failures = failures_of(check_families, 2, Path(folder))
+    for name, messages in failures.items():
+        print(f"wrong: {name}\n{messages[0]}", file=sys.stderr)
+    print(f"{len(chosen) - len(failures)} of {len(chosen)} exact")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
