@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -87,3 +88,12 @@ def test_the_page_on_methods_can_be_followed(tmp_path):
 def test_the_page_on_frameworks_can_be_followed(tmp_path):
     carry_out("add_a_framework.md", tmp_path)
     run_tests(tmp_path, "tests/adapters/test_plain_torch.py")
+
+
+def test_the_page_on_models_can_be_followed(tmp_path):
+    carry_out("add_a_model.md", tmp_path)
+    names = ("lfm2_moe", "minicpm_ocr")
+    run(tmp_path, "tests.families.run", *names, "--rows", "rows.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["family"], row["verdict"]) for row in rows] == [(name, "exact") for name in names]
+    assert rows[1]["empty_image"] == rows[1]["told_apart"] == "yes"
