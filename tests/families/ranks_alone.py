@@ -32,6 +32,10 @@ def empty_image(model: Any, cases: list[Case]) -> str:
     seeing = attached_run(plain, images.inputs, images.plan("answers"))
     if lacking := sorted(seeing.gradients.keys() - found.gradients.keys()):
         raise ValueError(f"the empty image reaches no {lacking}")
+    # Under ZeRO ranks reduce what has a gradient: no rank may have one that others lack.
+    only_here = found.gradients.keys() - wanted.gradients.keys() - seeing.gradients.keys()
+    if only_here:
+        raise ValueError(f"images do not reach {sorted(only_here)}, but the empty image does")
     same = [torch.equal(found.gradients[name], each) for name, each in wanted.gradients.items()]
     if found.loss != wanted.loss or not all(same):
         raise ValueError("the empty image changes the loss or a gradient of text")

@@ -17,6 +17,10 @@ from regate_ds.families.table import FAMILIES, find_family
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
 """Inputs of a multimodal model that make it run its vision tower."""
 
+_FEATURES = ("pooler_output", "deepstack_features")
+"""What of a tower's output enters the decoder. Its other fields may come from weights that a
+micro-batch with images does not reach."""
+
 _MARKS = ("mm_token_type_ids",)
 """Inputs that mark image tokens, which a micro-batch without an image does not need."""
 
@@ -46,19 +50,14 @@ def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         )
     image = family.empty_image(host.config, embedded)
     features = host.base_model.get_image_features(**image, return_dict=True)
-    # All of them: some families add features of inner layers of the tower, by weights of their own.
-    zero = sum(one.sum() for one in _tensors(features)) * 0.0
+    zero = sum(one.sum() for name in _FEATURES for one in _tensors(features.get(name))) * 0.0
     return {**rest, "inputs_embeds": embedded + zero.to(embedded.dtype)}
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield every differentiable tensor of an output, of its lists too."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
+def _tensors(features: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a field, which is one, or a list of some, or missing."""
+    if isinstance(features, Tensor):
+        yield features
+    elif features is not None:
+        for one in features:
+            yield from _tensors(one)
