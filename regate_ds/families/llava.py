@@ -33,7 +33,7 @@ class LlavaVision:
 
         ValueError if the processor does not bring all images to one size.
         """
-        height, width = _fixed_size(processor)
+        height, width = fixed_size(processor)
         with torch.device("meta"):
             tower = transformers_class("AutoModel").from_config(config.vision_config)
             features = tower(torch.zeros(1, 3, height, width)).last_hidden_state
@@ -54,7 +54,7 @@ class LlavaVision:
         return {}
 
 
-def _fixed_size(processor: Any) -> tuple[int, int]:
+def fixed_size(processor: Any) -> tuple[int, int]:
     """Return the height and width that images of any shape are brought to.
 
     ValueError if images of two shapes differ in size, and so in their number of tokens.

@@ -28,7 +28,6 @@ _SQUARES = {
     "deepseek_vl": _Square(model_class="DeepseekVLForConditionalGeneration", tower="vision_model"),
     "gemma3": _Square(model_class="Gemma3ForConditionalGeneration"),
     "got_ocr2": _Square(model_class="GotOcr2ForConditionalGeneration"),
-    "internvl": _Square(model_class="InternVLForConditionalGeneration"),
     "ovis2": _Square(model_class="Ovis2ForConditionalGeneration"),
     "paligemma": _Square(model_class="PaliGemmaForConditionalGeneration"),
     "qianfan_ocr": _Square(model_class="QianfanOCRForConditionalGeneration"),

@@ -6,12 +6,14 @@ from typing import Any
 
 from regate_ds.families.family import Family
 from regate_ds.families.grids import GRIDS
+from regate_ds.families.internvl import INTERNVL
 from regate_ds.families.llava import LLAVA
 from regate_ds.families.qwen_vl import QWEN2_5_VL, QWEN2_VL
 from regate_ds.families.squares import SQUARES
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA, QWEN2_VL, QWEN2_5_VL, *SQUARES, *GRIDS)
+    family.model_type: family
+    for family in (LLAVA, QWEN2_VL, QWEN2_5_VL, INTERNVL, *SQUARES, *GRIDS)
 }
 
 STUDENTS = tuple(name for name, family in FAMILIES.items() if family.vision_inputs is not None)

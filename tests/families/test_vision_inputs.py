@@ -4,10 +4,17 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil, LlavaConfig, ViTImageProcessorPil
 
+from regate_ds.families.internvl import InternVLVision
 from regate_ds.families.qwen_vl import Qwen2VLVision
 from regate_ds.recipe.students.llava import LlavaVision, clip_processor
 from regate_ds.recipe.students.qwen2_vl import qwen2_vl_processor
-from tests.support.tiny_students import STUDENTS, make_image, make_llava, make_qwen2_vl
+from tests.support.tiny_students import (
+    STUDENTS,
+    make_image,
+    make_internvl,
+    make_llava,
+    make_qwen2_vl,
+)
 
 SIZES = [(24, 24), (20, 31), (64, 40)]
 
@@ -38,7 +45,7 @@ def test_a_tower_without_a_class_token_is_counted_right():
     assert LlavaVision.of(config, clip_processor(24)).num_image_tokens == 9
 
 
-@pytest.mark.parametrize("make", [make_llava, make_qwen2_vl])
+@pytest.mark.parametrize("make", [make_llava, make_qwen2_vl, make_internvl])
 def test_vision_inputs_survive_the_way_to_a_loader_worker(make):
     vision = make().vision
     copy = pickle.loads(pickle.dumps(vision))
@@ -80,3 +87,11 @@ def test_a_foreign_processor_is_refused_for_qwen2_vl():
 def test_a_pixel_limit_below_one_token_is_refused():
     with pytest.raises(ValueError, match="max_pixels=63: must be at least 64, one merged patch"):
         qwen2_vl_processor(make_qwen2_vl().model.config.vision_config, max_pixels=63)
+
+
+def test_a_processor_that_makes_tiles_is_refused_for_internvl():
+    student = make_internvl()
+    assert student.vision.num_tokens((32, 32)) == student.vision.num_tokens((64, 8)) == 4
+    student.vision.processor.crop_to_patches = True
+    with pytest.raises(ValueError, match="GotOcr2ImageProcessorPil has crop_to_patches=true"):
+        InternVLVision.of(student.model.config, student.vision.processor)

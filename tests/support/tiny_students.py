@@ -5,6 +5,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from regate_ds.recipe.students.internvl import build_internvl
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student
@@ -40,6 +41,15 @@ QWEN_VISION = {
     "mlp_ratio": 2,
     "max_pixels": 24 * 24,
 }
+INTERN_VIT = {
+    "model_type": "internvl_vision",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
 
 
@@ -66,7 +76,13 @@ def make_qwen2_vl(**text) -> Student:
     return build_qwen2_vl(make_tokenizer(), text=text, vision=QWEN_VISION, seed=0)
 
 
+def make_internvl(**text) -> Student:
+    text = {"model_type": "qwen3", "head_dim": 8, **TEXT, **text}
+    return build_internvl(make_tokenizer(), text=text, vision=INTERN_VIT, seed=0)
+
+
 STUDENTS = {
+    "internvl-qwen3": make_internvl,
     "llava-llama": make_llava,
     "llava-qwen2": lambda: make_llava("qwen2"),
     "llava-tied": lambda: make_llava(tie_word_embeddings=True),

@@ -39,7 +39,7 @@ class ModelConfig:
     path: Path | None = None
     """Directory of a student (weights, tokenizer, image processor); null makes a fresh one."""
 
-    kind: Literal["llava", "qwen2_vl"] = "llava"
+    kind: Literal["llava", "qwen2_vl", "internvl"] = "llava"
     """Architecture of a fresh student; a directory names its own."""
 
     text: dict[str, Any] = field(default_factory=dict[str, Any])

@@ -15,6 +15,7 @@ from transformers import (
 
 from regate_ds.families.table import FAMILIES, STUDENTS
 from regate_ds.recipe.students.config import ModelConfig
+from regate_ds.recipe.students.internvl import build_internvl
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student, fresh_model
@@ -58,7 +59,7 @@ def load_student(
     return Student(model, tokenizer, vision)
 
 
-_BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl}
+_BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl, "internvl": build_internvl}
 
 
 _TRANSFORMERS_ERRORS = (
