@@ -46,6 +46,10 @@ class Family:
     """Makes the inputs of ``get_image_features`` for the smallest image, from the model's config
     and a tensor whose dtype and device they get."""
 
+    runs_by_image: bool = False
+    """Whether some of its modules run once for each image: under ZeRO-3 ranks with different
+    numbers of images would then make different calls."""
+
     image_lengths: ImageLengths | None = None
     """Tells the images of a user's micro-batch apart; None if image tokens cannot be elided unless
     the batch numbers its images itself."""

@@ -40,6 +40,11 @@ _TILED = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
 
+_MINICPM = {
+    "minicpmv4_6": "MiniCPMV4_6ForConditionalGeneration",
+    "minicpmv4_7": "MiniCPMV4_7ForConditionalGeneration",
+}
+
 
 def _like_qwen(model_type: str, model_class: str) -> Family:
     return Family(
@@ -116,12 +121,16 @@ GRIDS: tuple[Family, ...] = (
         image_lengths=lengths_of_runs,
         image_inputs=("pixel_values", "spatial_shapes", "pixel_attention_mask"),
     ),
-    Family(
-        model_type="minicpmv4_6",
-        model_class="MiniCPMV4_6ForConditionalGeneration",
-        tower="vision_tower",
-        empty_image=empty_strip,
-        image_lengths=lengths_of_runs,
-        image_inputs=("pixel_values", "target_sizes"),
+    *(
+        Family(
+            model_type=model_type,
+            model_class=model_class,
+            tower="vision_tower",
+            empty_image=empty_strip,
+            runs_by_image=True,
+            image_lengths=lengths_of_runs,
+            image_inputs=("pixel_values", "target_sizes"),
+        )
+        for model_type, model_class in _MINICPM.items()
     ),
 )

@@ -197,7 +197,10 @@ def supported(host: Any) -> Supported:
     """
     # A class of the user's own may be derived from one of transformers.
     names = [kind.__name__ for kind in type(host).__mro__ if _is_of_transformers(kind)]
-    return supported_as(names[0] if names else type(host).__name__, host.get_decoder().config)
+    name, decoder = names[0] if names else type(host).__name__, host.get_decoder()
+    if getattr(decoder, "config", None) is None or not hasattr(decoder, "layers"):
+        raise ValueError(f"{name} has no decoder with layers; {_LISTED}: use one of these")
+    return supported_as(name, decoder.config)
 
 
 def supported_as(name: str, text: Any) -> Supported:

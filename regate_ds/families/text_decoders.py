@@ -72,7 +72,7 @@ _USUAL = (
 # fmt: off
 _IN_HOSTS = (
     "cosmos3_edge_text", "glm46v_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text",
-    "granite_docling_text", "hunyuan_vl_text", "muse_glimmer_text", "paddleocr_vl_text",
+    "granite_docling_text", "muse_glimmer_text", "paddleocr_vl_text",
     "phi4_multimodal", "qwen2_5_omni_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text",
     "qwen3_vl_text", "step3p5",
 )
@@ -89,6 +89,7 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     "gemma4_text": TextDecoder(token_inputs=("per_layer_input",)),
     "gpt_oss": _LEAKING,
     "granitemoehybrid": TextDecoder(recurrent=("mamba", "linear_attention"), packs=False),
+    "hunyuan_vl_text": _LEAKING,
     "jamba": TextDecoder(recurrent=("mamba", "linear_attention"), packs=False),
     "lara_mini": _DELTA_NET,
     "lfm2": _CONVOLUTION,

@@ -11,6 +11,7 @@ from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import attach_model, has_tower
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.families.numbering import numbering_of
+from regate_ds.families.table import find_family
 from regate_ds.parallel.layout import num_ranks
 from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.teacher.online import OnlineReference
@@ -49,13 +50,16 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         attachment = attach_model(
             model, config, own_loss=own_loss, run_tower_without_image=several_ranks
         )
+    family = find_family(model)
     # On several ranks such a model runs its tower on an empty image where a micro-batch has none.
     tower_unwatched = not several_ranks and has_tower(model)
     options = LoopOptions(
         own_loss=own_loss,
         tower_unwatched=tower_unwatched,
+        runs_by_image=family is not None and family.runs_by_image,
         number_images=numbering_of(model, elides_images=config.chooses_images),
     )
     return DeepSpeedRegate(
         config, attachment, total_steps=total_steps, computed=computed, options=options
     )
+

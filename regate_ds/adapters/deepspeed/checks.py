@@ -24,6 +24,9 @@ class LoopOptions:
     tower_unwatched: bool = False
     """The model has a tower, and runs no empty image where a micro-batch has none."""
 
+    runs_by_image: bool = False
+    """Some modules of the model run once for each image."""
+
     number_images: NumberImages | None = None
     """Numbers the images of a micro-batch that does not do so itself."""
 
@@ -44,18 +47,23 @@ def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
         )
 
 
-def require_engine(engine: Any, *, tower_unwatched: bool) -> None:
+def require_engine(engine: Any, options: LoopOptions) -> None:
     """Refuse an engine whose ranks would compute something else, or stop each other."""
     if engine.sequence_parallel_size > 1:
         raise ValueError(
             f"sequence parallel size {engine.sequence_parallel_size} is not supported under "
             "DeepSpeed; set it to 1"
         )
-    if engine.dp_world_size > 1 and tower_unwatched:
+    if engine.dp_world_size > 1 and options.tower_unwatched:
         raise RuntimeError(
             f"the engine has {engine.dp_world_size} data ranks, but attach found one rank: "
             "a rank without an image would stop the others; call "
             "deepspeed.init_distributed() before attach"
+        )
+    if engine.dp_world_size > 1 and options.runs_by_image and engine.zero_optimization_stage() == 3:
+        raise ValueError(
+            f"{type(engine.module).__name__} runs some of its modules once for each image: under "
+            "ZeRO-3 ranks with different numbers of images would wait for each other; use stage 2"
         )
 
 

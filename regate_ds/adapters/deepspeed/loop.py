@@ -197,7 +197,7 @@ class DeepSpeedRegate:
         if self._engine not in (None, engine):
             raise RuntimeError("this attachment serves another engine already; attach once per run")
         if self._engine is None and self.config.enabled:
-            require_engine(engine, tower_unwatched=self._options.tower_unwatched)
+            require_engine(engine, self._options)
             self._open(engine)
         self._engine = engine
         return engine

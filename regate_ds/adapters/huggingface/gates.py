@@ -159,7 +159,8 @@ def _model_forward(
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
     require_marks(host, kwargs, gate.support.marks)
-    require_samples_apart(host, plan, packs=gate.support.packs)
+    positions = kwargs.get("position_ids")
+    require_samples_apart(host, plan, positions, packs=gate.support.packs)
     gate.current.value = within = ForwardPass(plan, host, gate.support)
     try:
         outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": within})

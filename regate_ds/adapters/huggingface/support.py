@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported, supported
+from regate_ds.families.table import find_family
 
 _CAUSAL_LAYERS = ("full_attention", "sliding_attention")
 
@@ -151,12 +152,22 @@ def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
         )
 
 
-def require_samples_apart(host: Any, plan: ElisionPlan, *, packs: bool) -> None:
+def require_samples_apart(host: Any, plan: ElisionPlan, position_ids: Any, *, packs: bool) -> None:
     """Refuse packed rows where the host lets the samples of a row see each other."""
-    if plan.is_packed and not packs:
+    if not plan.is_packed:
+        return
+    name, family = type(host).__name__, find_family(host)
+    if not packs:
         raise ValueError(
-            f"a row holds several samples, but {type(host).__name__} does not keep them apart; "
+            f"a row holds several samples, but {name} does not keep them apart; "
             "give each sample a row of its own (data.pack_length=null)"
+        )
+    several_axes = family is not None and family.num_position_axes > 1
+    if several_axes and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        raise ValueError(
+            f"a row holds several samples, and position_ids are {tuple(position_ids.shape)}: {name} "
+            "keeps samples apart by position_ids of [4, rows, tokens], text positions first; give "
+            "these"
         )
 
 
