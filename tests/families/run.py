@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def measure(family: Family) -> dict[str, Any]:
 
 
 def _measure(family: Family, attention: str, row: dict[str, Any]) -> None:
+    row["at"] = "build"
     model = build(family, attention)
     row["decoder"] = model.config.get_text_config(decoder=True).model_type
     row["at"] = "cases"
@@ -87,7 +89,10 @@ def _accepts(model: Any, row: dict[str, Any]) -> bool:
         with attached(model, RANGES[0]):
             pass
     except ValueError as error:
-        row["accepted"], row["refusal"] = False, str(error)
+        if not is_refusal(error):
+            raise
+        row.setdefault("accepted", False)
+        row["refusal"] = str(error)
         return False
     row["accepted"] = True
     return True
@@ -98,8 +103,9 @@ def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any
     try:
         with attached(model, gated):
             found = attached_run(model, case.inputs, plan)
-    except ValueError as error:
-        row.setdefault("refused_calls", {}).setdefault(str(error), []).append(row["at"])
+    except Exception as error:  # part of the row, as the run goes on
+        kind = "refused_calls" if is_refusal(error) else "failed_calls"
+        row.setdefault(kind, {}).setdefault(_line(error, kind), []).append(row["at"])
         return
     wanted = oracle_run(model, case.inputs, plan, gated)
     errors = {"loss": (loss_error(found, wanted), ""), "gradient": gradient_error(found, wanted)}
@@ -109,6 +115,16 @@ def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any
     row["runs"] = row.get("runs", 0) + 1
 
 
+def is_refusal(error: Exception) -> bool:
+    """Return whether the package itself raised a ValueError, and not torch or the host."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and "/regate_ds/" in frames[-1].filename
+
+
+def _line(error: Exception, kind: str) -> str:
+    return str(error) if kind == "refused_calls" else f"{type(error).__name__}: {error}"[:300]
+
+
 def verdict(row: dict[str, Any]) -> str:
     """Return what a row comes to, in a word or two."""
     refusals = [row.get("refusal", ""), *row.get("refused_calls", {})]
@@ -116,6 +132,8 @@ def verdict(row: dict[str, Any]) -> str:
         return "wrong refusal"
     if "error" in row:
         return "not built" if row["error"].startswith("build:") else "failed"
+    if "failed_calls" in row:
+        return "failed"
     if not row["accepted"]:
         return "refused"
     if "runs" not in row:

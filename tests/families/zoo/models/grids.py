@@ -11,10 +11,12 @@ from tests.families.zoo.models.pixels import (
     grids_of_patches,
     grids_with_merges,
     mark_images,
+    mark_images_for_experts,
 )
 
 MARKED = {"extra_inputs": mark_images, "settings": {"position_axes": 3}}
 PLAIN: dict[str, Any] = {}
+ERNIE = {"extra_inputs": mark_images_for_experts, "settings": {"position_axes": 3}}
 ONE_AXIS = {"extra_inputs": mark_images}
 OMNI = {"extra_inputs": mark_images, "settings": {"position_axes": 3, "mask_never": True}}
 
@@ -62,7 +64,7 @@ GRIDS = (
     _any_size(
         "ernie4_5_vl_moe",
         "Ernie4_5_VLMoe",
-        MARKED,
+        ERNIE,
         text={"moe_intermediate_size": [32, 32], **_rope(3, 3, 2)},
     ),
     _any_size("hunyuan_vl", "HunYuanVL", MARKED, text={"head_dim": 16, **_rope(2, 2, 2, 2)}),

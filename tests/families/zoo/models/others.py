@@ -12,6 +12,7 @@ from tests.families.zoo.models.pixels import (
     Images,
     grids,
     mark_images,
+    mark_images_by_token_type,
     patches_with_places,
     sized,
     squares,
@@ -27,6 +28,7 @@ def pooled_crops(host: Any, generator: torch.Generator, count: int) -> Images:
     return {"pixel_values": pixels, "image_token_pooling": pooled_n2, "image_grids": grids_I4}
 
 
+GEMMA = {"extra_inputs": mark_images_by_token_type}
 MARKS = {"extra_inputs": mark_images}
 PLACES = tower(
     "gemma4_unified_vision",
@@ -46,7 +48,7 @@ OTHERS = (
     family("gemma4_unified", "Gemma4Unified", patches_with_places, MARKS, vision_config=PLACES),
     family("mistral_large4", "MistralLarge4", sized),
     family("minicpm_ocr", "MiniCPMOcr", strips),
-    family("shieldgemma2", "Gemma3", squares, MARKS, mm_tokens_per_image=4),
+    family("shieldgemma2", "Gemma3", squares, GEMMA, mm_tokens_per_image=4),
     family("pp_chart2table", "GotOcr2", squares),
     family("glmga", "Glm46V", grids, MARKED, text=THREE, vision={"patch_size": 4}),
     family("deepseek_vl_hybrid", "DeepseekVLHybrid"),

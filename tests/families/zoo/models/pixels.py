@@ -153,6 +153,13 @@ def mark_images(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (image_BT >= 0).int()}
 
 
+def mark_images_for_experts(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
+    """Mark them for positions, and for experts with the tokens before and after each image."""
+    marks_BT = mark_images(image_BT, answer_BT)["mm_token_type_ids"]
+    wider_BT = marks_BT | marks_BT.roll(1, 1) | marks_BT.roll(-1, 1)
+    return {"mm_token_type_ids": marks_BT, "moe_mm_token_type_ids": wider_BT}
+
+
 def mark_images_by_token_type(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
     """The same under another name."""
     return {"token_type_ids": (image_BT >= 0).int()}
