@@ -29,6 +29,11 @@ RUN_BY = {
         "+from regate_ds.algorithm.scores.progress import Progress": PAGES_RUN,
         "def plain_value(": PAGES_RUN,
     },
+    "add_a_model.md": {
+        '+    "lfm2_moe": _CONVOLUTION,': PAGES_RUN,
+        '+    "MiniCPMOcrForConditionalGeneration"': PAGES_RUN,
+        '+        model_type="minicpm_ocr",': PAGES_RUN,
+    },
     "add_a_framework.md": {
         "class Decoder(nn.Module):": PAGES_RUN,
         "class PlainTorchRegate:": PAGES_RUN,

@@ -62,4 +62,3 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     return DeepSpeedRegate(
         config, attachment, total_steps=total_steps, computed=computed, options=options
     )
-

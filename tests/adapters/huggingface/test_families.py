@@ -108,3 +108,11 @@ def test_a_class_that_is_not_listed_is_refused_in_one_line():
     ):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_packed_rows_of_several_axes_need_positions_that_keep_samples_apart():
+    model, case = made("qwen2_vl", "packed")
+    assert case.inputs["position_ids"].shape[0] == 4
+    inputs = {**case.inputs, "position_ids": case.inputs["position_ids"][0]}
+    with attached(model, range(4)), pytest.raises(ValueError, match="keeps samples apart by"):
+        attached_run(model, inputs, case.plan("answers"))

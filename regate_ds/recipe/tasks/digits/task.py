@@ -12,7 +12,7 @@ TEXT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -24,7 +24,7 @@ TEXT: dict[str, Any] = {
 VISION: dict[str, Any] = {
     "model_type": "clip_vision_model",
     "hidden_size": 128,
-    "intermediate_size": 512,
+    "intermediate_size": 256,
     "num_hidden_layers": 1,
     # A head for each patch of a cell: see own_cell.py.
     "num_attention_heads": 16,
