@@ -165,8 +165,8 @@ def require_samples_apart(host: Any, plan: ElisionPlan, position_ids: Any, *, pa
     several_axes = family is not None and family.num_position_axes > 1
     if several_axes and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
         raise ValueError(
-            f"a row holds several samples, but position_ids are {tuple(position_ids.shape)}; {name} "
-            "keeps samples apart by [4, rows, tokens], text positions first: give these"
+            f"a row holds several samples, but position_ids are {tuple(position_ids.shape)}; "
+            f"{name} keeps samples apart by [4, rows, tokens], text positions first: give these"
         )
 
 
