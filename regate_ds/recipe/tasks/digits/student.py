@@ -73,13 +73,17 @@ class PretrainConfig:
     vocab_size: int = 448
     max_length: int = 288
     seed: int = 0
-    text_phase: PhaseConfig = PhaseConfig(steps=200, batch=16, lr=2e-3, image_share=0.125, whole_every=8)
+    text_phase: PhaseConfig = PhaseConfig(
+        steps=200, batch=16, lr=2e-3, image_share=0.125, whole_every=8
+    )
     tower_phase: PhaseConfig = PhaseConfig(steps=400, batch=16, lr=6e-3)
     words_phase: PhaseConfig = PhaseConfig(steps=800, batch=512, lr=1e-2)
     words_scenes: int = 400
     """Scenes that the projector's phase learns from."""
 
-    align_phase: AlignConfig = AlignConfig(steps=260, batch=32, lr=3e-3, image_share=0.25, whole_every=8)
+    align_phase: AlignConfig = AlignConfig(
+        steps=260, batch=32, lr=3e-3, image_share=0.25, whole_every=8
+    )
 
 
 def make_digits_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
