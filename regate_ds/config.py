@@ -21,6 +21,7 @@ from regate_ds.algorithm.quotas.quota import Quota
 from regate_ds.algorithm.quotas.table import QUOTAS
 from regate_ds.algorithm.rankings.ranking import StoredRanking
 from regate_ds.algorithm.rankings.table import stored_ranking
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.schedule import Schedules
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.score import Score, Statistic
@@ -166,6 +167,12 @@ class RegateConfig:
     def statistics(self) -> tuple[Statistic, ...]:
         """Columns of the difficulty store that the run reads and updates."""
         return self.score.statistics if self.chooses_answers else ()
+
+    @property
+    def rows(self) -> RowLayout:
+        """How kept rows lie where the host does not say: an MLP takes all of a micro-batch's."""
+        is_mlp = any(span.part == "mlp" for span in self.execution.spans(0, 1))
+        return RowLayout(row_format="ragged" if is_mlp else "padded", multiple=self.token_multiple)
 
     @property
     def method(self) -> Method:

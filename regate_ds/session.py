@@ -56,7 +56,7 @@ class Regate:
         require_steps(total_steps)
         require_stores(config, stores)
         self.config, self.total_steps, self.step = config, total_steps, 0
-        self.rows = rows or RowLayout(multiple=config.token_multiple)
+        self.rows = rows or config.rows
         self._layout = layout or ParallelLayout()
         self._chooser = Chooser(
             config=config,

@@ -43,6 +43,24 @@ class TextDecoder:
     """Number of rotary axes; an image has three in some families."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MlpBranch:
+    """Names of a layer's modules from its residual to where the MLP is added to it.
+
+    All work row by row, and nothing else reads what they return. A name that is None in the layer
+    itself is left out.
+    """
+
+    norm: str | None = "post_attention_layernorm"
+    """None if the branch begins at the MLP, as where mixer or residual have the same norm."""
+
+    mlps: tuple[str, ...] = ("mlp",)
+    """One, or some side by side, whose results are added up."""
+
+    post_norm: str | None = None
+    """Behind the MLP."""
+
+
 _PLAIN = TextDecoder()
 
 _DELTA_NET = TextDecoder(recurrent=("linear_attention",), packs=False)
@@ -108,6 +126,46 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     "qwen3_next": _DELTA_NET,
 }
 """The records, by ``model_type``."""
+
+_BEFORE_AND_AFTER = MlpBranch(
+    norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"
+)
+_AFTER = MlpBranch(norm=None, post_norm="post_feedforward_layernorm")
+_GLM = MlpBranch(post_norm="post_mlp_layernorm")
+_SHARED = MlpBranch(mlps=("block_sparse_moe", "shared_mlp"))
+
+MLP_BRANCHES: dict[str, MlpBranch] = {
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "minimax", "phi"), MlpBranch(norm=None)),
+    **dict.fromkeys(("exaone4", "flex_olmo", "olmo2", "olmo3"), _AFTER),
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text"), _BEFORE_AND_AFTER),
+    **dict.fromkeys(("gemma4_unified_text", "muse_glimmer_text"), _BEFORE_AND_AFTER),
+    **dict.fromkeys(("glm4", "glm4v_text", "glm46v_text", "glm_ocr_text", "kolibri1"), _GLM),
+    **dict.fromkeys(("granitemoe_swa", "granitemoehybrid", "granitemoeshared"), _SHARED),
+    "afmoe": MlpBranch(norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
+    "apertus": MlpBranch(norm="feedforward_layernorm"),
+    "granitemoe": MlpBranch(mlps=("block_sparse_moe",)),
+    "hyperclovax": MlpBranch(post_norm="post_norm2"),
+    "jamba": MlpBranch(norm="pre_ff_layernorm", mlps=("feed_forward",)),
+    "lfm2": MlpBranch(norm="ffn_norm", mlps=("feed_forward",)),
+    "lfm3": MlpBranch(norm="ffn_norm", mlps=("feed_forward",), post_norm="post_ffn_norm"),
+    "OlmoHybridAttentionDecoderLayer": _AFTER,
+    "vaultgemma": MlpBranch(norm="pre_feedforward_layernorm"),
+}
+"""The branches that have other names than Llama's, by ``model_type`` or, where the layers of a
+decoder differ, by their class."""
+
+MLPS_OF_MARKS = ("ernie4_5_vl_moe_text",)
+"""Decoders whose MLP reads marks of all tokens beside its rows, so that it cannot be gated."""
+
+
+def branch_of(layer_class: str, model_type: str) -> MlpBranch:
+    """Return the MLP branch of a class of layers. ValueError if it cannot be gated alone."""
+    if model_type in MLPS_OF_MARKS:
+        raise ValueError(
+            f"decoder {model_type!r}: its MLP reads marks of all tokens, so that the MLP alone "
+            "cannot be gated; use execution=elide"
+        )
+    return MLP_BRANCHES.get(layer_class) or MLP_BRANCHES.get(model_type, MlpBranch())
 
 
 def decoders_that(ability: str) -> tuple[str, ...]:

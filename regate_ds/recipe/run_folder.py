@@ -147,7 +147,10 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
     """Return sums and medians over steps.
 
     ``tokens_processed`` is the mean over layers of the number of positions that ran, padding
-    excluded: the kept ones in gated layers, all of them in the others.
+    excluded: the kept ones in gated layers, all of them in the others. Where a part of a layer is
+    gated, the layer counts by that part's share of its linear FLOPs.
+
+    gated_share: of the decoder's linear FLOPs, as a mean over layers.
     """
     dense = [row["step_seconds"] for row in rows if row["dense"]]
     sparse = [row["step_seconds"] for row in rows if not row["dense"]]

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regate_ds.adapters.huggingface.mlp import mlp_share
 from regate_ds.algorithm.batch import IMAGE, TokenBatch
+from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
@@ -115,6 +117,22 @@ class StepFigures:
         if self._process.world_size > 1:
             dist.all_reduce(value)
         return value / self._process.world_size
+
+
+def gated_share(model: Any, elision: RegateConfig) -> float:
+    """Return the share of the decoder's linear FLOPs, as a mean over layers, that is gated.
+
+    ValueError where the MLP alone is gated and has experts, whose share is not known.
+    """
+    decoder = model.get_decoder()
+    depth, first = decoder.config.num_hidden_layers, elision.first_layer
+    last = depth if elision.last_layer is None else elision.last_layer
+    if not elision.enabled:
+        return 0.0
+    if not any(span.part == "mlp" for span in elision.execution.spans(0, 1)):
+        return (last - first) / depth
+    kind = decoder.config.model_type
+    return sum(mlp_share(layer, kind) for layer in decoder.layers[first:last]) / depth
 
 
 def peak_memory(process: Process) -> int:

@@ -35,7 +35,7 @@ from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
-from regate_ds.recipe.step_figures import StepFigures, peak_memory, shown
+from regate_ds.recipe.step_figures import StepFigures, gated_share, peak_memory, shown
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -59,6 +59,7 @@ class Trainer:
         judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self.computed = open_computed(config, corpus, process)
+        self._gated_share = gated_share(corpus.student.model, config.elision)
         self.engine = make_engine(
             Setup(
                 config=config,
@@ -185,14 +186,7 @@ class Trainer:
 
     def _totals(self) -> dict[str, Any]:
         """Return sums over all steps in the metrics file; call it on the first rank only."""
-        return totals(self.folder.metrics(), self._gated_share())
-
-    def _gated_share(self) -> float:
-        """Return the share of the decoder's layers that are gated."""
-        depth = self.corpus.student.model.get_decoder().config.num_hidden_layers
-        if not self.config.elision.enabled:
-            return 0.0
-        return ((self.config.elision.last_layer or depth) - self.config.elision.first_layer) / depth
+        return totals(self.folder.metrics(), self._gated_share)
 
     def _finish(self, start: int) -> dict[str, Any]:
         total = self.order.total_steps

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from regate_ds.algorithm.batch import ELIDABLE
+from regate_ds.algorithm.batch import ELIDABLE, IGNORE
 from regate_ds.algorithm.executions.elide import Elide
-from regate_ds.algorithm.executions.execution import Ranked, Span
+from regate_ds.algorithm.executions.execution import Ranked, Span, gated_span
 from regate_ds.algorithm.executions.loss_only import LossOnly
+from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.none import NoElision
 from regate_ds.algorithm.executions.table import EXECUTIONS, SUPPORTED, require_execution
 from regate_ds.algorithm.rows import RowLayout
-from tests.algorithm.plain_plan_helper import rows_of, wild_batch
+from regate_ds.config import RegateConfig
+from tests.algorithm.plain_plan_helper import plain_ragged, rows_of, wild_batch
 
 
 def wild(rng: random.Random):
@@ -48,9 +51,53 @@ def test_no_elision_keeps_every_position_and_every_label():
         assert [len(row) for row in rows_of(plan)] == (batch.segment_BT >= 0).sum(1).tolist()
 
 
-def test_a_span_of_elide_is_the_gated_range():
+@pytest.mark.parametrize("align", ["predictor", "target", "both"])
+def test_mlp_only_keeps_what_lists_say_and_fills_the_micro_batch_as_a_whole(align: Any):
+    rng = random.Random(3)
+    for multiple in (1, 8) * 15:
+        batch, ranked = wild(rng)
+        plan = MlpOnly(align=align).plan(batch, ranked, rows_of_mlp_only(multiple))
+        score_N = ranked.score_BT[batch.is_label_BT]
+        kept, num_filled = plain_ragged(
+            batch, score_N, keep_share=0.5, align=align, multiple=multiple
+        )
+        num_tokens, labels = plan.num_tokens, batch.labels_BT.flatten().tolist()
+        flat = [r * num_tokens + t for r, row in enumerate(kept) for t in row]
+        targets = [t for t in flat if labels[t] != IGNORE]
+        assert plan.moves_rows
+        assert (rows_of(plan), plan.num_filled) == (kept, num_filled)
+        assert plan.position_R.tolist() == flat
+        assert plan.label_position_L.tolist() == targets
+        assert plan.targets_L.tolist() == [labels[t] for t in targets]
+
+
+def rows_of_mlp_only(multiple: int) -> RowLayout:
+    return RegateConfig(execution=MlpOnly(), token_multiple=multiple).rows
+
+
+def test_spans_are_the_gated_range():
     assert Elide().spans(1, 4) == (Span(first=1, last=4, part="layer", kept_set=0),)
+    assert MlpOnly().spans(1, 4) == (Span(first=1, last=4, part="mlp", kept_set=0),)
     assert LossOnly().spans(1, 4) == NoElision().spans(1, 4) == ()
+
+
+def test_a_host_is_given_spans_of_the_parts_that_it_can_gate():
+    mlp, layer = MlpOnly().spans(1, 4), Elide().spans(1, 4)
+    assert gated_span(layer) == layer[0]
+    assert gated_span(()) is None
+    assert gated_span(mlp, ("layer", "mlp")) == mlp[0]
+    for spans in (mlp, layer + layer):
+        with pytest.raises(
+            ValueError, match=r"one span, of a part of \('layer',\); choose another"
+        ):
+            gated_span(spans)
+
+
+@pytest.mark.parametrize("host", ["deepspeed_pipeline", "megatron"])
+def test_hosts_that_cannot_gate_a_part_refuse_mlp_only_by_name(host: str):
+    require_execution(MlpOnly(), "huggingface")
+    with pytest.raises(ValueError, match=f"execution=mlp_only is not supported under {host}"):
+        require_execution(MlpOnly(), host)
 
 
 def test_what_a_host_does_not_carry_out_is_refused_by_name(monkeypatch):

@@ -2,8 +2,9 @@
 
 For each family a JSON row says whether the class is accepted, how far its worst loss and gradients
 are from the oracle's, and in ``packed_leak`` how much samples of a row see of each other in the
-host itself: if that is not 0, the adapter must refuse packed rows. A name may have a ``*``. The
-exit code is 1 if an accepted class is wrong, or a refusal is not a ValueError of one line.
+host itself: if that is not 0, the adapter must refuse packed rows. A name may have a ``*``.
+``--execution`` has an oracle of its own for each. The exit code is 1 if an accepted class is wrong,
+or a refusal is not a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from typing import Any
 
 import transformers
 
+from regate_ds.algorithm.executions.table import EXECUTIONS
 from tests.families.ranks_alone import empty_image, told_apart
 from tests.families.zoo.cases import Case, cases_of
-from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
+from tests.families.zoo.compare import (
+    ORACLES,
+    attached_run,
+    gradient_error,
+    loss_error,
+    oracle_run,
+)
 from tests.families.zoo.fp64 import in_fp64
 from tests.families.zoo.leaks import leak_of
 from tests.families.zoo.models.family import Family, attentions_of, build
@@ -34,9 +42,10 @@ TOLERANCE = 1e-10
 RANGES = (range(0, 4), range(1, 4), range(2, 4), range(1, 3))
 
 
-def measure(family: Family) -> dict[str, Any]:
+def measure(family: Family, execution: str = "elide") -> dict[str, Any]:
     """Return the row of one family."""
     row: dict[str, Any] = {"family": family.name, "class": family.model_class}
+    row["execution"] = execution
     start = time.perf_counter()
     try:
         for attention in attentions_of(family):
@@ -73,9 +82,14 @@ def _measure(family: Family, attention: str, row: dict[str, Any]) -> None:
 
 
 @contextmanager
-def attached(model: Any, gated: range) -> Iterator[None]:
+def attached(model: Any, gated: range, execution: str = "elide") -> Iterator[None]:
     """Attach the adapter for the block."""
-    attachment = gate_layers(model, first_layer=gated.start, last_layer=gated.stop)
+    attachment = gate_layers(
+        model,
+        first_layer=gated.start,
+        last_layer=gated.stop,
+        execution=EXECUTIONS[execution](),
+    )
     try:
         yield
     finally:
@@ -86,7 +100,7 @@ def _accepts(model: Any, row: dict[str, Any]) -> bool:
     """Say in the row whether the adapter takes the class."""
     row["at"] = "attach"
     try:
-        with attached(model, RANGES[0]):
+        with attached(model, RANGES[0], row["execution"]):
             pass
     except ValueError as error:
         if not is_refusal(error):
@@ -101,13 +115,13 @@ def _accepts(model: Any, row: dict[str, Any]) -> bool:
 def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any]) -> None:
     """Add one comparison to the row, or the line by which the call was refused."""
     try:
-        with attached(model, gated):
+        with attached(model, gated, row["execution"]):
             found = attached_run(model, case.inputs, plan)
     except Exception as error:  # part of the row, as the run goes on
         kind = "refused_calls" if is_refusal(error) else "failed_calls"
         row.setdefault(kind, {}).setdefault(_line(error, kind), []).append(row["at"])
         return
-    wanted = oracle_run(model, case.inputs, plan, gated)
+    wanted = oracle_run(model, case.inputs, plan, gated, row["execution"])
     errors = {"loss": (loss_error(found, wanted), ""), "gradient": gradient_error(found, wanted)}
     for what, (error, where) in errors.items():
         if not error <= row.get(f"{what}_error", -1.0):
@@ -145,13 +159,14 @@ def verdict(row: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="of families, also with *; default all")
+    parser.add_argument("--execution", choices=ORACLES, default="elide")
     parser.add_argument("--rows", type=Path, help="file for the JSON rows")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = []
     for family in _chosen(arguments.names):
-        row = measure(family)
+        row = measure(family, arguments.execution)
         rows.append({**row, "verdict": verdict(row)})
         print(json.dumps(rows[-1]), flush=True)
     if arguments.rows:

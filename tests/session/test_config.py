@@ -9,6 +9,7 @@ import math
 import pytest
 
 from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.table import EXECUTIONS
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.table import QUOTAS
@@ -41,7 +42,7 @@ REFUSED = [
     (RegateConfig, {"token_multiple": 0}, "must be at least 1"),
     (RegateConfig, {"score": "fused"}, "must be one of Fused, Random"),
     (RegateConfig, {"quota": None}, "must be one of PerSample, PerWindow, Threshold"),
-    (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision"),
+    (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision, MlpOnly"),
     (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
     (RegateConfig, {"images": 0.5}, r"must be an ImagesConfig; write ImagesConfig\(...\)"),
     (ImagesConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
@@ -55,6 +56,7 @@ REFUSED = [
     (MixedOrder, {"ranked_share": 1.1}, r"must be in \[0, 1\]"),
     (MixedOrder, {"seed": None}, "must be a whole number"),
     (Elide, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
+    (MlpOnly, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
     (Fused, {"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
     (Fused, {"reference_weight": -0.1}, "must be 0 or more"),
     (Fused, {"reference_weight": math.inf}, "must be a number"),

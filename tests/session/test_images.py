@@ -117,6 +117,22 @@ def test_images_follow_the_schedule_of_answers_unless_they_have_one():
         check_counts(step, answers=2 <= number < 6, images=2 <= number < 6)
 
 
+def test_mlp_only_counts_what_elide_does_and_pads_the_micro_batch_as_a_whole():
+    mlp_only, _ = made(execution="mlp_only")
+    elide, _ = made()
+    for number in range(4):
+        found, wanted = (run_step(one, *WINDOWS[0]) for one in (mlp_only, elide))
+        if not found.is_dense:
+            assert {**found.counts, "padded": 0} == {**wanted.counts, "padded": 0}
+            assert found.counts["padded"] == 0
+            check_counts(found, answers=2 <= number < 6, images=number in (2, 3))
+    mlp_only, _ = made(execution="mlp_only", token_multiple=512)
+    step = [run_step(mlp_only, *WINDOWS[0]) for _ in range(3)][-1]
+    # More than there is: all stay, and the rest is padding.
+    assert step.counts["tokens_kept"] == step.counts["tokens_total"]
+    assert step.counts["padded"] == sum(-plan.num_kept % 512 for plan in step.micro)
+
+
 def test_the_plans_of_images_kept_whole_are_those_without_images():
     plans: list[list[ElisionPlan]] = []
     for images in ({"keep_share": 1.0, "schedule": IMAGES}, {}):

@@ -12,6 +12,7 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.images import ReadOrders
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.quotas.per_sample import PerSample
@@ -41,10 +42,17 @@ def config_of(**knobs: Any) -> RegateConfig:
 
 
 def gate_layers(
-    model: nn.Module, *, first_layer: int = 1, last_layer: int | None = None, **options: Any
+    model: nn.Module,
+    *,
+    first_layer: int = 1,
+    last_layer: int | None = None,
+    execution: Execution | None = None,
+    **options: Any,
 ) -> Attachment:
-    """Attach to a model alone, by the paper's execution."""
-    config = RegateConfig(first_layer=first_layer, last_layer=last_layer)
+    """Attach to a model alone, by the paper's execution or another."""
+    config = RegateConfig(
+        first_layer=first_layer, last_layer=last_layer, execution=execution or Elide()
+    )
     return attach_model(model, config, **options)
 
 

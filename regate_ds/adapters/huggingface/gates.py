@@ -8,7 +8,7 @@ as an argument, so that activation checkpointing recomputes a layer with the pla
     head and loss                run only at kept targets
 
 If the gated range ends before the last layer, each gated layer puts its results back into the full
-stream.
+stream. Where an execution gates the MLP branch alone, the stream stays full and `mlp.py` does it.
 
 Shapes: B rows, T positions, K slots, H hidden, L targets.
 """
@@ -26,6 +26,7 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
 from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
+from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, run_layer
 from regate_ds.adapters.huggingface.support import (
     require_host,
     require_marks,
@@ -69,6 +70,9 @@ class _ModelGate:
     support: Supported
     current: CurrentPass
     num_layers: int
+    gathers: bool
+    """Whether gated layers see kept rows only, in a step that elides."""
+
     packed_at_end: bool
     """Whether the decoder's output holds kept slots only, in a step that elides."""
 
@@ -90,6 +94,9 @@ class _LayerGate:
 
     restores: bool
     """Whether the layer puts its results back into the full stream."""
+
+    mlp: MlpGate | None
+    """The layer's MLP branch, where that alone is gated."""
 
 
 def attach_model(
@@ -120,10 +127,12 @@ def attach_model(
     last_layer = depth if config.last_layer is None else config.last_layer
     require_span(config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
-    span = gated_span(config.execution.spans(config.first_layer, last_layer))
+    span = gated_span(config.execution.spans(config.first_layer, last_layer), ("layer", "mlp"))
     attachment, current = Attachment(), CurrentPass()
-    ends_early = span is not None and span.last < depth
-    gate = _ModelGate(host, support, current, depth, packed_at_end=not ends_early)
+    mlps = gate_mlps(attachment, decoder, span, config.token_multiple)
+    gathers = span is not None and span.part == "layer"
+    packed_at_end = gathers and last_layer == depth
+    gate = _ModelGate(host, support, current, depth, gathers, packed_at_end)
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, _base_forward, host=host)
@@ -133,11 +142,11 @@ def attach_model(
         attachment.rebind(decoder, METHOD, add_at_kept, current=current)
     types = getattr(decoder.config, "layer_types", None) or [""] * depth
     for number, layer in enumerate(decoder.layers):
-        gated = span is not None and span.first <= number < span.last
-        restores = gated and ends_early
-        packs = restores or (span is not None and number == span.first)
-        names = tuple(signature(layer.forward).parameters)[1:]
-        layer_gate = _LayerGate(number, types[number], names, gated, packs, restores)
+        gated = gathers and config.first_layer <= number < last_layer
+        restores = gated and not packed_at_end
+        packs = restores or (gathers and number == config.first_layer)
+        names, mlp = tuple(signature(layer.forward).parameters)[1:], mlps.get(number)
+        layer_gate = _LayerGate(number, types[number], names, gated, packs, restores, mlp)
         attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
 
@@ -161,7 +170,7 @@ def _model_forward(
     require_marks(host, kwargs, gate.support.marks)
     positions = kwargs.get("position_ids")
     require_samples_apart(host, plan, positions, packs=gate.support.packs)
-    gate.current.value = within = ForwardPass(plan, host, gate.support)
+    gate.current.value = within = ForwardPass(plan, host, gate.support, gathers=gate.gathers)
     try:
         outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": within})
     finally:
@@ -211,7 +220,8 @@ def _layer_forward(
     if gate.number == 0:
         require_rows(hidden_states, plan)
     if not plan.moves_rows or not gate.gated:
-        return host_forward(hidden_states, *args, **{**kwargs, **within.ungated})
+        given = {**kwargs, **within.ungated}
+        return run_layer(host_forward, gate.mlp, plan, hidden_states, *args, **given)
     x = keep(hidden_states, plan) if gate.packs else hidden_states
     given = arguments_by_name(gate.names, args, kwargs)
     y = host_forward(x, **within.gated(host_forward.__self__, gate.layer_type, given))

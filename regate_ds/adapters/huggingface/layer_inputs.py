@@ -31,8 +31,10 @@ _KNOWN = ("attention_mask", "position_ids", "position_embeddings", *BOUNDARIES)
 class ForwardPass:
     """One forward pass with a plan. It travels as an argument of every layer."""
 
-    def __init__(self, plan: ElisionPlan, host: Any, support: Supported) -> None:
+    def __init__(self, plan: ElisionPlan, host: Any, support: Supported, *, gathers: bool) -> None:
+        """gathers: whether gated layers see kept rows only, where the plan moves rows."""
         self.plan, self._support = plan, support
+        gathers = gathers and plan.moves_rows
         self.num_seen = 0
         """Number of the layers that have been given the plan."""
         self.holds_kept_rows = False
@@ -42,9 +44,9 @@ class ForwardPass:
         window = window_of(host)
         reaches_window = window is not None and plan.num_tokens >= window
         self._own_mask = support.own_mask or reaches_window
-        if plan.moves_rows and reaches_window:
+        if gathers and reaches_window:
             require_window(self._implementation, plan.num_tokens, window)
-        made = plan.moves_rows and not self._own_mask
+        made = gathers and not self._own_mask
         self._attention = attention_inputs(plan, host) if made else {}
 
     def gated(self, layer: nn.Module, layer_type: str, given: dict[str, Any]) -> dict[str, Any]:

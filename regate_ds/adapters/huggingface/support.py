@@ -67,6 +67,7 @@ def require_host(model: nn.Module, host: Any) -> Supported:
             f"of type {sorted(known)}"
         )
     _require_no_router_loss(getattr(config, "output_router_logits", False))
+    _require_own_routes(config)
     require_plain_head(host)
     return support
 
@@ -85,6 +86,15 @@ def _require_no_router_loss(asked: Any) -> None:
         raise ValueError(
             "output_router_logits=True asks for the load-balancing loss of the experts, which the "
             "host computes from rows of all tokens and a plan would drop; set it to false"
+        )
+
+
+def _require_own_routes(config: Any) -> None:
+    """Refuse experts that the host chooses for a token by the rows of others."""
+    if config.model_type == "doge" and config.is_moe:
+        raise ValueError(
+            "is_moe=True: Doge's experts are chosen for a token by the rows of other tokens, so "
+            "that no token can be left out; use a Doge model with is_moe=False"
         )
 
 

@@ -17,7 +17,7 @@ all rows do. What is not in a span is the host's own.
 branch from its norm to its residual addition, or the "backward" pass, where the others enter
 detached. A slot is a position or, in ``merge``, a patch that predicts several targets: therefore
 ``ElisionPlan.label_slot_L`` may name a slot several times, and targets and weights are fields of
-their own. The first three are there; the others fit the same four numbers.
+their own. The first three and ``mlp_only`` are there; the others fit the same four numbers.
 """
 
 from __future__ import annotations
@@ -61,17 +61,20 @@ class Span:
     """Which of the plan's kept sets enters."""
 
 
-def gated_span(spans: tuple[Span, ...]) -> Span | None:
-    """Return the one span of whole layers that an execution has; None if it has no span.
+def gated_span(spans: tuple[Span, ...], parts: tuple[Part, ...] = ("layer",)) -> Span | None:
+    """Return the one span that an execution has; None if it has no span.
 
-    ValueError for spans of another kind, which no adapter carries out yet.
+    parts: what of a layer the adapter can gate.
+
+    ValueError for several spans, and for a span of another part.
     """
     if len(spans) == 0:
         return None
     first, *others = spans
-    if others or first.part != "layer":
+    if others or first.part not in parts:
         raise ValueError(
-            f"spans {spans}: adapters carry out one span of whole layers; choose another execution"
+            f"spans {spans}: this host carries out one span, of a part of {parts}; choose another "
+            "execution"
         )
     return first
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.loss_only import LossOnly
+from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.none import NoElision
 
 EXECUTIONS: dict[str, type[Execution]] = {
     "elide": Elide,
     "loss_only": LossOnly,
     "none": NoElision,
+    "mlp_only": MlpOnly,
 }
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "huggingface": ("elide", "loss_only", "none"),
+    "huggingface": ("elide", "loss_only", "none", "mlp_only"),
     "deepspeed_pipeline": ("elide", "loss_only", "none"),
     "megatron": ("elide", "loss_only", "none"),
 }

@@ -189,8 +189,8 @@ def _num_labels(batch: TokenBatch) -> int:
 
 def row_layout_of(config: RunConfig) -> RowLayout:
     """Return how the run's engine lays kept rows out."""
-    parallel, multiple = config.parallel, config.elision.token_multiple
+    parallel = config.parallel
     if parallel is None:
-        return RowLayout(multiple=multiple)
+        return config.elision.rows
     cut = SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1)
-    return cut.row_layout(parallel.row_format, multiple)
+    return cut.row_layout(parallel.row_format, config.elision.token_multiple)

@@ -127,6 +127,7 @@ BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 
 
 
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
+MLP_ONLY = (*IMAGES_ELIDED, ("execution", "mlp_only"), ("token_multiple", 8))
 
 
 def cases() -> Iterator[tuple[str, ZeroCase]]:
@@ -152,6 +153,7 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "by window", ZeroCase(stage=stage, accumulation=3, knobs=BY_WINDOW)
         recompute = ZeroCase(stage=stage, accumulation=3, recompute=True, knobs=IMAGES_ELIDED)
         yield "recompute", recompute
+        yield "MLP only, recompute", replace(recompute, knobs=MLP_ONLY)
 
 
 CASES = {f"{what}: {case.name}": case for what, case in cases()}

@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from regate_ds.algorithm.plan import ElisionPlan
+from tests.families.zoo.mlp_oracle import mlp_oracle_loss
 from tests.families.zoo.oracle import oracle_loss
+
+ORACLES = {"elide": oracle_loss, "mlp_only": mlp_oracle_loss}
+"""By the name of an execution."""
 
 FLOOR = 1e-3
 """A tensor's gradient is measured against its own norm and this share of the whole norm, for
@@ -32,9 +36,15 @@ def backward(model: nn.Module, loss: Tensor) -> Run:
     return Run(float(loss.detach()), found)
 
 
-def oracle_run(host: nn.Module, inputs: dict[str, Any], plan: ElisionPlan, gated: range) -> Run:
+def oracle_run(
+    host: nn.Module,
+    inputs: dict[str, Any],
+    plan: ElisionPlan,
+    gated: range,
+    execution: str = "elide",
+) -> Run:
     """Run the oracle and its backward pass."""
-    return backward(host, oracle_loss(host, inputs, plan, gated))
+    return backward(host, ORACLES[execution](host, inputs, plan, gated))
 
 
 def attached_run(model: nn.Module, inputs: dict[str, Any], plan: ElisionPlan) -> Run:

@@ -44,19 +44,19 @@ def oracle_loss(
             kept_BT, decoder = kept_positions(plan), decoder_of(host)
             for number in gated:
                 layer = decoder.layers[number]
-                stack.enter_context(_replaced(layer, "forward", _gated(layer, kept_BT, decoder)))
+                stack.enter_context(replaced(layer, "forward", _gated(layer, kept_BT, decoder)))
             if hasattr(decoder, "_deepstack_process") and not deepstack_on_elided:
                 process = _only_kept(decoder, kept_BT, gated)
-                stack.enter_context(_replaced(decoder, "_deepstack_process", process))
-        logits_BTV = _logits(host, inputs)
-    return _summed(logits_BTV, plan.label_position_L, plan.targets_L)
+                stack.enter_context(replaced(decoder, "_deepstack_process", process))
+        logits_BTV = logits_of(host, inputs)
+    return summed(logits_BTV, plan.label_position_L, plan.targets_L)
 
 
 def host_loss(host: nn.Module, inputs: dict[str, Any], batch: TokenBatch) -> Tensor:
     """Return the summed loss of all labels by the host's own logits."""
-    logits_BTV = _logits(host, inputs)
+    logits_BTV = logits_of(host, inputs)
     position_L = batch.is_label_BT.reshape(-1).nonzero().squeeze(1)
-    return _summed(logits_BTV, position_L, batch.labels_BT.reshape(-1)[position_L])
+    return summed(logits_BTV, position_L, batch.labels_BT.reshape(-1)[position_L])
 
 
 def kept_positions(plan: ElisionPlan) -> Tensor:
@@ -74,11 +74,11 @@ def decoder_of(host: Any) -> Any:
     return decoder
 
 
-def _logits(host: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def logits_of(host: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return host(**inputs, use_cache=False).logits
 
 
-def _summed(logits_BTV: Tensor, position_L: Tensor, targets_L: Tensor) -> Tensor:
+def summed(logits_BTV: Tensor, position_L: Tensor, targets_L: Tensor) -> Tensor:
     logits_LV = logits_BTV.double().flatten(0, 1)[position_L]
     return nn.functional.cross_entropy(logits_LV, targets_L, reduction="sum")
 
@@ -124,7 +124,7 @@ def _only_kept(decoder: Any, kept_BT: Tensor, gated: range) -> Callable[..., Any
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     object.__setattr__(module, name, value)
     try:
         yield

@@ -197,7 +197,8 @@ def test_images_may_have_a_schedule_of_their_own(load):
 
 
 def test_an_execution_that_moves_no_rows_cannot_elide_images(load):
-    load("elision.images.keep_share=0.5", "elision.execution=none")
+    for execution in ("none", "mlp_only"):
+        load("elision.images.keep_share=0.5", f"elision.execution={execution}")
     with pytest.raises(ValueError, match=r"execution=LossOnly\(\): moves no rows, so that images"):
         load("elision.images.keep_share=0.5", "elision.execution=loss_only")
 
