@@ -190,6 +190,12 @@ class Supported:
     """What is done to the logits."""
 
 
+def change_alone(text: Any) -> LogitChange:
+    """Return what the class that has this decoder alone does to its logits."""
+    change = _CHANGES.get(text.model_type)
+    return UNCHANGED if change is None else change(text)
+
+
 def supported(host: Any) -> Supported:
     """Return what is known of a model's class around its decoder.
 

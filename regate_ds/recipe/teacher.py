@@ -13,6 +13,7 @@ from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.corpus import Corpus
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.config import TeacherConfig
+from regate_ds.teacher.host_text import HostText
 from regate_ds.teacher.loading import load_teacher_tokenizer
 from regate_ds.teacher.precompute import ScoreSamples
 from regate_ds.teacher.sharding.placement import TeacherSource, source_at
@@ -88,4 +89,5 @@ def teacher_source(section: TeacherConfig, corpus: Corpus) -> TeacherSource:
     if section.path is not None:
         return source_at(section.path)
     backbone = text_backbone(corpus.student.model)
-    return TeacherSource(backbone.config, lambda: backbone)
+    empty = backbone.empty if isinstance(backbone, HostText) else None
+    return TeacherSource(backbone.config, lambda: backbone, empty=empty)

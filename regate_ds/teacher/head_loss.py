@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regate_ds.algorithm.loss import UNCHANGED, LogitChange
 from regate_ds.parallel.collectives import max_tensor, sum_tensor
 from regate_ds.parallel.layout import ProcessGroup
 
@@ -26,12 +27,18 @@ class HeadPart(nn.Module):
     """The rows of a head from ``first_id`` on; the ranks of ``group`` hold the others, if any."""
 
     def __init__(
-        self, project: nn.Linear, first_id: int = 0, group: ProcessGroup | None = None
+        self,
+        project: nn.Linear,
+        first_id: int = 0,
+        group: ProcessGroup | None = None,
+        change: LogitChange = UNCHANGED,
     ) -> None:
+        """change: what the model does to its logits; each logit's depends on itself alone."""
         super().__init__()
         self.project = project
         self.first_id = first_id
         self.group = group
+        self.change = change
 
     def losses(self, hidden_NH: Tensor, labels_N: Tensor, num_ids: int = IDS) -> Tensor:
         """Return each label's -log softmax over all ids: fp32 [N].
@@ -55,7 +62,8 @@ class HeadPart(nn.Module):
             bias_W = None if bias_V is None else bias_V[ids]
             # The logits get no name here: a name would keep them alive during the next block.
             log_sum_C, target_C = _block_sums(
-                F.linear(hidden_CH, weight_VH[ids], bias_W).float(), row_C - start
+                self.change.apply(F.linear(hidden_CH, weight_VH[ids], bias_W).float()),
+                row_C - start,
             )
             log_sums.append(log_sum_C)
             targets.append(target_C)

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.teacher.head_loss import IDS, HeadPart
+from regate_ds.teacher.logits import logit_change
 
 logger = logging.getLogger(__name__)
-
-_HEAD_FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models that change the logits after the head's matrix product; not supported."""
 
 
 class ScoredSample(Protocol):
@@ -48,6 +46,14 @@ class TeacherInputs(NamedTuple):
     """int64: 1 at every position of a sample, 0 at batch padding."""
 
     position_ids_BT: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        """Return them by the names that models of transformers have for them."""
+        return {
+            "input_ids": self.input_ids_BT,
+            "attention_mask": self.attention_mask_BT,
+            "position_ids": self.position_ids_BT,
+        }
 
 
 def teacher_inputs(
@@ -97,7 +103,7 @@ def score_samples(
     hidden_NH = hidden_BTH[is_label_BT.to(hidden_BTH.device)]
     labels_N = labels_BT[is_label_BT].to(hidden_BTH.device)
     head: Any = teacher.lm_head
-    part = head if isinstance(head, HeadPart) else HeadPart(head)
+    part = head if isinstance(head, HeadPart) else HeadPart(head, change=logit_change(teacher))
     return part.losses(hidden_NH, labels_N, num_ids).cpu()
 
 
@@ -115,12 +121,8 @@ def require_ids_fit(
 
 def _run_decoder(teacher: nn.Module, inputs: TeacherInputs) -> Tensor:
     device = next(teacher.parameters()).device
-    output = teacher.model(  # type: ignore[operator]
-        input_ids=inputs.input_ids_BT.to(device),
-        attention_mask=inputs.attention_mask_BT.to(device),
-        position_ids=inputs.position_ids_BT.to(device),
-        use_cache=False,
-    )
+    given = {name: value_BT.to(device) for name, value_BT in inputs.named().items()}
+    output = teacher.model(**given, use_cache=False)  # type: ignore[operator]
     return output.last_hidden_state
 
 
@@ -135,10 +137,3 @@ def _require_plain_head(teacher: nn.Module) -> None:
             f"the teacher's lm_head is a {type(teacher.lm_head).__name__}, not a plain linear "
             "layer; use a teacher whose head is neither quantised nor adapted"
         )
-    config = getattr(teacher, "config", None)
-    for name in _HEAD_FACTORS:
-        if (value := getattr(config, name, None)) not in (None, 1, 1.0):
-            raise ValueError(
-                f"the teacher's {name}={value} changes its logits after the head, which is not "
-                "supported; use a teacher without it"
-            )

@@ -165,7 +165,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = []
-    for family in _chosen(arguments.names):
+    for family in chosen(arguments.names):
         row = measure(family, arguments.execution)
         rows.append({**row, "verdict": verdict(row)})
         print(json.dumps(rows[-1]), flush=True)
@@ -174,7 +174,7 @@ def main() -> int:
     return _summary(rows)
 
 
-def _chosen(names: list[str]) -> list[Family]:
+def chosen(names: list[str]) -> list[Family]:
     """Return the families of these names; ValueError for a name that fits none."""
     if not names:
         return list(FAMILIES.values())

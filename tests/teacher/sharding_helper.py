@@ -13,14 +13,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from regate_ds.data.keyed import Keyed, KeyedCollate
 from regate_ds.job.process import Process, start_process
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.api import Teacher, open_teacher, score_dataset
+from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.head_loss import HeadPart
+from regate_ds.teacher.host_text import HostText
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher
 from regate_ds.teacher.precompute import ScoreSamples, TeacherJob, precompute
@@ -28,6 +36,7 @@ from regate_ds.teacher.scoring import ScoredSample, score_samples
 from regate_ds.teacher.sharding.placement import PlacedTeacher, TeacherSource, place_teacher
 from regate_ds.teacher.sharding.tensor_parallel import ShardedTeacher, require_share
 from tests.adapters.deepspeed.zero_checks_helper import run_named
+from tests.families.zoo.models.table import FAMILIES
 from tests.support.models import causal_lm
 from tests.support.samples import make_samples
 from tests.teacher.reference_job_helper import NUM_SAMPLES, files_of, make_job
@@ -265,6 +274,16 @@ def check_pieces_score(process: Process, source: TeacherSource) -> None:
     check_pieces(check_losses(process, ZERO3, source), process.world_size)
 
 
+def check_host_text(process: Process, models: Path) -> None:
+    """A decoder whose host scales nothing, though its causal language model does."""
+    torch.manual_seed(0)
+    view: Any = text_backbone(
+        LlavaForConditionalGeneration(FAMILIES["llava over granite"].config())
+    )
+    assert isinstance(view, HostText)
+    check_pieces_score(process, TeacherSource(view.config, lambda: view, empty=view.empty))
+
+
 Check = Callable[[Process, Path], object]
 """A check of one process, which gets the folder of the models."""
 
@@ -300,6 +319,7 @@ TWO: dict[str, Check] = {
     "bf16": check_half,
     **_checks("tensor", check_cut, whole=True),
     **_checks("zero3", check_pieces_score, whole=False),
+    "zero3: a host's own text": check_host_text,
     "zero3 store": check_zero3_store,
     "zero3 own data": partial(check_own_data, section=ZERO3),
     "turns": check_turns,

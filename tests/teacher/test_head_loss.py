@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from regate_ds.algorithm.loss import LogitChange
 from regate_ds.teacher import head_loss as label_loss
 from regate_ds.teacher.head_loss import HeadPart
 
@@ -21,6 +22,18 @@ def test_blocks_give_the_cross_entropy_of_all_logits(monkeypatch, num_ids, bias)
         wanted_N = F.cross_entropy(head.double()(hidden_NH.double()), labels_N, reduction="none")
     # fp32 against fp64, logits up to a hundred.
     torch.testing.assert_close(found_N.double(), wanted_N, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("change", [LogitChange(scale=0.3), LogitChange(scale=2.0, cap=3.0)])
+def test_blocks_change_their_logits_as_the_model_does(change):
+    torch.manual_seed(0)
+    head, hidden_NH = nn.Linear(8, 50).double(), 3 * torch.randn(10, 8).double()
+    labels_N = torch.randint(50, (10,))
+    with torch.no_grad():
+        found_N = HeadPart(head, change=change).losses(hidden_NH, labels_N, 7)
+        wanted_N = F.cross_entropy(change.apply(head(hidden_NH)), labels_N, reduction="none")
+    # fp32 sums of fp64 logits.
+    torch.testing.assert_close(found_N.double(), wanted_N, rtol=1e-5, atol=1e-5)
 
 
 def test_no_label_has_no_loss():

@@ -95,11 +95,23 @@ def test_a_pad_token_beyond_the_embedding_is_named():
         score_samples(causal_lm().eval(), make_samples(1), pad_id=VOCABULARY)
 
 
-def test_logits_that_are_changed_after_the_head_are_refused():
-    teacher = causal_lm().eval()
-    teacher.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0"):
-        score_samples(teacher, make_samples(1), pad_id=PAD)
+class Unknown(torch.nn.Module):
+    """A class that the families do not know, around the parts of one that they do."""
+
+    def __init__(self, llama):
+        super().__init__()
+        self.config, self.model, self.lm_head = llama.config, llama.model, llama.lm_head
+        self.get_input_embeddings = llama.get_input_embeddings
+
+
+def test_a_class_that_is_not_known_may_not_change_its_logits():
+    teacher, samples = causal_lm().eval(), make_samples(1)
+    unknown = Unknown(teacher)
+    wanted_N = score_samples(teacher, samples, pad_id=PAD)
+    assert torch.equal(score_samples(unknown, samples, pad_id=PAD), wanted_N)
+    unknown.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0 .* not known of Unknown"):
+        score_samples(unknown, samples, pad_id=PAD)
 
 
 def test_ids_fit_unless_one_is_beyond_the_rows():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GemmaConfig, GPT2Config
+from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config
 
 from regate_ds.families.text_decoders import decoders_that
 from regate_ds.teacher.sharding.tensor_parallel import cut_teacher, require_cuttable
@@ -44,7 +44,8 @@ def test_a_quantized_teacher_is_not_sharded(build):
 
 @pytest.mark.parametrize("kind", decoders_that("shards"))
 def test_known_families_may_be_partitioned(kind):
-    require_partitionable(text_config(kind))
+    config = text_config(kind)
+    require_partitionable(config, partial(AutoModelForCausalLM.from_config, config))
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_known_families_may_be_partitioned(kind):
 )
 def test_models_of_other_parts_are_not_partitioned(config):
     with pytest.raises(ValueError, match=f"a {config.model_type} model is not built like Llama"):
-        require_partitionable(config)
+        require_partitionable(config, partial(AutoModelForCausalLM.from_config, config))

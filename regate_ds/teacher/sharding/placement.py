@@ -18,6 +18,7 @@ from regate_ds.job.ranks import announce
 from regate_ds.parallel.collectives import broadcast_text, max_tensor, sum_over
 from regate_ds.parallel.layout import ParallelLayout, layout_of_replicas, size_of
 from regate_ds.teacher.config import TeacherConfig
+from regate_ds.teacher.host_text import HostText
 from regate_ds.teacher.identity import id_of_weights, teacher_id
 from regate_ds.teacher.loading import load_teacher, load_teacher_config
 from regate_ds.teacher.sharding.tensor_parallel import (
@@ -35,11 +36,15 @@ class TeacherSource:
     """The place to load a teacher from."""
 
     config: PreTrainedConfig
-    load: Callable[[], PreTrainedModel]
+    load: Callable[[], PreTrainedModel | HostText]
     """Loads the whole model, on the CPU."""
 
     folder: Path | None = None
     """Hugging Face folder from which parts can be read; None loads the model whole and cuts it."""
+
+    empty: Callable[[], nn.Module] | None = None
+    """Makes the model without values, on the current default device; None: transformers' causal
+    language model of ``config``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def place_teacher(
         return PlacedTeacher(model, teacher_id(model, pad_id=pad_id), layout, in_step=False)
     dtype = _dtype(source)
     if section.sharding == "zero3":
-        empty = partitioned_teacher(source.config, dtype=dtype, device=process.device)
+        empty = partitioned_teacher(
+            source.config, dtype=dtype, device=process.device, empty=source.empty
+        )
         name = _fill_together(empty, source, pad_id, process)
         return PlacedTeacher(empty, name, ParallelLayout(data=process.group), in_step=True)
     layout = layout_of_replicas(section.tensor)
@@ -153,7 +160,8 @@ def _in_order(source: TeacherSource, weights: WeightSource) -> Iterator[tuple[st
     """Yield the entries of the whole model's state, one at a time, in the order of their names."""
     dtype = _dtype(source)
     with torch.device("meta"):
-        names = sorted(AutoModelForCausalLM.from_config(source.config).state_dict())
+        build = source.empty or partial(AutoModelForCausalLM.from_config, source.config)
+        names = sorted(build().state_dict())
     for name in names:
         shared = name == "lm_head.weight" and is_tied(source.config)
         yield name, weights.read("model.embed_tokens.weight" if shared else name).to(dtype)

@@ -51,8 +51,9 @@ class ShardedTeacher(nn.Module):
         for path, module in self.model.named_modules(prefix="model"):
             for name, _ in module.named_parameters(recurse=False):
                 yield f"{path}.{name}", module, name
-        if not is_tied(self.config):
-            yield "lm_head.weight", self.lm_head, "project.weight"
+        for name, _ in self.lm_head.project.named_parameters():
+            if name != "weight" or not is_tied(self.config):
+                yield f"lm_head.{name}", self.lm_head, f"project.{name}"
 
 
 def cut_teacher(

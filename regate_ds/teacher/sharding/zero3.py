@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from regate_ds.teacher.head_loss import IDS, HeadPart
+from regate_ds.teacher.logits import logit_change
 from regate_ds.teacher.sharding.tensor_parallel import (
     ShardedTeacher,
     is_tied,
@@ -22,26 +25,34 @@ from regate_ds.teacher.sharding.weights import WeightSource
 
 
 def partitioned_teacher(
-    config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device | str
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    empty: Callable[[], Any] | None = None,
 ) -> ShardedTeacher:
     """Build a teacher without values; every rank of the world holds a piece of each tensor.
+
+    empty: makes the model; None: transformers' causal language model of this config.
 
     A layer is gathered to run, so all ranks must score equally often. Collective over the world.
     ValueError for an architecture that is not built like Llama.
     """
     require_plain_weights(config)
-    require_partitionable(config)
+    build = empty or partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+    require_partitionable(config, build)
     settings = _zero3_settings(dtype)
     with random_state_kept(), no_init_weights():
         # No dtype=: deepspeed 0.19.8 would take bf16 in its place where fp16 is not supported.
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            whole: Any = build()
         if is_tied(config):
             whole.lm_head.weight = whole.model.embed_tokens.weight
+        change = logit_change(whole)
         engine, *_ = deepspeed.initialize(model=whole.model, config=settings)
     decoder: Any = engine.module
     renew_rotary(decoder, config, device)
-    return ShardedTeacher(config, decoder, _GatheredHead(whole.lm_head))
+    return ShardedTeacher(config, decoder, _GatheredHead(whole.lm_head, change=change))
 
 
 @torch.no_grad()
@@ -57,11 +68,11 @@ def fill_partitioned(teacher: ShardedTeacher, weights: WeightSource | None) -> N
                 parameter.copy_(weights.read(whole_name))
 
 
-def require_partitionable(config: Any) -> None:
+def require_partitionable(config: Any, build: Callable[[], Any]) -> None:
     """Refuse, by ValueError, a model with parts other than a decoder with rotary positions and a
     head: other tables that it computes when built would silently have the weights' dtype."""
     with torch.device("meta"):
-        whole: Any = AutoModelForCausalLM.from_config(config)
+        whole = build()
     parts = {name for name, _ in whole.named_children()}
     others = [n for n, _ in whole.named_buffers() if not n.startswith("model.rotary_emb.")]
     if parts != {"model", "lm_head"} or others or not hasattr(whole.model, "rotary_emb"):
