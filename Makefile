@@ -54,6 +54,7 @@ test-families: setup
 	@mkdir -p build
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --rows build/families.jsonl
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.zero
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.teachers
 	$(BIN)/python -m tests.families.page build/families.jsonl
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
