@@ -53,6 +53,7 @@ test-matrix: setup $(VENV19)/ready
 test-families: setup
 	@mkdir -p build
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --rows build/families.jsonl
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --execution mlp_only
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.zero
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.teachers
 	$(BIN)/python -m tests.families.page build/families.jsonl
