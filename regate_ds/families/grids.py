@@ -26,6 +26,7 @@ _LIKE_QWEN = {
     "glm46v": "Glm46VForConditionalGeneration",
     "glm4v": "Glm4vForConditionalGeneration",
     "glm4v_moe": "Glm4vMoeForConditionalGeneration",
+    "glmga": "Glm46VForConditionalGeneration",
     "glm_ocr": "GlmOcrForConditionalGeneration",
     "qwen2_5_omni_thinker": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",

@@ -27,9 +27,11 @@ _SQUARES = {
     "cohere2_vision": _Square(model_class="Cohere2VisionForConditionalGeneration"),
     "deepseek_vl": _Square(model_class="DeepseekVLForConditionalGeneration", tower="vision_model"),
     "gemma3": _Square(model_class="Gemma3ForConditionalGeneration"),
+    "shieldgemma2": _Square(model_class="Gemma3ForConditionalGeneration"),
     "got_ocr2": _Square(model_class="GotOcr2ForConditionalGeneration"),
     "ovis2": _Square(model_class="Ovis2ForConditionalGeneration"),
     "paligemma": _Square(model_class="PaliGemmaForConditionalGeneration"),
+    "pp_chart2table": _Square(model_class="GotOcr2ForConditionalGeneration"),
     "qianfan_ocr": _Square(model_class="QianfanOCRForConditionalGeneration"),
     "vipllava": _Square(model_class="VipLlavaForConditionalGeneration"),
 }

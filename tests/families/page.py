@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 
+from regate_ds.families.hosts import HOSTS
 from tests.families.run import RANGES, TOLERANCE
 from tests.families.zoo.models.left_out import LEFT_OUT
 from tests.families.zoo.models.table import FAMILIES
@@ -98,6 +99,8 @@ def page(rows: list[Row]) -> str:
     if wrong:
         raise ValueError(f"these are accepted, but not exact: {wrong}")
     exact = [row for row in rows if row["verdict"] == "exact"]
+    if unseen := HOSTS.keys() - {row["class"] for row in exact}:
+        raise ValueError(f"these have a line in HOSTS, but no row: {sorted(unseen)}")
     images = [row for row in exact if row["images"]]
     text = [row for row in exact if not row["images"]]
     head = _HEAD.format(

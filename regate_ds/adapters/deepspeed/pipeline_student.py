@@ -77,7 +77,7 @@ def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
     """Refuse a model or a gated range that the pipeline would compute wrongly."""
     name, depth = decoder.config.model_type, len(decoder.layers)
     last = depth if config.last_layer is None else config.last_layer
-    require_span(config.first_layer, last, depth)
+    require_span(decoder.config, config.first_layer, last, depth)
     require_execution(config.execution, "deepspeed_pipeline")
     if last < depth:
         raise ValueError(

@@ -125,7 +125,7 @@ def attach_model(
     decoder = host.get_decoder()
     depth = len(decoder.layers)
     last_layer = depth if config.last_layer is None else config.last_layer
-    require_span(config.first_layer, last_layer, depth)
+    require_span(decoder.config, config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
     span = gated_span(config.execution.spans(config.first_layer, last_layer), ("layer", "mlp"))
     attachment, current = Attachment(), CurrentPass()

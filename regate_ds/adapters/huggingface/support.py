@@ -72,13 +72,14 @@ def require_host(model: nn.Module, host: Any) -> Supported:
     return support
 
 
-def require_span(first: int, last: int, depth: int) -> None:
-    """Refuse a gated range that a decoder of ``depth`` layers does not have."""
+def require_span(config: Any, first: int, last: int, depth: int) -> None:
+    """Refuse a gated range that a decoder of ``depth`` layers does not have or cannot be cut in."""
     if not 0 <= first < last <= depth:
         raise ValueError(
             f"gated layers [{first}, {last}) do not fit a decoder of {depth} layers; "
             "set first_layer and last_layer within it"
         )
+    _require_keys_within(config, first, last)
 
 
 def _require_no_router_loss(asked: Any) -> None:
@@ -95,6 +96,22 @@ def _require_own_routes(config: Any) -> None:
         raise ValueError(
             "is_moe=True: Doge's experts are chosen for a token by the rows of other tokens, so "
             "that no token can be left out; use a Doge model with is_moe=False"
+        )
+
+
+def _require_keys_within(config: Any, first: int, last: int) -> None:
+    """Refuse a gated range in which a layer reads the keys of one that ran on other rows."""
+    num_sharing = getattr(config, "num_kv_shared_layers", 0) or 0
+    if not num_sharing:
+        return
+    depth, types = config.num_hidden_layers, list(config.layer_types)
+    own, sharing = types[: depth - num_sharing], set(types[depth - num_sharing :])
+    source = min(len(own) - 1 - own[::-1].index(each) for each in sharing)
+    if first > source or last < depth:
+        raise ValueError(
+            f"the last {num_sharing} layers read keys of layers from {source} on, which gated "
+            f"layers [{first}, {last}) would run on other rows; set first_layer to {source} or "
+            "less, and last_layer to null"
         )
 
 
