@@ -23,7 +23,7 @@ class Host:
     """What a class with a language modelling head does around its decoder's layers."""
 
     decoders: tuple[str, ...]
-    """``model_type`` of the decoders that it was tested with."""
+    """``model_type`` of the decoders that it may hold."""
 
     change: ChangeOf | None = None
     """What it does to the logits; None if nothing."""
@@ -75,7 +75,8 @@ _CHANGES: dict[str, ChangeOf] = {
 """What the class with a decoder alone does to its logits."""
 
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi3")
-"""Decoders that were tested in classes which take any: those neither scale nor cap."""
+"""Decoders of classes that take any, as they neither scale nor cap. All were tested in LLaVA, and
+each class with one of them at least; docs/models.md has the pairs that were run."""
 
 _ANY = Host(decoders=_LLAMAS)
 
@@ -98,14 +99,16 @@ HOSTS: dict[str, Host] = {
         decoders=("ernie4_5_vl_moe_text",), marks=("moe_mm_token_type_ids",)
     ),
     "Exaone4_5_ForConditionalGeneration": Host(decoders=("exaone4",), token_inputs=_MARKS),
-    "Gemma3ForConditionalGeneration": Host(decoders=("gemma3_text",), two_way=True),
+    "Gemma3ForConditionalGeneration": Host(
+        decoders=("gemma3_text",), marks=("token_type_ids",), two_way=True
+    ),
     "Gemma4ForConditionalGeneration": Host(
         decoders=("gemma4_text",), change=_capped, marks=_MARKS, two_way=True
     ),
     "Gemma4UnifiedForConditionalGeneration": Host(
         decoders=("gemma4_unified_text",), change=_capped, marks=_MARKS, two_way=True
     ),
-    "Glm46VForConditionalGeneration": Host(decoders=("glm4v_text", "glm46v_text")),
+    "Glm46VForConditionalGeneration": Host(decoders=("glm4v_text",)),
     "Glm4vForConditionalGeneration": Host(decoders=("glm4v_text",)),
     "Glm4vMoeForConditionalGeneration": Host(decoders=("glm4v_moe_text",)),
     "GlmOcrForConditionalGeneration": Host(decoders=("glm_ocr_text",)),
@@ -139,7 +142,7 @@ HOSTS: dict[str, Host] = {
     "Ovis2ForConditionalGeneration": _ANY,
     "PaddleOCRVLForConditionalGeneration": Host(decoders=("paddleocr_vl_text",)),
     "PaliGemmaForConditionalGeneration": Host(
-        decoders=("gemma", "gemma2"), change=_capped, two_way=True
+        decoders=("gemma", "gemma2"), change=_capped, marks=("token_type_ids",), two_way=True
     ),
     "Phi4MultimodalForCausalLM": Host(decoders=("phi4_multimodal",)),
     "QianfanOCRForConditionalGeneration": Host(decoders=("qwen3",)),
@@ -237,7 +240,7 @@ def _around(name: str, model_type: str) -> Host:
         raise ValueError(f"{name} is not supported; {_LISTED}: use one of these")
     if model_type not in around.decoders:
         raise ValueError(
-            f"{name} over a decoder {model_type!r} is not supported; tested are "
+            f"{name} over a decoder {model_type!r} is not supported, only over "
             f"{around.decoders}: use one of these"
         )
     return around

@@ -89,7 +89,7 @@ _USUAL = (
 
 # fmt: off
 _IN_HOSTS = (
-    "cosmos3_edge_text", "glm46v_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text",
+    "cosmos3_edge_text", "glm4v_moe_text", "glm4v_text", "glm_ocr_text",
     "granite_docling_text", "muse_glimmer_text", "paddleocr_vl_text",
     "phi4_multimodal", "qwen2_5_omni_text", "qwen3_omni_moe_text", "qwen3_vl_moe_text",
     "qwen3_vl_text", "step3p5",
@@ -113,9 +113,9 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     "lfm2": _CONVOLUTION,
     "lfm3": _CONVOLUTION,
     "llama": TextDecoder(shards=True, in_pipeline=True, in_megatron=True),
-    "minimax": _DELTA_NET,
+    # Its layers of full attention have the window.
+    "minimax": TextDecoder(recurrent=("linear_attention",), own_mask=True, packs=False),
     "ministral3": TextDecoder(token_inputs=("position_ids",)),
-    "mistral4": TextDecoder(token_inputs=("position_ids",)),
     "mistral": TextDecoder(shards=True, in_pipeline=True),
     "olmo_hybrid": _DELTA_NET,
     "qwen2": TextDecoder(shards=True, in_pipeline=True, in_megatron=True, has_qkv_bias=True),
@@ -139,7 +139,7 @@ MLP_BRANCHES: dict[str, MlpBranch] = {
     **dict.fromkeys(("exaone4", "flex_olmo", "olmo2", "olmo3"), _AFTER),
     **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text"), _BEFORE_AND_AFTER),
     **dict.fromkeys(("gemma4_unified_text", "muse_glimmer_text"), _BEFORE_AND_AFTER),
-    **dict.fromkeys(("glm4", "glm4v_text", "glm46v_text", "glm_ocr_text", "kolibri1"), _GLM),
+    **dict.fromkeys(("glm4", "glm4v_text", "glm_ocr_text", "kolibri1"), _GLM),
     **dict.fromkeys(("granitemoe_swa", "granitemoehybrid", "granitemoeshared"), _SHARED),
     "afmoe": MlpBranch(norm="pre_mlp_layernorm", post_norm="post_mlp_layernorm"),
     "apertus": MlpBranch(norm="feedforward_layernorm"),

@@ -34,6 +34,11 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel | HostText:
 
     ValueError for a class that no test has compared.
     """
+    if hasattr(model, "get_base_model") or any("lora_" in n for n, _ in model.named_parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of low rank, which are no part of the teacher; "
+            "make the teacher before they are added"
+        )
     change = supported(model).change
     view = _causal_form(model, change)
     if view is None:

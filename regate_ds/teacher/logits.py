@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from regate_ds.algorithm.loss import UNCHANGED, LogitChange
 from regate_ds.families.hosts import supported
 from regate_ds.teacher.host_text import HostText
 
-_FACTORS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config fields of models that change the logits."""
+_FACTORS = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_mup_width_multiplier",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_multiplier",
+)
+"""Config fields by which classes of transformers 5.24 change the logits."""
 
 
 def logit_change(teacher: Any) -> LogitChange:
@@ -31,7 +39,9 @@ def logit_change(teacher: Any) -> LogitChange:
 
 
 def _require_no_factor(teacher: Any) -> None:
-    config = getattr(teacher, "config", None)
+    config: Any = getattr(teacher, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        config = config.get_text_config(decoder=True)
     for name in _FACTORS:
         if (value := getattr(config, name, None)) not in (None, 1, 1.0):
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from regate_ds.families.hosts import HOSTS
+from regate_ds.families.hosts import HOSTS, supported_as
 from tests.families.run import RANGES, TOLERANCE
 from tests.families.zoo.models.left_out import LEFT_OUT
 from tests.families.zoo.models.table import FAMILIES
@@ -43,8 +43,9 @@ that runs the host's own forward on all positions and takes the elided ones out 
 masks: in the gated ranges {ranges}, under sdpa and eager where the class has them; with half of
 the answers elided, with half of the image tokens too, and with a sparse plan that keeps
 everything. "Exact" means relative errors up to {tolerance:g}; the worst of any class here is
-{worst:.0e}. torch {torch}, transformers {transformers}, CPU. Not run: GPUs, flash_attention_2,
-real checkpoints.
+{worst:.0e}. The rows are of `execution: elide`; the same command runs `mlp_only` too, and fails
+if that is wrong. A class that takes any of several decoders was run with those in its row.
+torch {torch}, transformers {transformers}, CPU. Not run: GPUs, flash_attention_2, real checkpoints.
 
 "Packed" says whether a row may hold several samples: "refused" where the host itself lets them
 see each other (seen, or a recurrent layer), or where its own mask decides.
@@ -110,10 +111,12 @@ def page(rows: list[Row]) -> str:
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
     )
+    taken = {row["class"] for row in exact}
+    refused = [r for r in rows if r["verdict"] == "refused" and r["class"] not in taken]
     left = (f"| {name} | {reason} |\n" for name, reason in sorted(LEFT_OUT.items()))
     return "".join(
         [head, _WITH_IMAGES, *_lines(images), _TEXT, *_lines(text), _REFUSED]
-        + [f"{_names(row for row in rows if row['verdict'] == 'refused')}\n", _LEFT, *left]
+        + [f"{_names(refused)}\n", _LEFT, *left]
     )
 
 
@@ -130,8 +133,14 @@ def _lines(rows: list[Row]) -> Iterable[str]:
 
 
 def _packed(rows: list[Row]) -> str:
-    refused = [any("several samples" in line for line in r.get("refused_calls", {})) for r in rows]
-    return "refused" if all(refused) else "exact" if not any(refused) else "by decoder"
+    found = {_packs(row) for row in rows}
+    return "by decoder" if len(found) > 1 else "exact" if found.pop() else "refused"
+
+
+def _packs(row: Row) -> bool:
+    """Return whether packed rows are accepted; then the family's cases have had some."""
+    text = FAMILIES[row["family"]].config().get_text_config(decoder=True)
+    return supported_as(row["class"], text).packs
 
 
 def _yes(rows: list[Row], what: str) -> str:

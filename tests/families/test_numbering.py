@@ -102,3 +102,10 @@ def test_without_elided_images_runs_of_placeholders_are_images_whatever_the_mode
     assert numbers(QWEN, ids, elides=False) == [[0, 0, -1, 1, 1]]
     assert numbers(model("llama", image_token_id=None), ids, elides=False) is None
     assert numbers(LLAVA, ids, elides=False, labels=torch.zeros(1, 9)) is None
+
+
+def test_images_that_touch_are_refused_where_runs_tell_them_apart():
+    given = model("llava_next")
+    assert numbers(given, [[9, 9, 5, 9]], image_sizes=torch.ones(2, 2)) == [[0, 0, -1, 1]]
+    with pytest.raises(ValueError, match="the batch has 2 images, but 1 runs of placeholders"):
+        numbers(given, [[9, 9, 9, 5]], image_sizes=torch.ones(2, 2))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from regate_ds.algorithm.loss import LogitChange
@@ -78,6 +79,14 @@ def test_an_attached_student_has_the_same_teacher(name: str):
     attachment = gate_layers(host, first_layer=1, last_layer=3)
     assert torch.equal(score_samples(text_backbone(host), samples, pad_id=0), wanted_N)
     attachment.remove()
+
+
+def test_a_student_with_adapters_is_refused_in_one_line():
+    host = host_of("llama")
+    adapted = get_peft_model(host, LoraConfig(r=2, target_modules=["q_proj"]))
+    for student in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match="make the teacher before they are added"):
+            text_backbone(student)
 
 
 def test_a_host_that_was_cast_has_a_teacher_with_an_exact_rotary_table():

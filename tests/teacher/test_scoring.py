@@ -109,9 +109,11 @@ def test_a_class_that_is_not_known_may_not_change_its_logits():
     unknown = Unknown(teacher)
     wanted_N = score_samples(teacher, samples, pad_id=PAD)
     assert torch.equal(score_samples(unknown, samples, pad_id=PAD), wanted_N)
-    unknown.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0 .* not known of Unknown"):
-        score_samples(unknown, samples, pad_id=PAD)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "lm_head_multiplier"):
+        setattr(unknown.config, name, 30.0)
+        with pytest.raises(ValueError, match=rf"{name}=30\.0 .* not known of Unknown"):
+            score_samples(unknown, samples, pad_id=PAD)
+        setattr(unknown.config, name, None)
 
 
 def test_ids_fit_unless_one_is_beyond_the_rows():

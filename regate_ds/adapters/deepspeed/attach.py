@@ -8,7 +8,8 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_sparse
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
-from regate_ds.adapters.huggingface.gates import attach_model, has_tower
+from regate_ds.adapters.huggingface.empty_image import has_tower
+from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.families.numbering import numbering_of
 from regate_ds.families.table import find_family

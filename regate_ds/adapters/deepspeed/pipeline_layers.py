@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regate_ds.adapters.huggingface.calls import window_of
 from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
-from regate_ds.adapters.huggingface.support import window_of
 from regate_ds.algorithm.gate import keep
 from regate_ds.algorithm.loss import summed_loss
 from regate_ds.algorithm.plan import ElisionPlan

@@ -9,7 +9,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
 from regate_ds.adapters.deepspeed.pipeline_layers import Decoder, MicroBatchTable, take_apart
-from regate_ds.adapters.huggingface.gates import has_tower
+from regate_ds.adapters.huggingface.empty_image import has_tower
 from regate_ds.adapters.huggingface.support import require_host, require_span
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
@@ -77,7 +77,7 @@ def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
     """Refuse a model or a gated range that the pipeline would compute wrongly."""
     name, depth = decoder.config.model_type, len(decoder.layers)
     last = depth if config.last_layer is None else config.last_layer
-    require_span(decoder.config, config.first_layer, last, depth)
+    require_span(config.first_layer, last, depth)
     require_execution(config.execution, "deepspeed_pipeline")
     if last < depth:
         raise ValueError(

@@ -25,6 +25,11 @@ _MARKS = ("mm_token_type_ids",)
 """Inputs that mark image tokens, which a micro-batch without an image does not need."""
 
 
+def has_tower(model: nn.Module) -> bool:
+    """Return whether the model's config describes a vision tower."""
+    return getattr(getattr(model, "config", None), "vision_config", None) is not None
+
+
 def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs with ``inputs_embeds`` in place of ``input_ids``.
 

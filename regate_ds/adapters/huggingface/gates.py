@@ -23,17 +23,20 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
-from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
-from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
-from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, run_layer
-from regate_ds.adapters.huggingface.support import (
-    require_host,
+from regate_ds.adapters.huggingface.calls import (
     require_marks,
     require_passed_through,
     require_plain_call,
     require_rows,
     require_samples_apart,
+)
+from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
+from regate_ds.adapters.huggingface.empty_image import PIXELS, has_tower, with_empty_image
+from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
+from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, run_layer
+from regate_ds.adapters.huggingface.support import (
+    require_host,
+    require_keys_within,
     require_span,
 )
 from regate_ds.algorithm.executions.execution import gated_span
@@ -125,9 +128,10 @@ def attach_model(
     decoder = host.get_decoder()
     depth = len(decoder.layers)
     last_layer = depth if config.last_layer is None else config.last_layer
-    require_span(decoder.config, config.first_layer, last_layer, depth)
+    require_span(config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
     span = gated_span(config.execution.spans(config.first_layer, last_layer), ("layer", "mlp"))
+    require_keys_within(decoder.config, span)
     attachment, current = Attachment(), CurrentPass()
     mlps = gate_mlps(attachment, decoder, span, config.token_multiple)
     gathers = span is not None and span.part == "layer"
@@ -151,11 +155,6 @@ def attach_model(
     return attachment
 
 
-def has_tower(model: nn.Module) -> bool:
-    """Return whether the model's config describes a vision tower."""
-    return getattr(getattr(model, "config", None), "vision_config", None) is not None
-
-
 def _model_forward(
     host_forward: Any,
     *args: Any,
@@ -168,8 +167,7 @@ def _model_forward(
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
     require_marks(host, kwargs, gate.support.marks)
-    positions = kwargs.get("position_ids")
-    require_samples_apart(host, plan, positions, packs=gate.support.packs)
+    require_samples_apart(host, plan, kwargs, packs=gate.support.packs)
     gate.current.value = within = ForwardPass(plan, host, gate.support, gathers=gate.gathers)
     try:
         outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": within})

@@ -17,11 +17,11 @@ from regate_ds.adapters.huggingface.attention import (
     BOUNDARIES,
     attention_inputs,
     attention_of,
-    every_kept,
     own_mask_at_kept,
     ungated_attention_inputs,
+    unmasked_inputs,
 )
-from regate_ds.adapters.huggingface.support import require_window, window_of
+from regate_ds.adapters.huggingface.calls import require_window, window_of
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported
 
@@ -46,8 +46,8 @@ class ForwardPass:
         self._own_mask = support.own_mask or reaches_window
         if gathers and reaches_window:
             require_window(self._implementation, plan.num_tokens, window)
-        made = gathers and not self._own_mask
-        self._attention = attention_inputs(plan, host) if made else {}
+        self._attention = attention_inputs(plan, host) if gathers else {}
+        self._unmasked = unmasked_inputs(plan, host) if gathers and self._own_mask else {}
 
     def gated(self, layer: nn.Module, layer_type: str, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a gated layer at kept positions.
@@ -69,10 +69,11 @@ class ForwardPass:
         if layer_type in self._support.recurrent:
             # A state reaches a token from earlier ones alone, so padding at the end is harmless.
             return {"attention_mask": None}
-        if not self._own_mask:
+        means_causal = mask is None and self._implementation != "eager" and _is_causal(layer)
+        if not self._own_mask or means_causal:
             return self._attention
         if mask is None:
-            return {"attention_mask": None if _is_causal(layer) else every_kept(self.plan)}
+            return self._unmasked
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from regate_ds.adapters.huggingface.support import require_known_config
 from regate_ds.families.hosts import Supported, supported_as
 from regate_ds.families.table import FAMILIES, STUDENTS
 from regate_ds.recipe.doctor.check import Check
@@ -16,8 +17,12 @@ from regate_ds.recipe.doctor.check import Check
 _SLOW_CONV3D = "2.9."
 """Versions of torch whose Conv3d makes some towers 10 to 20 times slower."""
 
-_BY_CONV3D = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe")
-"""Families whose patches are embedded by a Conv3d; so are those of GLM-4V and Qwen3.5."""
+_BY_CONV3D = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl", "qwen3_vl_moe"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "exaone4_5"),
+    *("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
+)
+"""Families whose patches are embedded by a Conv3d."""
 
 
 def examine_model(folder: Path) -> list[Check]:
@@ -25,8 +30,13 @@ def examine_model(folder: Path) -> list[Check]:
 
     ValueError if the folder has no readable configuration.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give that of a checkpoint, with its config.json")
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
+        # Code that lies beside a checkpoint is not run, and nothing is downloaded.
+        config: Any = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"{folder} has no config.json that can be read ({cause})") from error
@@ -34,6 +44,7 @@ def examine_model(folder: Path) -> list[Check]:
     text = config.get_text_config(decoder=True)
     try:
         support = supported_as(name, text)
+        require_known_config(support, text)
     except ValueError as error:
         return [Check("model", name, True, False, str(error))]
     return [

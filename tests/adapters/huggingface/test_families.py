@@ -17,6 +17,7 @@ BY_HOOK = {
     "its own mask: image tokens see each other, windows, rotary by layer type": "gemma3",
     "its own mask: a prefix; scaled and capped logits; eager": "paligemma over gemma2",
     "a window, and logits that are scaled": "cohere2",
+    "a window in layers that are not called so, beside a recurrence": "minimax, window",
     "tokens' positions as a layer input": "ministral3",
     "tokens' own inputs; arguments without a name": "gemma4",
     "one complex rotary table": "deepseek_v2",
@@ -91,11 +92,11 @@ def test_the_experts_loss_is_refused_in_the_configuration_and_in_a_call():
         pass
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "ernie4_5_vl_moe"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "ernie4_5_vl_moe", "gemma3", "paligemma"])
 def test_images_without_their_marks_are_refused_where_the_host_says_nothing(name: str):
     model, case = made(name, "images")
-    inputs = {key: x for key, x in case.inputs.items() if "mm_token_type_ids" not in key}
-    message = f"images are given without '(moe_)?mm_token_type_ids': {type(model).__name__} would"
+    inputs = {key: x for key, x in case.inputs.items() if "token_type_ids" not in key}
+    message = f"images are given without '.*token_type_ids': {type(model).__name__} would"
     with attached(model, range(4)), pytest.raises(ValueError, match=message):
         attached_run(model, inputs, case.plan("answers"))
 
@@ -116,3 +117,40 @@ def test_packed_rows_of_several_axes_need_positions_that_keep_samples_apart():
     inputs = {**case.inputs, "position_ids": case.inputs["position_ids"][0]}
     with attached(model, range(4)), pytest.raises(ValueError, match="keeps samples apart by"):
         attached_run(model, inputs, case.plan("answers"))
+
+
+@pytest.mark.parametrize("lack", ["position_ids", "mask"])
+def test_packed_rows_are_refused_where_the_call_does_not_keep_samples_apart(lack: str):
+    model, case = made("llama", "packed")
+    inputs = dict(case.inputs)
+    if lack == "mask":
+        inputs["attention_mask"] = (case.batch.segment_BT >= 0).long()
+    else:
+        del inputs["position_ids"]
+    message = "a row holds several samples, but the call has (no position_ids|an attention_mask)"
+    with attached(model, range(4)), pytest.raises(ValueError, match=message):
+        attached_run(model, inputs, case.plan("answers"))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("llama", {"is_causal": False}), ("gemma", {"use_bidirectional_attention": True})],
+)
+def test_a_decoder_whose_tokens_see_later_ones_is_refused(name: str, fields: dict[str, Any]):
+    model, _ = made(name, "text")
+    for field, value in fields.items():
+        setattr(model.config, field, value)
+    with (
+        pytest.raises(ValueError, match="makes every token see later ones"),
+        attached(model, range(4)),
+    ):
+        pass
+
+
+def test_layers_that_share_keys_are_gated_together_or_not_at_all():
+    model, _ = made("gemma4_text, shared keys", "text")
+    message = r"the last 2 layers read keys of layers from 0 on, which gated layers \[1, 4\)"
+    with pytest.raises(ValueError, match=message), attached(model, range(1, 4)):
+        pass
+    with attached(model, range(1, 4), "mlp_only"):
+        pass

@@ -83,3 +83,17 @@ def test_a_folder_without_a_readable_configuration_is_refused_in_one_line(tmp_pa
     with pytest.raises(ValueError, match="has no config.json that can be read") as caught:
         examine_model(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no folder; give that of a checkpoint"):
+        examine_model(tmp_path / "nowhere")
+
+
+def test_what_attach_would_refuse_of_a_configuration_is_said(tmp_path):
+    folder = checkpoint(tmp_path, "qwen3_moe", "Qwen3MoeForCausalLM")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "output_router_logits": True}))
+    (check,) = examine_model(folder)
+    assert not check.is_fine
+    assert check.advice.startswith("output_router_logits=True asks for")

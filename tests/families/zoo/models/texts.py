@@ -56,6 +56,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text, no cap": ("gemma3_text", {"final_logit_softcapping": None}),
     "gemma4_text, shared keys": ("gemma4_text", {"num_kv_shared_layers": 2}),
     "llama4_text, near floor": ("llama4_text", {"floor_scale": 8}),
+    "minimax, window": ("minimax", {"sliding_window": 8}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
     "qwen2, window": (
         "qwen2",
