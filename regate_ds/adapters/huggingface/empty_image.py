@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
 from regate_ds.families.table import FAMILIES, find_family
 
 PIXELS = ("pixel_values", "pixel_values_videos", "pixel_values_images")
@@ -28,6 +29,40 @@ _MARKS = ("mm_token_type_ids",)
 def has_tower(model: nn.Module) -> bool:
     """Return whether the model's config describes a vision tower."""
     return getattr(getattr(model, "config", None), "vision_config", None) is not None
+
+
+def forward_with_tower(
+    host_forward: Any,
+    *args: Any,
+    host: nn.Module,
+    regate_plan: ForwardPass | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Add an empty image to a micro-batch that has a plan and no image.
+
+    This happens inside the base model's own call, because under ZeRO-3 all ranks must enter modules
+    in one order.
+    """
+    if regate_plan is None:
+        return host_forward(*args, **kwargs)
+    _require_one_kind(host, kwargs)
+    if all(kwargs.get(name) is None for name in PIXELS):
+        kwargs = with_empty_image(host, kwargs)
+    return host_forward(*args, **kwargs, regate_plan=regate_plan)
+
+
+def _require_one_kind(host: nn.Module, inputs: dict[str, Any]) -> None:
+    """Refuse images and videos in one micro-batch under ZeRO-3.
+
+    Each kind is a call of the tower, and a rank with one kind makes one call: the ranks would wait
+    for each other's weights. ZeRO-3 is known by the numbers that it gives to parameters.
+    """
+    kinds = [name for name in PIXELS if inputs.get(name) is not None]
+    if len(kinds) > 1 and any(hasattr(weight, "ds_id") for weight in host.parameters()):
+        raise ValueError(
+            f"a micro-batch has {' and '.join(kinds)}: under ZeRO-3 a rank that has one of them "
+            "would wait for the others; put them into different micro-batches, or use stage 2"
+        )
 
 
 def with_empty_image(host: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

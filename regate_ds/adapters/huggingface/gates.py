@@ -31,7 +31,7 @@ from regate_ds.adapters.huggingface.calls import (
     require_samples_apart,
 )
 from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
-from regate_ds.adapters.huggingface.empty_image import PIXELS, has_tower, with_empty_image
+from regate_ds.adapters.huggingface.empty_image import forward_with_tower, has_tower
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
 from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, run_layer
 from regate_ds.adapters.huggingface.support import (
@@ -139,7 +139,7 @@ def attach_model(
     gate = _ModelGate(host, support, current, depth, gathers, packed_at_end)
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
-        attachment.rebind_forward(host.base_model, _base_forward, host=host)
+        attachment.rebind_forward(host.base_model, forward_with_tower, host=host)
     head = host.get_output_embeddings()
     attachment.rebind_forward(head, _head_forward, own_loss=own_loss, change=support.change)
     if support.deepstack:
@@ -182,25 +182,6 @@ def _model_forward(
     loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
     aux_loss = getattr(outputs, "aux_loss", None)
     return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan)
-
-
-def _base_forward(
-    host_forward: Any,
-    *args: Any,
-    host: nn.Module,
-    regate_plan: ForwardPass | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Add an empty image to a micro-batch that has a plan and no image.
-
-    This happens inside the base model's own call, because under ZeRO-3 all ranks must enter modules
-    in one order.
-    """
-    if regate_plan is None:
-        return host_forward(*args, **kwargs)
-    if all(kwargs.get(name) is None for name in PIXELS):
-        kwargs = with_empty_image(host, kwargs)
-    return host_forward(*args, **kwargs, regate_plan=regate_plan)
 
 
 def _layer_forward(

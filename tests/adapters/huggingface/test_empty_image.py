@@ -102,3 +102,14 @@ def test_without_a_plan_the_tower_does_not_run(family):
 def test_a_text_model_has_no_tower_to_run():
     model, plain = attached(causal_lm), attached(causal_lm, run_tower_without_image=False)
     assert torch.equal(TEXT.run(model).loss_sum, TEXT.run(plain).loss_sum)
+
+
+def test_images_and_videos_in_one_micro_batch_are_refused_under_zero_3():
+    model, case = attached(qwen2_vl), qwen2_vl_case([20, 15], PATCH_GRIDS)
+    videos = {"pixel_values_videos": case.inputs["pixel_values"]}
+    both = replace(case, inputs={**case.inputs, **videos})
+    # As ZeRO-3 marks the parameters that it cuts.
+    model.lm_head.weight.ds_id = 0
+    case.run(model)
+    with pytest.raises(ValueError, match="has pixel_values and pixel_values_videos: under ZeRO-3"):
+        both.run(model)
