@@ -80,7 +80,10 @@ each class with one of them at least; docs/models.md has the pairs that were run
 
 _ANY = Host(decoders=_LLAMAS)
 
-_LISTED = "docs/models.md lists the models that were tested"
+_LISTED = (
+    "docs/models.md lists the models that were tested: use one of these, or add it as "
+    "docs/add_a_model.md says"
+)
 
 _MARKS = ("mm_token_type_ids",)
 """Marks of image tokens; some hosts hand them on to layers that do not read them."""
@@ -207,18 +210,19 @@ def supported(host: Any) -> Supported:
     # A class of the user's own may be derived from one of transformers.
     names = [kind.__name__ for kind in type(host).__mro__ if _is_of_transformers(kind)]
     name, decoder = names[0] if names else type(host).__name__, host.get_decoder()
-    if getattr(decoder, "config", None) is None or not hasattr(decoder, "layers"):
-        raise ValueError(f"{name} has no decoder with layers; {_LISTED}: use one of these")
-    return supported_as(name, decoder.config)
+    if getattr(decoder, "config", None) is None:
+        raise ValueError(f"{name} has no decoder with a configuration; {_LISTED}")
+    found = supported_as(name, decoder.config)
+    if not hasattr(decoder, "layers"):
+        raise ValueError(f"{name} does not call its decoder's layers 'layers'; {_LISTED}")
+    return found
 
 
 def supported_as(name: str, text: Any) -> Supported:
     """The same from the class's name and the config of its text decoder."""
     decoder = TEXT_DECODERS.get(text.model_type)
     if decoder is None:
-        raise ValueError(
-            f"decoder {text.model_type!r} is not supported; {_LISTED}: use one of these"
-        )
+        raise ValueError(f"decoder {text.model_type!r} is not supported; {_LISTED}")
     around = _around(name, text.model_type)
     return Supported(
         token_inputs=(*decoder.token_inputs, *around.token_inputs),
@@ -237,7 +241,7 @@ def _around(name: str, model_type: str) -> Host:
     if around is None and mapping.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == name:
         around = Host(decoders=(model_type,), change=_CHANGES.get(model_type))
     if around is None:
-        raise ValueError(f"{name} is not supported; {_LISTED}: use one of these")
+        raise ValueError(f"{name} is not supported; {_LISTED}")
     if model_type not in around.decoders:
         raise ValueError(
             f"{name} over a decoder {model_type!r} is not supported, only over "

@@ -17,6 +17,6 @@ from regate_ds.config import RegateConfig
 )
 def test_gpt2_is_refused_by_name_and_left_as_it_is(attach):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(ValueError, match="has no decoder with layers; docs/models.md lists"):
+    with pytest.raises(ValueError, match="decoder 'gpt2' is not supported; docs/models.md lists"):
         attach(model)
     assert all("forward" not in vars(module) for module in model.modules())

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,11 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = []
-    for family in chosen(arguments.names):
+    try:
+        families = chosen(arguments.names)
+    except ValueError as error:
+        parser.error(str(error))
+    for family in families:
         row = measure(family, arguments.execution)
         rows.append({**row, "verdict": verdict(row)})
         print(json.dumps(rows[-1]), flush=True)
@@ -179,8 +184,9 @@ def chosen(names: list[str]) -> list[Family]:
     if not names:
         return list(FAMILIES.values())
     found = {name: [one for one in FAMILIES if fnmatch(one, name)] for name in names}
-    if unknown := [name for name, fits in found.items() if not fits]:
-        raise ValueError(f"no family is called {unknown}; names are {list(FAMILIES)}")
+    for name in [name for name, fits in found.items() if not fits]:
+        near = get_close_matches(name, FAMILIES) or ["llama", "llava*"]
+        raise ValueError(f"no family is called {name!r}; try {', '.join(near)}")
     return [FAMILIES[one] for fits in found.values() for one in fits]
 
 

@@ -30,8 +30,8 @@ def examine_model(folder: Path) -> list[Check]:
 
     ValueError if the folder has no readable configuration.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give that of a checkpoint, with its config.json")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give the folder of a checkpoint")
     try:
         # Code that lies beside a checkpoint is not run, and nothing is downloaded.
         config: Any = AutoConfig.from_pretrained(
@@ -51,25 +51,29 @@ def examine_model(folder: Path) -> list[Check]:
         Check("model", f"{name} over {text.model_type}", True, True),
         *_rows(name, support),
         *_images(config),
+        *_recipe(config.model_type),
         *_speed(config, support),
     ]
 
 
 def _rows(name: str, support: Supported) -> list[Check]:
     checks = []
+    if support.recurrent:
+        advice = "elide leaves tokens out of a recurrence, mlp_only does not (docs/algorithm.md)"
+        checks.append(Check("recurrent layers", "two executions", False, True, advice))
     if not support.packs:
         advice = f"{name} does not keep the samples of a row apart: leave data.pack_length null"
-        checks.append(Check("packed rows", "refused", False, True, advice))
+        checks.append(Check("packed rows", "not possible", False, True, advice))
     if support.own_mask:
         advice = "its own mask is needed: attn_implementation=sdpa or eager"
-        checks.append(Check("flash_attention_2", "refused", False, True, advice))
+        checks.append(Check("flash_attention_2", "not possible", False, True, advice))
     return checks
 
 
 def _images(config: Any) -> list[Check]:
     if getattr(config, "vision_config", None) is None:
         return []
-    family, model_type = FAMILIES.get(config.model_type), config.model_type
+    family = FAMILIES.get(config.model_type)
     checks = []
     if family is None:
         advice = "on several ranks put a sample with an image into every micro-batch"
@@ -77,10 +81,14 @@ def _images(config: Any) -> list[Check]:
     if family is None or family.image_lengths is None:
         advice = "to elide image tokens, number the images in the collate function (docs/images.md)"
         checks.append(Check("image tokens", "not told apart", False, True, advice))
-    if model_type not in STUDENTS:
-        advice = f"regate train knows {STUDENTS}; attach() takes this one in a loop of your own"
-        checks.append(Check("regate train", "refused", False, True, advice))
     return checks
+
+
+def _recipe(model_type: str) -> list[Check]:
+    if model_type in STUDENTS:
+        return []
+    advice = f"it trains {', '.join(STUDENTS)}; attach() takes this one in a loop of your own"
+    return [Check("regate train", "not possible", False, True, advice)]
 
 
 def _speed(config: Any, support: Supported) -> list[Check]:
@@ -89,6 +97,6 @@ def _speed(config: Any, support: Supported) -> list[Check]:
         advice = "its Conv3d slows the tower 10 to 20 times (pytorch#166122): use 2.10 or later"
         checks.append(Check("torch", torch.__version__, False, False, advice))
     if "linear_attention" in support.recurrent and importlib.util.find_spec("fla") is None:
-        advice = "its linear layers run in plain torch: pip install flash-linear-attention"
+        advice = "optional; without it linear layers are slow: pip install flash-linear-attention"
         checks.append(Check("fla", "absent", False, False, advice))
     return checks
