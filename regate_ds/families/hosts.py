@@ -45,8 +45,8 @@ def _scaled(name: str) -> ChangeOf:
     return lambda text: LogitChange(scale=getattr(text, name))
 
 
-def _divided(name: str) -> ChangeOf:
-    return lambda text: LogitChange(scale=1.0 / getattr(text, name))
+def _granite(text: Any) -> LogitChange:
+    return LogitChange(scale=1.0 / text.logits_scaling)
 
 
 def _capped(text: Any) -> LogitChange:
@@ -61,12 +61,10 @@ def _scaled_and_capped(text: Any) -> LogitChange:
     return LogitChange(scale=text.output_multiplier, cap=text.final_logit_softcapping)
 
 
-_GRANITE = _divided("logits_scaling")
-
 _CHANGES: dict[str, ChangeOf] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), _scaled("logit_scale")),
-    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa"), _GRANITE),
-    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), _GRANITE),
+    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa"), _granite),
+    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), _granite),
     "hyperclovax": _scaled("logits_scaling"),
     "minicpm3": _by_width,
     **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"), _capped),
@@ -80,10 +78,7 @@ each class with one of them at least; docs/models.md has the pairs that were run
 
 _ANY = Host(decoders=_LLAMAS)
 
-_LISTED = (
-    "docs/models.md lists the models that were tested: use one of these, or add it as "
-    "docs/add_a_model.md says"
-)
+_LISTED = "docs/models.md lists what was tested: use one of these, or see docs/add_a_model.md"
 
 _MARKS = ("mm_token_type_ids",)
 """Marks of image tokens; some hosts hand them on to layers that do not read them."""
@@ -117,7 +112,7 @@ HOSTS: dict[str, Host] = {
     "GlmOcrForConditionalGeneration": Host(decoders=("glm_ocr_text",)),
     "GotOcr2ForConditionalGeneration": _ANY,
     "GraniteDoclingForConditionalGeneration": Host(
-        decoders=("granite_docling_text",), change=_GRANITE, deepstack=True
+        decoders=("granite_docling_text",), change=_granite, deepstack=True
     ),
     "HunYuanVLForConditionalGeneration": Host(decoders=("hunyuan_vl_text",)),
     "HyperCLOVAXVisionV2ForConditionalGeneration": Host(

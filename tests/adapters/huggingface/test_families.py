@@ -104,7 +104,7 @@ def test_images_without_their_marks_are_refused_where_the_host_says_nothing(name
 def test_a_class_that_is_not_listed_is_refused_in_one_line():
     model = build(FAMILIES["mamba"], "eager")
     with (
-        pytest.raises(ValueError, match="docs/models.md lists the models") as caught,
+        pytest.raises(ValueError, match="docs/models.md lists what") as caught,
         attached(model, range(4)),
     ):
         pass
