@@ -36,7 +36,10 @@ IMAGES_ELIDED = (("images.keep_share", 0.5),)
 FEW = ("llava over qwen2", "qwen3_vl", "gemma3")
 """Families that run under every stage; the others under stage 3 alone."""
 
-ONE_TOKEN = ("internvl", "aya_vision", "cohere2_vision", "got_ocr2", "qianfan_ocr")
+ONE_TOKEN = (
+    *("internvl", "aya_vision", "cohere2_vision"),
+    *("got_ocr2", "pp_chart2table", "qianfan_ocr"),
+)
 """Families whose tiny images have one token, which is never elided."""
 
 
