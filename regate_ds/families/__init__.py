@@ -1,6 +1,9 @@
-"""Model families: one frozen record for each, in a file for each vendor's line of models.
+"""Model families: what is known of each class of transformers, as frozen records.
+
+`hosts.py` and `text_decoders.py` say which class over which decoder can be elided, and what its
+layers are given. `family.py` says what is known of images: where the tower lies, the smallest
+image, how images are told apart; `table.py` lists these records. docs/add_a_model.md adds a model.
 
 Files here may import `data/` and torch; a record names its transformers class, and loads it only
-when asked to. Start at `family.py`, which says what a record holds; to add a family, write a file
-here and a line in `table.py`, which adapters, teacher and recipe read.
+when asked to.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def empty_square(config: Any, like: Tensor) -> dict[str, Tensor]:
     """A picture of the tower's one size: [1, C, height, width]."""
-    height, width = _size(config.vision_config)
+    height, width = pair(config.vision_config.image_size)
     return {"pixel_values": like.new_zeros(1, _channels(config.vision_config), height, width)}
 
 
@@ -75,7 +75,7 @@ def empty_grid(config: Any, like: Tensor) -> dict[str, Tensor]:
 
 def empty_grid_of_pictures(config: Any, like: Tensor) -> dict[str, Tensor]:
     """The same with patches that are small pictures: [P, C, side, side]."""
-    vision, merge = config.vision_config, _merge_of_kernel(config.vision_config)
+    vision, (merge, _) = config.vision_config, pair(config.vision_config.merge_kernel_size)
     side = vision.patch_size
     return {
         "pixel_values": like.new_zeros(merge * merge, _channels(vision), side, side),
@@ -113,13 +113,8 @@ def empty_strip(config: Any, like: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _merge_of_kernel(vision: Any) -> int:
-    kernel = getattr(vision, "merge_kernel_size", 2)
-    return kernel if isinstance(kernel, int) else kernel[0]
-
-
-def _size(vision: Any) -> tuple[int, int]:
-    size = vision.image_size
+def pair(size: Any) -> tuple[int, int]:
+    """Return height and width of a size that a config has as one number or as two."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

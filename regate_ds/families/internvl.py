@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from regate_ds.families.empty import empty_square
+from regate_ds.families.empty import empty_square, pair
 from regate_ds.families.family import Family
 from regate_ds.families.llava import LlavaVision, equal_lengths, fixed_size
 
@@ -28,13 +28,9 @@ class InternVLVision(LlavaVision):
         fixed_size(processor)
         vision, shrink = config.vision_config, config.downsample_ratio
         height, width = (
-            size // side for size, side in zip(_pair(vision.image_size), _pair(vision.patch_size))
+            size // side for size, side in zip(pair(vision.image_size), pair(vision.patch_size))
         )
         return cls(processor, int(height * shrink) * int(width * shrink))
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 INTERNVL = Family(

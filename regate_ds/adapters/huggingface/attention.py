@@ -77,14 +77,6 @@ def own_mask_at_kept(mask: Tensor, plan: ElisionPlan) -> Tensor:
     return kept_BhKK.masked_fill(~_same_sample(plan), no).masked_fill(both_padding, yes)
 
 
-def unmasked_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, Any]:
-    """Return the mask of a layer in which all tokens of a sample see each other."""
-    allowed = _same_sample(plan)
-    if attention_of(host) == "eager":
-        return {"attention_mask": _additive(allowed, next(host.parameters()).dtype)}
-    return {"attention_mask": allowed}
-
-
 def _same_sample(plan: ElisionPlan) -> Tensor:
     """Return bool [B, 1, K, K]: True between slots of one sample, and between those of padding."""
     segment_BK = plan.segment_BK

@@ -19,7 +19,6 @@ from regate_ds.adapters.huggingface.attention import (
     attention_of,
     own_mask_at_kept,
     ungated_attention_inputs,
-    unmasked_inputs,
 )
 from regate_ds.adapters.huggingface.calls import require_window, window_of
 from regate_ds.algorithm.plan import ElisionPlan
@@ -46,8 +45,8 @@ class ForwardPass:
         self._own_mask = support.own_mask or reaches_window
         if gathers and reaches_window:
             require_window(self._implementation, plan.num_tokens, window)
-        self._attention = attention_inputs(plan, host) if gathers else {}
-        self._unmasked = unmasked_inputs(plan, host) if gathers and self._own_mask else {}
+        from_plan = gathers and not (self._own_mask and self._implementation == "eager")
+        self._attention = attention_inputs(plan, host) if from_plan else {}
 
     def gated(self, layer: nn.Module, layer_type: str, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a gated layer at kept positions.
@@ -69,11 +68,10 @@ class ForwardPass:
         if layer_type in self._support.recurrent:
             # A state reaches a token from earlier ones alone, so padding at the end is harmless.
             return {"attention_mask": None}
-        means_causal = mask is None and self._implementation != "eager" and _is_causal(layer)
-        if not self._own_mask or means_causal:
+        if not self._own_mask:
             return self._attention
-        if mask is None:
-            return self._unmasked
+        if mask is None and self._implementation != "eager" and _is_causal(layer):
+            return self._attention
         if not isinstance(mask, Tensor) or mask.dim() != 4:
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(

@@ -153,23 +153,30 @@ def _layout_problems(
             getattr(host, "distribute_saved_activations", False),
             "distribute_saved_activations=True is not supported; set it False",
         ),
-        (
-            host.num_moe_experts is not None and host.moe_expert_capacity_factor is not None,
-            f"moe_expert_capacity_factor={host.moe_expert_capacity_factor} is not supported, as it "
-            "counts padding as tokens; leave it None",
-        ),
-        (
-            host.num_moe_experts is not None
-            # "allgather" assumes that all ranks have equally many tokens.
-            and host.moe_token_dispatcher_type != "alltoall",
-            f"moe_token_dispatcher_type={host.moe_token_dispatcher_type!r} is not tested with "
-            "uneven counts; use 'alltoall'",
-        ),
+        *_expert_problems(host),
         (
             ends_early and virtual,
             f"last_layer={last_layer} ends before the depth of {host.num_layers} layers, which is "
             "not supported with virtual pipeline parallelism; set last_layer to null, or train "
             "without interleaving",
+        ),
+    ]
+
+
+def _expert_problems(host: Any) -> list[tuple[bool, str]]:
+    if host.num_moe_experts is None:
+        return []
+    return [
+        (
+            host.moe_expert_capacity_factor is not None,
+            f"moe_expert_capacity_factor={host.moe_expert_capacity_factor} is not supported, as it "
+            "counts padding as tokens; leave it None",
+        ),
+        (
+            # "allgather" assumes that all ranks have equally many tokens.
+            host.moe_token_dispatcher_type != "alltoall",
+            f"moe_token_dispatcher_type={host.moe_token_dispatcher_type!r} is not tested with "
+            "uneven counts; use 'alltoall'",
         ),
     ]
 

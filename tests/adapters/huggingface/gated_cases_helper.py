@@ -143,3 +143,20 @@ def assert_exact(model: nn.Module, case: Case, gated: range, **how: Any) -> None
         errors.append(relative_error(found, wanted))
     sparse_error, dense_error = errors
     assert sparse_error <= max(3 * dense_error, FLOOR), (sparse_error, dense_error)
+
+
+TWO_MICRO_BATCHES = [
+    text_case([[20], [13]], seed=1),
+    text_case([[8, 9], [25]], seed=2, image_share=0.5),
+]
+
+
+def run_together(model: nn.Module, cases: list[Case]) -> Gradients:
+    """All forward passes before the one backward pass."""
+    sum(case.run(model).loss_sum for case in cases).backward()
+    return gradients(model)
+
+
+def assert_same_bits(found: Gradients, wanted: Gradients) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

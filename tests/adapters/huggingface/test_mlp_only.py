@@ -16,22 +16,21 @@ from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.none import NoElision
 from regate_ds.config import RegateConfig
 from regate_ds.recipe.step_figures import gated_share
-from tests.adapters.huggingface.gated_cases_helper import Case, text_case
+from tests.adapters.huggingface.gated_cases_helper import (
+    TWO_MICRO_BATCHES,
+    assert_same_bits,
+    run_together,
+)
 from tests.families.zoo.cases import cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
 from tests.families.zoo.fp64 import in_fp64
 from tests.families.zoo.models.family import attentions_of, build
 from tests.families.zoo.models.table import FAMILIES
-from tests.support.measure import Gradients, assert_gradients_equal, gradients
+from tests.support.measure import assert_gradients_equal
 from tests.support.models import causal_lm
 from tests.support.planning import attach_model, gate_layers
 
 TOLERANCE = 1e-10
-
-TWO_MICRO_BATCHES = [
-    text_case([[20], [13]], seed=1),
-    text_case([[8, 9], [25]], seed=2, image_share=0.5),
-]
 
 
 def attached(model: nn.Module | None = None, **knobs: Any) -> nn.Module:
@@ -82,17 +81,6 @@ def test_a_dense_step_changes_no_bit():
     attach_model(wanted, RegateConfig(execution=NoElision()))
     cases = [case.dense for case in TWO_MICRO_BATCHES]
     assert_same_bits(run_together(found, cases), run_together(wanted, cases))
-
-
-def run_together(model: nn.Module, cases: list[Case]) -> Gradients:
-    """All forward passes before the one backward pass."""
-    sum(case.run(model).loss_sum for case in cases).backward()
-    return gradients(model)
-
-
-def assert_same_bits(found: Gradients, wanted: Gradients) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -8,32 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from tests.adapters.huggingface.gated_cases_helper import Case, text_case
-from tests.support.measure import Gradients, assert_gradients_equal, gradients
+from tests.adapters.huggingface.gated_cases_helper import (
+    TWO_MICRO_BATCHES,
+    assert_same_bits,
+    run_together,
+    text_case,
+)
+from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.models import causal_lm
 from tests.support.planning import gate_layers
-
-TWO_MICRO_BATCHES = [
-    text_case([[20], [13]], seed=1),
-    text_case([[8, 9], [25]], seed=2, image_share=0.5),
-]
 
 
 def attached(**knobs) -> nn.Module:
     model = causal_lm(num_layers=4)
     gate_layers(model, **knobs)
     return model
-
-
-def run_together(model: nn.Module, cases: list[Case]) -> Gradients:
-    """All forward passes before the one backward pass."""
-    sum(case.run(model).loss_sum for case in cases).backward()
-    return gradients(model)
-
-
-def assert_same_bits(found: Gradients, wanted: Gradients) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
