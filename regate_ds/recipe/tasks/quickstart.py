@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _timed("data"):
         task.build_data(_data_arguments(task, ROOT / "data"))
     with _timed("student"):
-        student = task.make_student(ROOT / "data" / "train.json", ROOT / "cache")
+        student = task.make_student(ROOT / "data" / "train.json", ROOT / "cache", 0, None)
     overrides = _overrides(student)
     with _timed("teacher"):
         _launch(["teacher", str(task.config), *overrides])

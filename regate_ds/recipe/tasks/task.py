@@ -21,8 +21,11 @@ class Task:
     build_data: Callable[[Namespace], None]
     """Writes train.json, test.json and images/ into the folder ``out`` of those arguments."""
 
-    make_student: Callable[[Path, Path], Path]
-    """Makes a student from the training file and a cache folder, and returns its folder."""
+    make_student: Callable[[Path, Path, int, int | None], Path]
+    """Makes a student from the training file and a cache folder, and returns its folder.
+
+    Its seed is given, and its number of decoder layers, where None is the quickstart's.
+    """
 
     config: Path
     """YAML file with the settings of the task's runs; model and data are overridden."""

@@ -51,10 +51,11 @@ def _build_data(args: Namespace) -> None:
     )
 
 
-def _make_student(train: Path, cache: Path) -> Path:
+def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
     from regate_ds.recipe.tasks.digits.student import PretrainConfig, make_digits_student
 
-    return make_digits_student(train, cache, PretrainConfig(text=TEXT, vision=VISION))
+    text = TEXT if depth is None else {**TEXT, "num_hidden_layers": depth}
+    return make_digits_student(train, cache, PretrainConfig(text=text, vision=VISION, seed=seed))
 
 
 DIGITS_TASK = Task(
