@@ -44,6 +44,12 @@ class Window(Sequence[Any]):
         inputs = _with_labels(batch) if isinstance(batch, Batch) else batch
         return moved(dict(inputs), self._device) if isinstance(inputs, Mapping) else inputs
 
+    def planned(self) -> Iterator[tuple[TokenBatch, ElisionPlan]]:
+        """Yield each micro-batch's tokens and its plan, on the CPU; nothing without elision."""
+        for batch, plan in zip(self._micro, self._plans, strict=True):
+            if plan is not None:
+                yield batch.tokens, plan
+
 
 def _with_labels(batch: Batch) -> dict[str, Any]:
     """Return the host's own batch, of which ``KeyedCollate`` took the labels."""

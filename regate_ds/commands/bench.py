@@ -1,4 +1,4 @@
-"""`regate bench`: measure speed and memory against baselines."""
+"""`regate bench` measures speed and memory, `regate bench learning` quality and cost."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def add_bench(commands: argparse._SubParsersAction, debug: argparse.ArgumentPars
 
 
 def _run(_: argparse.Namespace, rest: list[str]) -> int:
+    if rest[:1] == ["learning"]:
+        from regate_ds.recipe.learning import command
+
+        return command.main(rest[1:])
     from regate_ds.recipe.bench import step
 
     step.main(rest)

@@ -83,10 +83,10 @@ class Trainer:
         name = self.config.run.out.name
         bar = progress(total, desc=name, unit="step", start=start, show=show)
         with bar, listening(self.config.run.grace_seconds) as stop:
-            windows = self.engine.windows(self._loader(start))
+            windows = self.engine.windows(self.loader(start))
             self._figures.lap()
             for step, window in enumerate(windows, start):
-                row = self._step(step, window, stop)
+                row = self.train_step(step, window, stop)
                 bar.update()
                 if step % self.config.run.log_every == 0:
                     bar.set_postfix(**shown(row))
@@ -103,7 +103,7 @@ class Trainer:
             self._evaluate(0)
         return 0
 
-    def _loader(self, start: int) -> Iterator[Batch]:
+    def loader(self, start: int) -> Iterator[Batch]:
         """Return this rank's micro-batches from step ``start`` on."""
         host_only = not self.config.elision.enabled
         loader = DataLoader(
@@ -117,7 +117,8 @@ class Trainer:
         )
         return self._figures.watch(loader)
 
-    def _step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
+    def train_step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
+        """Run one optimizer step and return its row of the metrics. Collective."""
         lr = self.engine.lr
         losses = self.engine.run_step(window)
         loss_mean = self._figures.mean_loss(step, losses, is_asked_to_stop=stop.is_asked)

@@ -91,7 +91,7 @@ def train_plainly(run: Run) -> None:
     assert isinstance(trainer.engine, MegatronEngine)
     host, schedule = trainer.engine, get_forward_backward_func()
     assert not any(m._forward_pre_hooks for chunk in host.chunks for m in chunk.modules())
-    for step, window in enumerate(host.windows(trainer._loader(0))):
+    for step, window in enumerate(host.windows(trainer.loader(0))):
         for chunk in host.chunks:
             chunk.zero_grad_buffer()
         host.optimizer.zero_grad()

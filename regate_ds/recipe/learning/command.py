@@ -1,0 +1,53 @@
+"""`regate bench learning ROUND`: run what a round lacks, and print its tables."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from regate_ds.recipe.learning.run_round import Bench, measure_costs, run_missing
+from regate_ds.recipe.learning.table import round_tables
+from regate_ds.stores.atomic_file import make_folder, write_atomically
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Return 0 if every run of the round has a result, else 1."""
+    parser = ArgumentParser(prog="regate bench learning", description=__doc__)
+    parser.add_argument("round", help="name of a file in FILES/rounds: quick, screen, final ...")
+    parser.add_argument(
+        "--files", type=Path, default=Path("configs/learning"), help="arms, tasks and rounds"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("docs/learning"), help="where results are kept"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/learning"), help="data, students and runs"
+    )
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at once")
+    parser.add_argument("--tables", action="store_true", help="print the tables and run nothing")
+    parser.add_argument(
+        "--costs",
+        action="store_true",
+        help="time the steps of all arms, in turns, for each task and the first seed",
+    )
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be at least 1")
+    bench = Bench.read(args.files, args.round, work=args.work, results=args.results)
+    failed = [] if args.tables else run_missing(bench, jobs=args.jobs, say=_say)
+    if args.costs:
+        for task in bench.plan.tasks:
+            measure_costs(bench, task, bench.plan.seeds[0], _say)
+    tables = round_tables(bench)
+    make_folder(args.results)
+    write_atomically(args.results / f"{args.round}.md", tables.encode())
+    print(f"{tables}\n{args.results / args.round}.md")
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if bench.missing() else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
