@@ -23,7 +23,7 @@ from regate_ds.algorithm.window import plan_dense_window, window_keys
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.open_step import OpenStep
 from regate_ds.parallel.layout import ParallelLayout, is_first
-from regate_ds.sparse_step import Chooser, MakePlans
+from regate_ds.sparse_step import Chooser, MakePlans, require_stores
 from regate_ds.stores.values import Stores
 
 _Window = Sequence[TokenBatch]
@@ -86,23 +86,27 @@ class Regate:
         """Whether a step ranks answers, and so reads what its score needs."""
         return self._chooser.schedules.chooses_answers(step)
 
-    def plan_step(self, window: _Window | Callable[[], _Window]) -> StepPlan:
+    def plan_step(
+        self, window: _Window | Callable[[], _Window], tally: Callable[[], Sequence[int]] = tuple
+    ) -> StepPlan:
         """Decide for all micro-batches of the coming optimizer step. Collective over data ranks.
 
         window: the micro-batches, or a function that reads them, whose error is then an error on
-        all data ranks.
+            all data ranks.
+        tally: returns integers of the host's own, equally many on each rank, that are summed over
+            data ranks in the exchange of counts; it is called after ``window``.
 
         ValueError if the run is over or the step has no target on any rank, RuntimeError if the
         step before is still open, or if another data rank raises.
         """
         with self.together():
-            batches = self._read(window)
+            batches, tallied = self._read(window), tally()
         keys = window_keys(batches)
         statistics = {} if self._difficulty is None else self._difficulty.read(keys)
         make, quota_state = self._chooser.choose(
             batches, step=self.step, statistics=statistics, quota_state=self._quota_state
         )
-        plan = self._counted(batches, make, dense=self.is_dense(self.step))
+        plan = self._counted(batches, make, tallied, dense=self.is_dense(self.step))
         if plan.num_targets_global == 0:
             raise ValueError(
                 f"step {self.step} has no answer token on any rank; leave out samples without "
@@ -120,13 +124,16 @@ class Regate:
             batches = window()
         return self._counted(batches, partial(plan_dense_window, batches), dense=True)
 
-    def _counted(self, window: _Window, make: MakePlans, *, dense: bool) -> StepPlan:
+    def _counted(
+        self, window: _Window, make: MakePlans, tallied: Sequence[int] = (), *, dense: bool
+    ) -> StepPlan:
         """Make the plans and count over all data ranks what they keep."""
-        with self.together(num_values=len(COUNTS)) as totals:
+        with self.together(num_values=len(COUNTS) + len(tallied)) as totals:
             micro = tuple(replace(one, step=self.step) for one in make())
-            totals += count_step(window, micro, self.rows.num_padding)
-        counts: dict[str, int] = dict(zip(COUNTS, totals, strict=True))
-        return StepPlan(self.step, dense, micro, counts["answer_kept"], counts)
+            totals += [*count_step(window, micro, self.rows.num_padding), *tallied]
+        counts: dict[str, int] = dict(zip(COUNTS, totals[: len(COUNTS)], strict=True))
+        tallies = tuple(totals[len(COUNTS) :])
+        return StepPlan(self.step, dense, micro, counts["answer_kept"], counts, tallies)
 
     def together(self, num_values: int = 0) -> Any:
         """Make an error on one data rank an error on all. Collective, when the block ends."""
@@ -229,21 +236,3 @@ class Regate:
         if self._open is None:
             raise RuntimeError(f"{call} without a planned step; call plan_step first")
         return self._open
-
-
-def require_stores(config: RegateConfig, stores: Stores) -> None:
-    """Refuse, by ValueError, a run without a store that its score or its ranking reads."""
-    score, ranking = type(config.score).__name__, type(config.images.ranking).__name__
-    lacking = {
-        f"score={score} needs the teacher's losses; give Stores(reference=...)": (
-            config.needs_reference and stores.reference is None
-        ),
-        f"score={score} needs statistics of its own; give Stores(difficulty=...)": (
-            bool(config.statistics) and stores.difficulty is None
-        ),
-        f"images.ranking={ranking} needs stored orders; give Stores(orders=...)": (
-            config.stored_ranking is not None and stores.orders is None
-        ),
-    }
-    for what in (what for what, is_lacking in lacking.items() if is_lacking):
-        raise ValueError(f"{what}, or set execution=none for the dense run")

@@ -98,3 +98,21 @@ class Chooser:
     def together(self, num_values: int = 0) -> Any:
         """Make an error on one data rank an error on all. Collective, when the block ends."""
         return all_or_none(self.layout.data, self.layout.device, num_values=num_values)
+
+
+def require_stores(config: RegateConfig, stores: Stores) -> None:
+    """Refuse, by ValueError, a run without a store that its score or its ranking reads."""
+    score, ranking = type(config.score).__name__, type(config.images.ranking).__name__
+    lacking = {
+        f"score={score} needs the teacher's losses; give Stores(reference=...)": (
+            config.needs_reference and stores.reference is None
+        ),
+        f"score={score} needs statistics of its own; give Stores(difficulty=...)": (
+            bool(config.statistics) and stores.difficulty is None
+        ),
+        f"images.ranking={ranking} needs stored orders; give Stores(orders=...)": (
+            config.stored_ranking is not None and stores.orders is None
+        ),
+    }
+    for what in (what for what, is_lacking in lacking.items() if is_lacking):
+        raise ValueError(f"{what}, or set execution=none for the dense run")

@@ -15,6 +15,9 @@ from regate_ds.data.collate import Batch, moved
 PLAN = "regate_plan"
 """Name under which a micro-batch carries its plan to the model."""
 
+TOWER = "regate_tower"
+"""Name under which it carries the calls of the vision tower that ranks agreed on."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -25,22 +28,30 @@ class Window(Sequence[Any]):
     """
 
     def __init__(
-        self, micro: Sequence[Any], plans: Sequence[ElisionPlan | None], device: torch.device
+        self,
+        micro: Sequence[Any],
+        plans: Sequence[ElisionPlan | None],
+        device: torch.device,
+        tower: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        self._micro, self._plans, self._device = micro, plans, device
+        """tower: the calls of each micro-batch; empty if ranks did not agree on any."""
+        self._micro, self._plans, self._device, self._tower = micro, plans, device, tower
 
     def __len__(self) -> int:
         return len(self._micro)
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return Window(self._micro[number], self._plans[number], self._device)
+            return Window(
+                self._micro[number], self._plans[number], self._device, self._tower[number]
+            )
         batch, plan = self._micro[number], self._plans[number]
         if plan is not None:
             inputs = moved(batch.inputs, self._device)
-            if PLAN in inputs:
-                raise ValueError(f"the batch has an input {PLAN!r}, the plan's own name; rename it")
-            return {**inputs, PLAN: plan.to(self._device)}
+            for name in {PLAN, TOWER} & inputs.keys():
+                raise ValueError(f"the batch has an input {name!r}, the plan's own name; rename it")
+            agreed = {TOWER: self._tower[number]} if self._tower else {}
+            return {**inputs, PLAN: plan.to(self._device), **agreed}
         inputs = _with_labels(batch) if isinstance(batch, Batch) else batch
         return moved(dict(inputs), self._device) if isinstance(inputs, Mapping) else inputs
 

@@ -117,6 +117,9 @@ class StepPlan:
     counts: dict[str, int]
     """Over all data ranks, by the names of COUNTS."""
 
+    tallies: tuple[int, ...] = ()
+    """Sums over all data ranks of what the host counted beside; the method does not read them."""
+
 
 @dataclass(frozen=True)
 class Slots:

@@ -26,6 +26,11 @@ def empty_still(config: Any, like: Tensor) -> dict[str, Tensor]:
     return {"pixel_values_images": empty_square(config, like)["pixel_values"]}
 
 
+def empty_clip(config: Any, like: Tensor) -> dict[str, Tensor]:
+    """A video of one such picture: [1, 1, C, height, width]."""
+    return {"pixel_values_videos": empty_square(config, like)["pixel_values"][None]}
+
+
 def empty_tile(config: Any, like: Tensor) -> dict[str, Tensor]:
     """A picture of one tile in a batch of one row: [1, 1, C, height, width].
 

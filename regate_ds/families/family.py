@@ -46,6 +46,10 @@ class Family:
     """Makes the inputs of ``get_image_features`` for the smallest image, from the model's config
     and a tensor whose dtype and device they get."""
 
+    empty_video: Callable[[Any, Tensor], dict[str, Tensor]] | None = None
+    """Makes those of ``get_video_features`` where videos reach other weights than images; None
+    where they reach the same, or the model takes no videos."""
+
     runs_by_image: bool = False
     """Whether some of its modules run once for each image: under ZeRO-3 ranks with different
     numbers of images would then make different calls."""

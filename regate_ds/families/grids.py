@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from regate_ds.families.empty import (
+    empty_clip,
     empty_grid,
     empty_grid_of_pictures,
     empty_grid_with_merge,
@@ -37,7 +38,6 @@ _LIKE_QWEN = {
 
 _TILED = {
     "llava_next": "LlavaNextForConditionalGeneration",
-    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
 
@@ -59,7 +59,7 @@ def _like_qwen(model_type: str, model_class: str) -> Family:
     )
 
 
-def _tiled(model_type: str, model_class: str) -> Family:
+def _tiled(model_type: str, model_class: str, **more: Any) -> Family:
     return Family(
         model_type=model_type,
         model_class=model_class,
@@ -67,6 +67,7 @@ def _tiled(model_type: str, model_class: str) -> Family:
         empty_image=empty_tiles,
         image_lengths=lengths_of_runs,
         image_inputs=("pixel_values", "image_sizes"),
+        **more,
     )
 
 
@@ -90,6 +91,8 @@ def _lengths_of_sizes(config: Any, inputs: Mapping[str, Any]) -> dict[int, list[
 GRIDS: tuple[Family, ...] = (
     *(_like_qwen(model_type, model_class) for model_type, model_class in _LIKE_QWEN.items()),
     *(_tiled(model_type, model_class) for model_type, model_class in _TILED.items()),
+    # Its videos have no rows, and so do not reach the weight that ends a row.
+    _tiled("llava_next_video", "LlavaNextVideoForConditionalGeneration", empty_video=empty_clip),
     Family(
         model_type="kimi_k25",
         model_class="Kimi_K25ForConditionalGeneration",

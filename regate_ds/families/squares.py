@@ -5,7 +5,7 @@ Each picture or tile has the same number of tokens, and counts as an image of it
 
 from __future__ import annotations
 
-from regate_ds.families.empty import empty_square, empty_still, empty_tile
+from regate_ds.families.empty import empty_clip, empty_square, empty_still, empty_tile
 from regate_ds.families.family import Family
 from regate_ds.families.llava import equal_lengths
 from regate_ds.families.numbering_by_runs import lengths_of_runs
@@ -64,6 +64,7 @@ SQUARES: tuple[Family, ...] = (
         model_class="VideoLlavaForConditionalGeneration",
         tower="image_tower",
         empty_image=empty_still,
+        empty_video=empty_clip,
         image_inputs=("pixel_values_images",),
     ),
 )

@@ -10,6 +10,7 @@ from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_spars
 from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.empty_image import has_tower
 from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.adapters.huggingface.tower_calls import tower_calls_of
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.families.numbering import numbering_of
 from regate_ds.families.table import find_family
@@ -58,6 +59,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         own_loss=own_loss,
         tower_unwatched=tower_unwatched,
         runs_by_image=family is not None and family.runs_by_image,
+        tower_calls=tower_calls_of(model),
         number_images=numbering_of(model, elides_images=config.chooses_images),
     )
     return DeepSpeedRegate(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regate_ds.adapters.huggingface.gates import ElidedOutput
+from regate_ds.adapters.huggingface.tower_calls import TowerCalls
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.keyed import NumberImages
@@ -27,8 +28,18 @@ class LoopOptions:
     runs_by_image: bool = False
     """Some modules of the model run once for each image."""
 
+    tower_calls: TowerCalls = TowerCalls()
+    """What ranks agree on where the tower runs on images and on videos."""
+
     number_images: NumberImages | None = None
     """Numbers the images of a micro-batch that does not do so itself."""
+
+    def calls_under(self, engine: Any) -> TowerCalls:
+        """Return what the ranks of an engine agree on: nothing where they need not."""
+        calls, num_ranks = self.tower_calls, engine.dp_world_size
+        if num_ranks > 1 and calls.several and engine.zero_optimization_stage() >= calls.from_stage:
+            return calls
+        return TowerCalls()
 
 
 def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:

@@ -229,9 +229,9 @@ class DeepSpeedRegate:
             return Window(micro, [None] * len(micro), device)
         if self._online is not None:
             self._teacher_seconds = self._online.seconds
-        session = self._require_opened().session
-        self.plan = session.plan_step(lambda: window_tokens(micro))
-        return Window(micro, self.plan.micro, device)
+        session, calls = self._require_opened().session, self._options.calls_under(self._engine)
+        self.plan = session.plan_step(lambda: window_tokens(micro), lambda: calls.tally(micro))
+        return Window(micro, self.plan.micro, device, tuple(calls.agreed(self.plan.tallies)))
 
     def _require_opened(self) -> Opened:
         if self._opened is None:

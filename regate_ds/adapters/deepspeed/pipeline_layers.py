@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regate_ds.adapters.huggingface.calls import window_of
-from regate_ds.adapters.huggingface.empty_image import PIXELS, with_empty_image
+from regate_ds.adapters.huggingface.empty_image import call_with_tower
+from regate_ds.adapters.huggingface.tower_calls import IMAGE, VIDEO, tower_calls_of
 from regate_ds.algorithm.gate import keep
 from regate_ds.algorithm.loss import summed_loss
 from regate_ds.algorithm.plan import ElisionPlan
@@ -71,6 +73,8 @@ class Embed(nn.Module):
         # In a tuple the host is not a submodule, which would own the layers of all stages.
         self._host = (host,)
         self._table, self._gathers, self._needs_tower = table, gathers, needs_tower
+        # Where both reach weights of their own, every micro-batch runs both, so that ranks agree.
+        self._calls = (IMAGE, VIDEO) if tower_calls_of(host).by_kind else None
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Flow:
         *tensors, number = inputs
@@ -79,9 +83,13 @@ class Embed(nn.Module):
         positions = named.pop("position_ids", None)
         # Padding is on the right, where causal attention hides it from real tokens.
         named.pop("attention_mask", None)
-        if self._needs_tower and all(named.get(name) is None for name in PIXELS):
-            named = with_empty_image(self._host[0], named)
-        hidden = self.base_model(**named, use_cache=False).last_hidden_state
+        call = partial(self.base_model, use_cache=False)
+        outputs = (
+            call_with_tower(call, self._host[0], named, self._calls)
+            if self._needs_tower
+            else call(**named)
+        )
+        hidden = outputs.last_hidden_state
         _require_within_window(self._host[0], hidden.shape[1])
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)

@@ -39,6 +39,7 @@ from regate_ds.adapters.huggingface.support import (
     require_keys_within,
     require_span,
 )
+from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.gate import keep, restore
@@ -160,6 +161,7 @@ def _model_forward(
     *args: Any,
     gate: _ModelGate,
     regate_plan: ElisionPlan | None = None,
+    regate_tower: Calls | None = None,
     **kwargs: Any,
 ) -> Any:
     if regate_plan is None:
@@ -168,7 +170,8 @@ def _model_forward(
     host, plan = gate.host, regate_plan
     require_marks(host, kwargs, gate.support.marks)
     require_samples_apart(host, plan, kwargs, packs=gate.support.packs)
-    gate.current.value = within = ForwardPass(plan, host, gate.support, gathers=gate.gathers)
+    within = ForwardPass(plan, host, gate.support, gathers=gate.gathers, tower=regate_tower)
+    gate.current.value = within
     try:
         outputs = host.base_model(**{**kwargs, "use_cache": False, "regate_plan": within})
     finally:

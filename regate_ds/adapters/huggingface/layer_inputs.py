@@ -21,6 +21,7 @@ from regate_ds.adapters.huggingface.attention import (
     ungated_attention_inputs,
 )
 from regate_ds.adapters.huggingface.calls import require_window, window_of
+from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported
 
@@ -30,9 +31,21 @@ _KNOWN = ("attention_mask", "position_ids", "position_embeddings", *BOUNDARIES)
 class ForwardPass:
     """One forward pass with a plan. It travels as an argument of every layer."""
 
-    def __init__(self, plan: ElisionPlan, host: Any, support: Supported, *, gathers: bool) -> None:
-        """gathers: whether gated layers see kept rows only, where the plan moves rows."""
-        self.plan, self._support = plan, support
+    def __init__(
+        self,
+        plan: ElisionPlan,
+        host: Any,
+        support: Supported,
+        *,
+        gathers: bool,
+        tower: Calls | None = None,
+    ) -> None:
+        """Prepare what layers are given.
+
+        gathers: whether gated layers see kept rows only, where the plan moves rows.
+        tower: the calls of the vision tower that every data rank makes; None if not agreed on.
+        """
+        self.plan, self.tower, self._support = plan, tower, support
         gathers = gathers and plan.moves_rows
         self.num_seen = 0
         """Number of the layers that have been given the plan."""
