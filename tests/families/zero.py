@@ -2,8 +2,11 @@
 
     python -m tests.families.zero [--stages 1,2,3] [names]
 
-The gradients that the optimizer is given are compared with one process on the joint batch, in fp32.
-A rank that makes other collective calls than its neighbour would hang: the pool is then ended.
+Families that take videos run a second step, in whose micro-batches the ranks see images, videos,
+both or neither, each differently.
+
+The losses, and the gradients that the optimizer is given, are compared with one process on the
+joint batch, in fp32. A rank that makes other collective calls than its neighbour would hang: the pool is then ended.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ from regate_ds.families.table import FAMILIES as RECORDS
 from regate_ds.job.process import start_process
 from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
 from tests.adapters.deepspeed.zero_checks_helper import check_gradients, run_named
-from tests.families.zoo.cases import cases_of
+from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.models.family import Family, attentions_of, build
 from tests.families.zoo.models.table import FAMILIES
+from tests.families.zoo.videos import mixed_case, mixes_of
 from tests.support.ranks import run_ranks
 
 TIMEOUT_SECONDS = 1500
+VIDEOS = " with videos"
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
 FEW = ("llava over qwen2", "qwen3_vl", "gemma3")
 """Families that run under every stage; the others under stage 3 alone."""
@@ -58,13 +63,34 @@ class FamilyCase(ZeroCase):
     def batches(self, rank: int) -> list[Batch]:
         family = FAMILIES[self.family]
         cases = {case.name: case for case in cases_of(family, self.model())}
-        case = cases["images" if rank == 0 else "text"]
-        keys = tuple(tuple((f"rank{rank}", number) for _, number in row) for row in case.batch.keys)
-        inputs = {name: _single(x) for name, x in case.inputs.items()}
-        image_BT = case.batch.image_BT
-        if image_BT is None:
-            image_BT = torch.full_like(case.batch.labels_BT, -1)
-        return [Batch(inputs, replace(case.batch, keys=keys, image_BT=image_BT))]
+        return [_of_rank(cases["images" if rank == 0 else "text"], f"rank{rank}")]
+
+
+@dataclass(frozen=True)
+class VideoCase(FamilyCase):
+    """One step of a family that takes videos, with a micro-batch for each mix."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}{VIDEOS}, ZeRO-{self.stage}"
+
+    def batches(self, rank: int) -> list[Batch]:
+        family, host = FAMILIES[self.family], self.model()
+        found = []
+        for number, mix in enumerate(mixes_of(family)):
+            case = mixed_case(family, host, mix[rank], seed=2 * number + rank)
+            found.append(_of_rank(case, f"rank{rank}-{number}"))
+        return found
+
+
+def _of_rank(case: Case, name: str) -> Batch:
+    """Return the micro-batch in single precision, with samples of that name."""
+    keys = tuple(tuple((name, number) for _, number in row) for row in case.batch.keys)
+    image_BT = case.batch.image_BT
+    if image_BT is None:
+        image_BT = torch.full_like(case.batch.labels_BT, -1)
+    inputs = {name: _single(x) for name, x in case.inputs.items()}
+    return Batch(inputs, replace(case.batch, keys=keys, image_BT=image_BT))
 
 
 def _single(x: Any) -> Any:
@@ -72,8 +98,11 @@ def _single(x: Any) -> Any:
 
 
 def cases(names: list[str], stages: list[int]) -> dict[str, FamilyCase]:
-    """Return the cases by name: each family with a record under ZeRO-3, FEW under all stages."""
-    made = []
+    """Return the cases by name: each family with a record under ZeRO-3, FEW under all stages.
+
+    Where images and videos reach different weights, videos run under all stages too.
+    """
+    made: list[FamilyCase] = []
     for name, family in FAMILIES.items():
         is_asked = not names or name in names
         if family.make_images is None or not is_asked or _model_type(family) not in RECORDS:
@@ -85,6 +114,13 @@ def cases(names: list[str], stages: list[int]) -> dict[str, FamilyCase]:
             FamilyCase(family=name, stage=stage, knobs=knobs)
             for stage in stages
             if stage == (2 if record.runs_by_image else 3) or name in FEW or names
+        ]
+        if record.runs_by_image or not (mixes := mixes_of(family)):
+            continue
+        made += [
+            VideoCase(family=name, stage=stage, accumulation=len(mixes), knobs=knobs)
+            for stage in stages
+            if stage == 3 or record.empty_video is not None
         ]
     return {case.name: case for case in made}
 
@@ -101,7 +137,7 @@ def check_families(rank: int, folder: str) -> None:
         if rank == 0:
             print(name, flush=True)
         family, stage = name.rsplit(", ZeRO-", 1)
-        case = cases([family], [int(stage)])[name]
+        case = cases([family.removesuffix(VIDEOS)], [int(stage)])[name]
         run_named(rank, folder, {name: lambda case=case: check_gradients(rank, case)})
         (Path(folder) / f"rank{rank}.json").rename(Path(folder) / f"done{rank}-{number}.json")
 

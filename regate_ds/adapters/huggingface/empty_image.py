@@ -76,9 +76,10 @@ def call_with_tower(
         return call(**with_empty_image(host, inputs, beside))
     if not beside:
         return call(**inputs)
-    (kind,), weight = own, host.get_input_embeddings().weight
+    (kind,) = own
     pixels = next(inputs[name] for name in PIXELS if inputs.get(name) is not None)
-    like = pixels.new_empty(0, dtype=weight.dtype)
+    # Not by a weight: under ZeRO-3 it would be gathered, on this rank alone.
+    like = pixels.new_empty(0, dtype=host.dtype)
     empties = [partial(one, like=like) for one in _empty_calls(host, beside)]
     attachment = Attachment()
     # In the order of kinds, which all ranks keep: images before videos.

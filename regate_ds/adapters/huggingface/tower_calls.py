@@ -59,9 +59,10 @@ class TowerCalls:
 
 
 def tower_calls_of(model: Any) -> TowerCalls:
-    """Return what ranks must agree on for a model."""
-    family = find_family(model)
-    if family is None or not hasattr(model, "get_video_features"):
+    """Return what ranks must agree on for a model, which may have adapters of PEFT."""
+    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    family = find_family(host)
+    if family is None or not hasattr(host.base_model, "get_video_features"):
         return TowerCalls()
     return TowerCalls(several=True, by_kind=family.empty_video is not None)
 

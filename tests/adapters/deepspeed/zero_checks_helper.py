@@ -36,8 +36,11 @@ def reference_of(case: ZeroCase) -> RandomReference:
 
 
 @lru_cache(maxsize=1)
-def joint_gradients(case: ZeroCase) -> Gradients:
-    """The same step in one process: the sum over all micro-batches over the joint count."""
+def joint_gradients(case: ZeroCase) -> tuple[Gradients, list[torch.Tensor]]:
+    """The same step in one process: the sum over all micro-batches over the joint count.
+
+    Also the losses of each micro-batch, rank by rank.
+    """
     store = reference_of(case)
     stores = Stores(store, DifficultyStore(store.index))
     session = Regate(case.config, stores, total_steps=NUM_STEPS)
@@ -46,10 +49,12 @@ def joint_gradients(case: ZeroCase) -> Gradients:
     model = case.model()
     config = case.config
     attach_model(model, config)
+    losses = []
     for batch, plan in zip(batches, step.micro, strict=True):
-        loss = model(**batch.inputs, regate_plan=plan).loss_sum / step.num_targets_global
-        loss.backward()
-    return gradients(model)
+        output = model(**batch.inputs, regate_plan=plan)
+        (output.loss_sum / step.num_targets_global).backward()
+        losses.append(output.losses.detach())
+    return gradients(model), losses
 
 
 def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: float = 0.05) -> Any:
@@ -67,19 +72,24 @@ def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: floa
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
-def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
-    """What the optimizer of the rank's engine is given, gathered from all ranks."""
+def engine_gradients(rank: int, case: ZeroCase) -> tuple[Gradients, list[torch.Tensor]]:
+    """What the optimizer of the rank's engine is given, gathered from all ranks.
+
+    Also the losses of each of the rank's micro-batches.
+    """
     model = case.model()
     options = {"reference": reference_of(case), "own_loss": case.own_loss}
     regate = attach(model, case.config, total_steps=NUM_STEPS, **options)
     engine = start_engine(model, case.stage, case.accumulation)
     (window,) = regate.windows(case.batches(rank), engine)
-    counts = regate.metrics()
+    counts, losses = regate.metrics(), []
     assert (counts["image_kept"] < counts["image_total"]) == bool(case.config.chooses_images)
     for number, inputs in enumerate(window, start=1):
         if rank == RANKS[-1] and case.targets_of_last_rank is not None:
             assert inputs[PLAN].num_targets == case.targets_of_last_rank
-        engine.backward(loss_of(regate, engine(**inputs), case))
+        output = engine(**inputs)
+        losses.append(output.losses.detach().clone())
+        engine.backward(loss_of(regate, output, case))
         if number < case.accumulation:
             engine.step()
     found = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
@@ -87,7 +97,7 @@ def engine_gradients(rank: int, case: ZeroCase) -> Gradients:
     engine.step()
     regate.step(applied=engine.was_step_applied())
     engine.destroy()
-    return found
+    return found, losses
 
 
 def loss_of(regate: Any, output: Any, case: ZeroCase) -> torch.Tensor:
@@ -98,7 +108,9 @@ def loss_of(regate: Any, output: Any, case: ZeroCase) -> torch.Tensor:
 
 
 def check_gradients(rank: int, case: ZeroCase) -> None:
-    found, wanted = engine_gradients(rank, case), joint_gradients(case)
+    (found, losses), (wanted, all_losses) = engine_gradients(rank, case), joint_gradients(case)
+    for number, wanted_L in enumerate(all_losses[rank * case.accumulation :][: case.accumulation]):
+        assert torch.allclose(losses[number], wanted_L, rtol=TOLERANCE, atol=TOLERANCE), number
     # What no loss reaches has no gradient in one process and, under some stages, one of 0 here.
     names = found.keys() | wanted.keys()
     zeros = {name: torch.zeros(()) for name in names}

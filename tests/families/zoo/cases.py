@@ -82,11 +82,11 @@ def _images(family: Family, host: nn.Module, generator: torch.Generator) -> Case
     first, second, third = count(host, made)
     answers = family.settings.get("answers", (7, 6))
     rows = [
-        _row([[first, second]], [answers], generator),
-        _row([[]], [(9, 8)], generator),
-        _row([[third]], [(6, 4)], generator),
+        row_of([[first, second]], [answers], generator),
+        row_of([[]], [(9, 8)], generator),
+        row_of([[third]], [(6, 4)], generator),
     ]
-    inputs, batch = _joined(family, rows)
+    inputs, batch = joined(family, rows)
     if not family.settings.get("mask_never", False):
         inputs["attention_mask"] = (batch.segment_BT >= 0).long()
     return Case("images", {**inputs, **made}, batch)
@@ -94,8 +94,8 @@ def _images(family: Family, host: nn.Module, generator: torch.Generator) -> Case
 
 def _text(family: Family, generator: torch.Generator) -> Case:
     """Rows of different length, without a mask unless the family needs one."""
-    rows = [_row([[]], [size], generator) for size in ((8, 9), (5, 3), (9, 5))]
-    inputs, batch = _joined(family, rows)
+    rows = [row_of([[]], [size], generator) for size in ((8, 9), (5, 3), (9, 5))]
+    inputs, batch = joined(family, rows)
     if family.settings.get("mask_always", False):
         inputs["attention_mask"] = (batch.segment_BT >= 0).long()
     return Case("text", inputs, batch)
@@ -104,17 +104,17 @@ def _text(family: Family, generator: torch.Generator) -> Case:
 def _packed(family: Family, generator: torch.Generator) -> Case:
     """Several samples a row, whose positions restart."""
     rows = [
-        _row([[], []], [(6, 4), (5, 5)], generator),
-        _row([[], [], []], [(3, 3), (4, 3), (2, 3)], generator),
+        row_of([[], []], [(6, 4), (5, 5)], generator),
+        row_of([[], [], []], [(3, 3), (4, 3), (2, 3)], generator),
     ]
-    inputs, batch = _joined(family, rows)
+    inputs, batch = joined(family, rows)
     positions = packed_positions(batch)
     axes = family.settings.get("position_axes", 1)
     inputs["position_ids"] = positions if axes == 1 else positions.expand(axes + 1, -1, -1)
     return Case("packed", inputs, batch)
 
 
-def _row(
+def row_of(
     images: list[list[int]], answers: list[tuple[int, int]], generator: torch.Generator
 ) -> _Row:
     """Join samples: a start, images of so many tokens, and two turns with answers so long."""
@@ -143,7 +143,7 @@ def _words(count: int, generator: torch.Generator) -> list[int]:
     return torch.randint(FIRST_WORD, LAST_WORD, (count,), generator=generator).tolist()
 
 
-def _joined(family: Family, rows: list[_Row]) -> tuple[dict[str, Any], TokenBatch]:
+def joined(family: Family, rows: list[_Row]) -> tuple[dict[str, Any], TokenBatch]:
     """Pad the rows at their ends; a label stands where its token is predicted."""
     ids_BT = _padded([row.ids for row in rows], PADDING)
     image_BT = _padded([row.image for row in rows], -1)
