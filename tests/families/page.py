@@ -55,7 +55,9 @@ _WITH_IMAGES = """
 ## Models with images
 
 "Empty image": whether a micro-batch without an image is known to run an empty one, which several
-ranks need; else every micro-batch needs an image. "Told apart": whether images are numbered from
+ranks need; else every micro-batch needs an image. With it, the ranks of ZeRO-3 also run the tower
+equally often where one has images and videos and another has not (`python -m tests.families.zero`);
+without it such a micro-batch is refused there. "Told apart": whether images are numbered from
 the inputs where image tokens are elided; else the collate function numbers them (docs/images.md).
 
 | class | decoder | runs | packed | empty image | told apart |

@@ -6,7 +6,8 @@ Families that take videos run a second step, in whose micro-batches the ranks se
 both or neither, each differently.
 
 The losses, and the gradients that the optimizer is given, are compared with one process on the
-joint batch, in fp32. A rank that makes other collective calls than its neighbour would hang: the pool is then ended.
+joint batch, in fp32. A rank that makes other collective calls than its neighbour would hang: the
+pool is then ended.
 """
 
 from __future__ import annotations

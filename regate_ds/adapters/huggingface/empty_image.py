@@ -123,12 +123,18 @@ def _require_one_kind(host: nn.Module, inputs: dict[str, Any]) -> None:
     for each other's weights. ZeRO-3 is known by the numbers that it gives to parameters.
     """
     kinds = kinds_of(inputs)
-    if len(kinds) > 1 and any(hasattr(weight, "ds_id") for weight in host.parameters()):
+    if len(kinds) < 2 or not any(hasattr(weight, "ds_id") for weight in host.parameters()):
+        return
+    found = "a micro-batch has images and videos: under ZeRO-3 a rank that has one of them would"
+    if find_family(host) is None:
         raise ValueError(
-            f"a micro-batch has {' and '.join(f'{kind}s' for kind in kinds)}: under ZeRO-3 a rank "
-            f"of a {host.config.model_type} model that has one of them would wait for the others, "
-            "as its empty image is not known; put them into different micro-batches, or use stage 2"
+            f"{found} wait for the others, as the empty image of a {host.config.model_type} model "
+            "is not known; put them into different micro-batches, or use stage 2"
         )
+    raise ValueError(
+        f"{found} wait for the others; give the model all that is in the batch, regate_tower too: "
+        "engine(**batch)"
+    )
 
 
 def with_empty_image(

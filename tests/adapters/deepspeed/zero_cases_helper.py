@@ -37,6 +37,10 @@ class ZeroCase:
     rows: tuple[Any, Any] = (((24,), (17,)), ((6,),))
     """Lengths of the samples in each row, for each rank."""
 
+    sees: tuple[tuple[str, str], ...] = ()
+    """What each rank sees in each micro-batch: "i" images, "v" videos, "iv" an image in the first
+    row and videos in the others, "" neither. None given: rank 0 images, rank 1 neither."""
+
     targets_of_last_rank: int | None = None
     """How many targets every micro-batch of rank 1 keeps, where that is the point of the case."""
 
@@ -56,6 +60,7 @@ class ZeroCase:
 
     def model(self) -> nn.Module:
         model = FAMILIES[self.family]()
+        model.config.video_token_id = VIDEO_TOKEN
         if self.recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return model
@@ -67,7 +72,8 @@ class ZeroCase:
     def _batch(self, rank: int, number: int) -> Batch:
         rows = [list(row) for row in self.rows[rank]]
         ids, tokens = random_batch(rows, seed=10 * rank + number)
-        size = NUM_PLACEHOLDERS[self.family] * (rank == 0)
+        kinds = self.sees[number][rank] if self.sees else ("i" if rank == 0 else "")
+        size = NUM_PLACEHOLDERS[self.family] * bool(kinds)
         images = [[size] * _num_images(self.family, row) for row in range(len(rows)) if size]
         tokens = with_images(ids, tokens, images)
         keys = tuple(
@@ -78,6 +84,8 @@ class ZeroCase:
             inputs["position_ids"] = packed_positions(tokens)
         if size:
             inputs |= _pixels(self.family, ids, sum(map(len, images)), seed=number)
+        if "v" in kinds:
+            inputs = _with_videos(inputs, num_images=int("i" in kinds))
         return Batch(inputs, replace(tokens, keys=keys))
 
 
@@ -101,6 +109,9 @@ FAMILIES = {
     "text": causal_lm,
     "tied text": partial(causal_lm, tie_word_embeddings=True),
 }
+VIDEO_TOKEN = 59
+"""Placeholder of videos: a word, but for micro-batches with videos."""
+
 NUM_PLACEHOLDERS = {"llava": 4, "llava with LoRA": 4, "qwen2_vl": 6, "text": 0, "tied text": 0}
 """Tokens of an image; 0 for students without eyes."""
 
@@ -122,6 +133,29 @@ def _pixels(
         "mm_token_type_ids": (ids_BT == IMAGE_TOKEN).int(),
     }
 
+
+def _with_videos(inputs: dict[str, Any], num_images: int) -> dict[str, Any]:
+    """Make videos of Qwen2-VL's images, which are one a row, but the first ``num_images``."""
+    is_video_BT = (inputs["input_ids"] == IMAGE_TOKEN).index_fill(
+        0, torch.arange(num_images), False
+    )
+    ids_BT = inputs["input_ids"].clamp(max=VIDEO_TOKEN - 1)
+    ids_BT[inputs["input_ids"] == IMAGE_TOKEN] = IMAGE_TOKEN
+    ids_BT[is_video_BT] = VIDEO_TOKEN
+    found = {
+        "input_ids": ids_BT,
+        "mm_token_type_ids": inputs["mm_token_type_ids"].masked_fill(is_video_BT, 2),
+        "pixel_values_videos": inputs["pixel_values"][num_images * 24 :],
+        "video_grid_thw": inputs["image_grid_thw"][num_images:],
+    }
+    if num_images:
+        found["pixel_values"] = inputs["pixel_values"][: num_images * 24]
+        found["image_grid_thw"] = inputs["image_grid_thw"][:num_images]
+    return {**{k: x for k, x in inputs.items() if not k.startswith(("pixel", "image"))}, **found}
+
+
+SEES = (("iv", "i"), ("iv", ""), ("i", "v"), ("", ""), ("v", "iv"))
+"""As the two ranks, each of two rows, see them in a step."""
 
 BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 0.2))
 
@@ -154,6 +188,11 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         recompute = ZeroCase(stage=stage, accumulation=3, recompute=True, knobs=IMAGES_ELIDED)
         yield "recompute", recompute
         yield "MLP only, recompute", replace(recompute, knobs=MLP_ONLY)
+
+        if stage == 3:
+            rows = (((24,), (17,)), ((19,), (12,)))
+            mixed = ZeroCase("qwen2_vl", stage, len(SEES), rows, sees=SEES, recompute=True)
+            yield "images and videos", replace(mixed, knobs=IMAGES_ELIDED)
 
 
 CASES = {f"{what}: {case.name}": case for what, case in cases()}

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from regate_ds.adapters.huggingface.tower_calls import TowerCalls, calls_beside
+from regate_ds.data.collate import Batch
 from tests.adapters.huggingface.gated_cases_helper import Case, text_case
 from tests.adapters.huggingface.test_oracle_images import PATCH_GRIDS, llava_case, qwen2_vl_case
 from tests.support.measure import gradients
@@ -104,12 +106,75 @@ def test_a_text_model_has_no_tower_to_run():
     assert torch.equal(TEXT.run(model).loss_sum, TEXT.run(plain).loss_sum)
 
 
-def test_images_and_videos_in_one_micro_batch_are_refused_under_zero_3():
+@pytest.mark.parametrize("agreed", [("image",) * 2, ("image",) * 3])
+def test_further_calls_of_the_tower_change_nothing(family, agreed):
+    make, with_images = family
+    model, plain = attached(make), attached(make)
+    for case in (with_images(), text_case([[20], [13]])):
+        inputs = {**case.inputs, "regate_tower": agreed}
+        calls = calls_of_tower(model)
+        found, wanted = replace(case, inputs=inputs).run(model), case.run(plain)
+        assert len(calls) == len(agreed)
+        assert torch.equal(found.loss_sum, wanted.loss_sum)
+        found.loss_sum.backward()
+        wanted.loss_sum.backward()
+    assert "get_image_features" not in vars(model.model)
+    found, wanted = gradients(model), gradients(plain)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], each) for name, each in wanted.items())
+
+
+def test_a_micro_batch_with_more_calls_than_planned_is_named():
+    model, case = attached(qwen2_vl), qwen2_vl_case([20, 15], PATCH_GRIDS)
+    videos = {"pixel_values_videos": case.inputs["pixel_values"], "regate_tower": ("image",)}
+    with pytest.raises(ValueError, match="has image and video inputs, but when it was planned"):
+        replace(case, inputs={**case.inputs, **videos}).run(model)
+
+
+IMAGES, VIDEOS = ("image",), ("video",)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "by_count", "by_kind"),
+    [
+        ((IMAGES + VIDEOS, IMAGES), IMAGES + IMAGES, IMAGES + VIDEOS),
+        ((IMAGES, VIDEOS), IMAGES, IMAGES + VIDEOS),
+        ((VIDEOS, VIDEOS), IMAGES, VIDEOS),
+        ((VIDEOS, ()), IMAGES, VIDEOS),
+        (((), ()), IMAGES, IMAGES),
+        ((IMAGES + VIDEOS, IMAGES + VIDEOS), IMAGES + IMAGES, IMAGES + VIDEOS),
+    ],
+)
+def test_ranks_agree_on_the_calls_of_each_micro_batch(ranks, by_count, by_kind):
+    names = {"image": "pixel_values", "video": "pixel_values_videos"}
+    tokens = TEXT.batch
+    micro = [[Batch({names[kind]: 1 for kind in kinds}, tokens)] for kinds in ranks]
+    for calls, wanted in (
+        (TowerCalls(several=True), by_count),
+        (TowerCalls(several=True, by_kind=True), by_kind),
+    ):
+        sums = [sum(each) for each in zip(*(calls.tally(one) for one in micro))]
+        assert list(calls.agreed(sums)) == [wanted]
+        for kinds in ranks:
+            beside = calls_beside(kinds, wanted)
+            assert len(kinds) + len(beside) == len(wanted)
+            assert not calls.by_kind or sorted(kinds + beside) == sorted(wanted)
+
+
+def test_ranks_that_need_not_agree_exchange_nothing():
+    assert TowerCalls().tally([Batch({"pixel_values": 1}, TEXT.batch)]) == []
+    assert list(TowerCalls().agreed([])) == []
+
+
+def test_images_and_videos_in_one_micro_batch_are_refused_where_ranks_did_not_agree():
     model, case = attached(qwen2_vl), qwen2_vl_case([20, 15], PATCH_GRIDS)
     videos = {"pixel_values_videos": case.inputs["pixel_values"]}
     both = replace(case, inputs={**case.inputs, **videos})
     # As ZeRO-3 marks the parameters that it cuts.
     model.lm_head.weight.ds_id = 0
     case.run(model)
-    with pytest.raises(ValueError, match="has pixel_values and pixel_values_videos: under ZeRO-3"):
+    with pytest.raises(ValueError, match="images and videos: under ZeRO-3.*regate_tower too"):
+        both.run(model)
+    model.config.model_type = "another"
+    with pytest.raises(ValueError, match="image of a another model is not known"):
         both.run(model)
