@@ -18,6 +18,7 @@ from regate_ds.algorithm.rankings.attention import AttentionOrder
 from regate_ds.algorithm.rankings.mixed import MixedOrder
 from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.table import RANKINGS
+from regate_ds.algorithm.scores.difficulty import DifficultyOnly
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.table import SCORES
@@ -64,6 +65,8 @@ REFUSED = [
     (Fused, {"decay": 1.0}, r"must be in \[0, 1\)"),
     (Fused, {"decay": -0.1}, r"must be in \[0, 1\)"),
     (Random, {"seed": 1.5}, "must be a whole number"),
+    (DifficultyOnly, {"decay": 1.0}, r"must be in \[0, 1\)"),
+    (DifficultyOnly, {"decay": "slow"}, "must be a number"),
     (PerWindow, {"floor": 1.1}, r"must be in \[0, 1\]"),
     (Threshold, {"gain": 0.0}, "must be above 0"),
     (ScheduleConfig, {"total_steps": 0}, "must be at least 1"),
