@@ -168,6 +168,10 @@ class RegateConfig:
         """Columns of the difficulty store that the run reads and updates."""
         return self.score.statistics if self.chooses_answers else ()
 
+    def records(self, of: str) -> bool:
+        """Whether a statistic is made of this, so that the host must record it."""
+        return any(one.of == of for one in self.statistics)
+
     @property
     def rows(self) -> RowLayout:
         """How kept rows lie where the host does not say: an MLP takes all of a micro-batch's."""

@@ -71,7 +71,7 @@ STEPS = 5
 
 def plain_value(name: str, reference: float, seen: list[dict[str, float]]) -> float:
     """The score of one position whose forward passes gave these values, in order."""
-    last = seen[-1] if seen else {"loss": math.inf}
+    last = seen[-1] if seen else {"loss": math.inf, "entropy": math.inf}
     difficulty = 0.0
     for one in seen:
         difficulty = 0.3 * difficulty + 0.7 * one["loss"]
@@ -79,6 +79,7 @@ def plain_value(name: str, reference: float, seen: list[dict[str, float]]) -> fl
         "reference": reference,
         "difficulty": difficulty,
         "loss": last["loss"],
+        "entropy": last["entropy"],
         "excess_loss": last["loss"] - reference,
     }[name]
 
@@ -96,7 +97,7 @@ def opened(name: str) -> tuple[RegateConfig, Regate, list[float]]:
     return config, session, reference.read(BATCH.flat_keys).tolist()
 
 
-@pytest.mark.parametrize("name", ["reference", "difficulty", "loss", "excess_loss"])
+@pytest.mark.parametrize("name", ["reference", "difficulty", "loss", "excess_loss", "entropy"])
 def test_a_session_keeps_in_each_step_what_a_plain_computation_ranks_first(name: str):
     _, session, reference = opened(name)
     labels = BATCH.is_label_BT.flatten().nonzero().flatten().tolist()
@@ -114,10 +115,19 @@ def test_a_session_keeps_in_each_step_what_a_plain_computation_ranks_first(name:
         assert plan.label_position_L.tolist() == wanted
         if not session.is_dense(step):
             kept_sets.add(tuple(wanted))
-        losses_L = torch.rand(len(wanted), generator=torch.Generator().manual_seed(step)) * 3
-        session.record(plan, losses_L)
+        generator = torch.Generator().manual_seed(step)
+        losses_L, entropies_L = 3 * torch.rand(2, len(wanted), generator=generator)
+        session.record(plan, losses_L, entropy=entropies_L)
         session.finish_step(applied=True)
-        for position, loss in zip(wanted, losses_L.tolist(), strict=True):
-            seen[position].append({"loss": loss})
+        for n, position in enumerate(wanted):
+            seen[position].append({"loss": float(losses_L[n]), "entropy": float(entropies_L[n])})
     # What is remembered changes the choice; the teacher's losses alone never do.
     assert (len(kept_sets) > 1) == (name != "reference")
+
+
+def test_a_host_that_records_no_entropy_is_refused_at_the_first_step():
+    _, session, _ = opened("entropy")
+    (plan,) = session.plan_step([BATCH]).micro
+    session.record(plan, torch.ones(plan.num_targets))
+    with pytest.raises(ValueError, match=r"made of 'entropy', but \['loss'\] were recorded"):
+        session.finish_step(applied=True)

@@ -65,7 +65,8 @@ def check_kept(rank: int, out: str) -> None:
             window = window_of(step, rank, size)
             plan = session.plan_step(window)
             for batch, micro in zip(window, plan.micro, strict=True):
-                session.record(micro, micro.label_position_L.float() + 0.5)
+                losses_L = micro.label_position_L.float() + 0.5
+                session.record(micro, losses_L, entropy=losses_L.log1p())
                 found[f"{score} {quota} {batch.flat_keys[0][1]}"] = micro.position_R.tolist()
             kept = {name: plan.counts[name] for name in ("tokens_kept", "answer_kept")}
             found[f"{score} {quota} counts {step}"] = kept
@@ -101,7 +102,8 @@ def test_a_run_that_is_resumed_keeps_what_it_would_have_kept(score: str, quota: 
     def step(session: Regate, number: int) -> list[torch.Tensor]:
         plan = session.plan_step(window_of(number, 0, 1))
         for micro in plan.micro:
-            session.record(micro, torch.ones(micro.num_targets))
+            ones_L = torch.ones(micro.num_targets)
+            session.record(micro, ones_L, entropy=ones_L)
         session.finish_step(applied=True)
         return [micro.position_R for micro in plan.micro]
 

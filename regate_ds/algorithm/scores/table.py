@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from regate_ds.algorithm.scores.difficulty import DifficultyOnly
+from regate_ds.algorithm.scores.entropy import Entropy
 from regate_ds.algorithm.scores.excess_loss import ExcessLoss
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.loss import LastLoss
@@ -17,4 +18,5 @@ SCORES: dict[str, type[Score]] = {
     "difficulty": DifficultyOnly,
     "loss": LastLoss,
     "excess_loss": ExcessLoss,
+    "entropy": Entropy,
 }

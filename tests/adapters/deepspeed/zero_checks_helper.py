@@ -39,7 +39,8 @@ def reference_of(case: ZeroCase) -> RandomReference:
 def joint_gradients(case: ZeroCase) -> Gradients:
     """The same step in one process: the sum over all micro-batches over the joint count."""
     store = reference_of(case)
-    stores = Stores(store, DifficultyStore(store.index))
+    columns = {one.name: one.unseen for one in case.config.statistics}
+    stores = Stores(store, DifficultyStore(store.index, columns=columns))
     session = Regate(case.config, stores, total_steps=NUM_STEPS)
     batches = [batch for rank in RANKS for batch in case.batches(rank)]
     step = session.plan_step([batch.tokens for batch in batches])
