@@ -24,6 +24,7 @@ from tests.support.ranks import run_ranks
 from tests.support.stores import RandomReference, index_of
 
 NUM_SAMPLES, NUM_STEPS = 8, 4
+SHARE = {"points": [[0.0, 0.6], [1.0, 0.2]]}
 QUOTAS = ["per_sample", "per_window", "threshold"]
 METHODS = [("fused", quota) for quota in QUOTAS]
 OTHERS = [(score, "per_window") for score in SCORES if score != "fused"]
@@ -56,7 +57,7 @@ def check_kept(rank: int, out: str) -> None:
     index = index_of([sample(s, n) for s in range(NUM_STEPS) for n in range(NUM_SAMPLES)])
     found = {}
     for score, quota in ON_RANKS:
-        knobs = {"score": score, "quota": quota, "per_window": {"floor": 0.1}, "keep_share": 0.4}
+        knobs = {"score": score, "quota": quota, "per_window": {"floor": 0.1}, "keep_share": SHARE}
         config = config_of(warmup=0, final_dense_share=0.0, **knobs)
         stores = Stores(RandomReference(index), store_of(config, index, group))
         layout = ParallelLayout(data=group)
@@ -92,7 +93,7 @@ def test_the_kept_set_is_the_same_on_1_2_and_4_data_ranks(tmp_path: Path):
 @pytest.mark.parametrize(("score", "quota"), METHODS + OTHERS)
 def test_a_run_that_is_resumed_keeps_what_it_would_have_kept(score: str, quota: str):
     index = index_of([sample(s, n) for s in range(NUM_STEPS) for n in range(NUM_SAMPLES)])
-    knobs = {"score": score, "quota": quota, "keep_share": 0.4}
+    knobs = {"score": score, "quota": quota, "keep_share": SHARE}
     config = config_of(warmup=0, final_dense_share=0.0, **knobs)
 
     def opened() -> Regate:
