@@ -105,22 +105,6 @@ def test_weighted_token_losses_are_the_loss_and_have_its_gradients():
     assert_gradients_equal(results[1][1], results[0][1], 1e-6)
 
 
-@pytest.mark.parametrize("own_loss", [False, True])
-def test_the_entropies_of_a_step_are_remembered(own_loss: bool):
-    model, regate = made(score="entropy", own_loss=own_loss)
-    wanted = []
-    for inputs in first_window(regate, batches()):
-        output = model(**inputs)
-        regate.token_losses(output) if own_loss else regate.loss(output)
-        wanted.append(torch.full((output.plan.num_tokens * 2,), torch.inf))
-        wanted[-1][output.plan.label_position_L] = output.entropy
-    regate.step(applied=True)
-    store = regate._opened.difficulty
-    for batch, values in zip(batches(), wanted, strict=True):
-        found = store.read(batch.tokens.flat_keys)["entropy"]
-        assert torch.equal(found, values[batch.tokens.is_label_BT.flatten()])
-
-
 def test_token_losses_must_be_asked_for():
     model, regate = made()
     inputs = first_window(regate, batches())[0]
