@@ -10,6 +10,7 @@ _HOME = {
     "RegateConfig": "regate_ds.config",
     "ScheduleConfig": "regate_ds.schedule_config",
     "ImagesConfig": "regate_ds.images_config",
+    "MovingShare": "regate_ds.algorithm.schedule",
     "Regate": "regate_ds.session",
     "ReferenceStore": "regate_ds.stores.reference.reader",
     "Keyed": "regate_ds.data.keyed",

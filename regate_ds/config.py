@@ -22,7 +22,14 @@ from regate_ds.algorithm.quotas.table import QUOTAS
 from regate_ds.algorithm.rankings.ranking import StoredRanking
 from regate_ds.algorithm.rankings.table import stored_ranking
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.schedule import Schedules
+from regate_ds.algorithm.schedule import (
+    Course,
+    KeepShare,
+    Schedules,
+    elides,
+    share_at,
+    share_rules,
+)
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.score import Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
@@ -50,8 +57,9 @@ class RegateConfig:
     quota: Quota = field(default_factory=PerSample)
     """How many of each sample are kept."""
 
-    keep_share: float = 0.5
-    """Share of the label positions that are kept in a sparse step; 1.0 keeps them all."""
+    keep_share: KeepShare = 0.5
+    """Share of the label positions that are kept in a sparse step; 1.0 keeps them all. It may move
+    over the run (see `keep_share.*`)."""
 
     first_layer: int = 1
     """Index of the first gated decoder layer: how many layers before it see every token."""
@@ -102,8 +110,7 @@ class RegateConfig:
     def _rules(self) -> list[Rule]:
         last, first = self.last_layer, self.first_layer
         return [
-            # Less would round to no position at all: k = ceil(p * n - 1e-9).
-            ("keep_share", 1e-6 <= self.keep_share <= 1.0, "must be in [1e-6, 1]"),
+            *share_rules("keep_share", self.keep_share),
             ("first_layer", first >= 0, "must be 0 or more"),
             (
                 "last_layer",
@@ -122,12 +129,12 @@ class RegateConfig:
     @property
     def chooses_answers(self) -> bool:
         """Whether some steps choose among label positions."""
-        return self.enabled and self.execution.chooses and self.keep_share < 1.0
+        return self.enabled and self.execution.chooses and elides(self.keep_share)
 
     @property
     def chooses_images(self) -> bool:
         """Whether some steps choose among image tokens."""
-        return self.enabled and self.execution.chooses and self.images.keep_share < 1.0
+        return self.enabled and self.execution.chooses and elides(self.images.keep_share)
 
     @property
     def chooses(self) -> bool:
@@ -156,17 +163,29 @@ class RegateConfig:
 
     def schedules(self, total_steps: int) -> Schedules:
         """Return when answers and when images are elided in a run of so many steps."""
-        answers, own = self.schedule.in_steps(total_steps), self.images.schedule
-        images = answers if own is None else own.in_steps(total_steps)
+        answers = Course(schedule=self.schedule.in_steps(total_steps), share=self.keep_share)
+        own = self.images.schedule or self.schedule
+        images = Course(schedule=own.in_steps(total_steps), share=self.images.keep_share)
         return Schedules(
             answers=answers if self.chooses_answers else None,
             images=images if self.chooses_images else None,
         )
 
+    def shares_at(self, place: float) -> tuple[float, float]:
+        """Return the shares that a sparse step keeps of the answers and of the images.
+
+        place: where it lies in the sparse part of the run, from 0 to 1.
+        """
+        return share_at(self.keep_share, place), share_at(self.images.keep_share, place)
+
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """Columns of the difficulty store that the run reads and updates."""
         return self.score.statistics if self.chooses_answers else ()
+
+    def records(self, of: str) -> bool:
+        """Whether a statistic is made of this, so that the host must record it."""
+        return any(one.of == of for one in self.statistics)
 
     @property
     def rows(self) -> RowLayout:
@@ -174,15 +193,15 @@ class RegateConfig:
         is_mlp = any(span.part == "mlp" for span in self.execution.spans(0, 1))
         return RowLayout(row_format="ragged" if is_mlp else "padded", multiple=self.token_multiple)
 
-    @property
-    def method(self) -> Method:
+    def method(self, answer_share: float, image_share: float) -> Method:
+        """Return the method of a step that keeps these shares."""
         return Method(
             score=self.score,
             quota=self.quota,
             execution=self.execution,
-            keep_share=self.keep_share,
+            keep_share=answer_share,
             ranking=self.images.ranking,
-            image_share=self.images.keep_share,
+            image_share=image_share,
         )
 
 

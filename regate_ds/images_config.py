@@ -11,6 +11,7 @@ from regate_ds.algorithm.knobs import refuse_knobs
 from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.ranking import Ranking
 from regate_ds.algorithm.rankings.table import RANKINGS
+from regate_ds.algorithm.schedule import KeepShare, share_rules
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.refuse import refuse_choices
 
@@ -19,8 +20,9 @@ from regate_ds.settings.refuse import refuse_choices
 class ImagesConfig:
     """Image tokens in sparse steps; each image keeps its share."""
 
-    keep_share: float = 1.0
-    """Share of each image's tokens that are kept in a sparse step; 1.0 keeps them all."""
+    keep_share: KeepShare = 1.0
+    """Share of each image's tokens that are kept in a sparse step; 1.0 keeps them all. It may move
+    over the run (see `images.keep_share.*`)."""
 
     ranking: Ranking = field(default_factory=RandomOrder)
     """Order in which an image's tokens are kept; `pixels`, `diversity`, `attention` and `mixed`
@@ -34,5 +36,4 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         kinds = {"ranking": tuple(RANKINGS.values()), "schedule": (ScheduleConfig, NoneType)}
         refuse_choices(self, kinds)
-        share = self.keep_share
-        refuse_knobs(self, lambda: [("keep_share", 1e-6 <= share <= 1.0, "must be in [1e-6, 1]")])
+        refuse_knobs(self, lambda: share_rules("keep_share", self.keep_share))

@@ -20,6 +20,7 @@ from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.schedule import Schedules
 from regate_ds.algorithm.window import (
     Choice,
+    Method,
     count_hard,
     num_elidable,
     place_images,
@@ -60,40 +61,41 @@ class Chooser:
         """
         if self.schedules.is_dense(step):
             return partial(plan_dense_window, window), quota_state
+        method = self.config.method(*self.schedules.shares(step))
         num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
         values_N, num_hard_S = torch.zeros(num_labels, dtype=torch.float64), num_elidable(window)
         if self.schedules.chooses_answers(step):
-            values_N = self._score(window, step, statistics)
+            values_N = self._score(method, window, step, statistics)
             num_hard_S, quota_state = count_hard(
-                self.config.method,
+                method,
                 window,
                 values_N,
                 exchange=partial(gather_rows, group=self.layout.data, device=self.layout.device),
                 state=quota_state,
             )
-        beyond = self._rank(window, step) if self.schedules.chooses_images(step) else None
+        beyond = self._rank(method, window, step) if self.schedules.chooses_images(step) else None
         choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
-        return partial(plan_window, self.config.method, window, choice, self.rows), quota_state
+        return partial(plan_window, method, window, choice, self.rows), quota_state
 
     def _score(
-        self, window: Sequence[TokenBatch], step: int, statistics: Mapping[str, Tensor]
+        self,
+        method: Method,
+        window: Sequence[TokenBatch],
+        step: int,
+        statistics: Mapping[str, Tensor],
     ) -> Tensor:
         reference = self.stores.reference if self.config.needs_reference else None
         with self.together():
             reference_N = None if reference is None else reference.read(window_keys(window))
             return score_window(
-                self.config.method,
-                window,
-                step=step,
-                reference_N=reference_N,
-                statistics=statistics,
+                method, window, step=step, reference_N=reference_N, statistics=statistics
             )
 
-    def _rank(self, window: Sequence[TokenBatch], step: int) -> tuple[Tensor, ...]:
+    def _rank(self, method: Method, window: Sequence[TokenBatch], step: int) -> tuple[Tensor, ...]:
         orders = self.stores.orders
         with self.together():
             read_orders = None if orders is None else orders.read
-            return place_images(self.config.method, window, step=step, read_orders=read_orders)
+            return place_images(method, window, step=step, read_orders=read_orders)
 
     def together(self, num_values: int = 0) -> Any:
         """Make an error on one data rank an error on all. Collective, when the block ends."""

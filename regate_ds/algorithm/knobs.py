@@ -43,7 +43,7 @@ def _is_whole_or_none(value: object) -> bool:
     return value is None or _is_whole(value)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not _is_bool(value) and math.isfinite(value)
 
 
@@ -51,5 +51,5 @@ _MEANINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "bool": (_is_bool, "must be true or false"),
     "int": (_is_whole, "must be a whole number"),
     "int | None": (_is_whole_or_none, "must be a whole number, or null"),
-    "float": (_is_number, "must be a number"),
+    "float": (is_number, "must be a number"),
 }

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from regate_ds.algorithm.entropy import entropy_of
+
 CHUNK = 256
 """Number of targets whose logits exist at one time: about full speed, at little memory."""
 
@@ -53,37 +55,46 @@ def summed_loss(  # noqa: PLR0913 (a head in three parts)
     targets_L: Tensor,
     share_L: Tensor | None = None,
     change: LogitChange = UNCHANGED,
-) -> tuple[Tensor, Tensor]:
-    """Return the sum of the targets' losses in nats, and the losses [L], detached. At least fp32.
+    *,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the sum of the targets' losses in nats, the losses [L] and the entropies [L] of the
+    student's distributions there, both detached. At least fp32.
 
     share_L: weight of each target in the sum; None is 1 for all.
     change: what the model does to its logits.
+    with_entropy: False gives None for the entropies. The losses are the same bit for bit.
 
     The weights are known, so the gradient is known before the backward pass up to one scalar.
     It is computed here, chunk by chunk, while the logits exist; the backward pass only scales it,
     and can run once.
     """
-    with_grad = torch.is_grad_enabled()
-    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, share_L, change, with_grad)
+    how = (change, torch.is_grad_enabled(), with_entropy)
+    return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, share_L, how)
 
 
-def token_losses(
+def token_losses(  # noqa: PLR0913 (a head in three parts)
     hidden_LH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     targets_L: Tensor,
     change: LogitChange = UNCHANGED,
-) -> Tensor:
-    """Return the differentiable loss of each target [L] in nats, for a loss of the user's own.
+    *,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the differentiable loss of each target [L] in nats, for a loss of the user's own, and
+    the entropies as ``summed_loss`` does.
 
     The backward pass recomputes each chunk, because the weight of a target is known only then:
     slower than ``summed_loss``, at the same memory.
     """
-    losses = [
-        checkpoint(_chunk_losses, h, weight_VH, bias_V, t, change, use_reentrant=False)
+    head = (weight_VH, bias_V)
+    found = [
+        checkpoint(_chunk_losses, h, *head, t, change, with_entropy, use_reentrant=False)
         for h, t in zip(hidden_LH.split(CHUNK), targets_L.split(CHUNK), strict=True)
     ]
-    return torch.cat(losses)
+    losses, entropies = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(entropies) if with_entropy else None
 
 
 def _precise(x: Tensor) -> torch.dtype:
@@ -94,15 +105,17 @@ def _logits(h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(h_CH, weight_VH, bias_V).to(_precise(h_CH))
 
 
-def _chunk_losses(
+def _chunk_losses(  # noqa: PLR0913 (as token_losses)
     h_CH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     targets_C: Tensor,
     change: LogitChange,
-) -> Tensor:
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
     logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
-    return torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+    losses_C = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
+    return losses_C, entropy_of(logits_CV) if with_entropy else None
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -114,18 +127,20 @@ class _SummedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_L: Tensor,
         share_L: Tensor | None,
-        change: LogitChange,
-        with_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+        how: tuple[LogitChange, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        change, with_grad, with_entropy = how
         wants = [with_grad and wanted for wanted in ctx.needs_input_grad[:3]]
         sums = _Gradients(hidden_LH, weight_VH, bias_V, wants)
-        losses = []
+        losses, entropies = [], []
         for start in range(0, len(targets_L), CHUNK):
             h_CH, targets_C = hidden_LH[start : start + CHUNK], targets_L[start : start + CHUNK]
             logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
             normaliser_C = logits_CV.logsumexp(dim=1)
             at_target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
             losses.append(normaliser_C - at_target_C)
+            if with_entropy:
+                entropies.append(entropy_of(logits_CV))
             if any(wants):
                 slope_CV = change.slope(logits_CV)
                 residual_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
@@ -138,10 +153,11 @@ class _SummedLoss(torch.autograd.Function):
                     residual_CV.mul_(share_L[start : start + CHUNK, None])
                 sums.add(start, h_CH, residual_CV.to(hidden_LH.dtype))
         ctx.gradients = sums.finished()
-        losses_L = torch.cat([hidden_LH.new_zeros(0, dtype=_precise(hidden_LH)), *losses])
-        ctx.mark_non_differentiable(losses_L)
+        none = hidden_LH.new_zeros(0, dtype=_precise(hidden_LH))
+        losses_L, entropy_L = torch.cat([none, *losses]), torch.cat([none, *entropies])
+        ctx.mark_non_differentiable(losses_L, entropy_L)
         summed = losses_L if share_L is None else losses_L * share_L
-        return summed.sum(), losses_L
+        return summed.sum(), losses_L, entropy_L if with_entropy else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +169,7 @@ class _SummedLoss(torch.autograd.Function):
         # Free the gradients: the head's is [V, H], and the loss may outlive this step.
         gradients, ctx.gradients = ctx.gradients, None
         scaled = [None if g is None else g * grads[0].to(g.dtype) for g in gradients]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None)
 
 
 class _Gradients:

@@ -128,13 +128,10 @@ def describe_run(config: RunConfig, steps: int, origin: Mapping[str, str | None]
     """
     elision = config.elision
     schedules = elision.schedules(steps)
-    shares = {
-        "answer": (schedules.answers, elision.keep_share),
-        "image": (schedules.images, elision.images.keep_share),
-    }
+    courses = {"answer": schedules.answers, "image": schedules.images}
     kept = " and ".join(
-        f"{1.0 if one is None else one.expected_share(share, steps):.3f} of the {kind} tokens"
-        for kind, (one, share) in shares.items()
+        f"{1.0 if one is None else one.expected_share(steps):.3f} of the {kind} tokens"
+        for kind, one in courses.items()
     )
     orders = ""
     if "orders_ranking" in origin:

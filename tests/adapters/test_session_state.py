@@ -11,6 +11,7 @@ from torch import Tensor
 from regate_ds.adapters.computed import Computed
 from regate_ds.adapters.session_state import open_session
 from regate_ds.algorithm.rankings.random import RandomOrder
+from regate_ds.algorithm.schedule import MovingShare
 from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.config import RegateConfig
@@ -69,6 +70,25 @@ def test_a_resume_with_other_knobs_says_which(config, tmp_path, caplog):
             replace(config, images=ImagesConfig(keep_share=0.25, ranking=RandomOrder(seed=3))),
             ["images.keep_share=0.25", "images.random.seed=3"],
         ),
+    ):
+        caplog.clear()
+        open_session(changed, Computed(), ParallelLayout(), total_steps=2).load(tmp_path)
+        found = [record.getMessage() for record in caplog.records]
+        assert len(found) == len(lines)
+        assert all(line in message for line, message in zip(lines, found, strict=True))
+
+
+def test_a_resume_with_another_path_of_a_share_says_so(config, tmp_path, caplog):
+    falls = MovingShare(points=((0.0, 0.7), (1.0, 0.3)))
+    moving = replace(config, keep_share=falls)
+    open_session(moving, Computed(), ParallelLayout(), total_steps=2).save(tmp_path)
+    for changed, lines in (
+        (moving, []),
+        (
+            replace(moving, keep_share=replace(falls, between="steps")),
+            ["keep_share.between=steps, but the checkpoint's run had line"],
+        ),
+        (config, ["keep_share=0.5, but the checkpoint's run had {'points': [[0.0, 0.7]"]),
     ):
         caplog.clear()
         open_session(changed, Computed(), ParallelLayout(), total_steps=2).load(tmp_path)

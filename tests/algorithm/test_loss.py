@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from regate_ds.algorithm.entropy import entropy_of, joined_entropy
 from regate_ds.algorithm.loss import CHUNK, LogitChange, summed_loss, token_losses
 
 HIDDEN, VOCABULARY = 6, 11
+CHANGES = [LogitChange(), LogitChange(scale=0.3), LogitChange(scale=2.0, cap=1.5)]
 
 
 class Head:
@@ -43,7 +46,7 @@ def assert_gradients(found: Tensor, expected: Tensor, leaves: list[Tensor]) -> N
 @pytest.mark.parametrize("bias", [False, True])
 def test_summed_loss_and_its_gradients_are_those_of_cross_entropy(num_targets: int, bias: bool):
     head = Head(num_targets, bias=bias)
-    total, losses = summed_loss(*head.inputs)
+    total, losses, _ = summed_loss(*head.inputs)
     assert torch.allclose(losses, head.expected(), rtol=1e-12)
     assert torch.equal(total, losses.sum())
     assert_gradients(3 * total, 3 * head.expected().sum(), head.leaves)
@@ -62,12 +65,55 @@ def test_scaled_and_capped_logits_have_the_gradients_of_what_the_host_writes(
             logits = torch.tanh(logits / change.cap) * change.cap
         return F.cross_entropy(logits, head.targets, reduction="none")
 
-    total, losses = summed_loss(*head.inputs, share_L=weights, change=change)
+    total, losses, _ = summed_loss(*head.inputs, share_L=weights, change=change)
     assert torch.allclose(losses, expected(), rtol=1e-12)
     assert_gradients(total, (expected() * weights).sum(), head.leaves)
     if num_targets:
-        losses = token_losses(*head.inputs, change=change)
+        losses, _ = token_losses(*head.inputs, change=change)
         assert_gradients((losses * weights).sum(), (expected() * weights).sum(), head.leaves)
+
+
+@pytest.mark.parametrize("num_targets", [0, 5, CHUNK + 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_entropies_are_those_of_log_softmax_on_all_logits(num_targets: int, change: LogitChange):
+    head = Head(num_targets, bias=True)
+    log_share = change.apply(F.linear(head.hidden, head.weight, head.bias)).log_softmax(1)
+    wanted = -(log_share.exp() * log_share).sum(1)
+    _, _, summed = summed_loss(*head.inputs, change=change, with_entropy=True)
+    _, alone = token_losses(*head.inputs, change=change, with_entropy=True)
+    for found in (summed, alone):
+        assert found is not None
+        assert not found.requires_grad
+        assert torch.allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_losses_and_gradients_are_the_same_bit_for_bit_with_and_without_entropies(change):
+    found = []
+    for with_entropy in (False, True):
+        head = Head(CHUNK + 3, bias=True, dtype=torch.float32)
+        weights = torch.rand(CHUNK + 3, generator=torch.Generator().manual_seed(1))
+        total, losses, _ = summed_loss(*head.inputs, weights, change, with_entropy=with_entropy)
+        own, _ = token_losses(*head.inputs, change, with_entropy=with_entropy)
+        gradients = [torch.autograd.grad(x, head.leaves) for x in (total, (own * weights).sum())]
+        found.append([total, losses, own, *gradients[0], *gradients[1]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_an_entropy_of_large_logits_is_neither_infinite_nor_lost():
+    hidden, weight = torch.tensor([[300.0], [0.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    *_, entropy = summed_loss(hidden, weight, None, torch.tensor([0, 0]), with_entropy=True)
+    assert entropy is not None
+    assert entropy.tolist() == pytest.approx([0.0, math.log(3)])
+
+
+@pytest.mark.parametrize("sizes", [[11], [5, 6], [1, 3, 7]])
+def test_parts_of_the_vocabulary_join_to_the_entropy_of_the_whole(sizes: list[int]):
+    logits = 4 * torch.randn(9, 11, generator=torch.Generator().manual_seed(2)).double()
+    parts = logits.split(sizes, dim=1)
+    own = torch.stack([part.logsumexp(1) for part in parts])
+    found = joined_entropy(own, torch.stack([entropy_of(part) for part in parts]))
+    assert torch.allclose(found, entropy_of(logits), rtol=1e-12)
 
 
 @pytest.mark.parametrize("num_targets", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1])
@@ -75,7 +121,7 @@ def test_scaled_and_capped_logits_have_the_gradients_of_what_the_host_writes(
 def test_token_losses_take_any_weights_of_the_user(num_targets: int, bias: bool):
     head = Head(num_targets, bias=bias)
     weights = torch.rand(num_targets).double()
-    losses = token_losses(*head.inputs)
+    losses, _ = token_losses(*head.inputs)
     assert torch.allclose(losses, head.expected(), rtol=1e-12)
     if num_targets:
         assert_gradients((losses * weights).sum(), (head.expected() * weights).sum(), head.leaves)
@@ -83,13 +129,13 @@ def test_token_losses_take_any_weights_of_the_user(num_targets: int, bias: bool)
 
 def test_no_targets_still_give_the_hidden_state_a_gradient_of_zero():
     head = Head(0)
-    (gradient,) = torch.autograd.grad(token_losses(*head.inputs).sum(), head.hidden)
+    (gradient,) = torch.autograd.grad(token_losses(*head.inputs)[0].sum(), head.hidden)
     assert gradient.shape == (0, HIDDEN)
 
 
 def test_the_losses_beside_the_sum_are_detached():
     head = Head(4)
-    total, losses = summed_loss(*head.inputs)
+    total, losses, _ = summed_loss(*head.inputs)
     assert total.requires_grad
     assert not losses.requires_grad
 
@@ -107,7 +153,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str):
 
 def test_nothing_is_kept_for_a_backward_pass_that_cannot_come():
     with torch.no_grad():
-        total, losses = summed_loss(*Head(9).inputs)
+        total, losses, _ = summed_loss(*Head(9).inputs)
     assert not total.requires_grad
     assert torch.allclose(losses, Head(9).expected())
 
@@ -115,7 +161,7 @@ def test_nothing_is_kept_for_a_backward_pass_that_cannot_come():
 def test_large_logits_neither_overflow_nor_lose_the_loss():
     hidden = torch.tensor([[300.0], [-300.0]])
     weight = torch.tensor([[1.0], [0.0], [-1.0]])
-    _, losses = summed_loss(hidden, weight, None, torch.tensor([0, 0]))
+    _, losses, _ = summed_loss(hidden, weight, None, torch.tensor([0, 0]))
     assert losses.tolist() == [0.0, 600.0]
 
 
@@ -128,7 +174,7 @@ def test_bf16_heads_give_losses_in_fp32_and_gradients_as_near_as_the_hosts():
     host = torch.autograd.grad(
         F.cross_entropy(host_logits, head.targets, reduction="sum"), head.leaves
     )
-    total, losses = summed_loss(*head.inputs)
+    total, losses, _ = summed_loss(*head.inputs)
     assert losses.dtype == torch.float32
     assert abs(total.item() - wanted_loss.item()) <= 2**-8 * wanted_loss.item()
     wanted = torch.autograd.grad(wanted_loss, exact)
@@ -144,7 +190,7 @@ def test_the_heads_gradient_is_summed_over_many_chunks_without_rounding():
     hidden = torch.ones(chunks * CHUNK, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(chunks * CHUNK, dtype=torch.long)
-    total, _ = summed_loss(hidden, weight, None, targets)
+    total, *_ = summed_loss(hidden, weight, None, targets)
     assert total.dtype == torch.float32
     (found,) = torch.autograd.grad(total, weight)
     # Each target adds 1/2; a sum in bf16 stops growing at 256 halves.
@@ -160,7 +206,7 @@ def test_no_gradient_is_made_where_none_can_be_asked_for():
 
 def test_the_heads_gradient_is_let_go_of_in_the_backward_pass():
     head = Head(CHUNK)
-    total, _ = summed_loss(*head.inputs)
+    total, *_ = summed_loss(*head.inputs)
     node = total.grad_fn
     assert any(x is not None for x in node.gradients)
     total.backward()
@@ -168,7 +214,7 @@ def test_the_heads_gradient_is_let_go_of_in_the_backward_pass():
 
 
 def test_a_second_backward_pass_is_refused():
-    total, _ = summed_loss(*Head(5).inputs)
+    total, *_ = summed_loss(*Head(5).inputs)
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="for more passes use token_losses"):
         total.backward()
@@ -197,12 +243,21 @@ def in_chunks(hidden, weight, bias, targets):
 
 
 def in_checkpointed_chunks(hidden, weight, bias, targets):
-    return token_losses(hidden, weight, bias, targets).sum()
+    return token_losses(hidden, weight, bias, targets)[0].sum()
+
+
+def in_chunks_with_entropy(hidden, weight, bias, targets):
+    return summed_loss(hidden, weight, bias, targets, with_entropy=True)[0]
 
 
 @pytest.mark.parametrize(
     ("loss", "rows"),
-    [(in_chunks, CHUNK), (in_checkpointed_chunks, CHUNK), (by_cross_entropy, 4 * CHUNK)],
+    [
+        (in_chunks, CHUNK),
+        (in_chunks_with_entropy, CHUNK),
+        (in_checkpointed_chunks, CHUNK),
+        (by_cross_entropy, 4 * CHUNK),
+    ],
 )
 def test_the_logits_of_one_chunk_are_the_largest_tensor(loss: Callable, rows: int):
     # The last case shows that the measure sees what it should.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.quota import Quota, QuotaState, Samples, alone
 from regate_ds.algorithm.quotas.threshold import QUANTILE_STATE, Threshold
+from regate_ds.algorithm.schedule import MovingShare
 
 
 def wild(rng: random.Random) -> tuple[Tensor, Samples]:
@@ -90,6 +92,24 @@ def test_the_threshold_holds_the_mean_share_while_scores_drift(share: float):
         shares.append(sum(counts) / 320)
     assert abs(sum(shares) / len(shares) - share) < 0.01
     assert len({round(one, 3) for one in shares}) > 20
+
+
+@pytest.mark.parametrize("between", ["line", "steps"])
+def test_the_threshold_follows_a_share_that_moves(between: Any):
+    path = MovingShare(points=((0.0, 0.7), (0.5, 0.3), (1.0, 0.3)), between=between)
+    generator = torch.Generator().manual_seed(0)
+    samples = Samples(tuple(("a", n) for n in range(8)), torch.full((8,), 40))
+    state: QuotaState = {}
+    off = []
+    for step in range(200):
+        values_N = torch.rand(320, generator=generator, dtype=torch.float64)
+        share = path.at(step / 199)
+        counts, state = count(Threshold(), values_N, samples, share, state)
+        off.append(sum(counts) / 320 - share)
+    assert abs(sum(off) / len(off)) < 0.01
+    # Behind the jump, in step 100, the share is off by all of it, and soon it is not.
+    assert abs(max(off) - (0.4 if between == "steps" else 0.0)) < 0.07
+    assert all(abs(sum(off[start : start + 10]) / 10) < 0.03 for start in (0, 40, 80, 110, 190))
 
 
 def test_the_threshold_starts_at_the_share_of_its_first_step():

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from regate_ds.algorithm.schedule import Schedule
+from regate_ds.algorithm.schedule import Course, MovingShare, Schedule
 
 
 def schedule(total=20, warmup=0, cycle=0, cycle_dense=0, final=0) -> Schedule:
@@ -53,11 +53,62 @@ def test_a_cycle_of_dense_steps_alone_is_a_dense_run():
 
 
 def test_the_papers_cycle_processes_the_share_that_it_states():
-    assert schedule(1280, 0, 128, 16, 0).expected_share(0.5) == 0.5625
+    made = schedule(1280, 0, 128, 16, 0)
+    assert Course(schedule=made, share=0.5).expected_share() == 0.5625
 
 
 @pytest.mark.parametrize("keep_share", [0.25, 0.5, 1.0])
 def test_the_expected_share_is_the_mean_over_the_steps(keep_share: float):
     made = schedule(100, 7, 20, 3, 12)
     shares = [1.0 if made.is_dense(step) else keep_share for step in range(100)]
-    assert made.expected_share(keep_share) == pytest.approx(sum(shares) / 100)
+    found = Course(schedule=made, share=keep_share).expected_share()
+    assert found == pytest.approx(sum(shares) / 100)
+
+
+LINE = MovingShare(points=((0.0, 0.7), (1.0, 0.3)))
+BENT = MovingShare(points=((0.0, 1.0), (0.25, 0.4), (0.75, 0.6)))
+STEPS = MovingShare(points=((0.0, 0.7), (0.5, 0.4)), between="steps")
+
+
+def test_a_line_goes_from_the_first_sparse_step_to_the_last():
+    made = Course(schedule=schedule(10, warmup=2, final=3), share=LINE)
+    wanted = [1, 1, 0.7, 0.6, 0.5, 0.4, 0.3, 1, 1, 1]
+    assert [made.at(step) for step in range(10)] == pytest.approx(wanted)
+    assert (made.at(2), made.at(6)) == (0.7, 0.3)
+    assert made.expected_share() == pytest.approx(sum(wanted) / 10)
+    assert made.expected_share(4) == pytest.approx(sum(wanted[:4]) / 4)
+
+
+def test_a_line_with_bends_stays_at_its_last_point_and_is_dense_where_it_keeps_all():
+    made = Course(schedule=schedule(9), share=BENT)
+    wanted = [1.0, 0.7, 0.4, 0.45, 0.5, 0.55, 0.6, 0.6, 0.6]
+    assert [made.at(step) for step in range(9)] == pytest.approx(wanted)
+    assert [step for step in range(9) if not made.elides(step)] == [0]
+    assert made.num_sparse(9) == 8
+
+
+def test_steps_hold_each_share_up_to_the_next():
+    made = Course(schedule=schedule(11, warmup=1, final=1), share=STEPS)
+    assert [made.at(step) for step in range(11)] == [1.0, *[0.7] * 4, *[0.4] * 5, 1.0]
+
+
+def test_in_cycles_the_share_moves_on_through_dense_steps():
+    made = Course(schedule=schedule(8, cycle=4, cycle_dense=1), share=LINE)
+    wanted = [1.0, *(0.7 - 0.4 * step / 7 for step in (1, 2, 3)), 1.0]
+    assert [made.at(step) for step in range(5)] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("parts", [(5, 5, 0), (5, 0, 5), (1, 0, 0), (5, 4, 0), (5, 9, 9)])
+def test_a_sparse_part_of_one_step_or_none_is_a_place_too(parts: tuple[int, int, int]):
+    total, warmup, final = parts
+    made = Course(schedule=schedule(total, warmup=warmup, final=final), share=LINE)
+    shares = [made.at(step) for step in range(total + 2)]
+    assert all(0.3 <= share <= 1.0 for share in shares)
+
+
+def test_the_mean_of_a_share_that_does_not_move_is_the_papers_formula_bit_for_bit():
+    for share in (0.1, 0.3, 0.37, 0.9):
+        made = schedule(100, 7, 20, 3, 12)
+        num_sparse = sum(not made.is_dense(step) for step in range(100))
+        found = Course(schedule=made, share=share).expected_share()
+        assert found == 1.0 - num_sparse * (1.0 - share) / 100

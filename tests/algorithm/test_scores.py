@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ import torch
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.score import ScoreInputs
 from regate_ds.algorithm.scores.table import SCORES
+from regate_ds.config import RegateConfig
+from regate_ds.session import Regate
+from regate_ds.stores.difficulty.indexed import DifficultyStore
+from regate_ds.stores.values import Stores
+from tests.support.batches import random_batch
+from tests.support.planning import config_of
+from tests.support.stores import RandomReference, index_of
 
 KEYS = (("a", 3), ("b", 3), ("a", 4))
 
@@ -55,3 +63,71 @@ def test_a_score_says_what_it_needs_and_gets_along_with_it(name: str):
 
 def test_a_window_without_labels_has_no_values():
     assert Random()(inputs((), ())).shape == (0,)
+
+
+BATCH = random_batch([[12], [9]], seed=4)[1]
+STEPS = 5
+
+
+def plain_value(name: str, reference: float, seen: list[dict[str, float]]) -> float:
+    """The score of one position whose forward passes gave these values, in order."""
+    last = seen[-1] if seen else {"loss": math.inf, "entropy": math.inf}
+    difficulty = 0.0
+    for one in seen:
+        difficulty = 0.3 * difficulty + 0.7 * one["loss"]
+    return {
+        "reference": reference,
+        "difficulty": difficulty,
+        "loss": last["loss"],
+        "entropy": last["entropy"],
+        "excess_loss": last["loss"] - reference,
+    }[name]
+
+
+def opened(name: str) -> tuple[RegateConfig, Regate, list[float]]:
+    """A session whose steps are sparse, and the teacher's losses."""
+    knobs: dict[str, Any] = {"difficulty": {"decay": 0.3}, "keep_share": 0.4}
+    # Of positions that are all at 0 the same would be kept for ever: a dense step shows them first.
+    warmup = 1 if name == "difficulty" else 0
+    config = config_of(score=name, warmup=warmup, final_dense_share=0.0, **knobs)
+    index = index_of([BATCH])
+    store = DifficultyStore(index, columns={one.name: one.unseen for one in config.statistics})
+    reference = RandomReference(index)
+    session = Regate(config, Stores(reference, store), total_steps=STEPS)
+    return config, session, reference.read(BATCH.flat_keys).tolist()
+
+
+@pytest.mark.parametrize("name", ["reference", "difficulty", "loss", "excess_loss", "entropy"])
+def test_a_session_keeps_in_each_step_what_a_plain_computation_ranks_first(name: str):
+    _, session, reference = opened(name)
+    labels = BATCH.is_label_BT.flatten().nonzero().flatten().tolist()
+    seen: dict[int, list[dict[str, float]]] = {position: [] for position in labels}
+    kept_sets = set()
+    for step in range(STEPS):
+        (plan,) = session.plan_step([BATCH]).micro
+        value = {p: plain_value(name, r, seen[p]) for p, r in zip(labels, reference, strict=True)}
+        wanted: list[int] = []
+        for row in range(2):
+            own = [p for p in labels if p // BATCH.labels_BT.shape[1] == row]
+            best = sorted(own, key=lambda p: (-value[p], p))
+            share = 1.0 if session.is_dense(step) else 0.4
+            wanted += sorted(best[: math.ceil(share * len(own))])
+        assert plan.label_position_L.tolist() == wanted
+        if not session.is_dense(step):
+            kept_sets.add(tuple(wanted))
+        generator = torch.Generator().manual_seed(step)
+        losses_L, entropies_L = 3 * torch.rand(2, len(wanted), generator=generator)
+        session.record(plan, losses_L, entropy=entropies_L)
+        session.finish_step(applied=True)
+        for n, position in enumerate(wanted):
+            seen[position].append({"loss": float(losses_L[n]), "entropy": float(entropies_L[n])})
+    # What is remembered changes the choice; the teacher's losses alone never do.
+    assert (len(kept_sets) > 1) == (name != "reference")
+
+
+def test_a_host_that_records_no_entropy_is_refused_at_the_first_step():
+    _, session, _ = opened("entropy")
+    (plan,) = session.plan_step([BATCH]).micro
+    session.record(plan, torch.ones(plan.num_targets))
+    with pytest.raises(ValueError, match=r"made of 'entropy', but \['loss'\] were recorded"):
+        session.finish_step(applied=True)

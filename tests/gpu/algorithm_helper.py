@@ -110,13 +110,13 @@ def gate(device: torch.device, dtype: torch.dtype) -> Measured:
 
 
 def summed(hidden_LH: Tensor, weight_VH: Tensor, bias_V: Any, targets_L: Tensor, _: Tensor) -> Any:
-    return summed_loss(hidden_LH, weight_VH, bias_V, targets_L)
+    return summed_loss(hidden_LH, weight_VH, bias_V, targets_L)[:2]
 
 
 def weighted(
     hidden_LH: Tensor, weight_VH: Tensor, bias_V: Any, targets_L: Tensor, share_L: Tensor
 ) -> Any:
-    losses_L = token_losses(hidden_LH, weight_VH, bias_V, targets_L)
+    losses_L, _ = token_losses(hidden_LH, weight_VH, bias_V, targets_L)
     return (losses_L * share_L).sum(), losses_L
 
 

@@ -165,7 +165,7 @@ def check_counts_follow_the_plan(root: Path) -> None:
 def check_share_is_the_schedules(root: Path, trainer: Trainer) -> None:
     """The mean over steps is the expected share, but for k being rounded up in each sample."""
     elision = trainer.config.elision
-    share = elision.schedule.in_steps(STEPS).expected_share(elision.keep_share)
+    share = elision.schedules(STEPS).answers.expected_share()
     found, rounding = 0.0, 0.0
     for row in rows(root, "whole"):
         found += (row["answer_kept"] - row["filled"]) / row["answer_total"] / STEPS

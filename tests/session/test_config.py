@@ -18,6 +18,8 @@ from regate_ds.algorithm.rankings.attention import AttentionOrder
 from regate_ds.algorithm.rankings.mixed import MixedOrder
 from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.table import RANKINGS
+from regate_ds.algorithm.schedule import MovingShare
+from regate_ds.algorithm.scores.difficulty import DifficultyOnly
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.table import SCORES
@@ -33,7 +35,8 @@ REFUSED = [
     (RegateConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
     (RegateConfig, {"keep_share": 1.5}, r"must be in \[1e-6, 1\]"),
     (RegateConfig, {"keep_share": math.nan}, "must be a number"),
-    (RegateConfig, {"keep_share": "half"}, "must be a number"),
+    (RegateConfig, {"keep_share": "half"}, "must be a number, or a MovingShare"),
+    (RegateConfig, {"keep_share": ((0.0, 0.7), (1.0, 0.3))}, "must be a number, or a MovingShare"),
     (RegateConfig, {"keep_share": True}, "must be a number"),
     (RegateConfig, {"first_layer": -1}, "must be 0 or more"),
     (RegateConfig, {"first_layer": None}, "must be a whole number"),
@@ -46,9 +49,21 @@ REFUSED = [
     (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
     (RegateConfig, {"images": 0.5}, r"must be an ImagesConfig; write ImagesConfig\(...\)"),
     (ImagesConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
-    (ImagesConfig, {"keep_share": "half"}, "must be a number"),
+    (ImagesConfig, {"keep_share": "half"}, "must be a number, or a MovingShare"),
     (ImagesConfig, {"ranking": "random"}, "must be one of RandomOrder, StrideOrder, PixelOrder"),
     (ImagesConfig, {"schedule": 3}, "must be a ScheduleConfig, or None"),
+    (MovingShare, {"between": "curve", "points": ((0.0, 0.7), (1.0, 0.3))}, "must be one of"),
+    (MovingShare, {"points": 0.5}, "must be two pairs of numbers or more"),
+    (MovingShare, {"points": ((0.0, 0.5),)}, "must be two pairs of numbers or more"),
+    (MovingShare, {"points": (0.7, 0.3)}, "must be two pairs of numbers or more"),
+    (MovingShare, {"points": ((0.0, 0.7), (1.0, "low"))}, "must be two pairs of numbers or more"),
+    (MovingShare, {"points": ((0.0, 0.7), (1.0, math.nan))}, "must be two pairs of numbers or"),
+    (MovingShare, {"points": ((0.0, 0.7, 1), (1.0, 0.3))}, "must be two pairs of numbers or more"),
+    (MovingShare, {"points": ((0.1, 0.7), (1.0, 0.3))}, "places must rise from 0.0 to 1.0"),
+    (MovingShare, {"points": ((0.0, 0.7), (0.0, 0.3))}, "places must rise from 0.0 to 1.0"),
+    (MovingShare, {"points": ((0.0, 0.7), (1.1, 0.3))}, "places must rise from 0.0 to 1.0"),
+    (MovingShare, {"points": ((0.0, 0.7), (1.0, 0.0))}, r"shares must be in \[1e-6, 1\]"),
+    (MovingShare, {"points": ((0.0, 1.2), (1.0, 0.3))}, r"shares must be in \[1e-6, 1\]"),
     (RandomOrder, {"seed": "a"}, "must be a whole number"),
     (AttentionOrder, {"contribution_share": -0.1}, r"must be in \[0, 1\]"),
     (MixedOrder, {"by": "stride"}, "must be one of .*'pixels', 'diversity', 'attention'"),
@@ -64,6 +79,8 @@ REFUSED = [
     (Fused, {"decay": 1.0}, r"must be in \[0, 1\)"),
     (Fused, {"decay": -0.1}, r"must be in \[0, 1\)"),
     (Random, {"seed": 1.5}, "must be a whole number"),
+    (DifficultyOnly, {"decay": 1.0}, r"must be in \[0, 1\)"),
+    (DifficultyOnly, {"decay": "slow"}, "must be a number"),
     (PerWindow, {"floor": 1.1}, r"must be in \[0, 1\]"),
     (Threshold, {"gain": 0.0}, "must be above 0"),
     (ScheduleConfig, {"total_steps": 0}, "must be at least 1"),
@@ -113,7 +130,7 @@ def test_an_older_key_does_not_hide_what_stands_where_its_section_belongs(sectio
 
 
 def test_every_knob_has_a_refusal():
-    kinds = {RegateConfig, ScheduleConfig, ImagesConfig}
+    kinds = {RegateConfig, ScheduleConfig, ImagesConfig, MovingShare}
     for table in (SCORES, QUOTAS, EXECUTIONS, RANKINGS):
         kinds |= set(table.values())
     judged = {f"{kind.__name__}.{next(iter(knobs))}" for kind, knobs, _ in REFUSED}
@@ -184,6 +201,35 @@ def test_the_warm_up_is_a_count_or_a_share_below_one(warmup: float, steps: int):
 
 def test_the_final_dense_block_is_a_rounded_share():
     assert ScheduleConfig(final_dense_share=0.12).in_steps(99).final_dense_steps == 12
+
+
+def test_shares_that_move_are_read_from_a_file_and_written_back():
+    moves = {"points": [[0, 0.7], [1.0, 0.3]]}
+    jumps = {"points": [[0.0, 0.5], [0.5, 1]], "between": "steps"}
+    values = {"keep_share": moves, "images": {"keep_share": jumps}}
+    config = read_section(RegateConfig, values, where="")
+    assert config.keep_share == MovingShare(points=((0.0, 0.7), (1.0, 0.3)))
+    assert config.images.keep_share == MovingShare(points=((0.0, 0.5), (0.5, 1.0)), between="steps")
+    assert read_section(RegateConfig, plain_values(config), where="") == config
+    with pytest.raises(ValueError, match=r"^keep_share\.points=.*: shares must be"):
+        read_section(RegateConfig, {"keep_share": {"points": [[0, 2.0], [1, 0.3]]}}, where="")
+
+
+@pytest.mark.parametrize(("points", "chooses"), [((1.0, 0.5), True), ((1.0, 1.0), False)])
+def test_a_share_that_moves_chooses_if_it_is_below_one_somewhere(points, chooses: bool):
+    share = MovingShare(points=tuple(zip((0.0, 1.0), points, strict=True)))
+    assert RegateConfig(keep_share=share).chooses == chooses
+    config = RegateConfig(keep_share=1.0, images=ImagesConfig(keep_share=share))
+    assert config.chooses == config.chooses_images == chooses
+
+
+def test_a_run_too_short_for_a_share_to_fall_below_one_elides_nothing():
+    share = MovingShare(points=((0.0, 1.0), (0.9, 0.5)), between="steps")
+    config = RegateConfig(
+        keep_share=share, schedule=ScheduleConfig(warmup=0, final_dense_share=0.0)
+    )
+    assert set(config.never_sparse(1)) == {"schedule"}
+    assert config.never_sparse(10) == {}
 
 
 def test_an_unknown_knob_fails():

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.scores.table import SCORES
+from regate_ds.config import RegateConfig
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.session import Regate
+from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.values import Stores
 from tests.support.models import random_batch
@@ -20,7 +24,13 @@ from tests.support.ranks import run_ranks
 from tests.support.stores import RandomReference, index_of
 
 NUM_SAMPLES, NUM_STEPS = 8, 4
+SHARE = {"points": [[0.0, 0.6], [1.0, 0.2]]}
 QUOTAS = ["per_sample", "per_window", "threshold"]
+METHODS = [("fused", quota) for quota in QUOTAS]
+OTHERS = [(score, "per_window") for score in SCORES if score != "fused"]
+"""Scores meet a quota that compares samples; the paper's meets every quota."""
+
+ON_RANKS = [*METHODS, ("excess_loss", "per_window")]
 
 
 def sample(step: int, number: int) -> TokenBatch:
@@ -35,28 +45,32 @@ def window_of(step: int, rank: int, size: int) -> list[TokenBatch]:
     return [sample(step, number) for number in range(rank * share, (rank + 1) * share)]
 
 
+def store_of(config: RegateConfig, index: AnswerIndex, group: Any = None) -> DifficultyStore:
+    columns = {one.name: one.unseen for one in config.statistics}
+    return DifficultyStore(index, group, columns=columns)
+
+
 def check_kept(rank: int, out: str) -> None:
-    """Write what each quota keeps of each sample in sparse steps, with losses made up by it."""
+    """Write what each method keeps of each sample in sparse steps, with losses made up by it."""
     size = dist.get_world_size()
     group = dist.group.WORLD if size > 1 else None
     index = index_of([sample(s, n) for s in range(NUM_STEPS) for n in range(NUM_SAMPLES)])
     found = {}
-    for quota in QUOTAS:
-        store = DifficultyStore(index, group)
-        config = config_of(
-            warmup=0, final_dense_share=0.0, quota=quota, per_window={"floor": 0.1}, keep_share=0.4
-        )
-        stores = Stores(RandomReference(index), store)
+    for score, quota in ON_RANKS:
+        knobs = {"score": score, "quota": quota, "per_window": {"floor": 0.1}, "keep_share": SHARE}
+        config = config_of(warmup=0, final_dense_share=0.0, **knobs)
+        stores = Stores(RandomReference(index), store_of(config, index, group))
         layout = ParallelLayout(data=group)
         session = Regate(config, stores, total_steps=NUM_STEPS, layout=layout)
         for step in range(NUM_STEPS):
             window = window_of(step, rank, size)
             plan = session.plan_step(window)
             for batch, micro in zip(window, plan.micro, strict=True):
-                session.record(micro, micro.label_position_L.float() + 0.5)
-                found[f"{quota} {batch.flat_keys[0][1]}"] = micro.position_R.tolist()
+                losses_L = micro.label_position_L.float() + 0.5
+                session.record(micro, losses_L, entropy=losses_L.log1p())
+                found[f"{score} {quota} {batch.flat_keys[0][1]}"] = micro.position_R.tolist()
             kept = {name: plan.counts[name] for name in ("tokens_kept", "answer_kept")}
-            found[f"{quota} counts {step}"] = kept
+            found[f"{score} {quota} counts {step}"] = kept
             session.finish_step(applied=True)
     Path(out, f"{size}-{rank}.json").write_text(json.dumps(found))
 
@@ -72,23 +86,25 @@ def test_the_kept_set_is_the_same_on_1_2_and_4_data_ranks(tmp_path: Path):
         }
         for size in (1, 2, 4)
     }
-    assert kept[1].keys() >= {f"{quota} {NUM_SAMPLES - 1}" for quota in QUOTAS}
+    assert kept[1].keys() >= {f"{score} {quota} {NUM_SAMPLES - 1}" for score, quota in ON_RANKS}
     assert kept[1] == kept[2] == kept[4]
 
 
-@pytest.mark.parametrize("quota", QUOTAS)
-def test_a_run_that_is_resumed_keeps_what_it_would_have_kept(quota: str):
+@pytest.mark.parametrize(("score", "quota"), METHODS + OTHERS)
+def test_a_run_that_is_resumed_keeps_what_it_would_have_kept(score: str, quota: str):
     index = index_of([sample(s, n) for s in range(NUM_STEPS) for n in range(NUM_SAMPLES)])
-    knobs = {"warmup": 0, "final_dense_share": 0.0, "quota": quota, "keep_share": 0.4}
+    knobs = {"score": score, "quota": quota, "keep_share": SHARE}
+    config = config_of(warmup=0, final_dense_share=0.0, **knobs)
 
     def opened() -> Regate:
-        stores = Stores(RandomReference(index), DifficultyStore(index))
-        return Regate(config_of(**knobs), stores, total_steps=NUM_STEPS)
+        stores = Stores(RandomReference(index), store_of(config, index))
+        return Regate(config, stores, total_steps=NUM_STEPS)
 
     def step(session: Regate, number: int) -> list[torch.Tensor]:
         plan = session.plan_step(window_of(number, 0, 1))
         for micro in plan.micro:
-            session.record(micro, torch.ones(micro.num_targets))
+            ones_L = torch.ones(micro.num_targets)
+            session.record(micro, ones_L, entropy=ones_L)
         session.finish_step(applied=True)
         return [micro.position_R for micro in plan.micro]
 

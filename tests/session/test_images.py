@@ -100,6 +100,30 @@ def check_counts(step: StepPlan, *, answers: bool, images: bool) -> None:
     assert counts["tokens_total"] - counts["tokens_kept"] == elided
 
 
+def test_shares_that_move_keep_in_each_step_what_fixed_shares_keep_there():
+    schedule = {"warmup": 1, "final_dense_share": 1 / TOTAL_STEPS}
+
+    def opened(answers, images) -> Regate:
+        config = config_of(
+            score="reference", schedule=schedule, keep_share=answers, images={"keep_share": images}
+        )
+        return Regate(config, Stores(RandomReference(INDEX)), total_steps=TOTAL_STEPS)
+
+    falls = {"points": [[0.0, 0.7], [1.0, 0.2]]}
+    jumps = {"points": [[0.0, 1.0], [0.4, 0.25]], "between": "steps"}
+    moving, kept = opened(falls, jumps), set()
+    for number, share in enumerate([1.0, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 1.0]):
+        # Places 0, .2, .4, ...: the images' share jumps in the third sparse step.
+        fixed = opened(share, 0.25 if number in range(3, 7) else 1.0)
+        fixed.step = number
+        found, wanted = run_step(moving, *WINDOWS[0]), run_step(fixed, *WINDOWS[0])
+        assert positions(found) == positions(wanted)
+        assert found.counts == wanted.counts
+        assert moving.is_dense(number) == found.is_dense == (share == 1.0)
+        kept.add((found.counts["answer_kept"], found.counts["image_kept"]))
+    assert len(kept) == 7
+
+
 def test_without_answers_to_choose_images_need_no_store():
     config = config_of(keep_share=1.0, images={"keep_share": 0.3, "schedule": IMAGES})
     session = Regate(config, Stores(), total_steps=TOTAL_STEPS)

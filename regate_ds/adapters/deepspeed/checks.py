@@ -11,6 +11,7 @@ from regate_ds.adapters.huggingface.tower_calls import TowerCalls
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.keyed import NumberImages
+from regate_ds.session import Regate
 
 _log = logging.getLogger(__name__)
 
@@ -78,11 +79,15 @@ def require_engine(engine: Any, options: LoopOptions) -> None:
         )
 
 
-def require_elided(output: Any) -> ElisionPlan:
-    """Return the plan of an output; ValueError for that of a model called without a plan."""
+def record_output(output: Any, session: Regate) -> ElisionPlan:
+    """Hand the losses of an output, and its entropies if it has them, to the session; return its
+    plan. ValueError for the output of a model that was called without one."""
     if not isinstance(output, ElidedOutput) or output.plan is None:
         raise ValueError(
             f"the model returned {type(output).__name__}, without a plan; call it with all that "
             "is in the batch: engine(**batch)"
         )
+    assert output.losses is not None
+    entropy = {} if output.entropy is None else {"entropy": output.entropy}
+    session.record(output.plan, output.losses, **entropy)
     return output.plan

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.computed import Computed
-from regate_ds.adapters.deepspeed.checks import LoopOptions, require_elided, require_engine
+from regate_ds.adapters.deepspeed.checks import LoopOptions, record_output, require_engine
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.run import metrics_of
 from regate_ds.adapters.session_state import Opened, open_session, read_state
@@ -122,8 +122,7 @@ class DeepSpeedRegate:
         """
         if not self.config.enabled:
             return output.loss
-        plan = require_elided(output)
-        self._require_opened().session.record(plan, output.losses)
+        record_output(output, self._require_opened().session)
         loss = output.loss_sum * self._scale()
         return loss if output.aux_loss is None else loss + output.aux_loss
 
@@ -140,9 +139,8 @@ class DeepSpeedRegate:
                 "token_losses needs attach(..., own_loss=True), but the model was attached with "
                 "own_loss=False; attach it anew"
             )
-        plan = require_elided(output)
+        plan = record_output(output, self._require_opened().session)
         assert output.losses is not None
-        self._require_opened().session.record(plan, output.losses)
         weights = torch.full_like(output.losses, self._scale())
         return output.losses, weights if plan.weight_L is None else weights * plan.weight_L
 

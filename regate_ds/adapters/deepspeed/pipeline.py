@@ -88,6 +88,8 @@ class PipelineRegate:
         self._replica, self._opened = replica, opened
         self._losses: dict[int, Tensor] = {}
         """Losses of each micro-batch's targets, of the step that was trained last."""
+        self._entropies: dict[int, Tensor] = {}
+        """Entropies there, where the score asks for them."""
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> KeyedCollate | PlainCollate:
         """Wrap your collate function; the items need a ``regate_key``, which ``Keyed`` adds."""
@@ -105,7 +107,7 @@ class PipelineRegate:
             make = partial(self._plan_step, window, iterator) if self._opened is not None else None
             self.plan = self._replica.share(make)
         loss = self._engine.train_batch(self._feed(window, iterator, self.plan))
-        self._losses = dict(self._student.losses)
+        self._losses, self._entropies = dict(self._student.losses), dict(self._student.entropies)
         return loss
 
     def step(self, *, applied: bool) -> None:
@@ -122,7 +124,8 @@ class PipelineRegate:
     def _end(self, plan: StepPlan, applied: bool) -> None:
         assert self._opened is not None
         for number, micro in enumerate(plan.micro):
-            self._opened.session.record(micro, self._losses[number])
+            entropy = {"entropy": self._entropies[number]} if self._entropies else {}
+            self._opened.session.record(micro, self._losses[number], **entropy)
         self._opened.session.finish_step(applied=applied)
 
     def _confirm(self, call: Callable[[], None]) -> None:
@@ -208,6 +211,7 @@ class PipelineRegate:
         if reads and not window:
             self._read(window, iterator)
         student.losses.clear()
+        student.entropies.clear()
         if plan is not None:
             # The engine divides by micro-batches and data ranks, where we divide by all targets.
             divisor = engine.dp_world_size * engine.micro_batches

@@ -149,29 +149,36 @@ def gathered(flow: Flow, plan: ElisionPlan | None) -> Flow:
 
 
 class Head(nn.Module):
-    """Compute the sum of the kept targets' losses and each loss [L]; without a plan, the logits."""
+    """Compute the sum of the kept targets' losses, each loss [L] and, if asked for, each entropy
+    [L], else [0]; without a plan, the logits."""
 
-    def __init__(self, norm: nn.Module, head: nn.Module, table: MicroBatchTable) -> None:
+    def __init__(
+        self, norm: nn.Module, head: nn.Module, table: MicroBatchTable, *, with_entropy: bool
+    ) -> None:
         super().__init__()
         self.norm, self.head = norm, head
-        self._table = table
+        self._table, self._with_entropy = table, with_entropy
 
-    def forward(self, flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, flow: Flow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden, _, number = flow
-        plan = self._table.look_up(number).plan
+        plan, none = self._table.look_up(number).plan, hidden.new_zeros(0)
         if plan is None:
-            return self.head(self.norm(hidden)), hidden.new_zeros(0), number
+            return self.head(self.norm(hidden)), none, none, number
         # Where the plan moves no rows, slots are positions.
         hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, plan.label_slot_L)
-        weight, bias = self.head.weight, self.head.bias
-        loss_sum, losses_L = summed_loss(
-            self.norm(hidden_LH), weight, bias, plan.targets_L, plan.weight_L
+        loss_sum, losses_L, entropy_L = summed_loss(
+            self.norm(hidden_LH),
+            self.head.weight,
+            self.head.bias,
+            plan.targets_L,
+            plan.weight_L,
+            with_entropy=self._with_entropy,
         )
-        return loss_sum, losses_L, number
+        return loss_sum, losses_L, none if entropy_L is None else entropy_L, number
 
 
 def take_apart(
-    host: Any, table: MicroBatchTable, *, first_layer: int, needs_tower: bool
+    host: Any, table: MicroBatchTable, *, first_layer: int, needs_tower: bool, with_entropy: bool
 ) -> list[nn.Module]:
     """Return the layers of a model as a list, and remove them from the model.
 
@@ -183,7 +190,7 @@ def take_apart(
         Decoder(layer, decoder.rotary_emb, table, gathers=number == first_layer - 1)
         for number, layer in enumerate(layers)
     ]
-    head = Head(norm, host.get_output_embeddings(), table)
+    head = Head(norm, host.get_output_embeddings(), table, with_entropy=with_entropy)
     decoder.layers, decoder.norm = nn.ModuleList(), nn.Identity()
     embed = Embed(host, table, gathers=first_layer == 0, needs_tower=needs_tower)
     return [embed, *parts, head]

@@ -30,19 +30,22 @@ class PipelineStudent(PipelineModule):
         self.regate_config, self.table = config, table
         self.number_images = numbering_of(host, elides_images=config.chooses_images)
         """Numbers the images of a micro-batch that does not do so itself."""
-        self.scale, self.losses = 1.0, dict[int, Tensor]()
+        self.scale, self.losses, self.entropies = 1.0, dict[int, Tensor](), dict[int, Tensor]()
+        self._with_entropy = config.records("entropy")
         self._host_loss = host.loss_function
         self._vocab_size = host.config.get_text_config().vocab_size
 
-    def _loss(self, output: tuple[Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
+    def _loss(self, output: tuple[Tensor, Tensor, Tensor, Tensor], labels: Tensor) -> Tensor:
         """Return the loss, scaled so that the engine's average is the mean over the step's targets.
 
         The engine averages over micro-batches and data ranks. Without a plan it is the host's loss.
         """
-        value, losses_L, number = output
+        value, losses_L, entropy_L, number = output
         if self.table.look_up(number).plan is None:
             return self._host_loss(value, labels, self._vocab_size)
         self.losses[len(number) - 1] = losses_L.detach()
+        if self._with_entropy:
+            self.entropies[len(number) - 1] = entropy_L
         return value * self.scale
 
 
@@ -69,6 +72,7 @@ def pipeline_student(
         table,
         first_layer=span.first if config.enabled and span is not None else -1,
         needs_tower=several_replicas and has_tower(host),
+        with_entropy=config.records("entropy"),
     )
     return PipelineStudent(config, table, host, layers=layers, num_stages=num_stages, **options)
 

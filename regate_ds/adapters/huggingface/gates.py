@@ -65,6 +65,10 @@ class ElidedOutput(ModelOutput):
     plan: ElisionPlan | None = None
     """The plan that the pass followed."""
 
+    entropy: Tensor | None = None
+    """Entropy of the student's distribution at each kept target [L], without gradient; None where
+    the score does not ask for it."""
+
 
 @dataclass(frozen=True)
 class _ModelGate:
@@ -101,6 +105,15 @@ class _LayerGate:
 
     mlp: MlpGate | None
     """The layer's MLP branch, where that alone is gated."""
+
+
+@dataclass(frozen=True)
+class _HeadGate:
+    """What the head computes for a plan."""
+
+    change: LogitChange
+    own_loss: bool
+    with_entropy: bool
 
 
 def attach_model(
@@ -142,7 +155,8 @@ def attach_model(
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, forward_with_tower, host=host)
     head = host.get_output_embeddings()
-    attachment.rebind_forward(head, _head_forward, own_loss=own_loss, change=support.change)
+    head_gate = _HeadGate(support.change, own_loss, config.records("entropy"))
+    attachment.rebind_forward(head, _head_forward, gate=head_gate)
     if support.deepstack:
         attachment.rebind(decoder, METHOD, add_at_kept, current=current)
     types = getattr(decoder.config, "layer_types", None) or [""] * depth
@@ -182,9 +196,11 @@ def _model_forward(
     require_passed_through(host, hidden, num_rows, within.num_seen, gate.num_layers)
     rows_L = plan.label_slot_L if is_packed else plan.label_position_L
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
-    loss_sum, losses_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
+    loss_sum, losses_L, entropy_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
     aux_loss = getattr(outputs, "aux_loss", None)
-    return ElidedOutput(loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan)
+    return ElidedOutput(
+        loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan, entropy=entropy_L
+    )
 
 
 def _layer_forward(
@@ -215,8 +231,7 @@ def _head_forward(
     host_forward: Any,
     hidden: Tensor,
     *,
-    own_loss: bool,
-    change: LogitChange,
+    gate: _HeadGate,
     regate_plan: ElisionPlan | None = None,
 ) -> Any:
     """Compute the losses of a plan's targets; without a plan, the host's logits.
@@ -225,8 +240,9 @@ def _head_forward(
     """
     if regate_plan is None:
         return host_forward(hidden)
-    head, targets_L, weight_L = host_forward.__self__, regate_plan.targets_L, regate_plan.weight_L
-    if not own_loss:
-        return summed_loss(hidden, head.weight, head.bias, targets_L, weight_L, change)
-    losses_L = token_losses(hidden, head.weight, head.bias, targets_L, change)
-    return (losses_L if weight_L is None else losses_L * weight_L).sum(), losses_L
+    head, weight_L = host_forward.__self__, regate_plan.weight_L
+    given = (hidden, head.weight, head.bias, regate_plan.targets_L)
+    if not gate.own_loss:
+        return summed_loss(*given, weight_L, gate.change, with_entropy=gate.with_entropy)
+    losses_L, entropy_L = token_losses(*given, gate.change, with_entropy=gate.with_entropy)
+    return (losses_L if weight_L is None else losses_L * weight_L).sum(), losses_L, entropy_L

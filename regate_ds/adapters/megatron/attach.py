@@ -30,6 +30,7 @@ from regate_ds.adapters.megatron.chunks import (
     require_free,
     require_undivided,
 )
+from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes, group_device
 from regate_ds.adapters.megatron.planner import Planner
@@ -100,6 +101,8 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     )
     attachment, planner = Attachment(), _planner(config, computed, axes, total_steps)
     gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
+    if config.records("entropy") and chunks[-1].post_process:
+        gates[-1].entropy = EntropyTap(chunks[-1], attachment)
     return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
 
 

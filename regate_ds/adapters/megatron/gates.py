@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
+from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.local_plan import LocalPlan
 from regate_ds.parallel.resharding import move_rows
 
@@ -85,6 +86,8 @@ class ChunkGate:
         self.gpt, self.gated = gpt, gated
         self.layers: list[int] = [layer.layer_number - 1 for layer in gpt.decoder.layers]
         self.pending: LocalPlan | None = None
+        self.entropy: EntropyTap | None = None
+        """Set on the chunk that has the head, if the score asks for entropies."""
         self._signature = inspect.signature(type(gpt).forward)
         self._register(attachment)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -54,10 +54,11 @@ class Planner:
         self.opened.session.abandon_step()
         self._plan = None
 
-    def finish_step(self, losses: Sequence[Tensor], *, applied: bool) -> None:
+    def finish_step(self, values: Mapping[str, Sequence[Tensor]], *, applied: bool) -> None:
         """End the step. Collective over data ranks.
 
-        losses: for each micro-batch the losses of its targets [L], in reading order.
+        values: for each micro-batch the losses of its targets [L], in reading order, as ``loss``,
+            and what else the score asks for, by name.
 
         RuntimeError if no step is planned.
         """
@@ -67,8 +68,10 @@ class Planner:
                 f"no step is planned, so step {session.step} cannot be ended; call `step` once "
                 "after each training step"
             )
-        for plan, losses_L in zip(self._plan.micro, losses, strict=True):
-            session.record(plan, losses_L)
+        losses, others = values["loss"], {of: each for of, each in values.items() if of != "loss"}
+        for number, plan in enumerate(self._plan.micro):
+            others_L = {of: each[number] for of, each in others.items()}
+            session.record(plan, losses[number], **others_L)
         session.finish_step(applied=applied)
         self._plan = None
 

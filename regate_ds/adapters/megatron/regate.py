@@ -113,9 +113,10 @@ class MegatronRegate:
         if self._attached is None or self.run is None:
             return
         axes, planner, end = self._attached.axes, self._planner, None
-        losses = self._collect(axes, self.run)
+        values = {"loss": self.run.losses, "entropy": self.run.entropies}
+        found = {of: self._collect(axes, self.run, each) for of, each in values.items() if each}
         if planner is not None:
-            end = partial(planner.finish_step, losses, applied=applied)
+            end = partial(planner.finish_step, found, applied=applied)
         axes.replica.confirm(end)
 
     def abandon(self) -> None:
@@ -185,20 +186,18 @@ class MegatronRegate:
         return [localise(micro, place).to(device) for micro in self.plan.micro]
 
     @staticmethod
-    def _collect(axes: Axes, run: StepRun) -> list[Tensor]:
-        """Return the losses of each micro-batch's targets in reading order, from all context ranks.
+    def _collect(axes: Axes, run: StepRun, values: Mapping[int, Tensor]) -> list[Tensor]:
+        """Return the values of each micro-batch's targets in reading order, from all context ranks.
 
-        Collective over context ranks of the last stage; empty on ranks of other stages.
+        Collective over context ranks of the last stage, which alone have values.
         """
-        if not run.losses:
-            return []
         collected = []
         size = axes.place.context_size
         for number, local in enumerate(run.micro):
             counts = torch.bincount(local.context_L, minlength=size).tolist()
-            parts = gather_values(run.losses[number], counts, axes.context)
-            losses_L = torch.empty(len(local.context_L), dtype=parts[0].dtype)
+            parts = gather_values(values[number], counts, axes.context)
+            values_L = torch.empty(len(local.context_L), dtype=parts[0].dtype)
             for rank, part in enumerate(parts):
-                losses_L[local.context_L == rank] = part.cpu()
-            collected.append(losses_L)
+                values_L[local.context_L == rank] = part.cpu()
+            collected.append(values_L)
         return collected

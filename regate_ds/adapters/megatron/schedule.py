@@ -30,6 +30,9 @@ class StepRun:
         self.losses: dict[int, Tensor] = {}
         """Losses of this context rank's targets, by micro-batch; empty except on the last stage."""
 
+        self.entropies: dict[int, Tensor] = {}
+        """Entropies there, where the score asks for them."""
+
         self.communicator: PlannedCommunicator | None = None
         self._gates, self._axes = gates, axes
         self._num_started = [0] * len(gates)
@@ -146,12 +149,15 @@ class StepRun:
         chunk = self._chunk_of(model)
         gate, number = self._gates[chunk], self._num_started[chunk]
         self._num_started[chunk] += 1
-        gate.pending = self.micro[number]
+        gate.pending, tap = self.micro[number], gate.entropy
+        if tap is not None:
+            tap.open()
         try:
             output, host_loss = forward_step(iterator, model, *rest)
         finally:
             # A plan that the model did not take would otherwise be used by a later evaluation.
             was_called, gate.pending = gate.pending is None, None
+            entropy_P = None if tap is None else tap.close()
         if not was_called:
             raise RuntimeError(
                 f"the forward step of micro-batch {number} did not call the model; make it call "
@@ -159,7 +165,18 @@ class StepRun:
             )
         if not gate.gpt.post_process:
             return output, host_loss
+        if tap is not None:
+            self._remember_entropy(number, entropy_P)
         return output, lambda losses: self._loss(number, losses)
+
+    def _remember_entropy(self, number: int, entropy_P: Tensor | None) -> None:
+        if entropy_P is None:
+            raise RuntimeError(
+                f"the model computed the loss of micro-batch {number} without "
+                "compute_language_model_loss, so that score=entropy cannot be recorded; use "
+                "another score, or a GPTModel that calls it"
+            )
+        self.entropies[number] = entropy_P[: self.micro[number].num_targets]
 
     def _chunk_of(self, model: nn.Module) -> int:
         """Return the number of a chunk; ValueError if regate is not attached to it."""

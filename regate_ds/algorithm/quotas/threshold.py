@@ -6,7 +6,8 @@ scores that fall or spread. ``z`` is moved after each sparse step by the share t
     z <- z + gain * (share - p)
 
 so that the sum of (share - p) over the steps is (z - its first value) / gain: as long as z stays
-within bounds, the mean share goes to p.
+within bounds, the mean share goes to p. Where p moves over the run z follows, and the mean share
+goes to the mean of p; behind a jump of p it takes some steps.
 """
 
 # torch's own types have gaps.

@@ -29,7 +29,8 @@ class Statistic:
     """Name of the column, which is saved and resumed under it."""
 
     of: str = "loss"
-    """What the adapter records of a kept target: ``loss``, or another name given to ``record``."""
+    """What the adapter records of a kept target: ``loss``, ``entropy``, or another name given to
+    ``record``."""
 
     decay: float = 0.0
     """Share of the old value in a moving average; 0 remembers the last value alone."""

@@ -4,6 +4,7 @@ No model runs. Without a reference store all positions have the same score: the 
 differ from a real run's, and with ``align: both`` their number does too. Without the store of image
 orders that a run reads, image tokens are kept in reading order: their number is the same. The steps
 are planned for the data ranks that the launcher announces, or that the variable WORLD_SIZE gives.
+Shares that move over the run do so over this epoch, as if it were the sparse part of the run.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     with progress(order.steps_per_epoch, desc="plan", unit="step", show=show) as bar:
         for step in range(order.steps_per_epoch):
             one = replace(order, start_step=step, total_steps=step + 1)
-            ranks = planner.plan([replace(one, rank=rank) for rank in range(world_size)], step)
+            place = step / max(1, order.steps_per_epoch - 1)
+            orders = [replace(one, rank=rank) for rank in range(world_size)]
+            ranks = planner.plan(orders, step, config.elision.shares_at(place))
             # Kept tokens of the busiest rank over the mean: how long the others wait.
             kept = [tally.kept for tally in ranks]
             imbalance += max(kept) * len(kept) / sum(kept)
@@ -74,11 +77,10 @@ def _expected(elision: RegateConfig, num_steps: int) -> dict[str, float]:
     """Return the mean shares that a run of so many steps keeps, before rows are filled."""
     schedules = elision.schedules(num_steps)
     answers, images = schedules.answers, schedules.images
-    share = 1.0 if answers is None else answers.expected_share(elision.keep_share)
+    share = 1.0 if answers is None else answers.expected_share()
     if images is None:
         return {"expected_share": share}
-    of_image = images.expected_share(elision.images.keep_share)
-    return {"expected_share": share, "expected_share_of_image": of_image}
+    return {"expected_share": share, "expected_share_of_image": images.expected_share()}
 
 
 def _require_layers(config: RunConfig, corpus: Corpus) -> None:
@@ -156,13 +158,16 @@ class _Planner:
         if self._store is not None:
             self._store.require(corpus.index.fingerprint)
 
-    def plan(self, orders: Sequence[Order], step: int) -> list[_Tally]:
-        """Return the counts over each data rank's micro-batches of a step."""
+    def plan(self, orders: Sequence[Order], step: int, shares: tuple[float, float]) -> list[_Tally]:
+        """Return the counts over each data rank's micro-batches of a step.
+
+        shares: what the step keeps of the answers and of the images.
+        """
         windows = [[self._batch(numbers) for numbers in order] for order in orders]
         everything = [batch for window in windows for batch in window]
         reference_N = None if self._store is None else self._store.read(window_keys(everything))
-        values_N = score_unseen(self._config, everything, reference_N)
-        method = self._config.method
+        method = self._config.method(*shares)
+        values_N = score_unseen(method, everything, reference_N)
         # One process stands for all data ranks: it has their values, and exchanges nothing.
         num_hard_S, self._state = count_hard(method, everything, values_N, state=self._state)
         values = values_N.split([sum(map(_num_labels, window)) for window in windows])
@@ -172,7 +177,7 @@ class _Planner:
             choice = Choice(
                 values_N=values_n,
                 num_hard_S=counts_s,
-                beyond=place_unseen(self._config, window, step, self._read_orders),
+                beyond=place_unseen(method, window, step, self._read_orders),
             )
             plans = plan_window(method, window, choice, self._rows)
             pairs = zip(window, plans, strict=True)

@@ -12,14 +12,21 @@ from regate_ds.algorithm.images import ReadOrders
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rankings.ranking import ImageKey
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.window import Choice, count_hard, place_images, plan_window, score_window
+from regate_ds.algorithm.window import (
+    Choice,
+    Method,
+    count_hard,
+    place_images,
+    plan_window,
+    score_window,
+)
 from regate_ds.config import RegateConfig
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.stores.image_orders.reader import ImageOrderStore
 
 
 def score_unseen(
-    config: RegateConfig, window: Sequence[TokenBatch], reference_N: Tensor | None
+    method: Method, window: Sequence[TokenBatch], reference_N: Tensor | None
 ) -> Tensor:
     """Return the score of each label position of samples that the student has not seen.
 
@@ -27,22 +34,20 @@ def score_unseen(
     """
     num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
     statistics = {
-        one.name: torch.full((num_labels,), one.unseen) for one in config.method.score.statistics
+        one.name: torch.full((num_labels,), one.unseen) for one in method.score.statistics
     }
     if reference_N is None:
         reference_N = torch.zeros(num_labels)
-    return score_window(
-        config.method, window, step=0, reference_N=reference_N, statistics=statistics
-    )
+    return score_window(method, window, step=0, reference_N=reference_N, statistics=statistics)
 
 
 def place_unseen(
-    config: RegateConfig, window: Sequence[TokenBatch], step: int, read_orders: ReadOrders
+    method: Method, window: Sequence[TokenBatch], step: int, read_orders: ReadOrders
 ) -> tuple[Tensor, ...] | None:
     """Return the places of a window's image tokens; None if images are not elided."""
-    if not config.chooses_images:
+    if not (method.execution.chooses and method.image_share < 1.0):
         return None
-    return place_images(config.method, window, step=step, read_orders=read_orders)
+    return place_images(method, window, step=step, read_orders=read_orders)
 
 
 def read_orders_of(config: RunConfig) -> ReadOrders:
@@ -67,9 +72,10 @@ def plan_unseen(
     rows: RowLayout,
     read_orders: ReadOrders,
 ) -> tuple[Tensor, tuple[ElisionPlan, ...]]:
-    """Return the scores of a window that is a whole sparse step, and its plans."""
-    values_N = score_unseen(config, window, reference_N)
-    num_hard_S, _ = count_hard(config.method, window, values_N, state={})
-    beyond = place_unseen(config, window, 0, read_orders)
+    """Return the scores of a window that is a whole sparse step, the first one, and its plans."""
+    method = config.method(*config.shares_at(0.0))
+    values_N = score_unseen(method, window, reference_N)
+    num_hard_S, _ = count_hard(method, window, values_N, state={})
+    beyond = place_unseen(method, window, 0, read_orders)
     choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
-    return values_N, plan_window(config.method, window, choice, rows)
+    return values_N, plan_window(method, window, choice, rows)

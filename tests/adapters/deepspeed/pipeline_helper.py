@@ -304,7 +304,28 @@ def named_checks(cases: dict[str, PipeCase]) -> Iterator[tuple[str, Callable[[],
         yield name, partial(check_step, case)
 
 
+def check_entropy() -> None:
+    """The last stage remembers the entropies of the host's own logits, in a dense step."""
+    case = PipeCase(replace(TEXT, knobs=(("score", "entropy"), ("warmup", 1))))
+    pipe, batches = start(case), case.zero.batches(0)
+    pipe.regate.train_batch(iter(batches))
+    pipe.regate.step(applied=True)
+    if pipe.engine.is_last_stage():
+        host, store = case.model(), pipe.regate._opened.difficulty
+        for batch in batches:
+            logits = host(**batch.inputs).logits[batch.tokens.is_label_BT]
+            wanted = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+            found = store.read(batch.tokens.flat_keys)["entropy"]
+            assert torch.allclose(found, wanted, rtol=1e-5)
+    # Evaluation takes none, and a sparse step is remembered too.
+    pipe.regate.eval_batch(iter(batches))
+    pipe.regate.train_batch(iter(batches))
+    pipe.regate.step(applied=True)
+    pipe.engine.destroy()
+
+
 OTHERS: dict[str, Callable[[], None]] = {
+    "entropy": check_entropy,
     "disabled": check_disabled,
     "memory": check_memory,
     "evaluation": check_evaluation,

@@ -161,6 +161,7 @@ BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 
 
 
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
+ENTROPY = (("score", "entropy"),)
 MLP_ONLY = (*IMAGES_ELIDED, ("execution", "mlp_only"), ("token_multiple", 8))
 
 
@@ -176,13 +177,13 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "no target on a rank", replace(silent, stage=stage)
         yield "three axes", ZeroCase("qwen2_vl", stage, knobs=IMAGES_ELIDED)
     for stage in (2, 3):
-        yield "adapters", ZeroCase("llava with LoRA", stage, 3)
+        yield "adapters", ZeroCase("llava with LoRA", stage, 3, knobs=ENTROPY)
         yield "tied head", ZeroCase("tied text", stage)
         packed = (((14, 9), (17,)), ((6, 5, 3),))
         yield "packed rows", ZeroCase(stage=stage, rows=packed, knobs=IMAGES_ELIDED)
         yield "a range in the middle", ZeroCase(stage=stage, knobs=(("last_layer", 2),))
         yield "a dense step", ZeroCase(stage=stage, accumulation=3, knobs=(("warmup", 1),))
-        yield "own loss", ZeroCase(stage=stage, accumulation=3, own_loss=True)
+        yield "own loss", ZeroCase(stage=stage, accumulation=3, own_loss=True, knobs=ENTROPY)
         yield "loss only", ZeroCase(stage=stage, knobs=(("execution", "loss_only"),))
         yield "by window", ZeroCase(stage=stage, accumulation=3, knobs=BY_WINDOW)
         recompute = ZeroCase(stage=stage, accumulation=3, recompute=True, knobs=IMAGES_ELIDED)

@@ -42,7 +42,8 @@ def joint_gradients(case: ZeroCase) -> tuple[Gradients, list[torch.Tensor]]:
     Also the losses of each micro-batch, rank by rank.
     """
     store = reference_of(case)
-    stores = Stores(store, DifficultyStore(store.index))
+    columns = {one.name: one.unseen for one in case.config.statistics}
+    stores = Stores(store, DifficultyStore(store.index, columns=columns))
     session = Regate(case.config, stores, total_steps=NUM_STEPS)
     batches = [batch for rank in RANKS for batch in case.batches(rank)]
     step = session.plan_step([batch.tokens for batch in batches])

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from regate_ds.adapters.huggingface.gates import ElidedOutput
+from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
+from regate_ds.algorithm.scores.entropy import Entropy
+from regate_ds.config import RegateConfig
 from tests.adapters.huggingface.gated_cases_helper import LOSS_TOLERANCE, Case, text_case
 from tests.adapters.huggingface.test_oracle_images import llava_case
 from tests.support.measure import assert_gradients_equal, gradients
@@ -92,6 +94,27 @@ def test_own_losses_weighted_by_one_give_the_summed_losss_gradients():
     assert losses.requires_grad
     losses.sum().backward()
     assert_gradients_equal(gradients(own), gradients(summed), 1e-6)
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("dense", [True, False])
+def test_entropies_are_those_of_the_hosts_logits(own_loss: bool, dense: bool):
+    model, case = causal_lm(), text_case(PACKED)
+    case = case.dense if dense else case
+    host = copy.deepcopy(model)
+    attach_model(model, RegateConfig(score=Entropy(), first_layer=2), own_loss=own_loss)
+    seen: list[torch.Tensor] = []
+    model.model.norm.register_forward_hook(lambda m, args, output: seen.append(output))
+    found = case.run(model).entropy
+    rows_L = case.plan.label_position_L if dense else case.plan.label_slot_L
+    logits = host.lm_head(seen[0].flatten(0, 1)[rows_L])
+    wanted = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    assert not found.requires_grad
+    assert torch.allclose(found, wanted, rtol=1e-5)
+
+
+def test_no_entropy_is_computed_for_a_score_that_does_not_ask():
+    assert text_case([[20]]).run(attached()).entropy is None
 
 
 def test_without_own_loss_the_losses_carry_no_gradient():

@@ -24,7 +24,7 @@ from tests.adapters.megatron.build_helper import build, fill, host_config, join,
 from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case, Item, items
 from tests.adapters.megatron.llava_helper import ImageItem, PlainVision
 from tests.adapters.megatron.plain_gpt_helper import PlainModel, balance_loss, batch_losses
-from tests.support.stores import RandomReference, index_of, read_difficulty
+from tests.support.stores import RandomReference, index_of
 
 TOLERANCE, MOST = 1e-5, 5e-5
 """Relative error of a gradient; where it is larger, twice the plain model's own in single precision
@@ -122,7 +122,8 @@ def run_chunks(
 def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
     """The same step planned in one process; fills up to what the case's layout needs."""
     store = reference_of(case)
-    difficulty = DifficultyStore(store.index)
+    columns = {one.name: one.unseen for one in case.config.statistics}
+    difficulty = DifficultyStore(store.index, columns=columns)
     stores = Stores(store, difficulty)
     session = Regate(case.config, stores, total_steps=TOTAL_STEPS, rows=rows_of(case))
     window = [item.tokens for rank in all_items(case) for item in rank]
@@ -148,8 +149,9 @@ def check(case: Case) -> Report:
     report.gradient = check_gradients(chunks, model.weights, lambda: own_errors(model, plan))
     report.loss = check_losses(case, regate, losses)
     regate.step(applied=True)
-    for micro, losses_L in zip(plan.micro, losses, strict=True):
-        session.record(micro, losses_L.float())
+    entropies = torch.stack(model.entropies).split([len(losses_L) for losses_L in losses])
+    for micro, losses_L, entropy_L in zip(plan.micro, losses, entropies, strict=True):
+        session.record(micro, losses_L.float(), entropy=entropy_L.float())
     session.finish_step(applied=True)
     check_difficulty(case, regate, difficulty)
     dismantle(chunks)
@@ -259,5 +261,7 @@ def check_difficulty(case: Case, regate: MegatronRegate, expected: DifficultySto
         return
     mine = items(case, mpu.get_data_parallel_rank())
     keys = [key for item in mine for key in item.tokens.flat_keys]
-    found, wanted = read_difficulty(store, keys), read_difficulty(expected, keys)
-    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    found, wanted = store.read(keys), expected.read(keys)
+    assert found.keys() == wanted.keys()
+    for name, values_N in wanted.items():
+        assert torch.allclose(found[name], values_N, rtol=1e-5, atol=1e-6), name

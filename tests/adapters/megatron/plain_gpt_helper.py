@@ -41,6 +41,8 @@ class PlainModel:
     dtype: torch.dtype = torch.double
     routed: dict[str, list[Tensor]] = field(default_factory=dict)
     """Router's logits of a micro-batch's tokens, by layer."""
+    entropies: list[Tensor] = field(default_factory=list)
+    """Entropy at each target that ran, in the order of the losses."""
 
     def weight(self, name: str, *shape: int) -> Tensor:
         if name not in self.weights:
@@ -68,6 +70,7 @@ def sample_losses(
     for position, target in targets.items():
         logits_V = head @ _normed(x_TH[position], norm)
         losses[position] = logits_V.logsumexp(0) - logits_V[target]
+        model.entropies.append(-(logits_V.softmax(0) @ logits_V.log_softmax(0)).detach())
     return losses
 
 

@@ -49,6 +49,8 @@ METHODS = [
     Case(dp=2, quota="per_window"),
     Case(score="random", first_layer=0, rows=3),
     Case(tp=2, sp=True, score="random"),
+    Case(tp=2, cp=2, sp=True, score="entropy"),
+    Case(tp=2, pp=2, score="entropy", row_format="ragged"),
 ]
 """Other methods than the paper's."""
 

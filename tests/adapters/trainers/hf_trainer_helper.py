@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 
 from regate_ds import ImagesConfig, Keyed, ReferenceStore, RegateConfig, ScheduleConfig, attach
 from regate_ds.adapters.trainers.hf_trainer import RegateMixin, RegateTrainer
+from regate_ds.algorithm.scores.entropy import Entropy
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "launch" / "examples"
@@ -151,7 +152,8 @@ def settings(root: Path, **more: Any) -> TrainingArguments:
 def check_the_gradients_are_those_of_a_loop_of_your_own(root: Path) -> None:
     """Plain SGD, so that the weights after some steps are a sum of gradients."""
     schedule = ScheduleConfig(warmup=1, final_dense_share=0.0)
-    config = RegateConfig(schedule=schedule, images=ImagesConfig(keep_share=0.5))
+    # A step whose entropies were not recorded would not end.
+    config = RegateConfig(score=Entropy(), schedule=schedule, images=ImagesConfig(keep_share=0.5))
     reference = ReferenceStore(root / "trainer" / "reference")
     model, data, collate = parts(root)
     trainer = Recorded(
