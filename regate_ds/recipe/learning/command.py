@@ -7,8 +7,9 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from regate_ds.recipe.learning.plot import plot_task, points_of
 from regate_ds.recipe.learning.run_round import Bench, measure_costs, run_missing
-from regate_ds.recipe.learning.table import round_tables
+from regate_ds.recipe.learning.table import read_costs, round_tables
 from regate_ds.stores.atomic_file import make_folder, write_atomically
 
 
@@ -42,11 +43,22 @@ def main(arguments: Sequence[str]) -> int:
             measure_costs(bench, task, bench.plan.seeds[0], _say)
     tables = round_tables(bench)
     make_folder(args.results)
+    _draw(bench, args.results, args.round)
     write_atomically(args.results / f"{args.round}.md", tables.encode())
     print(f"{tables}\n{args.results / args.round}.md")
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if bench.missing() else 0
+
+
+def _draw(bench: Bench, results: Path, name: str) -> None:
+    """Draw each task of the round whose steps were timed."""
+    found = bench.finished()
+    for task in bench.plan.tasks:
+        costs = read_costs(bench, task)
+        own = [(key, result) for key, result in found if key.task == task]
+        if costs is not None and own:
+            plot_task(points_of(own, costs), results / f"{name}-{task}.png")
 
 
 def _say(line: str) -> None:

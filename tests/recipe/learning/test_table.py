@@ -1,0 +1,123 @@
+"""Tables and points of a picture, from results that are made up, against numbers by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from regate_ds.recipe.learning.files import RunKey
+from regate_ds.recipe.learning.plot import plot_task, points_of
+from regate_ds.recipe.learning.result import Result
+from regate_ds.recipe.learning.table import Costs, arm_table, time_lines
+
+COSTS = Costs(
+    {
+        "dense": {"dense": 2.0, "sparse": None},
+        "mine": {"dense": 2.0, "sparse": 1.0},
+        "random": {"dense": 2.0, "sparse": 1.0},
+    },
+    {"dense": 0.0, "mine": 10.0, "random": 0.0},
+)
+
+
+def run(arm: str, seed: int, visual: float, *, fraction: float = 1.0, **other: Any):
+    num_steps = round(100 * fraction)
+    num_sparse = 0 if arm == "dense" else round(0.8 * num_steps)
+    key = RunKey(task="t", part="dev", arm=arm, seed=seed, steps=100, fraction=fraction)
+    values: dict[str, Any] = {
+        "arm": arm,
+        "seed": seed,
+        "fraction": fraction,
+        "digest": "",
+        "date": "",
+        "machine": "",
+        "accuracy_visual": visual,
+        "accuracy_plain": 0.9,
+        "loss": 1.0,
+        "num_words_visual": 100,
+        "num_dense": num_steps - num_sparse,
+        "num_sparse": num_sparse,
+        "tokens_processed": 1000.0 - 5 * num_sparse,
+        "answer_tokens_processed": 1.0,
+        "image_tokens_processed": 1.0,
+        "train_cpu_seconds": 300.0 - num_sparse,
+        "kept_precision": None if arm == "dense" else 0.25,
+        "kept_recall": None if arm == "dense" else 0.5,
+    }
+    return key, Result(**(values | other))
+
+
+WHOLE = [
+    *(run("dense", seed, 0.40 + 0.01 * seed) for seed in range(3)),
+    *(run("mine", seed, 0.42 + 0.012 * seed) for seed in range(3)),
+    *(run("random", seed, 0.34) for seed in range(2)),
+]
+
+
+def cells(table: str, arm: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {arm} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_an_arm_is_compared_with_dense_and_random_seed_by_seed():
+    table = arm_table(WHOLE, ["dense", "mine", "random"], COSTS)
+    # Differences .020, .022, .024: error .002 / sqrt(3), times 4.3027.
+    assert cells(table, "mine") == [
+        "mine",
+        "3",
+        "0.432 (0.007)",
+        "+0.022 [+0.017, +0.027]",
+        "+0.086 [+0.010, +0.162]",
+        "0.900 (0.000)",
+        "+0.000 [+0.000, +0.000]",
+        "0.60",
+        # 20 dense steps of 2 s, 80 sparse ones of 1 s, 10 s for the teacher; dense 100 x 2 s.
+        "0.65",
+        "0.73",
+        "0.25",
+        "0.50",
+    ]
+    assert cells(table, "dense")[3] == "-"
+    assert cells(table, "random")[4] == "-"
+    assert cells(table, "random")[8] == "0.60"
+
+
+def test_without_costs_the_table_has_none():
+    assert cells(arm_table(WHOLE, ["mine"], None), "mine")[8] == "-"
+
+
+def test_the_time_to_dense_quality_is_where_the_line_crosses():
+    found = [
+        *(run("dense", seed, 0.30 + 0.01 * seed, fraction=0.7) for seed in range(3)),
+        *(run("dense", seed, 0.40 + 0.01 * seed) for seed in range(3)),
+        # Costs 10 + .65 / 1.3 of the steps' 120: 70 and 130; .41 lies half-way.
+        *(run("mine", seed, 0.39, fraction=0.5) for seed in range(3)),
+        *(run("mine", seed, 0.43) for seed in range(3)),
+    ]
+    (lines,) = time_lines(found, COSTS)
+    judged, dense, mine = lines.splitlines()
+    assert judged == (
+        "- dense at 0.7 of the steps lies -0.100 [-0.100, -0.100] from dense at 1: valid"
+    )
+    assert dense.startswith("- time to dense quality, dense: 1.00 (image words 0.310 at 0.7")
+    assert mine.startswith("- time to dense quality, mine: 0.50 (image words 0.390 at 0.5")
+    never = [(key, one) for key, one in found if key.arm == "dense"]
+    never += [run("mine", 0, 0.2), run("mine", 0, 0.1, fraction=0.5)]
+    assert "mine: not reached" in time_lines(never, COSTS)[0]
+
+
+def test_a_dense_run_that_has_stopped_learning_judges_nothing():
+    found = [
+        *(run("dense", seed, 0.405 + 0.01 * (-1) ** seed, fraction=0.7) for seed in range(3)),
+        *(run("dense", seed, 0.41) for seed in range(3)),
+    ]
+    assert "NOT valid" in time_lines(found, COSTS)[0]
+
+
+def test_the_picture_has_a_point_for_each_length(tmp_path: Path):
+    found = [*WHOLE, run("mine", 0, 0.39, fraction=0.5)]
+    points = points_of(found, COSTS)
+    assert [cost for cost, _, _ in points["mine"]] == [70 / 200, 130 / 200]
+    assert points["dense"][0][0] == 1.0
+    plot_task(points, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 5000
