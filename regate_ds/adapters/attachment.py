@@ -45,6 +45,11 @@ class Attachment:
         setattr(module, name, replacement)
         self._restores.append(partial(delattr, module, name))
 
+    def put(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of the module's class on this instance."""
+        setattr(module, name, value)
+        self._restores.append(partial(delattr, module, name))
+
     def add_hook(self, handle: RemovableHandle) -> None:
         """Remember a forward hook that is already registered, so that ``remove`` removes it too."""
         self._restores.append(handle.remove)

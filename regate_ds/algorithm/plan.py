@@ -44,7 +44,8 @@ class ElisionPlan:
 
     label_slot_L: Tensor
     """int64: for each target of the loss the slot that predicts it, as a flat index into [B * K],
-    in reading order. A slot may predict several."""
+    in reading order. A slot may predict several. All -1 where the loss runs on full rows: a
+    position without a slot may then have a target."""
 
     label_position_L: Tensor
     """int64: for each target the position whose label it is, as a flat index into [B * T]."""
@@ -147,6 +148,18 @@ def plan_rows(batch: TokenBatch, kept_BK: Tensor) -> ElisionPlan:
     """Keep the positions ``kept_BK`` of each row (T means padding), with the loss on all labels
     among them."""
     return _pack(batch, kept_BK, batch.is_label_BT, moves_rows=True)
+
+
+def with_all_labels(plan: ElisionPlan, batch: TokenBatch) -> ElisionPlan:
+    """Return the plan with the loss on every label of its micro-batch, kept or not."""
+    labels_P = batch.labels_BT.reshape(-1)
+    position_L = (labels_P != IGNORE).nonzero().squeeze(1)
+    return replace(
+        plan,
+        label_slot_L=torch.full_like(position_L, -1),
+        label_position_L=position_L,
+        targets_L=labels_P[position_L],
+    )
 
 
 def _pack(

@@ -27,6 +27,10 @@ class TextDecoder:
     packs: bool = True
     """Whether the decoder keeps the samples of one row apart; else rows of several are refused."""
 
+    joins_keys: bool = True
+    """Whether each layer hands to its cache what it attends to, so that the rest of the rows can
+    come from another run of the layer (`backward_only`)."""
+
     shards: bool = False
     """Whether DeepSpeed cuts the layers correctly, as our tests show (teacher/sharding)."""
 

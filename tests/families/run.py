@@ -24,6 +24,7 @@ from typing import Any
 import transformers
 
 from regate_ds.algorithm.executions.table import EXECUTIONS
+from regate_ds.algorithm.plan import with_all_labels
 from tests.families.ranks_alone import empty_image, told_apart
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import (
@@ -115,6 +116,8 @@ def _accepts(model: Any, row: dict[str, Any]) -> bool:
 
 def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any]) -> None:
     """Add one comparison to the row, or the line by which the call was refused."""
+    if row["execution"] == "backward_only":
+        plan = with_all_labels(plan, case.batch)
     try:
         with attached(model, gated, row["execution"]):
             found = attached_run(model, case.inputs, plan)

@@ -65,16 +65,24 @@ def own_mask_at_kept(mask: Tensor, plan: ElisionPlan) -> Tensor:
     It holds booleans (True may be seen) or numbers to add to the scores. Samples of one row stay
     apart, and padding sees padding alone, so that no row of the mask is empty.
     """
-    num_rows, num_slots = plan.kept_BK.shape
-    heads, num_tokens = mask.shape[1], mask.shape[3]
-    row_BhKT = plan.kept_BK[:, None, :, None].expand(-1, heads, -1, num_tokens)
-    column_BhKK = plan.kept_BK[:, None, None, :].expand(-1, heads, num_slots, -1)
-    rows_BhKT = mask.expand(num_rows, -1, -1, -1).gather(2, row_BhKT)
-    kept_BhKK = rows_BhKT.gather(3, column_BhKK)
+    column_BhKK = plan.kept_BK[:, None, None, :].expand(-1, mask.shape[1], plan.num_slots, -1)
+    kept_BhKK = mask_at_kept_queries(mask, plan).gather(3, column_BhKK)
     yes, no = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
     is_padding_BK = plan.segment_BK < 0
     both_padding = (is_padding_BK[:, :, None] & is_padding_BK[:, None, :])[:, None]
     return kept_BhKK.masked_fill(~_same_sample(plan), no).masked_fill(both_padding, yes)
+
+
+def mask_at_kept_queries(mask: Tensor | None, plan: ElisionPlan) -> Tensor:
+    """Return a host's mask [B or 1, heads or 1, T, T] at kept rows, [B, ..., K, T].
+
+    None is causal attention in rows of one sample. Slots of padding see what position 0 sees.
+    """
+    if mask is None:
+        key_T = torch.arange(plan.num_tokens, device=plan.kept_BK.device)
+        return (plan.kept_BK[:, :, None] >= key_T)[:, None]
+    row_BhKT = plan.kept_BK[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    return mask.expand(len(plan.kept_BK), -1, -1, -1).gather(2, row_BhKT)
 
 
 def _same_sample(plan: ElisionPlan) -> Tensor:

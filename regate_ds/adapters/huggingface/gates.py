@@ -8,7 +8,8 @@ as an argument, so that activation checkpointing recomputes a layer with the pla
     head and loss                run only at kept targets
 
 If the gated range ends before the last layer, each gated layer puts its results back into the full
-stream. Where an execution gates the MLP branch alone, the stream stays full and `mlp.py` does it.
+stream. Where an execution gates the MLP branch or the backward pass alone, the stream stays full,
+and `mlp.py` or `backward.py` does it.
 
 Shapes: B rows, T positions, K slots, H hidden, L targets.
 """
@@ -23,6 +24,12 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.huggingface.backward import (
+    BackwardGate,
+    gate_backward,
+    require_keys_joined,
+    run_backward,
+)
 from regate_ds.adapters.huggingface.calls import (
     require_marks,
     require_passed_through,
@@ -103,8 +110,8 @@ class _LayerGate:
     restores: bool
     """Whether the layer puts its results back into the full stream."""
 
-    mlp: MlpGate | None
-    """The layer's MLP branch, where that alone is gated."""
+    inner: MlpGate | BackwardGate | None
+    """What is gated where that is less than the whole layer."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +151,14 @@ def attach_model(
     last_layer = depth if config.last_layer is None else config.last_layer
     require_span(config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
-    span = gated_span(config.execution.spans(config.first_layer, last_layer), ("layer", "mlp"))
+    spans = config.execution.spans(config.first_layer, last_layer)
+    span = gated_span(spans, ("layer", "mlp", "backward"))
     require_keys_within(decoder.config, span)
+    require_keys_joined(decoder, span)
     attachment, current = Attachment(), CurrentPass()
     mlps = gate_mlps(attachment, decoder, span, config.token_multiple)
+    is_backward = span is not None and span.part == "backward"
+    inner = gate_backward(attachment, decoder, mlps) if is_backward else mlps
     gathers = span is not None and span.part == "layer"
     packed_at_end = gathers and last_layer == depth
     gate = _ModelGate(host, support, current, depth, gathers, packed_at_end)
@@ -164,8 +175,8 @@ def attach_model(
         gated = gathers and config.first_layer <= number < last_layer
         restores = gated and not packed_at_end
         packs = restores or (gathers and number == config.first_layer)
-        names, mlp = tuple(signature(layer.forward).parameters)[1:], mlps.get(number)
-        layer_gate = _LayerGate(number, types[number], names, gated, packs, restores, mlp)
+        names, within = tuple(signature(layer.forward).parameters)[1:], inner.get(number)
+        layer_gate = _LayerGate(number, types[number], names, gated, packs, restores, within)
         attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
 
@@ -217,11 +228,16 @@ def _layer_forward(
     within.num_seen += 1
     if gate.number == 0:
         require_rows(hidden_states, plan)
-    if not plan.moves_rows or not gate.gated:
+    inner = gate.inner if plan.moves_rows else None
+    if isinstance(inner, MlpGate):
         given = {**kwargs, **within.ungated}
-        return run_layer(host_forward, gate.mlp, plan, hidden_states, *args, **given)
-    x = keep(hidden_states, plan) if gate.packs else hidden_states
+        return run_layer(host_forward, inner, plan, hidden_states, *args, **given)
     given = arguments_by_name(gate.names, args, kwargs)
+    if isinstance(inner, BackwardGate):
+        return run_backward(host_forward, inner, within, hidden_states, given)
+    if not plan.moves_rows or not gate.gated:
+        return host_forward(hidden_states, *args, **{**kwargs, **within.ungated})
+    x = keep(hidden_states, plan) if gate.packs else hidden_states
     y = host_forward(x, **within.gated(host_forward.__self__, gate.layer_type, given))
     within.holds_kept_rows = not gate.restores
     return restore(hidden_states, y, plan) if gate.restores else y

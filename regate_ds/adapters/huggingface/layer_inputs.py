@@ -9,6 +9,7 @@ Shapes: B rows, T positions, K slots, D values of a token.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from regate_ds.adapters.huggingface.attention import (
     BOUNDARIES,
     attention_inputs,
     attention_of,
+    mask_at_kept_queries,
     own_mask_at_kept,
     ungated_attention_inputs,
 )
 from regate_ds.adapters.huggingface.calls import require_window, window_of
+from regate_ds.adapters.huggingface.mlp import Rows, other_rows
 from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported
@@ -66,6 +69,27 @@ class ForwardPass:
 
         ValueError for a tensor whose meaning is not known.
         """
+        inputs = self._at_kept(layer, given)
+        return {**inputs, **self._mask(layer, layer_type, given.get("attention_mask"))}
+
+    def kept_queries(self, layer: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a layer in which kept rows attend to the keys of all.
+
+        ValueError as ``gated``.
+        """
+        inputs, mask = self._at_kept(layer, given), given.get("attention_mask")
+        may_be_none = self._implementation != "eager" and _is_causal(layer)
+        if not (mask is None and may_be_none and not self.plan.is_packed):
+            _require_axes(layer, mask)
+        return {**inputs, "attention_mask": mask_at_kept_queries(mask, self.plan)}
+
+    @cached_property
+    def other_rows(self) -> Rows:
+        """The rows that are not kept, padding included."""
+        return other_rows(self.plan)
+
+    def _at_kept(self, layer: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's arguments at kept positions; its mask is as the host gave it."""
         self._require_known(layer, given)
         inputs = {name: value for name, value in given.items() if name not in BOUNDARIES}
         if "position_embeddings" in given:
@@ -75,7 +99,7 @@ class ForwardPass:
         for name in self._support.token_inputs:
             if given.get(name) is not None:
                 inputs[name] = _tokens_at_kept(given[name], self.plan)
-        return {**inputs, **self._mask(layer, layer_type, given.get("attention_mask"))}
+        return inputs
 
     def _mask(self, layer: nn.Module, layer_type: str, mask: Any) -> dict[str, Any]:
         if layer_type in self._support.recurrent:
@@ -85,13 +109,7 @@ class ForwardPass:
             return self._attention
         if mask is None and self._implementation != "eager" and _is_causal(layer):
             return self._attention
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"{type(layer).__name__} is given an attention_mask that is no tensor of four axes "
-                f"({found}), which cannot be taken at kept positions; load the model with "
-                "attn_implementation='sdpa' or 'eager'"
-            )
+        _require_axes(layer, mask)
         return {"attention_mask": own_mask_at_kept(mask, self.plan)}
 
     def _rotary(self, given: Any) -> Any:
@@ -121,6 +139,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _tensors(one)
+
+
+def _require_axes(layer: nn.Module, mask: Any) -> None:
+    """Refuse, by ValueError, a mask that cannot be taken at kept positions."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{type(layer).__name__} is given an attention_mask that is no tensor of four axes "
+            f"({found}), which cannot be taken at kept positions; load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
 
 
 def _is_causal(layer: nn.Module) -> bool:

@@ -7,14 +7,16 @@ take the kept rows before the first of them and put the results back behind the 
     MLP         the same, so that experts see no other rows
     post-norm   the same; whichever comes last returns [B, T, H], with zeros at elided rows
 
-Shapes: B rows, T positions, R kept rows of the micro-batch, H hidden.
+Where the backward pass alone is gated, the rows in question are the others (`backward.py`).
+
+Shapes: B rows, T positions, R kept rows of the micro-batch, P positions of it, H hidden.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +33,34 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 _OF_AN_MLP = re.compile("mlp|feed_?forward|ffn|moe|expert|router")
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a micro-batch that a branch reads."""
+
+    position_R: Tensor
+    """int64: flat indices into [B * T]."""
+
+    num_rows: int
+    """B."""
+
+    num_tokens: int
+    """T."""
+
+
+def kept_rows(plan: ElisionPlan) -> Rows:
+    return Rows(plan.position_R, len(plan.kept_BK), plan.num_tokens)
+
+
+def other_rows(plan: ElisionPlan) -> Rows:
+    """Return all rows but the kept ones, padding included."""
+    kept = kept_rows(plan)
+    is_kept_P = kept.position_R.new_zeros(kept.num_rows * kept.num_tokens)
+    is_kept_P = is_kept_P.index_fill(0, kept.position_R, 1)
+    # Sorted, as their number is known: nothing waits for the device.
+    position_R = is_kept_P.argsort(stable=True)[: len(is_kept_P) - plan.num_kept]
+    return replace(kept, position_R=position_R)
+
+
 @dataclass
 class MlpGate:
     """The MLP branch of one layer."""
@@ -38,9 +68,9 @@ class MlpGate:
     multiple: int
     """The number of rows is a multiple of it."""
 
-    plan: ElisionPlan | None = None
-    """What the branch follows while its layer runs, as the host hands no plan to the modules inside
-    a layer."""
+    rows: Rows | None = None
+    """What the branch reads while its layer runs, as the host hands no plan to the modules inside a
+    layer."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +87,11 @@ class _Ends:
 def gate_mlps(
     attachment: Attachment, decoder: Any, span: Span | None, multiple: int
 ) -> dict[int, MlpGate]:
-    """Hook the branches of a span of MLPs, and return their gates by the layers' numbers.
+    """Hook the branches of a span of less than whole layers; return the gates by layers' numbers.
 
     ValueError, naming the decoder, for a layer whose branch is not known; nothing is hooked then.
     """
-    if span is None or span.part != "mlp":
+    if span is None or span.part not in ("mlp", "backward"):
         return {}
     numbers = range(span.first, span.last)
     ends = [_ends_of(decoder.layers[number], decoder.config.model_type) for number in numbers]
@@ -75,51 +105,50 @@ def gate_mlps(
 
 
 def run_layer(
-    host_forward: Any, gate: MlpGate | None, plan: ElisionPlan, *args: Any, **kwargs: Any
+    host_forward: Any, gate: MlpGate, plan: ElisionPlan, *args: Any, **kwargs: Any
 ) -> Any:
     """Run the host's layer, in which the MLP branch follows the plan."""
-    if gate is None or not plan.moves_rows:
-        return host_forward(*args, **kwargs)
+    rows = kept_rows(plan)
     layer = host_forward.__self__
     checkpoint = getattr(layer, _CHECKPOINT, None)
     if checkpoint is not None:
         # transformers 5.24 checkpoints inside the layer's forward, so that a backward pass runs
         # again what is in there, and not this function.
-        setattr(layer, _CHECKPOINT, partial(_checkpoint_with_plan, checkpoint, gate, plan))
+        setattr(layer, _CHECKPOINT, partial(_checkpoint_with_rows, checkpoint, gate, rows))
     try:
-        return _with_plan(host_forward, gate, plan, *args, **kwargs)
+        return with_rows(host_forward, gate, rows, *args, **kwargs)
     finally:
         if checkpoint is not None:
             setattr(layer, _CHECKPOINT, checkpoint)
 
 
-def _checkpoint_with_plan(
+def _checkpoint_with_rows(
     checkpoint: Callable[..., Any],
     gate: MlpGate,
-    plan: ElisionPlan,
+    rows: Rows,
     function: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Let the checkpoint remember the plan with the function that it runs again."""
-    return checkpoint(partial(_with_plan, function, gate, plan), *args, **kwargs)
+    """Let the checkpoint remember the rows with the function that it runs again."""
+    return checkpoint(partial(with_rows, function, gate, rows), *args, **kwargs)
 
 
-def _with_plan(
-    function: Callable[..., Any], gate: MlpGate, plan: ElisionPlan, *args: Any, **kwargs: Any
+def with_rows(
+    function: Callable[..., Any], gate: MlpGate, rows: Rows, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call the function; meanwhile, and no longer, the branch follows the plan.
+    """Call the function; meanwhile, and no longer, the branch reads these rows alone.
 
-    A backward pass that runs it again brings the plan of its first run, whichever micro-batch came
+    A backward pass that runs it again brings the rows of its first run, whichever micro-batch came
     last. The call may end by an exception, by which torch stops a recomputation early.
     """
-    if gate.plan is plan:  # The compiler allows nothing to be set inside a checkpoint.
+    if gate.rows is rows:  # The compiler allows nothing to be set inside a checkpoint.
         return function(*args, **kwargs)
-    gate.plan = plan
+    gate.rows = rows
     try:
         return function(*args, **kwargs)
     finally:
-        gate.plan = None
+        gate.rows = None
 
 
 def mlp_share(layer: nn.Module, model_type: str) -> float:
@@ -179,27 +208,30 @@ def _unknown(layer: nn.Module, name: str, model_type: str, has: str, place: str)
 
 
 def _take_kept(module: nn.Module, args: tuple[Any, ...], *, gate: MlpGate) -> Any:
-    """Give the module the kept rows in place of all rows."""
-    if gate.plan is None:
+    """Give the module the gate's rows in place of all rows."""
+    if gate.rows is None:
         return None
     x_BTH, *rest = args
-    position_R = gate.plan.position_R
-    # As in whole layers, padding is a row of a token, whose result is thrown away.
-    padded_R = nn.functional.pad(position_R, (0, -len(position_R) % gate.multiple))
+    position_R = gate.rows.position_R
+    # As in whole layers, padding is a row of a token, whose result is thrown away. Without a row
+    # there is some all the same: ranks under ZeRO-3 run the same modules.
+    missing = -len(position_R) % gate.multiple if len(position_R) else gate.multiple
+    padded_R = nn.functional.pad(position_R, (0, missing))
     return (x_BTH.reshape(-1, x_BTH.shape[-1]).index_select(0, padded_R)[None], *rest)
 
 
 def _put_back(module: nn.Module, args: Any, output: Any, *, gate: MlpGate) -> Any:
-    """Return the results at kept rows, and zeros at the others."""
-    if gate.plan is None:
+    """Return the results at the gate's rows, and zeros at the others."""
+    if gate.rows is None:
         return None
     if isinstance(output, tuple):  # of experts: what the router said comes second
-        return (_at_kept(output[0], gate.plan), *output[1:])
-    return _at_kept(output, gate.plan)
+        return (_among_zeros(output[0], gate.rows), *output[1:])
+    return _among_zeros(output, gate.rows)
 
 
-def _at_kept(y_1RH: Tensor, plan: ElisionPlan) -> Tensor:
-    num_rows, num_tokens, hidden = len(plan.kept_BK), plan.num_tokens, y_1RH.shape[-1]
-    y_RH = y_1RH.reshape(-1, hidden)[: plan.num_kept]
-    zeros_PH = y_RH.new_zeros(num_rows * num_tokens, hidden)
-    return zeros_PH.index_copy(0, plan.position_R, y_RH).view(num_rows, num_tokens, hidden)
+def _among_zeros(y_1RH: Tensor, rows: Rows) -> Tensor:
+    hidden = y_1RH.shape[-1]
+    y_RH = y_1RH.reshape(-1, hidden)[: len(rows.position_R)]
+    zeros_PH = y_RH.new_zeros(rows.num_rows * rows.num_tokens, hidden)
+    y_PH = zeros_PH.index_copy(0, rows.position_R, y_RH)
+    return y_PH.view(rows.num_rows, rows.num_tokens, hidden)

@@ -8,7 +8,7 @@ all rows do. What is not in a span is the host's own.
     elide          what must stay, chosen        one, part "layer"               kept labels
     loss_only      everything                    none                            chosen labels
     none           everything                    none                            all labels
-    backward_only  everything                    one, part "backward"            all labels
+    backward_only  what must stay, chosen        one, part "backward"            all labels
     mlp_only       what must stay, chosen        one, part "mlp"                 kept labels
     random_ltd     a random set for each layer   one a layer, each its own set   all labels
     merge          patches of K neighbours       one, part "layer", slot patch   K targets a slot
@@ -17,7 +17,7 @@ all rows do. What is not in a span is the host's own.
 branch from its norm to its residual addition, or the "backward" pass, where the others enter
 detached. A slot is a position or, in ``merge``, a patch that predicts several targets: therefore
 ``ElisionPlan.label_slot_L`` may name a slot several times, and targets and weights are fields of
-their own. The first three and ``mlp_only`` are there; the others fit the same four numbers.
+their own. All but the last two are there; those fit the same four numbers.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.loss_only import LossOnly
@@ -13,10 +14,11 @@ EXECUTIONS: dict[str, type[Execution]] = {
     "loss_only": LossOnly,
     "none": NoElision,
     "mlp_only": MlpOnly,
+    "backward_only": BackwardOnly,
 }
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "huggingface": ("elide", "loss_only", "none", "mlp_only"),
+    "huggingface": ("elide", "loss_only", "none", "mlp_only", "backward_only"),
     "deepspeed_pipeline": ("elide", "loss_only", "none"),
     "megatron": ("elide", "loss_only", "none"),
 }

@@ -8,10 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from regate_ds.algorithm.plan import ElisionPlan
+from tests.families.zoo.backward_oracle import backward_oracle_loss
 from tests.families.zoo.mlp_oracle import mlp_oracle_loss
 from tests.families.zoo.oracle import oracle_loss
 
-ORACLES = {"elide": oracle_loss, "mlp_only": mlp_oracle_loss}
+ORACLES = {
+    "elide": oracle_loss,
+    "mlp_only": mlp_oracle_loss,
+    "backward_only": backward_oracle_loss,
+}
 """By the name of an execution."""
 
 FLOOR = 1e-3
