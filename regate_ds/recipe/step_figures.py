@@ -122,14 +122,17 @@ class StepFigures:
 def gated_share(model: Any, elision: RegateConfig) -> float:
     """Return the share of the decoder's linear FLOPs, as a mean over layers, that is gated.
 
-    ValueError where the MLP alone is gated and has experts, whose share is not known.
+    0 where the backward pass alone is: the figures count positions of the forward pass. ValueError where the MLP alone is gated and has experts, whose share is not known.
     """
     decoder = model.get_decoder()
     depth, first = decoder.config.num_hidden_layers, elision.first_layer
     last = depth if elision.last_layer is None else elision.last_layer
     if not elision.enabled:
         return 0.0
-    if not any(span.part == "mlp" for span in elision.execution.spans(0, 1)):
+    parts = {span.part for span in elision.execution.spans(0, 1)}
+    if "backward" in parts:
+        return 0.0
+    if "mlp" not in parts:
         return (last - first) / depth
     kind = decoder.config.model_type
     return sum(mlp_share(layer, kind) for layer in decoder.layers[first:last]) / depth

@@ -97,7 +97,8 @@ def require_keys_joined(decoder: Any, span: Span | None) -> None:
         return
     kind = decoder.config.model_type
     names = [_cache_name(layer) for layer in decoder.layers[span.first : span.last]]
-    if not TEXT_DECODERS[kind].joins_keys or None in names:
+    record = TEXT_DECODERS[kind]
+    if record.recurrent or not record.joins_keys or None in names:
         raise ValueError(
             f"decoder {kind!r} does not hand its cache the keys and values that it attends to, all "
             "of them and nothing else, so that rows cannot be computed without gradient; use "
