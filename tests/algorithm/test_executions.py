@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import ELIDABLE, IGNORE
+from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Ranked, Span, gated_span
 from regate_ds.algorithm.executions.loss_only import LossOnly
@@ -71,6 +72,23 @@ def test_mlp_only_keeps_what_lists_say_and_fills_the_micro_batch_as_a_whole(alig
         assert plan.targets_L.tolist() == [labels[t] for t in targets]
 
 
+@pytest.mark.parametrize("align", ["predictor", "target", "both"])
+def test_backward_only_keeps_what_elide_does_and_asks_for_every_label(align: Any):
+    rng = random.Random(4)
+    for multiple in (1, 8) * 10:
+        batch, ranked = wild(rng)
+        rows = RegateConfig(execution=BackwardOnly(), token_multiple=multiple).rows
+        found = BackwardOnly(align=align).plan(batch, ranked, rows)
+        elided = Elide(align=align).plan(batch, ranked, RowLayout(multiple=multiple))
+        labels = batch.labels_BT.flatten().tolist()
+        targets = [t for t, label in enumerate(labels) if label != IGNORE]
+        assert (rows_of(found), found.num_filled) == (rows_of(elided), elided.num_filled)
+        assert found.moves_rows
+        assert found.label_position_L.tolist() == targets
+        assert found.targets_L.tolist() == [labels[t] for t in targets]
+        assert found.num_targets == len(targets)
+
+
 def rows_of_mlp_only(multiple: int) -> RowLayout:
     return RegateConfig(execution=MlpOnly(), token_multiple=multiple).rows
 
@@ -78,6 +96,7 @@ def rows_of_mlp_only(multiple: int) -> RowLayout:
 def test_spans_are_the_gated_range():
     assert Elide().spans(1, 4) == (Span(first=1, last=4, part="layer", kept_set=0),)
     assert MlpOnly().spans(1, 4) == (Span(first=1, last=4, part="mlp", kept_set=0),)
+    assert BackwardOnly().spans(1, 4) == (Span(first=1, last=4, part="backward", kept_set=0),)
     assert LossOnly().spans(1, 4) == NoElision().spans(1, 4) == ()
 
 
@@ -94,10 +113,11 @@ def test_a_host_is_given_spans_of_the_parts_that_it_can_gate():
 
 
 @pytest.mark.parametrize("host", ["deepspeed_pipeline", "megatron"])
-def test_hosts_that_cannot_gate_a_part_refuse_mlp_only_by_name(host: str):
-    require_execution(MlpOnly(), "huggingface")
-    with pytest.raises(ValueError, match=f"execution=mlp_only is not supported under {host}"):
-        require_execution(MlpOnly(), host)
+@pytest.mark.parametrize("name", ["mlp_only", "backward_only"])
+def test_hosts_that_cannot_gate_a_part_refuse_it_by_name(host: str, name: str):
+    require_execution(EXECUTIONS[name](), "huggingface")
+    with pytest.raises(ValueError, match=f"execution={name} is not supported under {host}"):
+        require_execution(EXECUTIONS[name](), host)
 
 
 def test_what_a_host_does_not_carry_out_is_refused_by_name(monkeypatch):

@@ -157,6 +157,18 @@ def test_mlp_only_counts_what_elide_does_and_pads_the_micro_batch_as_a_whole():
     assert step.counts["padded"] == sum(-plan.num_kept % 512 for plan in step.micro)
 
 
+def test_backward_only_counts_what_elide_keeps_and_every_label():
+    backward_only, _ = made(execution="backward_only")
+    elide, _ = made(execution="elide")
+    # In their first sparse step both have the same scores; later, losses of other positions.
+    for _ in range(3):
+        found, wanted = (run_step(one, *WINDOWS[0]) for one in (backward_only, elide))
+    assert not found.is_dense
+    every = {"answer_kept": wanted.counts["answer_total"]}
+    assert found.counts == {**wanted.counts, **every}
+    assert found.num_targets_global == wanted.counts["answer_total"] > wanted.counts["answer_kept"]
+
+
 def test_the_plans_of_images_kept_whole_are_those_without_images():
     plans: list[list[ElisionPlan]] = []
     for images in ({"keep_share": 1.0, "schedule": IMAGES}, {}):

@@ -133,7 +133,8 @@ def run_backward(
     with torch.no_grad():
         ungated = {**given, **within.ungated, gate.cache: taken}
         y_BTH = with_rows(host_forward, gate.mlp, within.other_rows, hidden_BTH, **ungated)
-    # Autocast remembers weights that it has cast; those of the first run have no gradient.
+    # Autocast remembers weights that it has cast, and those of the first run have no gradient.
+    # torch 2.13 forgets them by itself; this may go when no older one is supported.
     torch.clear_autocast_cache()
     if len(taken.pairs) != 1:
         raise ValueError(
