@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
+from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.quotas.per_sample import PerSample
@@ -124,6 +125,30 @@ class RegateConfig:
                 f"moves no rows, so that images.keep_share={self.images.keep_share} would elide "
                 "no image token; use elide, or set images.keep_share=1.0",
             ),
+            *(self._rules_of_draws() if isinstance(self.execution, RandomLtd) else []),
+        ]
+
+    def _rules_of_draws(self) -> list[Rule]:
+        """Return what holds where each layer draws its tokens, and nothing ranks them."""
+        score = self.score
+        return [
+            (
+                "score",
+                not (score.needs_reference or score.statistics),
+                "reads a store, but execution=random_ltd ranks nothing; set score=random",
+            ),
+            (
+                "images",
+                self.images.keep_share == 1.0,
+                "keep_share is below 1, but execution=random_ltd draws image tokens as all others; "
+                "set images.keep_share=1.0",
+            ),
+            (
+                "last_layer",
+                self.last_layer is not None,
+                "must be a number with execution=random_ltd, which draws for each gated layer "
+                "without the model; its paper leaves out the last layer: the decoder's depth - 1",
+            ),
         ]
 
     @property
@@ -202,6 +227,7 @@ class RegateConfig:
             keep_share=answer_share,
             ranking=self.images.ranking,
             image_share=image_share,
+            layers=range(self.first_layer, self.last_layer or 0),
         )
 
 

@@ -74,7 +74,7 @@ class Chooser:
                 state=quota_state,
             )
         beyond = self._rank(method, window, step) if self.schedules.chooses_images(step) else None
-        choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond)
+        choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond, step=step)
         return partial(plan_window, method, window, choice, self.rows), quota_state
 
     def _score(

@@ -65,6 +65,10 @@ class ElisionPlan:
     weight_L: Tensor | None = None
     """fp32 weight of each target in the summed loss; None is 1 for all."""
 
+    sets: tuple[ElisionPlan, ...] = ()
+    """Where spans have kept sets of their own: one plan for each, of which only the slots are read.
+    The slots of this plan are then those of the first, and as many are kept in each."""
+
     num_filled: int = 0
     """Positions kept only to reach the row's multiple."""
 
@@ -100,7 +104,7 @@ class ElisionPlan:
 
     def to(self, device: torch.device | str) -> ElisionPlan:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors, sets=tuple(one.to(device) for one in self.sets))
 
 
 @dataclass(frozen=True)

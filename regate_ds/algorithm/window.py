@@ -48,6 +48,9 @@ class Method:
     image_share: float
     """Share of each image's tokens."""
 
+    layers: range = range(0)
+    """The gated layers, where the configuration numbers the last one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -61,6 +64,9 @@ class Choice:
 
     beyond: tuple[Tensor, ...] | None = None
     """For each micro-batch the places of its image tokens (see ``Ranked``); None keeps them all."""
+
+    step: int = 0
+    """The optimizer step."""
 
 
 def window_keys(window: Sequence[TokenBatch]) -> tuple[SampleKey, ...]:
@@ -151,7 +157,14 @@ def plan_window(
     values = choice.values_N.split([int(batch.is_label_BT.sum()) for batch in window])
     counts = num_hard_S.split([len(batch.flat_keys) for batch in window])
     ranked = [
-        Ranked(score_BT=batch.at_labels(values_n), num_hard_S=counts_s, beyond_BT=beyond_BT)
+        Ranked(
+            score_BT=batch.at_labels(values_n),
+            num_hard_S=counts_s,
+            beyond_BT=beyond_BT,
+            step=choice.step,
+            keep_share=method.keep_share,
+            layers=method.layers,
+        )
         for batch, values_n, counts_s, beyond_BT in zip(
             window, values, counts, choice.beyond or [None] * len(window), strict=True
         )

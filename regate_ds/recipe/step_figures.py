@@ -122,7 +122,9 @@ class StepFigures:
 def gated_share(model: Any, elision: RegateConfig) -> float:
     """Return the share of the decoder's linear FLOPs, as a mean over layers, that is gated.
 
-    0 where the backward pass alone is: the figures count positions of the forward pass. ValueError where the MLP alone is gated and has experts, whose share is not known.
+    0 where the backward pass alone is: the figures count positions of the forward pass.
+
+    ValueError where the MLP alone is gated and has experts, whose share is not known.
     """
     decoder = model.get_decoder()
     depth, first = decoder.config.num_hidden_layers, elision.first_layer

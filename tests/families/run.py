@@ -24,7 +24,6 @@ from typing import Any
 import transformers
 
 from regate_ds.algorithm.executions.table import EXECUTIONS
-from regate_ds.algorithm.plan import with_all_labels
 from tests.families.ranks_alone import empty_image, told_apart
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import (
@@ -116,8 +115,7 @@ def _accepts(model: Any, row: dict[str, Any]) -> bool:
 
 def _compare(model: Any, case: Case, plan: Any, gated: range, row: dict[str, Any]) -> None:
     """Add one comparison to the row, or the line by which the call was refused."""
-    if row["execution"] == "backward_only":
-        plan = with_all_labels(plan, case.batch)
+    plan = case.plan_of(row["execution"], plan, gated)
     try:
         with attached(model, gated, row["execution"]):
             found = attached_run(model, case.inputs, plan)

@@ -18,6 +18,7 @@ from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.scores.fused import Fused
+from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.score import ScoreInputs
 from regate_ds.algorithm.window import (
     Choice,
@@ -51,7 +52,10 @@ def gate_layers(
 ) -> Attachment:
     """Attach to a model alone, by the paper's execution or another."""
     config = RegateConfig(
-        first_layer=first_layer, last_layer=last_layer, execution=execution or Elide()
+        first_layer=first_layer,
+        last_layer=last_layer,
+        execution=execution or Elide(),
+        score=Random(),
     )
     return attach_model(model, config, **options)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
-from regate_ds.adapters.huggingface.mlp import MlpGate, with_rows
+from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, with_rows
 from regate_ds.algorithm.executions.execution import Span
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.plan import ElisionPlan
@@ -74,14 +74,17 @@ class BackwardGate:
     """Name of the layer's argument for a cache."""
 
 
-def gate_backward(
-    attachment: Attachment, decoder: Any, mlps: dict[int, MlpGate]
-) -> dict[int, BackwardGate]:
-    """Return the gates of layers by their numbers, and let these be checkpointed.
+def gate_inside(
+    attachment: Attachment, decoder: Any, span: Span | None, multiple: int
+) -> dict[int, MlpGate] | dict[int, BackwardGate]:
+    """Return the gates of a span of less than whole layers, by the layers' numbers.
 
-    mlps: of ``gate_mlps`` for the same layers.
+    ValueError as ``gate_mlps``.
     """
-    gates = {}
+    mlps = gate_mlps(attachment, decoder, span, multiple)
+    if span is None or span.part != "backward":
+        return mlps
+    gates: dict[int, BackwardGate] = {}
     for number, mlp in mlps.items():
         layer = decoder.layers[number]
         attachment.put(layer, _WITH_CACHE, True)

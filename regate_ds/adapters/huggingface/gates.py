@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.backward import (
     BackwardGate,
-    gate_backward,
+    gate_inside,
     require_keys_joined,
     run_backward,
 )
@@ -40,14 +40,14 @@ from regate_ds.adapters.huggingface.calls import (
 from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
 from regate_ds.adapters.huggingface.empty_image import forward_with_tower, has_tower
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
-from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, run_layer
+from regate_ds.adapters.huggingface.mlp import MlpGate, run_layer
 from regate_ds.adapters.huggingface.support import (
     require_host,
     require_keys_within,
     require_span,
 )
 from regate_ds.adapters.huggingface.tower_calls import Calls
-from regate_ds.algorithm.executions.execution import gated_span
+from regate_ds.algorithm.executions.execution import joined_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import LogitChange, summed_loss, token_losses
@@ -110,6 +110,9 @@ class _LayerGate:
     restores: bool
     """Whether the layer puts its results back into the full stream."""
 
+    kept_set: int | None
+    """Which of the plan's kept sets the layer runs on; None if the plan has one for all layers."""
+
     inner: MlpGate | BackwardGate | None
     """What is gated where that is less than the whole layer."""
 
@@ -152,15 +155,13 @@ def attach_model(
     require_span(config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
     spans = config.execution.spans(config.first_layer, last_layer)
-    span = gated_span(spans, ("layer", "mlp", "backward"))
-    require_keys_within(decoder.config, span)
+    span, is_apart = joined_span(spans, ("layer", "mlp", "backward")), len(spans) > 1
+    require_keys_within(decoder.config, span, is_apart=is_apart)
     require_keys_joined(decoder, span)
     attachment, current = Attachment(), CurrentPass()
-    mlps = gate_mlps(attachment, decoder, span, config.token_multiple)
-    is_backward = span is not None and span.part == "backward"
-    inner = gate_backward(attachment, decoder, mlps) if is_backward else mlps
+    inner = gate_inside(attachment, decoder, span, config.token_multiple)
     gathers = span is not None and span.part == "layer"
-    packed_at_end = gathers and last_layer == depth
+    packed_at_end = gathers and last_layer == depth and not is_apart
     gate = _ModelGate(host, support, current, depth, gathers, packed_at_end)
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
@@ -176,7 +177,10 @@ def attach_model(
         restores = gated and not packed_at_end
         packs = restores or (gathers and number == config.first_layer)
         names, within = tuple(signature(layer.forward).parameters)[1:], inner.get(number)
-        layer_gate = _LayerGate(number, types[number], names, gated, packs, restores, within)
+        kept_set = number - config.first_layer if is_apart and gated else None
+        layer_gate = _LayerGate(
+            number, types[number], names, gated, packs, restores, kept_set, within
+        )
         attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
     return attachment
 
@@ -237,10 +241,11 @@ def _layer_forward(
         return run_backward(host_forward, inner, within, hidden_states, given)
     if not plan.moves_rows or not gate.gated:
         return host_forward(hidden_states, *args, **{**kwargs, **within.ungated})
-    x = keep(hidden_states, plan) if gate.packs else hidden_states
-    y = host_forward(x, **within.gated(host_forward.__self__, gate.layer_type, given))
+    own = within if gate.kept_set is None else within.sets[gate.kept_set]
+    x = keep(hidden_states, own.plan) if gate.packs else hidden_states
+    y = host_forward(x, **own.gated(host_forward.__self__, gate.layer_type, given))
     within.holds_kept_rows = not gate.restores
-    return restore(hidden_states, y, plan) if gate.restores else y
+    return restore(hidden_states, y, own.plan) if gate.restores else y
 
 
 def _head_forward(

@@ -48,7 +48,7 @@ class ForwardPass:
         gathers: whether gated layers see kept rows only, where the plan moves rows.
         tower: the calls of the vision tower that every data rank makes; None if not agreed on.
         """
-        self.plan, self.tower, self._support = plan, tower, support
+        self.plan, self.tower, self._support, self._host = plan, tower, support, host
         gathers = gathers and plan.moves_rows
         self.num_seen = 0
         """Number of the layers that have been given the plan."""
@@ -63,6 +63,12 @@ class ForwardPass:
             require_window(self._implementation, plan.num_tokens, window)
         from_plan = gathers and not (self._own_mask and self._implementation == "eager")
         self._attention = attention_inputs(plan, host) if from_plan else {}
+
+    @cached_property
+    def sets(self) -> tuple[ForwardPass, ...]:
+        """The pass with each kept set of the plan, where spans have their own."""
+        host, support = self._host, self._support
+        return tuple(ForwardPass(one, host, support, gathers=True) for one in self.plan.sets)
 
     def gated(self, layer: nn.Module, layer_type: str, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a gated layer at kept positions.

@@ -109,11 +109,19 @@ def _require_own_routes(config: Any) -> None:
         )
 
 
-def require_keys_within(config: Any, span: Span | None) -> None:
-    """Refuse a span of layers in which one reads the keys of another that ran on other rows."""
+def require_keys_within(config: Any, span: Span | None, *, is_apart: bool = False) -> None:
+    """Refuse a span of layers in which one reads the keys of another that ran on other rows.
+
+    is_apart: whether each layer of the span has a kept set of its own.
+    """
     num_sharing = getattr(config, "num_kv_shared_layers", 0) or 0
     if not num_sharing or span is None or span.part != "layer":
         return
+    if is_apart:
+        raise ValueError(
+            f"the last {num_sharing} layers read keys of earlier ones, which execution=random_ltd "
+            "would run on other rows; use execution=elide"
+        )
     depth, types = config.num_hidden_layers, list(config.layer_types)
     own, sharing = types[: depth - num_sharing], set(types[depth - num_sharing :])
     source = min(len(own) - 1 - own[::-1].index(each) for each in sharing)

@@ -17,12 +17,13 @@ all rows do. What is not in a span is the host's own.
 branch from its norm to its residual addition, or the "backward" pass, where the others enter
 detached. A slot is a position or, in ``merge``, a patch that predicts several targets: therefore
 ``ElisionPlan.label_slot_L`` may name a slot several times, and targets and weights are fields of
-their own. All but the last two are there; those fit the same four numbers.
+their own. All but the last are there; that fits the same four numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -45,6 +46,15 @@ class Ranked:
     beyond_BT: Tensor | None = None
     """int64: an image token's place in its image's order, less the number kept: below 0 is kept,
     and the lowest others are the next best. None keeps every image token."""
+
+    step: int = 0
+    """The optimizer step."""
+
+    keep_share: float = 1.0
+    """The share that the step keeps, of which ``num_hard_S`` are made."""
+
+    layers: range = range(0)
+    """The gated layers, where the configuration numbers the last one."""
 
 
 Part = Literal["layer", "mlp", "backward"]
@@ -77,6 +87,18 @@ def gated_span(spans: tuple[Span, ...], parts: tuple[Part, ...] = ("layer",)) ->
             "execution"
         )
     return first
+
+
+def joined_span(spans: tuple[Span, ...], parts: tuple[Part, ...] = ("layer",)) -> Span | None:
+    """Return one span over the layers of all; None if there is none.
+
+    Several spans, of whole layers, must follow each other. ValueError as ``gated_span``.
+    """
+    numbers = [(span.first, span.last) for span in spans]
+    follow = all(last == start for (_, last), (start, _) in pairwise(numbers))
+    if len(spans) < 2 or not follow or {span.part for span in spans} != {"layer"}:
+        return gated_span(spans, parts)
+    return replace(spans[0], last=spans[-1].last)
 
 
 class Execution(Protocol):

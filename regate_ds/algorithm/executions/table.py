@@ -8,6 +8,7 @@ from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.loss_only import LossOnly
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.none import NoElision
+from regate_ds.algorithm.executions.random_ltd import RandomLtd
 
 EXECUTIONS: dict[str, type[Execution]] = {
     "elide": Elide,
@@ -15,10 +16,11 @@ EXECUTIONS: dict[str, type[Execution]] = {
     "none": NoElision,
     "mlp_only": MlpOnly,
     "backward_only": BackwardOnly,
+    "random_ltd": RandomLtd,
 }
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "huggingface": ("elide", "loss_only", "none", "mlp_only", "backward_only"),
+    "huggingface": tuple(EXECUTIONS),
     "deepspeed_pipeline": ("elide", "loss_only", "none"),
     "megatron": ("elide", "loss_only", "none"),
 }

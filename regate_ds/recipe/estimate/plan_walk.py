@@ -178,6 +178,7 @@ class _Planner:
                 values_N=values_n,
                 num_hard_S=counts_s,
                 beyond=place_unseen(method, window, step, self._read_orders),
+                step=step,
             )
             plans = plan_window(method, window, choice, self._rows)
             pairs = zip(window, plans, strict=True)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.plan import ElisionPlan, plan_rows
+from regate_ds.algorithm.executions.execution import Ranked
+from regate_ds.algorithm.executions.random_ltd import RandomLtd
+from regate_ds.algorithm.plan import ElisionPlan, plan_rows, with_all_labels
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.images_config import ImagesConfig
 from tests.families.zoo.models.family import Family
 from tests.families.zoo.models.sizes import AFTER, BEFORE, END, IMAGE_TOKEN, PADDING, START
@@ -50,6 +53,21 @@ class Case:
         score_N = torch.rand(int(self.batch.is_label_BT.sum()), generator=generator)
         images = ImagesConfig(keep_share=0.5) if name == "answers and images" else None
         return plan_sparse(self.batch, score_N, keep_share=0.5, align="predictor", images=images)
+
+    def plan_of(self, execution: str, plan: ElisionPlan, gated: range) -> ElisionPlan:
+        """Return what the execution makes of a plan: on all labels, or with draws of each layer."""
+        if execution == "backward_only":
+            return with_all_labels(plan, self.batch)
+        if execution != "random_ltd":
+            return plan
+        share = plan.num_kept / int((self.batch.segment_BT >= 0).sum())
+        ranked = Ranked(
+            score_BT=torch.zeros(self.batch.labels_BT.shape),
+            num_hard_S=torch.zeros(len(self.batch.flat_keys), dtype=torch.int64),
+            keep_share=min(1.0, share),
+            layers=gated,
+        )
+        return RandomLtd().plan(self.batch, ranked, RowLayout())
 
 
 @dataclass(frozen=True)

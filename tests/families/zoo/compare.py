@@ -16,6 +16,7 @@ ORACLES = {
     "elide": oracle_loss,
     "mlp_only": mlp_oracle_loss,
     "backward_only": backward_oracle_loss,
+    "random_ltd": oracle_loss,
 }
 """By the name of an execution."""
 

@@ -42,9 +42,11 @@ def oracle_loss(
     with ExitStack() as stack:
         if plan.moves_rows:
             kept_BT, decoder = kept_positions(plan), decoder_of(host)
-            for number in gated:
+            # Each layer may have a kept set of its own.
+            for number, own in zip(gated, plan.sets or [plan] * len(gated), strict=True):
                 layer = decoder.layers[number]
-                stack.enter_context(replaced(layer, "forward", _gated(layer, kept_BT, decoder)))
+                run = _gated(layer, kept_positions(own), decoder)
+                stack.enter_context(replaced(layer, "forward", run))
             if hasattr(decoder, "_deepstack_process") and not deepstack_on_elided:
                 process = _only_kept(decoder, kept_BT, gated)
                 stack.enter_context(replaced(decoder, "_deepstack_process", process))
