@@ -41,7 +41,9 @@ def metrics_of(run: Run) -> dict[str, Any]:
     """Return the counts of the step planned last, for any logger; empty with enabled=False.
 
     tokens_total and answer_total count all positions and all label positions of the step;
-    tokens_kept counts the positions that enter gated layers, answer_kept the targets of the loss.
+    tokens_kept counts the positions that enter gated layers (with backward_only: that have a
+    gradient there), answer_kept the targets of the loss, and answer_entered the label positions
+    among tokens_kept. Where each layer has a set of its own, numbers of a kind are means over them.
     image_total and image_kept count positions of images that predict no answer; they are 0 where
     the batch does not tell which positions are images. filled counts positions kept only to reach
     token_multiple, and padded slots without a token.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from regate_ds.algorithm.batch import IMAGE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
 
@@ -12,13 +14,15 @@ COUNTS = (
     "tokens_kept",
     "answer_total",
     "answer_kept",
+    "answer_entered",
     "image_total",
     "image_kept",
     "filled",
     "padded",
 )
 """Names of a step's counts. "answer" counts label positions, "image" the other positions of images
-but the first of a sample (0 where a batch does not tell them), "tokens" all but padding."""
+but the first of a sample (0 where a batch does not tell them), "tokens" all but padding. "kept"
+counts what enters gated layers, of the answer what has a loss; "answer_entered" is what enters."""
 
 
 def count_step(
@@ -30,17 +34,21 @@ def count_step(
 
     padding: returns the number of padding slots of a plan.
     """
+    pairs = list(zip(window, micro, strict=True))
     return [
         sum(int((batch.segment_BT >= 0).sum()) for batch in window),
         sum(plan.num_kept for plan in micro),
         sum(int(batch.is_label_BT.sum()) for batch in window),
         sum(plan.num_targets for plan in micro),
+        sum(_entering(one.is_label_BT, plan) for one, plan in pairs),
         sum(int((batch.kind_BT == IMAGE).sum()) for batch in window),
-        sum(_image_kept(batch, plan) for batch, plan in zip(window, micro, strict=True)),
+        sum(_entering(one.kind_BT == IMAGE, plan) for one, plan in pairs),
         sum(plan.num_filled for plan in micro),
         sum(map(padding, micro)),
     ]
 
 
-def _image_kept(batch: TokenBatch, plan: ElisionPlan) -> int:
-    return int((batch.kind_BT.reshape(-1)[plan.position_R] == IMAGE).sum())
+def _entering(among_BT: Tensor, plan: ElisionPlan) -> int:
+    """Return how many of the marked positions enter a gated layer, rounded where layers differ."""
+    sets = plan.sets or (plan,)
+    return round(sum(int(among_BT.reshape(-1)[one.position_R].sum()) for one in sets) / len(sets))

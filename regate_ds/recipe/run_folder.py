@@ -2,9 +2,9 @@
 
 config.yaml      the configuration, with defaults and overrides filled in
 metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, answer_kept,
-                 image_total, image_kept, filled, padded, step_seconds, cpu_seconds, lr,
-                 grad_norm; with an online teacher also teacher_seconds, the time to score this
-                 step's samples, which happens one step before
+                 answer_entered, image_total, image_kept, filled, padded, step_seconds,
+                 cpu_seconds, lr, grad_norm; with an online teacher also teacher_seconds, the
+                 time to score this step's samples, which happens one step before
 evals.jsonl      step, accuracies, and the totals of all steps so far
 summary.json     the final figures
 checkpoints/     see checkpoint.py; model/ is the trained student
@@ -168,9 +168,9 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
 
 
 def _processed(rows: Sequence[Row], kind: str, gated_share: float) -> float:
-    # Steps that an older version wrote do not count image tokens.
+    # Steps that an older version wrote do not count image tokens, nor answers apart from targets.
     total = sum(row.get(f"{kind}_total", 0) for row in rows)
-    kept = sum(row.get(f"{kind}_kept", 0) for row in rows)
+    kept = sum(row.get(f"{kind}_entered", row.get(f"{kind}_kept", 0)) for row in rows)
     return (1.0 - gated_share) * total + gated_share * kept
 
 

@@ -105,6 +105,7 @@ class StepFigures:
             "tokens_kept": tokens,
             "answer_total": labels,
             "answer_kept": labels,
+            "answer_entered": labels,
             "image_total": images,
             "image_kept": images,
             "filled": 0,

@@ -113,7 +113,7 @@ def test_a_host_is_given_spans_of_the_parts_that_it_can_gate():
 
 
 @pytest.mark.parametrize("host", ["deepspeed_pipeline", "megatron"])
-@pytest.mark.parametrize("name", ["mlp_only", "backward_only"])
+@pytest.mark.parametrize("name", ["mlp_only", "backward_only", "random_ltd"])
 def test_hosts_that_cannot_gate_a_part_refuse_it_by_name(host: str, name: str):
     require_execution(EXECUTIONS[name](), "huggingface")
     with pytest.raises(ValueError, match=f"execution={name} is not supported under {host}"):

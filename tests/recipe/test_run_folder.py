@@ -138,6 +138,12 @@ def test_totals_are_sums_over_steps_and_medians_by_kind_of_step():
     assert figures["tokens_processed"] == 3 * 100 + 2 * (0.25 * 100 + 0.75 * 80)
 
 
+def test_answers_that_ran_without_a_loss_are_processed_and_those_that_had_one_alone_are_not():
+    entered = [{**step(dense=False, seconds=1.0, kept=20), "answer_entered": n} for n in (40, 10)]
+    figures = totals(entered, gated_share=0.75)
+    assert figures["answer_tokens_processed"] == 2 * 0.25 * 40 + 0.75 * 50
+
+
 def test_a_kind_of_step_that_never_ran_has_no_time():
     figures = totals([step(dense=True, seconds=1.0, kept=40)], gated_share=1.0)
     assert figures["step_seconds_sparse"] is None

@@ -8,8 +8,10 @@ import math
 
 import pytest
 
+from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
+from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.table import QUOTAS
@@ -29,6 +31,9 @@ from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.section import plain_values, read_section
 from tests.support.planning import config_of
 
+DRAWS = {"execution": RandomLtd(), "score": Random()}
+HALF_OF_IMAGES = ImagesConfig(keep_share=0.5)
+
 REFUSED = [
     (RegateConfig, {"enabled": "yes"}, "must be true or false"),
     (RegateConfig, {"enabled": 1}, "must be true or false"),
@@ -46,6 +51,15 @@ REFUSED = [
     (RegateConfig, {"score": "fused"}, "must be one of Fused, Random"),
     (RegateConfig, {"quota": None}, "must be one of PerSample, PerWindow, Threshold"),
     (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision, MlpOnly"),
+    (
+        RegateConfig,
+        {"score": Fused(), "execution": RandomLtd()},
+        "reads a store, but execution=random_ltd ranks",
+    ),
+    (RegateConfig, {"images": HALF_OF_IMAGES, **DRAWS}, "keep_share is below 1, but execution="),
+    (RegateConfig, {"last_layer": None, **DRAWS}, "must be a number with execution=random_ltd"),
+    (RandomLtd, {"seed": 1.5}, "must be a whole number"),
+    (BackwardOnly, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
     (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
     (RegateConfig, {"images": 0.5}, r"must be an ImagesConfig; write ImagesConfig\(...\)"),
     (ImagesConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -167,6 +168,34 @@ def test_backward_only_counts_what_elide_keeps_and_every_label():
     every = {"answer_kept": wanted.counts["answer_total"]}
     assert found.counts == {**wanted.counts, **every}
     assert found.num_targets_global == wanted.counts["answer_total"] > wanted.counts["answer_kept"]
+
+
+def test_random_ltd_needs_no_store_keeps_its_share_and_resumes():
+    knobs = {"execution": "random_ltd", "score": "random", "last_layer": 3, "schedule": ANSWERS}
+    sessions = [
+        Regate(config_of(keep_share=0.4, **knobs), Stores(), total_steps=TOTAL_STEPS)
+        for _ in range(2)
+    ]
+    whole = [run_step(sessions[0], *WINDOWS[0]) for _ in range(TOTAL_STEPS)]
+    assert [number for number, one in enumerate(whole) if not one.is_dense] == [2, 3, 4, 5]
+    for _ in range(3):
+        run_step(sessions[1], *WINDOWS[0])
+    resumed = Regate(config_of(keep_share=0.4, **knobs), Stores(), total_steps=TOTAL_STEPS)
+    resumed.load_state_dict(sessions[1].state_dict())
+    wanted = {rows_of(one)[0][0] for step in whole for one in step.micro}
+    assert wanted == {0}
+    for step in whole[3:]:
+        found = run_step(resumed, *WINDOWS[0])
+        assert found.counts == step.counts
+        for mine, theirs in zip(found.micro, step.micro, strict=True):
+            assert list(map(rows_of, mine.sets)) == list(map(rows_of, theirs.sets))
+    sizes = [
+        int((batch.sample_BT == sample).sum())
+        for batch in WINDOWS[0]
+        for sample in range(len(batch.flat_keys))
+    ]
+    kept = sum(math.ceil(0.4 * size - 1e-9) for size in sizes)
+    assert whole[2].counts["tokens_kept"] == kept < whole[2].counts["tokens_total"]
 
 
 def test_the_plans_of_images_kept_whole_are_those_without_images():

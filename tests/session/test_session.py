@@ -158,6 +158,7 @@ def test_counts_are_those_of_the_plans(knobs: dict):
         "tokens_kept": sum(s >= 0 for row in segments for s in row),
         "answer_total": sum(y >= 0 for batch in window for y in batch.labels_BT.flatten().tolist()),
         "answer_kept": sum(len(plan.targets_L) for plan in step.micro),
+        "answer_entered": sum(len(plan.targets_L) for plan in step.micro),
         "image_total": 0,
         "image_kept": 0,
         "filled": sum(plan.num_filled for plan in step.micro),

@@ -163,6 +163,7 @@ BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
 ENTROPY = (("score", "entropy"),)
 MLP_ONLY = (*IMAGES_ELIDED, ("execution", "mlp_only"), ("token_multiple", 8))
+RANDOM_LTD = (("execution", "random_ltd"), ("score", "random"), ("last_layer", 2))
 BACKWARD_ONLY = (*IMAGES_ELIDED, ("execution", "backward_only"), ("token_multiple", 8))
 
 
@@ -191,6 +192,7 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "recompute", recompute
         yield "MLP only, recompute", replace(recompute, knobs=MLP_ONLY)
         yield "backward only, recompute", replace(recompute, knobs=BACKWARD_ONLY)
+        yield "random LTD", ZeroCase(stage=stage, accumulation=3, knobs=RANDOM_LTD)
         yield "backward only", ZeroCase("qwen2_vl", stage, knobs=BACKWARD_ONLY)
 
         if stage == 3:
