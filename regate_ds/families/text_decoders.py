@@ -28,8 +28,8 @@ class TextDecoder:
     """Whether the decoder keeps the samples of one row apart; else rows of several are refused."""
 
     joins_keys: bool = True
-    """Whether each layer hands to its cache what it attends to, so that the rest of the rows can
-    come from another run of the layer (`backward_only`)."""
+    """Whether each layer hands to its cache the keys and values that it attends to, so that those
+    of some rows can come from another run of the layer (`backward_only`)."""
 
     shards: bool = False
     """Whether DeepSpeed cuts the layers correctly, as our tests show (teacher/sharding)."""
@@ -69,6 +69,9 @@ _PLAIN = TextDecoder()
 
 _DELTA_NET = TextDecoder(recurrent=("linear_attention",), packs=False)
 
+_LATENT = TextDecoder(joins_keys=False)
+"""It caches what keys and values are made of, or attends by a function of its own."""
+
 _CONVOLUTION = TextDecoder(recurrent=("conv",), packs=False)
 
 _LEAKING = TextDecoder(packs=False)
@@ -77,17 +80,17 @@ each other."""
 
 # fmt: off
 _USUAL = (
-    "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe",
-    "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe",
+    "apertus", "arcee", "aria_text", "bitnet", "cohere", "cohere2", "cohere2_moe",
+    "cwm", "dots1", "ernie4_5", "ernie4_5_moe",
     "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
-    "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "granite",
+    "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_neox", "granite",
     "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium",
     "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "jais2",
-    "jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2",
+    "jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax_m2",
     "minimax_m3_vl_text", "ministral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2",
     "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2_moe", "qwen3", "qwen3_moe",
-    "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
-    "vaultgemma", "youtu",
+    "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "vaultgemma",
 )
 # fmt: on
 
@@ -104,9 +107,11 @@ _IN_HOSTS = (
 TEXT_DECODERS: dict[str, TextDecoder] = {
     **dict.fromkeys(_USUAL, _PLAIN),
     **dict.fromkeys(_IN_HOSTS, _PLAIN),
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "diffllama"), _LATENT),
+    **dict.fromkeys(("glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu"), _LATENT),
     "afmoe": _LEAKING,
     "bailing_hybrid": _DELTA_NET,
-    "doge": TextDecoder(own_mask=True),
+    "doge": TextDecoder(own_mask=True, joins_keys=False),
     "ernie4_5_vl_moe_text": TextDecoder(token_inputs=("moe_mm_token_type_ids",)),
     "gemma4_text": TextDecoder(token_inputs=("per_layer_input",)),
     "gpt_oss": _LEAKING,

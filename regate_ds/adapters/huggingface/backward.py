@@ -101,11 +101,12 @@ def require_keys_joined(decoder: Any, span: Span | None) -> None:
     kind = decoder.config.model_type
     names = [_cache_name(layer) for layer in decoder.layers[span.first : span.last]]
     record = TEXT_DECODERS[kind]
-    if record.recurrent or not record.joins_keys or None in names:
+    is_sharing = bool(getattr(decoder.config, "num_kv_shared_layers", 0))
+    if record.recurrent or is_sharing or not record.joins_keys or None in names:
         raise ValueError(
-            f"decoder {kind!r} does not hand its cache the keys and values that it attends to, all "
-            "of them and nothing else, so that rows cannot be computed without gradient; use "
-            "execution=elide"
+            f"decoder {kind!r} does not hand its cache the keys and values that each layer attends "
+            "to, all of them and nothing else, so that rows cannot be computed without gradient; "
+            "use execution=elide"
         )
     if decoder.config._attn_implementation == "flash_attention_2":
         raise ValueError(

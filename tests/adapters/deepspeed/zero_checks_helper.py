@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_grad
 from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.adapters.window import PLAN
+from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
@@ -84,7 +85,8 @@ def engine_gradients(rank: int, case: ZeroCase) -> tuple[Gradients, list[torch.T
     engine = start_engine(model, case.stage, case.accumulation)
     (window,) = regate.windows(case.batches(rank), engine)
     counts, losses = regate.metrics(), []
-    assert (counts["image_kept"] < counts["image_total"]) == bool(case.config.chooses_images)
+    elides = case.config.chooses_images or isinstance(case.config.execution, RandomLtd)
+    assert (counts["image_kept"] < counts["image_total"]) == (elides and counts["image_total"] > 0)
     for number, inputs in enumerate(window, start=1):
         if rank == RANKS[-1] and case.targets_of_last_rank is not None:
             assert inputs[PLAN].num_targets == case.targets_of_last_rank
