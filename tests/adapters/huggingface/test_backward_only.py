@@ -187,5 +187,15 @@ def test_what_takes_no_mask_of_kept_rows_is_refused_and_left_alone():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_5_text", "gemma4_text, shared keys"])
+def test_decoders_that_cache_something_else_are_refused_by_name_and_left_alone(name: str):
+    with in_fp64():
+        host = build(FAMILIES[name])
+    kind = host.config.get_text_config(decoder=True).model_type
+    with pytest.raises(ValueError, match=f"decoder '{kind}' does not hand its cache the keys"):
+        attached(host)
+    assert not any("forward" in vars(module) for module in host.modules())
+
+
 def test_every_position_counts_as_processed():
     assert gated_share(causal_lm(), RegateConfig(execution=BackwardOnly())) == 0.0
