@@ -23,7 +23,7 @@ from regate_ds.adapters.huggingface.attention import (
     ungated_attention_inputs,
 )
 from regate_ds.adapters.huggingface.calls import require_window, window_of
-from regate_ds.adapters.huggingface.mlp import Rows, other_rows
+from regate_ds.adapters.huggingface.mlp import BranchRows, other_rows
 from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported
@@ -90,7 +90,7 @@ class ForwardPass:
         return {**inputs, "attention_mask": mask_at_kept_queries(mask, self.plan)}
 
     @cached_property
-    def other_rows(self) -> Rows:
+    def other_rows(self) -> BranchRows:
         """The rows that are not kept, padding included."""
         return other_rows(self.plan)
 

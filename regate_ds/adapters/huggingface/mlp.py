@@ -34,7 +34,7 @@ _OF_AN_MLP = re.compile("mlp|feed_?forward|ffn|moe|expert|router")
 
 
 @dataclass(frozen=True)
-class Rows:
+class BranchRows:
     """The rows of a micro-batch that a branch reads."""
 
     position_R: Tensor
@@ -47,11 +47,11 @@ class Rows:
     """T."""
 
 
-def kept_rows(plan: ElisionPlan) -> Rows:
-    return Rows(plan.position_R, len(plan.kept_BK), plan.num_tokens)
+def kept_rows(plan: ElisionPlan) -> BranchRows:
+    return BranchRows(plan.position_R, len(plan.kept_BK), plan.num_tokens)
 
 
-def other_rows(plan: ElisionPlan) -> Rows:
+def other_rows(plan: ElisionPlan) -> BranchRows:
     """Return all rows but the kept ones, padding included."""
     kept = kept_rows(plan)
     is_kept_P = kept.position_R.new_zeros(kept.num_rows * kept.num_tokens)
@@ -68,7 +68,7 @@ class MlpGate:
     multiple: int
     """The number of rows is a multiple of it."""
 
-    rows: Rows | None = None
+    rows: BranchRows | None = None
     """What the branch reads while its layer runs, as the host hands no plan to the modules inside a
     layer."""
 
@@ -125,7 +125,7 @@ def run_layer(
 def _checkpoint_with_rows(
     checkpoint: Callable[..., Any],
     gate: MlpGate,
-    rows: Rows,
+    rows: BranchRows,
     function: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
@@ -135,7 +135,7 @@ def _checkpoint_with_rows(
 
 
 def with_rows(
-    function: Callable[..., Any], gate: MlpGate, rows: Rows, *args: Any, **kwargs: Any
+    function: Callable[..., Any], gate: MlpGate, rows: BranchRows, *args: Any, **kwargs: Any
 ) -> Any:
     """Call the function; meanwhile, and no longer, the branch reads these rows alone.
 
@@ -229,7 +229,7 @@ def _put_back(module: nn.Module, args: Any, output: Any, *, gate: MlpGate) -> An
     return _among_zeros(output, gate.rows)
 
 
-def _among_zeros(y_1RH: Tensor, rows: Rows) -> Tensor:
+def _among_zeros(y_1RH: Tensor, rows: BranchRows) -> Tensor:
     hidden = y_1RH.shape[-1]
     y_RH = y_1RH.reshape(-1, hidden)[: len(rows.position_R)]
     zeros_PH = y_RH.new_zeros(rows.num_rows * rows.num_tokens, hidden)
