@@ -44,7 +44,8 @@ masks: in the gated ranges {ranges}, under sdpa and eager where the class has th
 the answers elided, with half of the image tokens too, and with a sparse plan that keeps
 everything. "Exact" means relative errors up to {tolerance:g}; the worst of any class here is
 {worst:.0e}. The rows are of `execution: elide`; the same command runs
-`mlp_only`, `backward_only` and `random_ltd` too, and fails if one is wrong. A class that takes any of several decoders was run with those in its row.
+`mlp_only`, `backward_only` and `random_ltd` too, and fails if one is wrong. A class that takes any
+of several decoders was run with those in its row.
 torch {torch}, transformers {transformers}, CPU. Not run: GPUs, flash_attention_2, real checkpoints.
 
 "Packed" says whether a row may hold several samples: "refused" where the host itself lets them
