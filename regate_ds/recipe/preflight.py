@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.rankings.ranking import StoredRanking
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import is_same_on_all
@@ -129,6 +130,8 @@ def describe_run(config: RunConfig, steps: int, origin: Mapping[str, str | None]
     elision = config.elision
     schedules = elision.schedules(steps)
     courses = {"answer": schedules.answers, "image": schedules.images}
+    if isinstance(elision.execution, RandomLtd):  # its share is of tokens of all kinds
+        courses = {"samples'": schedules.answers}
     kept = " and ".join(
         f"{1.0 if one is None else one.expected_share(steps):.3f} of the {kind} tokens"
         for kind, one in courses.items()

@@ -7,7 +7,7 @@ Shapes: B rows, T positions, S samples, P positions of the micro-batch.
 """
 
 # torch's own types have gaps.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
 from __future__ import annotations
