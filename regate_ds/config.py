@@ -139,7 +139,7 @@ class RegateConfig:
             ),
             (
                 "images",
-                self.images.keep_share == 1.0,
+                not elides(self.images.keep_share),
                 "keep_share is below 1, but execution=random_ltd draws image tokens as all others; "
                 "set images.keep_share=1.0",
             ),

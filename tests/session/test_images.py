@@ -13,6 +13,7 @@ import torch
 from regate_ds.algorithm.batch import IMAGE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.schedule import MovingShare
 from regate_ds.images_config import ImagesConfig
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
@@ -196,6 +197,19 @@ def test_random_ltd_needs_no_store_keeps_its_share_and_resumes():
     ]
     kept = sum(math.ceil(0.4 * size - 1e-9) for size in sizes)
     assert whole[2].counts["tokens_kept"] == kept < whole[2].counts["tokens_total"]
+
+
+def test_the_length_of_random_ltd_grows_to_all_and_stays_there():
+    grows = MovingShare(points=((0.0, 0.25), (0.5, 1.0)))
+    knobs = {"execution": "random_ltd", "score": "random", "last_layer": 3}
+    never = {"warmup": 0, "final_dense_share": 0.0}
+    config = config_of(keep_share=grows, schedule=never, **knobs)
+    session = Regate(config, Stores(), total_steps=9)
+    steps = [run_step(session, *WINDOWS[0]) for _ in range(9)]
+    kept = [step.counts["tokens_kept"] for step in steps]
+    assert kept[:5] == sorted(set(kept))
+    assert kept[4:] == [steps[0].counts["tokens_total"]] * 5
+    assert [step.is_dense for step in steps] == [False] * 4 + [True] * 5
 
 
 def test_the_plans_of_images_kept_whole_are_those_without_images():

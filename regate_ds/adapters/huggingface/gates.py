@@ -25,22 +25,19 @@ from transformers.utils import ModelOutput
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.backward import (
-    BackwardGate,
     gate_inside,
     require_keys_joined,
-    run_backward,
 )
 from regate_ds.adapters.huggingface.calls import (
     require_marks,
     require_passed_through,
     require_plain_call,
-    require_rows,
     require_samples_apart,
 )
 from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
 from regate_ds.adapters.huggingface.empty_image import forward_with_tower, has_tower
-from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
-from regate_ds.adapters.huggingface.mlp import MlpGate, run_layer
+from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
+from regate_ds.adapters.huggingface.layers import LayerGate, layer_forward
 from regate_ds.adapters.huggingface.support import (
     require_host,
     require_keys_within,
@@ -49,7 +46,6 @@ from regate_ds.adapters.huggingface.support import (
 from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.executions.execution import joined_span
 from regate_ds.algorithm.executions.table import require_execution
-from regate_ds.algorithm.gate import keep, restore
 from regate_ds.algorithm.loss import LogitChange, summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig, require_config
@@ -90,31 +86,6 @@ class _ModelGate:
 
     packed_at_end: bool
     """Whether the decoder's output holds kept slots only, in a step that elides."""
-
-
-@dataclass(frozen=True)
-class _LayerGate:
-    """What one decoder layer does in a step that elides."""
-
-    number: int
-    layer_type: str
-    names: tuple[str, ...]
-    """Names of the layer's arguments behind its hidden states."""
-
-    gated: bool
-    """Whether the layer runs on kept slots."""
-
-    packs: bool
-    """Whether the layer takes the kept positions out of its input."""
-
-    restores: bool
-    """Whether the layer puts its results back into the full stream."""
-
-    kept_set: int | None
-    """Which of the plan's kept sets the layer runs on; None if the plan has one for all layers."""
-
-    inner: MlpGate | BackwardGate | None
-    """What is gated where that is less than the whole layer."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +149,10 @@ def attach_model(
         packs = restores or (gathers and number == config.first_layer)
         names, within = tuple(signature(layer.forward).parameters)[1:], inner.get(number)
         kept_set = number - config.first_layer if is_apart and gated else None
-        layer_gate = _LayerGate(
+        layer_gate = LayerGate(
             number, types[number], names, gated, packs, restores, kept_set, within
         )
-        attachment.rebind_forward(layer, _layer_forward, gate=layer_gate)
+        attachment.rebind_forward(layer, layer_forward, gate=layer_gate)
     return attachment
 
 
@@ -216,36 +187,6 @@ def _model_forward(
     return ElidedOutput(
         loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan, entropy=entropy_L
     )
-
-
-def _layer_forward(
-    host_forward: Any,
-    hidden_states: Tensor,
-    *args: Any,
-    gate: _LayerGate,
-    regate_plan: ForwardPass | None = None,
-    **kwargs: Any,
-) -> Any:
-    if regate_plan is None:
-        return host_forward(hidden_states, *args, **kwargs)
-    within, plan = regate_plan, regate_plan.plan
-    within.num_seen += 1
-    if gate.number == 0:
-        require_rows(hidden_states, plan)
-    inner = gate.inner if plan.moves_rows else None
-    if isinstance(inner, MlpGate):
-        given = {**kwargs, **within.ungated}
-        return run_layer(host_forward, inner, plan, hidden_states, *args, **given)
-    given = arguments_by_name(gate.names, args, kwargs)
-    if isinstance(inner, BackwardGate):
-        return run_backward(host_forward, inner, within, hidden_states, given)
-    if not plan.moves_rows or not gate.gated:
-        return host_forward(hidden_states, *args, **{**kwargs, **within.ungated})
-    own = within if gate.kept_set is None else within.sets[gate.kept_set]
-    x = keep(hidden_states, own.plan) if gate.packs else hidden_states
-    y = host_forward(x, **own.gated(host_forward.__self__, gate.layer_type, given))
-    within.holds_kept_rows = not gate.restores
-    return restore(hidden_states, y, own.plan) if gate.restores else y
 
 
 def _head_forward(
