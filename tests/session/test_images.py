@@ -13,7 +13,6 @@ import torch
 from regate_ds.algorithm.batch import IMAGE, TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.schedule import MovingShare
 from regate_ds.images_config import ImagesConfig
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
@@ -200,7 +199,7 @@ def test_random_ltd_needs_no_store_keeps_its_share_and_resumes():
 
 
 def test_the_length_of_random_ltd_grows_to_all_and_stays_there():
-    grows = MovingShare(points=((0.0, 0.25), (0.5, 1.0)))
+    grows = {"points": [[0.0, 0.25], [0.5, 1.0]]}
     knobs = {"execution": "random_ltd", "score": "random", "last_layer": 3}
     never = {"warmup": 0, "final_dense_share": 0.0}
     config = config_of(keep_share=grows, schedule=never, **knobs)

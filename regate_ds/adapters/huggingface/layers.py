@@ -47,7 +47,7 @@ def layer_forward(
     regate_plan: ForwardPass | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Run the host's layer as the pass's plan and the gate say; without a plan, as the host does."""
+    """Run the host's layer as plan and gate say; without a plan, as the host does."""
     if regate_plan is None:
         return host_forward(hidden_states, *args, **kwargs)
     within, plan = regate_plan, regate_plan.plan
