@@ -222,7 +222,10 @@ def _layer_forward(
         return run_layer(host_forward, gate.mlp, plan, hidden_states, *args, **given)
     x = keep(hidden_states, plan) if gate.packs else hidden_states
     given = arguments_by_name(gate.names, args, kwargs)
-    y = host_forward(x, **within.gated(host_forward.__self__, gate.layer_type, given))
+    given = within.gated(host_forward.__self__, gate.layer_type, given)
+    # Reentrant checkpointing has no gradients for what is given by name.
+    positional = [given.pop(name) for name in gate.names[: len(args)]]
+    y = host_forward(x, *positional, **given)
     within.holds_kept_rows = not gate.restores
     return restore(hidden_states, y, plan) if gate.restores else y
 
