@@ -18,6 +18,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from regate_ds.families.hosts import HOSTS, supported_as
 from tests.families.rows import TOLERANCE, Row
@@ -228,7 +229,9 @@ def _reasons(rows: list[Row]) -> Iterator[str]:
 
 
 def _has_images(row: Row) -> bool:
-    return FAMILIES[row["family"]].make_images is not None
+    """Return whether the class takes images, also where the zoo makes none for it."""
+    of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return FAMILIES[row["family"]].make_images is not None or row["class"] in of_images
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from regate_ds.adapters.huggingface.calls import (
 )
 from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
 from regate_ds.adapters.huggingface.empty_image import forward_with_tower, has_tower
-from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
+from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name, by_position
 from regate_ds.adapters.huggingface.mlp import MlpGate, gate_mlps, run_layer
 from regate_ds.adapters.huggingface.support import (
     require_host,
@@ -223,8 +223,7 @@ def _layer_forward(
     x = keep(hidden_states, plan) if gate.packs else hidden_states
     given = arguments_by_name(gate.names, args, kwargs)
     given = within.gated(host_forward.__self__, gate.layer_type, given)
-    # Reentrant checkpointing has no gradients for what is given by name.
-    positional = [given.pop(name) for name in gate.names[: len(args)]]
+    positional = by_position(gate.names[: len(args)], given)
     y = host_forward(x, *positional, **given)
     within.holds_kept_rows = not gate.restores
     return restore(hidden_states, y, plan) if gate.restores else y
