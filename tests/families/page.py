@@ -211,9 +211,11 @@ def _faults(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         for use, said in row["uses"].items():
             if said.startswith("host: "):
-                found[use, said.removeprefix("host: ")].add(row["class"])
+                found[use, said.removeprefix("host: ")].add(f"{row['class']} ({row['family']})")
     if found:
-        yield "\n## What hosts cannot do\n\n" + _line(["use", "error", "classes"])
+        yield "\n## What hosts cannot do\n\n" + _line(
+            ["use", "error", "class (family of the suite)"]
+        )
         yield _line(["---"] * 3)
     for (use, said), classes in sorted(found.items()):
         yield _line([use, said, ", ".join(sorted(classes))])

@@ -58,7 +58,7 @@ def test_what_a_host_cannot_do_is_named_with_its_error():
     rows["elide"][1] = {**rows["elide"][1], "uses": fault}
     found = made.page(rows)
     assert "| LlamaForCausalLM | llama | 3 | exact | host: reentrant checkpointing |" in found
-    assert "| reentrant checkpointing | TypeError: no | LlamaForCausalLM |" in found
+    assert "| reentrant checkpointing | TypeError: no | LlamaForCausalLM (llama) |" in found
 
 
 @pytest.mark.parametrize("part", made.PARTS)
