@@ -51,12 +51,12 @@ test-matrix: setup $(VENV19)/ready
 
 # Every class of transformers that is tried, tiny, against an oracle; makes docs/models.md.
 test-families: setup
-	@mkdir -p build
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --rows build/families.jsonl
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --execution mlp_only
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.zero
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.teachers
-	$(BIN)/python -m tests.families.page build/families.jsonl
+	@mkdir -p build/families
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --jobs 2 --rows build/families/elide.jsonl
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.run --jobs 2 --execution mlp_only --rows build/families/mlp_only.jsonl
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.zero --rows build/families/zero.jsonl
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.teachers --jobs 2 --rows build/families/teachers.jsonl
+	$(BIN)/python -m tests.families.page build/families
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.

@@ -1,8 +1,10 @@
-"""Write docs/models.md from the rows of ``tests.families.run``:
+"""Write docs/models.md from the rows of this folder's programs:
 
-    python -m tests.families.page ROWS.jsonl
+    python -m tests.families.page FOLDER
 
-Only rows of a whole run make the page; it says what was compared, not what is believed.
+The folder has elide.jsonl and mlp_only.jsonl of ``tests.families.run``, zero.jsonl and
+teachers.jsonl. Only rows of whole runs make the page; it says what was compared, not what is
+believed.
 """
 
 from __future__ import annotations
@@ -10,21 +12,27 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import peft
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from regate_ds.families.hosts import HOSTS, supported_as
-from tests.families.run import RANGES, TOLERANCE
+from tests.families.rows import TOLERANCE, Row
+from tests.families.run import RANGES
+from tests.families.uses import USES
 from tests.families.zoo.models.left_out import LEFT_OUT
 from tests.families.zoo.models.table import FAMILIES
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "models.md"
-Row = dict[str, Any]
+PARTS = ("elide", "mlp_only", "zero", "teachers")
+"""Names of the files with rows."""
+
+Parts = dict[str, list[Row]]
 
 _HEAD = """\
 # Models
@@ -43,40 +51,49 @@ that runs the host's own forward on all positions and takes the elided ones out 
 masks: in the gated ranges {ranges}, under sdpa and eager where the class has them; with half of
 the answers elided, with half of the image tokens too, and with a sparse plan that keeps
 everything. "Exact" means relative errors up to {tolerance:g}; the worst of any class here is
-{worst:.0e}. The rows are of `execution: elide`; the same command runs
-`mlp_only`, `backward_only` and `random_ltd` too, and fails if one is wrong. A class that takes any
-of several decoders was run with those in its row.
-torch {torch}, transformers {transformers}, CPU. Not run: GPUs, flash_attention_2, real checkpoints.
+{worst:.0e}. `backward_only` and `random_ltd` are run by the same command, and
+not shown here. A class that takes any of several decoders was run with those in its row.
+torch {torch}, transformers {transformers}, peft {peft}, CPU. Not run: GPUs, flash_attention_2, real
+checkpoints.
 
-"Packed" says whether a row may hold several samples: "refused" where the host itself lets them
-see each other (seen, or a recurrent layer), or where its own mask decides.
+{columns}
+"host" in a cell says that the host itself cannot be used so, whether or not tokens are elided; a
+table below has the error.
 """
 
-_WITH_IMAGES = """
-## Models with images
-
-"Empty image": whether a micro-batch without an image is known to run an empty one, which several
-ranks need; else every micro-batch needs an image. With it, the ranks of ZeRO-3 also run the tower
-equally often where one has images and videos and another has not (`python -m tests.families.zero`);
-without it such a micro-batch is refused there. "Told apart": whether images are numbered from
-the inputs where image tokens are elided; else the collate function numbers them (docs/images.md).
-
-| class | decoder | runs | packed | empty image | told apart |
-| --- | --- | --- | --- | --- | --- |
-"""
-
-_TEXT = """
-## Models of text
-
-| class | decoder | runs | packed |
-| --- | --- | --- | --- |
-"""
+_COLUMNS = {
+    "class": "of transformers, with a language modelling head",
+    "decoder": "`model_type` of its text config",
+    "runs": "how many comparisons of `execution: elide`, with those of the next three columns",
+    "packed": 'whether a row may hold several samples: "refused" where the host itself lets them '
+    "see each other (seen, or a recurrent layer), or where its own mask decides",
+    "recomputed": "activation checkpointing, `use_reentrant` false and true; answers are elided, "
+    "and images where there are some",
+    "LoRA": "the same with adapters of peft on every `nn.Linear` of the decoder's layers, with "
+    "activation checkpointing and without",
+    "mlp_only": "the same comparisons under that execution",
+    "teacher": "losses of labels by the default teacher that is made of the class itself, against "
+    "the host's own logits of the text alone",
+}
+_OF_IMAGES = {
+    "empty image": "whether a micro-batch without an image is known to run an empty one, which "
+    "several ranks need; else every micro-batch needs an image, and one with images and videos is "
+    "refused under ZeRO-3",
+    "told apart": "whether images are numbered from the inputs where image tokens are elided; else "
+    "the collate function numbers them (docs/images.md)",
+    "ZeRO": "stages under which two ranks that see different things had the loss and the gradients "
+    "of one process, in fp32: one images and one text of other lengths; where the class takes "
+    'videos, also images, videos, both or neither; "-" where that was not run',
+}
+"""Columns of the tables, with what was compared; the second are of models with images."""
 
 _REFUSED = """
 ## Refused
 
-Every one in a line of its own, before anything is changed. Of most nobody has tried more than that.
-
+Each in a line of its own, before anything is changed. `attach` answers most with "decoder ... is
+not supported", because it has no record. So each was tried once, on a few rows of text, as if it
+had the record of a usual decoder. The reason is the line that refused it then, or what came of it.
+An exact trial is a lead for whoever adds the class ([add_a_model.md](add_a_model.md)), not support.
 """
 
 _LEFT = """
@@ -88,56 +105,88 @@ _LEFT = """
 
 
 def main() -> int:
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    missing = FAMILIES.keys() - {row["family"] for row in rows}
-    if missing:
-        print(f"the rows lack {sorted(missing)}: run the families without names", file=sys.stderr)
-        return 1
-    PAGE.write_text(page(rows))
+    folder = Path(sys.argv[1])
+    parts = {
+        part: [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
+        for part in PARTS
+    }
+    for part in ("elide", "mlp_only"):
+        if missing := FAMILIES.keys() - {row["family"] for row in parts[part]}:
+            print(f"{part} lacks {sorted(missing)}: run it without names", file=sys.stderr)
+            return 1
+    PAGE.write_text(page(parts))
     return 0
 
 
-def page(rows: list[Row]) -> str:
+def page(parts: Parts) -> str:
     """Return the page; ValueError if a class is taken and not exact."""
-    wrong = [row["family"] for row in rows if row.get("accepted") and row["verdict"] != "exact"]
-    if wrong:
-        raise ValueError(f"these are accepted, but not exact: {wrong}")
-    exact = [row for row in rows if row["verdict"] == "exact"]
+    for part, rows in parts.items():
+        taken = [row for row in rows if row.get("accepted", True)]
+        if wrong := [row["family"] for row in taken if row["verdict"] != "exact"]:
+            raise ValueError(f"{part}: these are accepted, but not exact: {wrong}")
+    exact = [row for row in parts["elide"] if row["verdict"] == "exact"]
     if unseen := HOSTS.keys() - {row["class"] for row in exact}:
         raise ValueError(f"these have a line in HOSTS, but no row: {sorted(unseen)}")
-    images = [row for row in exact if row["images"]]
-    text = [row for row in exact if not row["images"]]
+    about = [["column", "what was compared"], ["---", "---"], *(_COLUMNS | _OF_IMAGES).items()]
     head = _HEAD.format(
+        columns="".join(_line(cells) for cells in about),
         ranges=", ".join(f"[{one.start}, {one.stop})" for one in RANGES),
         tolerance=TOLERANCE,
         worst=max(row["gradient_error"] for row in exact),
         torch=torch.__version__.split("+")[0],
         transformers=transformers.__version__,
+        peft=peft.__version__,
     )
-    taken = {row["class"] for row in exact}
-    refused = [r for r in rows if r["verdict"] == "refused" and r["class"] not in taken]
+    with_images = [row for row in exact if row["images"]]
+    text = [row for row in exact if not row["images"]]
+    classes = {row["class"] for row in exact}
+    refused = [row for row in parts["elide"] if row["class"] not in classes]
     left = (f"| {name} | {reason} |\n" for name, reason in sorted(LEFT_OUT.items()))
     return "".join(
-        [head, _WITH_IMAGES, *_lines(images), _TEXT, *_lines(text), _REFUSED]
-        + [f"{_names(refused)}\n", _LEFT, *left]
+        [head, "\n## Models with images\n\n", *_table(with_images, parts, [*_COLUMNS, *_OF_IMAGES])]
+        + ["\n## Models of text\n\n", *_table(text, parts, [*_COLUMNS])]
+        + [*_faults(exact), _REFUSED, *_reasons(refused), _LEFT, *left]
     )
 
 
-def _lines(rows: list[Row]) -> Iterable[str]:
-    by_class: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_class[row["class"]].append(row)
-    for name, same in sorted(by_class.items()):
+def _table(rows: list[Row], parts: Parts, columns: list[str]) -> Iterator[str]:
+    yield _line(columns) + _line(["---"] * len(columns))
+    for name, same in sorted(_by(rows, "class").items()):
         decoders = ", ".join(sorted({row["decoder"] for row in same}))
-        cells = [name, decoders, str(sum(row["runs"] for row in same)), _packed(same)]
-        if same[0]["images"]:
-            cells += [_yes(same, "empty_image"), _yes(same, "told_apart")]
-        yield f"| {' | '.join(cells)} |\n"
+        others = {part: [row for row in parts[part] if row["class"] == name] for part in PARTS[1:]}
+        cells = {
+            "class": name,
+            "decoder": decoders,
+            "runs": str(sum(row["runs"] for row in same)),
+            "packed": _packed(same),
+            "recomputed": _used(same, lora=False),
+            "LoRA": _used(same, lora=True),
+            "mlp_only": _one({row["verdict"] for row in others["mlp_only"]}),
+            "teacher": _one({row["verdict"] for row in others["teachers"]}),
+            "empty image": _one({row.get("empty_image", "") for row in same}),
+            "told apart": _one({row.get("told_apart", "") for row in same}),
+            "ZeRO": ", ".join(sorted({str(row["stage"]) for row in others["zero"]})) or "-",
+        }
+        yield _line([cells[column] for column in columns])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _by(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row[key]].append(row)
+    return found
+
+
+def _one(found: set[str]) -> str:
+    return (found.pop() if len(found) == 1 else "by decoder") if found else "-"
 
 
 def _packed(rows: list[Row]) -> str:
-    found = {_packs(row) for row in rows}
-    return "by decoder" if len(found) > 1 else "exact" if found.pop() else "refused"
+    return _one({"exact" if _packs(row) else "refused" for row in rows})
 
 
 def _packs(row: Row) -> bool:
@@ -146,13 +195,47 @@ def _packs(row: Row) -> bool:
     return supported_as(row["class"], text).packs
 
 
-def _yes(rows: list[Row], what: str) -> str:
-    found = {row[what] for row in rows}
-    return found.pop() if len(found) == 1 else "by decoder"
+def _used(rows: list[Row], *, lora: bool) -> str:
+    """Return "exact", or the uses that the host cannot have."""
+    found = {
+        use.name if row["uses"][use.name].startswith("host: ") else row["uses"][use.name]
+        for row in rows
+        for use in USES
+        if use.lora is lora
+    }
+    faults = sorted(found - {"exact"})
+    return f"host: {', '.join(faults)}" if faults else "exact"
 
 
-def _names(rows: Iterable[Row]) -> str:
-    return ", ".join(sorted({row["class"] for row in rows})) + "."
+def _faults(rows: list[Row]) -> Iterator[str]:
+    """Yield a table of what hosts cannot do, and why, if there is any."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in rows:
+        for use, said in row["uses"].items():
+            if said.startswith("host: "):
+                found[use, said.removeprefix("host: ")].add(f"{row['class']} ({row['family']})")
+    if found:
+        yield "\n## What hosts cannot do\n\n" + _line(
+            ["use", "error", "class (family of the suite)"]
+        )
+        yield _line(["---"] * 3)
+    for (use, said), classes in sorted(found.items()):
+        yield _line([use, said, ", ".join(sorted(classes))])
+
+
+def _reasons(rows: list[Row]) -> Iterator[str]:
+    """Yield a table of reasons with their classes, for those with images and those of text."""
+    for title, images in (("With images", True), ("Of text", False)):
+        some = [row for row in rows if _has_images(row) is images]
+        yield f"\n### {title}\n\n{_line(['why', 'classes'])}" + _line(["---"] * 2)
+        for why, same in sorted(_by(some, "reason").items()):
+            yield _line([why, ", ".join(sorted({row["class"] for row in same}))])
+
+
+def _has_images(row: Row) -> bool:
+    """Return whether the class takes images, also where the zoo makes none for it."""
+    of_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return FAMILIES[row["family"]].make_images is not None or row["class"] in of_images
 
 
 if __name__ == "__main__":

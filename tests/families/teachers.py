@@ -8,11 +8,9 @@ plain positions. Names may be given, also with a ``*``. The exit code is 1 if a 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +21,12 @@ from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.families.hosts import supported
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import score_samples, teacher_inputs
-from tests.families.run import TOLERANCE, chosen
+from tests.families.rows import TOLERANCE, Row, add_arguments, chosen, rows_of, write_rows
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.fp64 import in_fp64
 from tests.families.zoo.models.family import Family, attentions_of, build
 from tests.families.zoo.models.sizes import PADDING
+from tests.families.zoo.models.table import FAMILIES
 
 NUM_IDS = 40
 """Ids of a block of the head: three blocks for the tiny vocabulary."""
@@ -88,19 +87,21 @@ def texts_of(case: Case) -> list[Text]:
     ]
 
 
-def measure(family: Family) -> dict[str, Any] | None:
-    """Return the row of one family; None if the adapter does not take the class."""
+def measure(name: str) -> Row | None:
+    """Return the row of a family; None if the adapter does not take the class."""
+    family = FAMILIES[name]
     if not _is_supported(family):
         return None
-    row: dict[str, Any] = {"family": family.name, "class": family.model_class}
-    start = time.perf_counter()
+    row: Row = {"family": family.name, "class": family.model_class}
+    start = time.process_time()
     try:
         for attention in attentions_of(family):
             with in_fp64():
                 row[attention] = teacher_error(family, attention)
     except Exception as error:  # a row of the table, as the run goes on to the next family
         row["error"] = f"{type(error).__name__}: {error}"[:300]
-    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+    seconds = round(time.process_time() - start, 1)
+    return {**row, "cpu_seconds": seconds, "verdict": _verdict(row)}
 
 
 def _is_supported(family: Family) -> bool:
@@ -113,7 +114,7 @@ def _is_supported(family: Family) -> bool:
     return True
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: Row) -> str:
     right = "error" not in row and all(
         row[attention] <= TOLERANCE for attention in ("sdpa", "eager") if attention in row
     )
@@ -122,18 +123,12 @@ def _verdict(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="of families, also with *; default all")
-    parser.add_argument("--rows", type=Path, help="file for the JSON rows")
+    add_arguments(parser)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    rows = []
-    for family in chosen(arguments.names):
-        if (row := measure(family)) is not None:
-            rows.append({**row, "verdict": _verdict(row)})
-            print(json.dumps(rows[-1]), flush=True)
-    if arguments.rows:
-        arguments.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = rows_of(measure, [family.name for family in chosen(arguments.names)], arguments.jobs)
+    write_rows(arguments.rows, rows)
     wrong = [row["family"] for row in rows if row["verdict"] == "wrong"]
     print(f"{len(rows) - len(wrong)} exact, {len(wrong)} wrong: {', '.join(wrong)}")
     return int(bool(wrong))

@@ -30,6 +30,7 @@ from regate_ds.families.table import FAMILIES as RECORDS
 from regate_ds.job.process import start_process
 from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
 from tests.adapters.deepspeed.zero_checks_helper import check_gradients, run_named
+from tests.families.rows import Row, write_rows
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.models.family import Family, attentions_of, build
 from tests.families.zoo.models.table import FAMILIES
@@ -167,14 +168,22 @@ def _error_of_pool(folder: str) -> str | None:
     return None
 
 
+def row_of(case: FamilyCase, failures: dict[str, str]) -> Row:
+    verdict = "wrong" if case.name in failures else "exact"
+    model_class = FAMILIES[case.family].model_class
+    return {"family": case.family, "class": model_class, "stage": case.stage, "verdict": verdict}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="of families; default all with an empty image")
     parser.add_argument("--stages", default="1,2,3")
+    parser.add_argument("--rows", type=Path, help="file for the JSON rows")
     arguments = parser.parse_args()
     stages = [int(one) for one in arguments.stages.split(",")]
-    chosen = list(cases(arguments.names, stages))
-    failures = failures_among(chosen)
+    chosen = cases(arguments.names, stages)
+    failures = failures_among(list(chosen))
+    write_rows(arguments.rows, [row_of(case, failures) for case in chosen.values()])
     for name, message in failures.items():
         print(f"wrong: {name}\n{message}", file=sys.stderr)
     print(f"{len(chosen) - len(failures)} of {len(chosen)} exact; not: {sorted(failures)}")

@@ -191,3 +191,11 @@ def arguments_by_name(
     names: the layer's own, in order, from the second on.
     """
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def by_position(names: tuple[str, ...], given: dict[str, Any]) -> list[Any]:
+    """Take out of ``given`` the arguments of these names, which the host gives by position.
+
+    Reentrant checkpointing has no gradients for what a layer is given by name.
+    """
+    return [given.pop(name) for name in names]

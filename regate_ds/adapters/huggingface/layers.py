@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regate_ds.adapters.huggingface.backward import BackwardGate, run_backward
 from regate_ds.adapters.huggingface.calls import require_rows
-from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name
+from regate_ds.adapters.huggingface.layer_inputs import ForwardPass, arguments_by_name, by_position
 from regate_ds.adapters.huggingface.mlp import MlpGate, run_layer
 from regate_ds.algorithm.gate import keep, restore
 
@@ -65,6 +65,8 @@ def layer_forward(
         return host_forward(hidden_states, *args, **{**kwargs, **within.ungated})
     own = within if gate.kept_set is None else within.sets[gate.kept_set]
     x = keep(hidden_states, own.plan) if gate.packs else hidden_states
-    y = host_forward(x, **own.gated(host_forward.__self__, gate.layer_type, given))
+    given = own.gated(host_forward.__self__, gate.layer_type, given)
+    positional = by_position(gate.names[: len(args)], given)
+    y = host_forward(x, *positional, **given)
     within.holds_kept_rows = not gate.restores
     return restore(hidden_states, y, own.plan) if gate.restores else y
