@@ -82,7 +82,11 @@ class _Memory:
 
 def main(argv: Sequence[str]) -> None:
     """Run the benchmark, print a table, and write JSON if asked."""
-    parser = ArgumentParser(prog="regate bench", description=__doc__)
+    parser = ArgumentParser(
+        prog="regate bench",
+        description=__doc__,
+        epilog="`regate bench learning --help`: quality and cost of whole training runs.",
+    )
     parser.add_argument("--pairs", type=int, default=BenchCase.num_pairs, metavar="N")
     parser.add_argument(
         "--image-share",
