@@ -227,6 +227,7 @@ class RegateConfig:
             keep_share=answer_share,
             ranking=self.images.ranking,
             image_share=image_share,
+            fill_rows=self.images.fill_rows,
             layers=range(self.first_layer, self.last_layer or 0),
         )
 

@@ -28,6 +28,10 @@ class ImagesConfig:
     """Order in which an image's tokens are kept; `pixels`, `diversity`, `attention` and `mixed`
     read orders that `regate rank` computes once."""
 
+    fill_rows: bool = False
+    """Rows of a micro-batch that are shorter than the longest take further tokens of their images,
+    in their order, where padding would lie. Ragged rows have no such places."""
+
     schedule: ScheduleConfig | None = None
     """Which steps keep whole images; null is `elision.schedule` (see `images.schedule.*`)."""
 

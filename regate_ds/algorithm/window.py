@@ -48,6 +48,9 @@ class Method:
     image_share: float
     """Share of each image's tokens."""
 
+    fill_rows: bool = False
+    """Whether further image tokens take the places of padding (see ``ImagesConfig``)."""
+
     layers: range = range(0)
     """The gated layers, where the configuration numbers the last one."""
 
@@ -161,6 +164,7 @@ def plan_window(
             score_BT=batch.at_labels(values_n),
             num_hard_S=counts_s,
             beyond_BT=beyond_BT,
+            fills_rows=method.fill_rows,
             step=choice.step,
             keep_share=method.keep_share,
             layers=method.layers,

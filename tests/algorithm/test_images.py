@@ -118,6 +118,47 @@ def test_the_plan_keeps_what_a_plain_walk_over_each_image_keeps(ranking: Ranking
         assert counted(batch, plan) == count_plainly(batch, kept)
 
 
+@pytest.mark.parametrize("rows", [RowLayout(), PADDED], ids=lambda rows: str(rows.multiple))
+def test_shorter_rows_take_further_image_tokens_where_padding_would_lie(rows: RowLayout):
+    rng = random.Random(f"{rows}")
+    num_levelled = 0
+    for _ in range(40):
+        batch, image_share = wild_batch(rng, images=True), rng.choice([1e-6, 0.3, 0.5])
+        score_N, ranking = scores(batch, rng), rng.choice(RANKINGS)
+        images = ImagesConfig(keep_share=image_share, ranking=ranking)
+        how = {"align": rng.choice(["predictor", "both"])}
+        plan = planned(batch, score_N, replace(images, fill_rows=True), rows, **how)
+        plain = planned(batch, score_N, images, rows, **how)
+        kept, num_filled = plain_level(rows_of(plain), plain_places(batch, ranking, image_share))
+        assert rows_of(plan) == kept
+        assert plan.num_filled == plain.num_filled + num_filled
+        assert plan.num_slots == plain.num_slots
+        assert torch.equal(plan.label_position_L, plain.label_position_L)
+        num_levelled += num_filled
+    assert num_levelled > 10
+
+
+def plain_level(kept: list[list[int]], beyond: Beyond) -> tuple[list[list[int]], int]:
+    """Add to each row, one by one, the next token of its images until it is as long as the longest
+    or has none left."""
+    longest, num_added = max(map(len, kept)), 0
+    levelled = [set(row) for row in kept]
+    for (row, t), _ in sorted(beyond.items(), key=lambda one: (one[1], one[0])):
+        if t not in levelled[row] and len(levelled[row]) < longest:
+            levelled[row].add(t)
+            num_added += 1
+    return [sorted(row) for row in levelled], num_added
+
+
+def test_ragged_rows_and_whole_images_have_nothing_to_fill():
+    rng = random.Random(7)
+    for rows, share in ((RAGGED, 0.3), (PADDED, 1.0)) * 6:
+        batch = wild_batch(rng, images=True)
+        score_N, images = scores(batch, rng), ImagesConfig(keep_share=share)
+        filled = planned(batch, score_N, replace(images, fill_rows=True), rows)
+        assert_same(filled, planned(batch, score_N, images, rows))
+
+
 def assert_first_positions_stay(plan: ElisionPlan, batch: TokenBatch) -> None:
     first = starts_segment(batch.segment_BT).flatten().nonzero().flatten().tolist()
     assert set(first) <= set(plan.position_R.tolist())

@@ -62,6 +62,7 @@ REFUSED = [
     (BackwardOnly, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
     (RegateConfig, {"schedule": 3}, "must be a ScheduleConfig"),
     (RegateConfig, {"images": 0.5}, r"must be an ImagesConfig; write ImagesConfig\(...\)"),
+    (ImagesConfig, {"fill_rows": 1}, "must be true or false"),
     (ImagesConfig, {"keep_share": 0.0}, r"must be in \[1e-6, 1\]"),
     (ImagesConfig, {"keep_share": "half"}, "must be a number, or a MovingShare"),
     (ImagesConfig, {"ranking": "random"}, "must be one of RandomOrder, StrideOrder, PixelOrder"),

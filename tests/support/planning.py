@@ -95,6 +95,7 @@ def plan_in(
         keep_share=keep_share,
         ranking=chosen.ranking,
         image_share=chosen.keep_share,
+        fill_rows=chosen.fill_rows,
     )
     values_N = score_window(method, [batch], step=0, reference_N=None, statistics={})
     num_hard_S, _ = count_hard(method, [batch], values_N, state={})

@@ -45,6 +45,8 @@ class Elide:
         keep_BT = (batch.kind_BT == ALWAYS) | _kept_image(batch, ranked)
         keep_BT |= self._aligned(batch, ranked.score_BT, ranked.num_hard_S)
         fill_BT = _fill(batch, keep_BT, ranked, rows)
+        if ranked.fills_rows and rows.row_format == "padded":
+            fill_BT |= _level(batch, keep_BT | fill_BT, ranked)
         kept_BK = kept_positions(keep_BT | fill_BT, rows.slot_multiple)
         return replace(plan_rows(batch, kept_BK), num_filled=int(fill_BT.sum()))
 
@@ -83,3 +85,16 @@ def _fill(batch: TokenBatch, keep_BT: Tensor, ranked: Ranked, rows: RowLayout) -
         value_BT = torch.where(is_label_BT, value_BT, -ranked.beyond_BT.double())
     may_fill_BT = (is_label_BT | (batch.kind_BT == IMAGE)) & ~keep_BT
     return top([is_label_BT, value_BT], may_fill_BT, group_BT, missing_G)
+
+
+def _level(batch: TokenBatch, keep_BT: Tensor, ranked: Ranked) -> Tensor:
+    """Mark the image tokens that bring each row to the length of the longest, as far as there are.
+
+    They are the next in their images' orders; answers keep the number that the quota says.
+    """
+    if ranked.beyond_BT is None:
+        return torch.zeros_like(keep_BT)
+    num_B = keep_BT.sum(dim=1)
+    row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
+    may_fill_BT = (batch.kind_BT == IMAGE) & ~keep_BT
+    return top([-ranked.beyond_BT], may_fill_BT, row_BT, num_B.max() - num_B)

@@ -47,6 +47,9 @@ class Ranked:
     """int64: an image token's place in its image's order, less the number kept: below 0 is kept,
     and the lowest others are the next best. None keeps every image token."""
 
+    fills_rows: bool = False
+    """Whether image tokens that are next take the places of padding in padded rows."""
+
     step: int = 0
     """The optimizer step."""
 
