@@ -32,7 +32,7 @@ from regate_ds.algorithm.schedule import (
     share_rules,
 )
 from regate_ds.algorithm.scores.fused import Fused
-from regate_ds.algorithm.scores.score import Score, Statistic
+from regate_ds.algorithm.scores.score import Column, Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.algorithm.window import Method
 from regate_ds.images_config import ImagesConfig
@@ -134,7 +134,7 @@ class RegateConfig:
         return [
             (
                 "score",
-                not (score.needs_reference or score.statistics),
+                not (score.column or score.statistics),
                 "reads a store, but execution=random_ltd ranks nothing; set score=random",
             ),
             (
@@ -167,9 +167,14 @@ class RegateConfig:
         return self.chooses_answers or self.chooses_images
 
     @property
+    def column(self) -> Column | None:
+        """What of a reference store the run reads; None reads none."""
+        return self.score.column if self.chooses_answers else None
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether the teacher's losses are read."""
-        return self.chooses_answers and self.score.needs_reference
+        """Whether a reference store, or an online teacher, is read."""
+        return self.column is not None
 
     @property
     def stored_ranking(self) -> StoredRanking | None:

@@ -22,6 +22,7 @@ from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.table import RANKINGS
 from regate_ds.algorithm.schedule import MovingShare
 from regate_ds.algorithm.scores.difficulty import DifficultyOnly
+from regate_ds.algorithm.scores.excess_loss import ExcessLoss
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.table import SCORES
@@ -93,6 +94,7 @@ REFUSED = [
     (Fused, {"decay": 1.0}, r"must be in \[0, 1\)"),
     (Fused, {"decay": -0.1}, r"must be in \[0, 1\)"),
     (Random, {"seed": 1.5}, "must be a whole number"),
+    (ExcessLoss, {"reference": "gain"}, "must be one of .*'text', 'student'"),
     (DifficultyOnly, {"decay": 1.0}, r"must be in \[0, 1\)"),
     (DifficultyOnly, {"decay": "slow"}, "must be a number"),
     (PerWindow, {"floor": 1.1}, r"must be in \[0, 1\]"),

@@ -31,6 +31,7 @@ def picture_sample(config: RunConfig, path: Path) -> None:
     record, encoded = corpus.train_records[number], corpus.train.encode(number)
     batch = Collator(pad_id=0, vision=None)([LoadedSample(encoded, ())]).tokens
     store = ReferenceStore(config.teacher.store)
+    store.require_column(config.elision.column)
     score_N, (plan,) = plan_unseen(
         config.elision,
         [batch],
