@@ -16,6 +16,7 @@ from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
+from regate_ds.algorithm.executions.weighted import Weighted
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.quotas.quota import Quota
@@ -112,11 +113,21 @@ class RegateConfig:
         last, first = self.last_layer, self.first_layer
         return [
             *share_rules("keep_share", self.keep_share),
+            (
+                "keep_share",
+                not (self.weighs and elides(self.keep_share)),
+                "execution=weighted gives every label position a loss; set keep_share=1.0",
+            ),
             ("first_layer", first >= 0, "must be 0 or more"),
             (
                 "last_layer",
                 last is None or last > first,
                 f"must be above first_layer={first}, or null for the decoder's depth",
+            ),
+            (
+                "quota",
+                not self.weighs or isinstance(self.quota, PerSample),
+                "is not read by execution=weighted, which keeps every label position; leave it out",
             ),
             ("token_multiple", self.token_multiple >= 1, "must be at least 1"),
             (
@@ -152,9 +163,15 @@ class RegateConfig:
         ]
 
     @property
+    def weighs(self) -> bool:
+        """Whether sparse steps give every label position a loss, with a weight by its score."""
+        return isinstance(self.execution, Weighted)
+
+    @property
     def chooses_answers(self) -> bool:
-        """Whether some steps choose among label positions."""
-        return self.enabled and self.execution.chooses and elides(self.keep_share)
+        """Whether some steps choose among label positions, or weigh them."""
+        is_ranked = elides(self.keep_share) or self.weighs
+        return self.enabled and self.execution.chooses and is_ranked
 
     @property
     def chooses_images(self) -> bool:
@@ -193,7 +210,8 @@ class RegateConfig:
 
     def schedules(self, total_steps: int) -> Schedules:
         """Return when answers and when images are elided in a run of so many steps."""
-        answers = Course(schedule=self.schedule.in_steps(total_steps), share=self.keep_share)
+        schedule = self.schedule.in_steps(total_steps)
+        answers = Course(schedule=schedule, share=self.keep_share, weighs=self.weighs)
         own = self.images.schedule or self.schedule
         images = Course(schedule=own.in_steps(total_steps), share=self.images.keep_share)
         return Schedules(

@@ -13,6 +13,7 @@ from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
+from regate_ds.algorithm.executions.weighted import Weighted
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.table import QUOTAS
 from regate_ds.algorithm.quotas.threshold import Threshold
@@ -87,6 +88,9 @@ REFUSED = [
     (MixedOrder, {"seed": None}, "must be a whole number"),
     (Elide, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
     (MlpOnly, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
+    (Weighted, {"low": 0.0}, "must be above 0"),
+    (Weighted, {"high": 0.5}, "must be low=1.0 or more"),
+    (RegateConfig, {"keep_share": 0.5, "execution": Weighted()}, "execution=weighted gives every"),
     (Fused, {"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
     (Fused, {"reference_weight": -0.1}, "must be 0 or more"),
     (Fused, {"reference_weight": math.inf}, "must be a number"),

@@ -8,6 +8,7 @@ all rows do. What is not in a span is the host's own.
     elide          what must stay, chosen        one, part "layer"               kept labels
     loss_only      everything                    none                            chosen labels
     none           everything                    none                            all labels
+    weighted       everything                    none                            all, weighed
     backward_only  what must stay, chosen        one, part "backward"            all labels
     mlp_only       what must stay, chosen        one, part "mlp"                 kept labels
     random_ltd     a random set for each layer   one a layer, each its own set   all labels
