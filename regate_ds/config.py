@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from regate_ds.algorithm.executions.after_forward import AfterForward
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
-from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
 from regate_ds.algorithm.executions.weighted import Weighted
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
@@ -37,6 +37,7 @@ from regate_ds.algorithm.scores.score import Column, Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.algorithm.window import Method
 from regate_ds.images_config import ImagesConfig
+from regate_ds.methods_together import rules_of_draws, rules_together
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.former_keys import moved_keys
 from regate_ds.settings.refuse import refuse_choices
@@ -113,21 +114,12 @@ class RegateConfig:
         last, first = self.last_layer, self.first_layer
         return [
             *share_rules("keep_share", self.keep_share),
-            (
-                "keep_share",
-                not (self.weighs and elides(self.keep_share)),
-                "execution=weighted gives every label position a loss; set keep_share=1.0",
-            ),
+            *rules_together(self.execution, self.score, self.quota, self.keep_share),
             ("first_layer", first >= 0, "must be 0 or more"),
             (
                 "last_layer",
                 last is None or last > first,
                 f"must be above first_layer={first}, or null for the decoder's depth",
-            ),
-            (
-                "quota",
-                not self.weighs or isinstance(self.quota, PerSample),
-                "is not read by execution=weighted, which keeps every label position; leave it out",
             ),
             ("token_multiple", self.token_multiple >= 1, "must be at least 1"),
             (
@@ -136,36 +128,18 @@ class RegateConfig:
                 f"moves no rows, so that images.keep_share={self.images.keep_share} would elide "
                 "no image token; use elide, or set images.keep_share=1.0",
             ),
-            *(self._rules_of_draws() if isinstance(self.execution, RandomLtd) else []),
-        ]
-
-    def _rules_of_draws(self) -> list[Rule]:
-        """Return what holds where each layer draws its tokens, and nothing ranks them."""
-        score = self.score
-        return [
-            (
-                "score",
-                not (score.column or score.statistics),
-                "reads a store, but execution=random_ltd ranks nothing; set score=random",
-            ),
-            (
-                "images",
-                not elides(self.images.keep_share),
-                "keep_share is below 1, but execution=random_ltd draws image tokens as all others; "
-                "set images.keep_share=1.0",
-            ),
-            (
-                "last_layer",
-                self.last_layer is not None,
-                "must be a number with execution=random_ltd, which draws for each gated layer "
-                "without the model; its paper leaves out the last layer: the decoder's depth - 1",
-            ),
+            *rules_of_draws(self.execution, self.score, self.images, last),
         ]
 
     @property
     def weighs(self) -> bool:
         """Whether sparse steps give every label position a loss, with a weight by its score."""
         return isinstance(self.execution, Weighted)
+
+    @property
+    def chooses_after_forward(self) -> bool:
+        """Whether sparse steps choose by their own losses."""
+        return isinstance(self.execution, AfterForward)
 
     @property
     def chooses_answers(self) -> bool:

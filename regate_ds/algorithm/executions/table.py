@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regate_ds.algorithm.executions.after_forward import AfterForward
 from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
@@ -19,6 +20,7 @@ EXECUTIONS: dict[str, type[Execution]] = {
     "backward_only": BackwardOnly,
     "random_ltd": RandomLtd,
     "weighted": Weighted,
+    "after_forward": AfterForward,
 }
 
 SUPPORTED: dict[str, tuple[str, ...]] = {

@@ -49,10 +49,11 @@ class ScoreInputs:
 
     step: int
     keys: tuple[SampleKey, ...]
-    """Samples of the window, in reading order."""
+    """Samples of the window, in reading order; none where the choice is made after the forward
+    pass, of a micro-batch as a whole."""
 
     num_labels_S: Tensor
-    """int64 [S]: label positions of each sample."""
+    """int64 [S]: label positions of each sample; there of all together."""
 
     reference_N: Tensor | None = None
     """fp32, in nats: the reference store's values, where the score reads them."""
