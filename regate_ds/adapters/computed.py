@@ -53,7 +53,7 @@ class Computed:
                 "reference=None; give a ReferenceStore, or an online teacher, or set "
                 "execution=none for the dense run"
             )
-        if self.reference is not None:
+        if isinstance(self.reference, Reference):
             self.reference.require_column(config.column)
         if (ranking := config.stored_ranking) is None:
             return

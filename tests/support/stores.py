@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
-from regate_ds.algorithm.scores.score import Column
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.values import Statistics
 
@@ -44,9 +43,6 @@ class RandomReference:
         self.index = index
         generator = torch.Generator().manual_seed(seed)
         self._values_N = 3 * torch.rand(index.num_tokens, generator=generator)
-
-    def require_column(self, column: Column | None) -> None:
-        assert column in (None, "text")
 
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
         return self._values_N[self.index.locate(keys)]
