@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from regate_ds.algorithm.executions.after_forward import AfterForward
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
-from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
+from regate_ds.algorithm.executions.weighted import Weighted
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.quotas.per_sample import PerSample
 from regate_ds.algorithm.quotas.quota import Quota
@@ -32,10 +33,11 @@ from regate_ds.algorithm.schedule import (
     share_rules,
 )
 from regate_ds.algorithm.scores.fused import Fused
-from regate_ds.algorithm.scores.score import Score, Statistic
+from regate_ds.algorithm.scores.score import Column, Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.algorithm.window import Method
 from regate_ds.images_config import ImagesConfig
+from regate_ds.methods_together import rules_of_draws, rules_together
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.former_keys import moved_keys
 from regate_ds.settings.refuse import refuse_choices
@@ -112,6 +114,7 @@ class RegateConfig:
         last, first = self.last_layer, self.first_layer
         return [
             *share_rules("keep_share", self.keep_share),
+            *rules_together(self.execution, self.score, self.quota, self.keep_share),
             ("first_layer", first >= 0, "must be 0 or more"),
             (
                 "last_layer",
@@ -125,36 +128,24 @@ class RegateConfig:
                 f"moves no rows, so that images.keep_share={self.images.keep_share} would elide "
                 "no image token; use elide, or set images.keep_share=1.0",
             ),
-            *(self._rules_of_draws() if isinstance(self.execution, RandomLtd) else []),
-        ]
-
-    def _rules_of_draws(self) -> list[Rule]:
-        """Return what holds where each layer draws its tokens, and nothing ranks them."""
-        score = self.score
-        return [
-            (
-                "score",
-                not (score.needs_reference or score.statistics),
-                "reads a store, but execution=random_ltd ranks nothing; set score=random",
-            ),
-            (
-                "images",
-                not elides(self.images.keep_share),
-                "keep_share is below 1, but execution=random_ltd draws image tokens as all others; "
-                "set images.keep_share=1.0",
-            ),
-            (
-                "last_layer",
-                self.last_layer is not None,
-                "must be a number with execution=random_ltd, which draws for each gated layer "
-                "without the model; its paper leaves out the last layer: the decoder's depth - 1",
-            ),
+            *rules_of_draws(self.execution, self.score, self.images, last),
         ]
 
     @property
+    def weighs(self) -> bool:
+        """Whether sparse steps give every label position a loss, with a weight by its score."""
+        return isinstance(self.execution, Weighted)
+
+    @property
+    def chooses_after_forward(self) -> bool:
+        """Whether sparse steps choose by their own losses."""
+        return isinstance(self.execution, AfterForward)
+
+    @property
     def chooses_answers(self) -> bool:
-        """Whether some steps choose among label positions."""
-        return self.enabled and self.execution.chooses and elides(self.keep_share)
+        """Whether some steps choose among label positions, or weigh them."""
+        is_ranked = elides(self.keep_share) or self.weighs
+        return self.enabled and self.execution.chooses and is_ranked
 
     @property
     def chooses_images(self) -> bool:
@@ -167,9 +158,14 @@ class RegateConfig:
         return self.chooses_answers or self.chooses_images
 
     @property
+    def column(self) -> Column | None:
+        """What of a reference store the run reads; None reads none."""
+        return self.score.column if self.chooses_answers else None
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether the teacher's losses are read."""
-        return self.chooses_answers and self.score.needs_reference
+        """Whether a reference store, or an online teacher, is read."""
+        return self.column is not None
 
     @property
     def stored_ranking(self) -> StoredRanking | None:
@@ -188,7 +184,8 @@ class RegateConfig:
 
     def schedules(self, total_steps: int) -> Schedules:
         """Return when answers and when images are elided in a run of so many steps."""
-        answers = Course(schedule=self.schedule.in_steps(total_steps), share=self.keep_share)
+        schedule = self.schedule.in_steps(total_steps)
+        answers = Course(schedule=schedule, share=self.keep_share, weighs=self.weighs)
         own = self.images.schedule or self.schedule
         images = Course(schedule=own.in_steps(total_steps), share=self.images.keep_share)
         return Schedules(

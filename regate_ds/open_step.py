@@ -30,8 +30,11 @@ class OpenStep:
         default_factory=dict[int, Mapping[str, Tensor]]
     )
 
+    _followed: dict[int, ElisionPlan] = field(default_factory=dict[int, ElisionPlan])
+    """The plan that each forward pass followed, with what was chosen after it."""
+
     def record(self, plan: ElisionPlan, values: Mapping[str, Tensor]) -> None:
-        """Take the values of one micro-batch's targets, by name.
+        """Take the values of one micro-batch's targets, by name; plan: that of the output.
 
         RuntimeError for another step's plan or a second record, ValueError for values of another
         number than the plan's targets.
@@ -51,6 +54,7 @@ class OpenStep:
                     f"{plan.num_targets} targets, but {name} {tuple(values_L.shape)}; give one "
                     "value for each target of the plan"
                 )
+        self._followed[plan.micro] = plan
         self.recorded[plan.micro] = {name: value.detach() for name, value in values.items()}
 
     def require_complete(self) -> None:
@@ -64,5 +68,8 @@ class OpenStep:
 
     def updated(self, statistics: Sequence[Statistic]) -> dict[str, Tensor]:
         """Return each statistic at all label positions of the window after the step."""
-        micro = self.plan.micro
+        micro = [
+            one if one.num_chosen is None else self._followed[one.micro].to("cpu")
+            for one in self.plan.micro
+        ]
         return updated_statistics(statistics, self.window, micro, self.statistics, self.recorded)

@@ -64,7 +64,11 @@ class Chooser:
         method = self.config.method(*self.schedules.shares(step))
         num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
         values_N, num_hard_S = torch.zeros(num_labels, dtype=torch.float64), num_elidable(window)
-        if self.schedules.chooses_answers(step):
+        reference_N = None
+        if self.schedules.chooses_answers(step) and self.config.chooses_after_forward:
+            with self.together():
+                reference_N = self._read_reference(window)
+        elif self.schedules.chooses_answers(step):
             values_N = self._score(method, window, step, statistics)
             num_hard_S, quota_state = count_hard(
                 method,
@@ -74,7 +78,13 @@ class Chooser:
                 state=quota_state,
             )
         beyond = self._rank(method, window, step) if self.schedules.chooses_images(step) else None
-        choice = Choice(values_N=values_N, num_hard_S=num_hard_S, beyond=beyond, step=step)
+        choice = Choice(
+            values_N=values_N,
+            num_hard_S=num_hard_S,
+            beyond=beyond,
+            step=step,
+            reference_N=reference_N,
+        )
         return partial(plan_window, method, window, choice, self.rows), quota_state
 
     def _score(
@@ -84,12 +94,15 @@ class Chooser:
         step: int,
         statistics: Mapping[str, Tensor],
     ) -> Tensor:
-        reference = self.stores.reference if self.config.needs_reference else None
         with self.together():
-            reference_N = None if reference is None else reference.read(window_keys(window))
+            reference_N = self._read_reference(window)
             return score_window(
                 method, window, step=step, reference_N=reference_N, statistics=statistics
             )
+
+    def _read_reference(self, window: Sequence[TokenBatch]) -> Tensor | None:
+        reference = self.stores.reference if self.config.needs_reference else None
+        return None if reference is None else reference.read(window_keys(window))
 
     def _rank(self, method: Method, window: Sequence[TokenBatch], step: int) -> tuple[Tensor, ...]:
         orders = self.stores.orders

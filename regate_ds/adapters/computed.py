@@ -1,4 +1,4 @@
-"""What a run reads of its data beside the batches: the teacher's losses and the image orders."""
+"""What a run reads of its data beside the batches: reference losses and the image orders."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ class Computed:
                 "reference=None; give a ReferenceStore, or an online teacher, or set "
                 "execution=none for the dense run"
             )
+        if isinstance(self.reference, Reference):
+            self.reference.require_column(config.column)
         if (ranking := config.stored_ranking) is None:
             return
         if self.orders is None:

@@ -69,6 +69,12 @@ class ElisionPlan:
     """Where spans have kept sets of their own: one plan for each, of which only the slots are read.
     The slots of this plan are then those of the first, and as many are kept in each."""
 
+    num_chosen: int | None = None
+    """How many of the targets have a loss, chosen after the forward pass; None is all of them."""
+
+    reference_L: Tensor | None = None
+    """fp32: the reference store's value of each target, where that choice reads one."""
+
     num_filled: int = 0
     """Positions kept only to reach the row's multiple."""
 
@@ -93,7 +99,7 @@ class ElisionPlan:
 
     @property
     def num_targets(self) -> int:
-        return len(self.label_slot_L)
+        return len(self.label_slot_L) if self.num_chosen is None else self.num_chosen
 
     @property
     def sample_lengths(self) -> Tensor:

@@ -143,18 +143,22 @@ class Course:
     share: KeepShare
     """What sparse steps keep."""
 
+    weighs: bool = False
+    """Whether sparse steps need scores though they keep everything."""
+
     def at(self, step: int) -> float:
         """Return the share that a step keeps; 1 if it is dense."""
         if self.schedule.is_dense(step):
             return 1.0
         return share_at(self.share, self.schedule.place(step))
 
-    def elides(self, step: int) -> bool:
-        return self.at(step) < 1.0
+    def chooses(self, step: int) -> bool:
+        """Return whether the step ranks, or weighs, what the share is of."""
+        return self.at(step) < 1.0 or (self.weighs and not self.schedule.is_dense(step))
 
     def num_sparse(self, num_steps: int) -> int:
-        """Return how many of the first ``num_steps`` steps elide something."""
-        return sum(map(self.elides, range(num_steps)))
+        """Return how many of the first ``num_steps`` steps choose something."""
+        return sum(map(self.chooses, range(num_steps)))
 
     def expected_share(self, num_steps: int | None = None) -> float:
         """Return the mean over steps of the share kept.
@@ -173,10 +177,10 @@ class Schedules:
     images: Course | None
 
     def chooses_answers(self, step: int) -> bool:
-        return self.answers is not None and self.answers.elides(step)
+        return self.answers is not None and self.answers.chooses(step)
 
     def chooses_images(self, step: int) -> bool:
-        return self.images is not None and self.images.elides(step)
+        return self.images is not None and self.images.chooses(step)
 
     def shares(self, step: int) -> tuple[float, float]:
         """Return the shares that a step keeps of the answers and of the images."""

@@ -56,6 +56,13 @@ def shift_right(x_BT: Tensor, first: float | bool) -> Tensor:
     return shifted_BT
 
 
+def shift_left(x_BT: Tensor, last: float | bool) -> Tensor:
+    """Move values one position to the left, with ``last`` at the end of each row."""
+    shifted_BT = torch.roll(x_BT, -1, dims=1)
+    shifted_BT[:, -1] = last
+    return shifted_BT
+
+
 def follows_in_sample(batch: TokenBatch) -> Tensor:
     """Mark positions whose left neighbour belongs to the same sample."""
     return (shift_right(batch.segment_BT, -1) == batch.segment_BT) & (batch.kind_BT != ABSENT)

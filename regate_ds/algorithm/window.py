@@ -71,6 +71,9 @@ class Choice:
     step: int = 0
     """The optimizer step."""
 
+    reference_N: Tensor | None = None
+    """fp32: the reference store's values, for a choice that is made after the forward pass."""
+
 
 def window_keys(window: Sequence[TokenBatch]) -> tuple[SampleKey, ...]:
     return tuple(key for batch in window for key in batch.flat_keys)
@@ -157,7 +160,9 @@ def plan_window(
             f"the quota {type(method.quota).__name__} keeps {num_hard_S.tolist()} of samples with "
             f"{num_S.tolist()} positions; count must return whole numbers between 0 and these"
         )
-    values = choice.values_N.split([int(batch.is_label_BT.sum()) for batch in window])
+    sizes = [int(batch.is_label_BT.sum()) for batch in window]
+    values = choice.values_N.split(sizes)
+    references = choice.reference_N.split(sizes) if choice.reference_N is not None else None
     counts = num_hard_S.split([len(batch.flat_keys) for batch in window])
     ranked = [
         Ranked(
@@ -168,9 +173,15 @@ def plan_window(
             step=choice.step,
             keep_share=method.keep_share,
             layers=method.layers,
+            reference_BT=None if reference_n is None else batch.at_labels(reference_n),
         )
-        for batch, values_n, counts_s, beyond_BT in zip(
-            window, values, counts, choice.beyond or [None] * len(window), strict=True
+        for batch, values_n, counts_s, beyond_BT, reference_n in zip(
+            window,
+            values,
+            counts,
+            choice.beyond or [None] * len(window),
+            references or [None] * len(window),
+            strict=True,
         )
     ]
     plans = [

@@ -41,6 +41,7 @@ def _open_reference(config: RunConfig, corpus: Corpus, process: Process) -> Refe
     assert config.teacher.store is not None
     store = ReferenceStore(config.teacher.store, verify=config.teacher.verify)
     store.require(corpus.index.fingerprint)
+    store.require_column(config.elision.column)
     return store
 
 

@@ -143,11 +143,11 @@ def open_teacher(
     ValueError if there is no model at the path, or if the teacher or the number of ranks does not
     allow that sharding.
     """
-    if config.path is None or config.tokenizer != "same":
+    if config.path is None or config.tokenizer != "same" or config.column != "text":
         raise ValueError(
-            f"teacher.path={config.path}, tokenizer={config.tokenizer}: outside the recipe a "
-            "teacher is a model of its own that reads the student's token ids; set path to its "
-            "folder or GGUF file, and leave tokenizer out"
+            f"teacher.path={config.path}, tokenizer={config.tokenizer}, column={config.column}: "
+            "outside the recipe a teacher is a model of its own that reads the student's token "
+            "ids; set path to its folder or GGUF file, and leave tokenizer and column out"
         )
     placed = place_teacher(config, source_at(config.path), pad_id, start_process())
     return Teacher(

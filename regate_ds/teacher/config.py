@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from regate_ds.algorithm.scores.score import Column
 from regate_ds.settings.refuse import require
 
 
@@ -15,6 +16,10 @@ class TeacherConfig:
 
     path: Path | None = None
     """Directory or GGUF file of a causal language model; null is the student's text backbone."""
+
+    column: Column = "text"
+    """What is scored: `text` by the teacher, `student` by the student's starting weights with the
+    image, `gain` by both: the first less the second. It must be what the score reads."""
 
     tokenizer: Literal["same", "own"] = "same"
     """`same` refuses a teacher at `path` whose tokenizer is not the student's; `own` accepts any
@@ -47,3 +52,14 @@ class TeacherConfig:
         is_readable = self.tokenizer == "same" or self.path is not None
         problem = "needs a teacher of its own: name one in teacher.path"
         require(self, "tokenizer", is_readable, problem)
+        if self.column != "text":
+            self._require_student()
+
+    def _require_student(self) -> None:
+        """Refuse what a column of the student's own losses does not allow."""
+        by = f"column={self.column}"
+        require(self, "mode", self.mode == "store", f"{by} is computed once; use mode=store")
+        problem = f"{by} runs the whole student on every rank; use sharding=none"
+        require(self, "sharding", self.sharding == "none", problem)
+        is_read = self.column == "gain" or self.path is None
+        require(self, "path", is_read, f"{by} reads no other model; leave path out, or use gain")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, number_runs
+from regate_ds.algorithm.scores.score import Column
 from regate_ds.data.collate import Batch
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.parallel.collectives import gather_integers, gather_vectors
@@ -78,6 +79,14 @@ class OnlineReference:
                     f"the teacher's {name} is the student's own {trained[weight.data_ptr()]}, "
                     "which training changes; give the teacher a copy (copy.deepcopy)"
                 )
+
+    def require_column(self, column: Column | None) -> None:
+        """Refuse, by ``ValueError``, a run that reads another column; None reads none."""
+        if column not in (None, "text"):
+            raise ValueError(
+                f"the score reads the column {column}, but an online teacher gives text alone; "
+                f"run `regate teacher` with teacher.column={column}, and give ReferenceStore(path)"
+            )
 
     def prepare(self, window: Sequence[Batch]) -> None:
         """Score the samples of the window that is read next; forget those of the one before.

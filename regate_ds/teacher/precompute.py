@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regate_ds.algorithm.scores.score import Column
 from regate_ds.job.progress import progress
 from regate_ds.job.read_ahead import read_ahead
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
@@ -29,7 +30,7 @@ from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
 ScoreSamples = Callable[[Sequence[ScoredSample]], Tensor]
-"""Returns the losses in nats of all label positions of the samples, in order: fp32 [N]."""
+"""Returns the values in nats of all label positions of the samples, in order: fp32 [N]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class TeacherJob:
 
     tokens_per_batch: int
     """Upper limit of padded tokens in a batch; a longer sample is a batch of its own."""
+
+    column: Column = "text"
+    """What ``score`` returns."""
 
     ranks_per_replica: int = 1
     """Number of consecutive ranks that hold one teacher together: they score the same batches, and
@@ -75,13 +79,13 @@ class TeacherJob:
     @property
     def is_complete(self) -> bool:
         """Whether the store is finished. ValueError if it is damaged, or not this job's."""
-        return is_complete(self.store, self.index, self.teacher_id)
+        return is_complete(self.store, self.index, self.teacher_id, self.column)
 
     def begin(self) -> None:
         """Make the store ready for writers."""
         lengths, limit = self.index.num_positions, self.tokens_per_batch
         cut = partial(cut_shards, num_positions=lengths, tokens_per_batch=limit)
-        begin_store(self.store, self.index, self.teacher_id, cut, limit)
+        begin_store(self.store, self.index, self.teacher_id, cut, limit, self.column)
 
     def writer(self) -> ReferenceWriter:
         """Open the store for writing."""

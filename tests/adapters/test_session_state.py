@@ -27,7 +27,7 @@ _, BATCH = random_batch([[20], [13]])
 class LastLoss:
     """Remembers the student, and reads no teacher."""
 
-    needs_reference = False
+    column = None
     statistics = (Statistic(name="last"),)
 
     def __call__(self, inputs: ScoreInputs) -> Tensor:

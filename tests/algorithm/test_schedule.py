@@ -83,7 +83,7 @@ def test_a_line_with_bends_stays_at_its_last_point_and_is_dense_where_it_keeps_a
     made = Course(schedule=schedule(9), share=BENT)
     wanted = [1.0, 0.7, 0.4, 0.45, 0.5, 0.55, 0.6, 0.6, 0.6]
     assert [made.at(step) for step in range(9)] == pytest.approx(wanted)
-    assert [step for step in range(9) if not made.elides(step)] == [0]
+    assert [step for step in range(9) if not made.chooses(step)] == [0]
     assert made.num_sparse(9) == 8
 
 

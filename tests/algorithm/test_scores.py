@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from regate_ds.algorithm.scores.excess_loss import ExcessLoss
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.score import ScoreInputs
 from regate_ds.algorithm.scores.table import SCORES
@@ -53,12 +54,23 @@ def test_a_score_says_what_it_needs_and_gets_along_with_it(name: str):
         step=0,
         keys=KEYS,
         num_labels_S=torch.tensor([4, 7, 5]),
-        reference_N=torch.rand(16) if score.needs_reference else None,
+        reference_N=torch.rand(16) if score.column else None,
         statistics={one.name: torch.rand(16) for one in score.statistics},
     )
     values_N = score(given)
     assert values_N.shape == (16,)
     assert bool((values_N > -math.inf).all())
+
+
+def test_each_score_reads_the_column_that_it_names():
+    columns = {name: score().column for name, score in SCORES.items()}
+    assert {name for name, column in columns.items() if column == "text"} == {
+        "fused",
+        "reference",
+        "excess_loss",
+    }
+    assert {name for name, column in columns.items() if column == "gain"} == {"gain"}
+    assert ExcessLoss(reference="student").column == "student"
 
 
 def test_a_window_without_labels_has_no_values():
@@ -77,6 +89,7 @@ def plain_value(name: str, reference: float, seen: list[dict[str, float]]) -> fl
         difficulty = 0.3 * difficulty + 0.7 * one["loss"]
     return {
         "reference": reference,
+        "gain": reference,
         "difficulty": difficulty,
         "loss": last["loss"],
         "entropy": last["entropy"],
@@ -97,7 +110,9 @@ def opened(name: str) -> tuple[RegateConfig, Regate, list[float]]:
     return config, session, reference.read(BATCH.flat_keys).tolist()
 
 
-@pytest.mark.parametrize("name", ["reference", "difficulty", "loss", "excess_loss", "entropy"])
+@pytest.mark.parametrize(
+    "name", ["reference", "difficulty", "loss", "excess_loss", "entropy", "gain"]
+)
 def test_a_session_keeps_in_each_step_what_a_plain_computation_ranks_first(name: str):
     _, session, reference = opened(name)
     labels = BATCH.is_label_BT.flatten().nonzero().flatten().tolist()
@@ -121,8 +136,8 @@ def test_a_session_keeps_in_each_step_what_a_plain_computation_ranks_first(name:
         session.finish_step(applied=True)
         for n, position in enumerate(wanted):
             seen[position].append({"loss": float(losses_L[n]), "entropy": float(entropies_L[n])})
-    # What is remembered changes the choice; the teacher's losses alone never do.
-    assert (len(kept_sets) > 1) == (name != "reference")
+    # What is remembered changes the choice; the store's values alone never do.
+    assert (len(kept_sets) > 1) == (name not in ("reference", "gain"))
 
 
 def test_a_host_that_records_no_entropy_is_refused_at_the_first_step():

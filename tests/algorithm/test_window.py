@@ -25,7 +25,7 @@ class Gives:
     """A score or a quota that gives whatever a test wants."""
 
     what: Any
-    needs_reference = False
+    column = None
     statistics = ()
 
     def __call__(self, inputs: object) -> Any:

@@ -20,6 +20,7 @@ ROOMS = (
     "settings",
     "schedule_config",
     "images_config",
+    "methods_together",
     "config",
     "job",
     "stores",

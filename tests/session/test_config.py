@@ -13,6 +13,7 @@ from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
+from regate_ds.algorithm.executions.weighted import Weighted
 from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.table import QUOTAS
 from regate_ds.algorithm.quotas.threshold import Threshold
@@ -22,6 +23,7 @@ from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.table import RANKINGS
 from regate_ds.algorithm.schedule import MovingShare
 from regate_ds.algorithm.scores.difficulty import DifficultyOnly
+from regate_ds.algorithm.scores.excess_loss import ExcessLoss
 from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.table import SCORES
@@ -87,6 +89,9 @@ REFUSED = [
     (MixedOrder, {"seed": None}, "must be a whole number"),
     (Elide, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
     (MlpOnly, {"align": "next"}, "must be one of .*'predictor', 'target', 'both'"),
+    (Weighted, {"low": 0.0}, "must be above 0"),
+    (Weighted, {"high": 0.5}, "must be low=1.0 or more"),
+    (RegateConfig, {"keep_share": 0.5, "execution": Weighted()}, "execution=weighted gives every"),
     (Fused, {"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
     (Fused, {"reference_weight": -0.1}, "must be 0 or more"),
     (Fused, {"reference_weight": math.inf}, "must be a number"),
@@ -94,6 +99,7 @@ REFUSED = [
     (Fused, {"decay": 1.0}, r"must be in \[0, 1\)"),
     (Fused, {"decay": -0.1}, r"must be in \[0, 1\)"),
     (Random, {"seed": 1.5}, "must be a whole number"),
+    (ExcessLoss, {"reference": "gain"}, "must be one of .*'text', 'student'"),
     (DifficultyOnly, {"decay": 1.0}, r"must be in \[0, 1\)"),
     (DifficultyOnly, {"decay": "slow"}, "must be a number"),
     (PerWindow, {"floor": 1.1}, r"must be in \[0, 1\]"),

@@ -9,7 +9,7 @@ Shapes: B rows, T positions, K kept positions, H hidden, N heads, D size of a he
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,13 @@ def oracle_loss(
 ) -> Tensor:
     """Summed loss of the kept targets of a micro-batch, each sample computed on its own.
 
-    Of the plan two sets of positions are used: those kept, and those with a loss. ``rotary_B``: for
-    models whose positions are
-    not 0, 1, 2... in each sample; one sample a row then.
+    Of the plan are used the positions kept, those with a loss, and the weights of these.
+    ``rotary_B``: for models whose positions are not 0, 1, 2... in each sample; one sample a row
+    then.
     """
-    real, scored = set(plan.position_R.tolist()), set(plan.label_position_L.tolist())
+    scored = plan.label_position_L.tolist()
+    weights = [1.0] * len(scored) if plan.weight_L is None else plan.weight_L.tolist()
+    real, weight_of = set(plan.position_R.tolist()), dict(zip(scored, weights, strict=True))
     num_tokens = batch.labels_BT.shape[1]
     total = embedded_BTH.new_zeros(())
     for r, row in enumerate(batch.segment_BT.tolist()):
@@ -43,13 +45,16 @@ def oracle_loss(
             positions = [t for t in range(num_tokens) if row[t] == s]
             kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
             labels = {i: int(batch.labels_BT[r, positions[i]]) for i in kept}
-            targets = {i: y for i, y in labels.items() if r * num_tokens + positions[i] in scored}
+            targets = {
+                i: y for i, y in labels.items() if r * num_tokens + positions[i] in weight_of
+            }
             assert IGNORE not in targets.values()
             sample = Sample(
                 embedded_BTH[r, positions],
                 kept,
                 targets,
                 None if rotary_B is None else rotary_B[r],
+                {i: weight_of[r * num_tokens + positions[i]] for i in targets},
             )
             total = total + sample_loss(host, sample, gated)
     return total
@@ -63,10 +68,12 @@ class Sample:
     kept: list[int]
     targets: dict[int, int]
     rotary: Rotary | None = None
+    weights: dict[int, float] = field(default_factory=dict)
+    """By position; 1 where there is none."""
 
 
 def sample_loss(host: nn.Module, sample: Sample, gated: range) -> Tensor:
-    """Summed loss of one sample's kept targets."""
+    """Summed loss of one sample's kept targets, each times its weight."""
     decoder = host.get_decoder()
     x_TH = sample.embedded_TH
     cos_TD, sin_TD = sample.rotary or _rotary(decoder, len(x_TH), x_TH.dtype)
@@ -82,7 +89,8 @@ def sample_loss(host: nn.Module, sample: Sample, gated: range) -> Tensor:
     total = x_TH.new_zeros(())
     for position, target in sample.targets.items():
         logits_V = host.get_output_embeddings()(decoder.norm(x_TH[position]))
-        total = total + logits_V.logsumexp(0) - logits_V[target]
+        loss = logits_V.logsumexp(0) - logits_V[target]
+        total = total + sample.weights.get(position, 1.0) * loss
     return total
 
 

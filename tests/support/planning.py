@@ -111,7 +111,7 @@ class Given:
     """A score whose values a test has made up."""
 
     values_N: Tensor
-    needs_reference = False
+    column = None
     statistics = ()
 
     def __call__(self, inputs: ScoreInputs) -> Tensor:

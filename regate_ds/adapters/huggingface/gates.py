@@ -36,6 +36,7 @@ from regate_ds.adapters.huggingface.calls import (
 )
 from regate_ds.adapters.huggingface.deepstack import METHOD, CurrentPass, add_at_kept
 from regate_ds.adapters.huggingface.empty_image import forward_with_tower, has_tower
+from regate_ds.adapters.huggingface.head import HeadGate, head_forward
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
 from regate_ds.adapters.huggingface.layers import LayerGate, layer_forward
 from regate_ds.adapters.huggingface.support import (
@@ -44,9 +45,9 @@ from regate_ds.adapters.huggingface.support import (
     require_span,
 )
 from regate_ds.adapters.huggingface.tower_calls import Calls
+from regate_ds.algorithm.executions.after_forward import narrowed
 from regate_ds.algorithm.executions.execution import joined_span
 from regate_ds.algorithm.executions.table import require_execution
-from regate_ds.algorithm.loss import LogitChange, summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.families.hosts import Supported
@@ -86,15 +87,6 @@ class _ModelGate:
 
     packed_at_end: bool
     """Whether the decoder's output holds kept slots only, in a step that elides."""
-
-
-@dataclass(frozen=True)
-class _HeadGate:
-    """What the head computes for a plan."""
-
-    change: LogitChange
-    own_loss: bool
-    with_entropy: bool
 
 
 def attach_model(
@@ -138,8 +130,8 @@ def attach_model(
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, forward_with_tower, host=host)
     head = host.get_output_embeddings()
-    head_gate = _HeadGate(support.change, own_loss, config.records("entropy"))
-    attachment.rebind_forward(head, _head_forward, gate=head_gate)
+    head_gate = HeadGate(support.change, own_loss, config.records("entropy"), config.score)
+    attachment.rebind_forward(head, head_forward, gate=head_gate)
     if support.deepstack:
         attachment.rebind(decoder, METHOD, add_at_kept, current=current)
     types = getattr(decoder.config, "layer_types", None) or [""] * depth
@@ -182,29 +174,10 @@ def _model_forward(
     require_passed_through(host, hidden, num_rows, within.num_seen, gate.num_layers)
     rows_L = plan.label_slot_L if is_packed else plan.label_position_L
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
-    loss_sum, losses_L, entropy_L = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
+    found = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
+    loss_sum, losses_L, entropy_L, chosen_C = found
+    plan = plan if chosen_C is None else narrowed(plan, chosen_C)
     aux_loss = getattr(outputs, "aux_loss", None)
     return ElidedOutput(
         loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan, entropy=entropy_L
     )
-
-
-def _head_forward(
-    host_forward: Any,
-    hidden: Tensor,
-    *,
-    gate: _HeadGate,
-    regate_plan: ElisionPlan | None = None,
-) -> Any:
-    """Compute the losses of a plan's targets; without a plan, the host's logits.
-
-    This happens inside the head's own call, because ZeRO-3 has its weight here and nowhere else.
-    """
-    if regate_plan is None:
-        return host_forward(hidden)
-    head, weight_L = host_forward.__self__, regate_plan.weight_L
-    given = (hidden, head.weight, head.bias, regate_plan.targets_L)
-    if not gate.own_loss:
-        return summed_loss(*given, weight_L, gate.change, with_entropy=gate.with_entropy)
-    losses_L, entropy_L = token_losses(*given, gate.change, with_entropy=gate.with_entropy)
-    return (losses_L if weight_L is None else losses_L * weight_L).sum(), losses_L, entropy_L

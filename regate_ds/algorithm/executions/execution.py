@@ -8,6 +8,8 @@ all rows do. What is not in a span is the host's own.
     elide          what must stay, chosen        one, part "layer"               kept labels
     loss_only      everything                    none                            chosen labels
     none           everything                    none                            all labels
+    weighted       everything                    none                            all, weighed
+    after_forward  everything                    none                            chosen by own loss
     backward_only  what must stay, chosen        one, part "backward"            all labels
     mlp_only       what must stay, chosen        one, part "mlp"                 kept labels
     random_ltd     a random set for each layer   one a layer, each its own set   all labels
@@ -58,6 +60,10 @@ class Ranked:
 
     layers: range = range(0)
     """The gated layers, where the configuration numbers the last one."""
+
+    reference_BT: Tensor | None = None
+    """fp32: the reference store's value of each label position, where the choice is made after the
+    forward pass and the score reads a store."""
 
 
 Part = Literal["layer", "mlp", "backward"]

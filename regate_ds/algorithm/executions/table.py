@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from regate_ds.algorithm.executions.after_forward import AfterForward
 from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
 from regate_ds.algorithm.executions.execution import Execution
@@ -9,6 +10,7 @@ from regate_ds.algorithm.executions.loss_only import LossOnly
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.none import NoElision
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
+from regate_ds.algorithm.executions.weighted import Weighted
 
 EXECUTIONS: dict[str, type[Execution]] = {
     "elide": Elide,
@@ -17,12 +19,14 @@ EXECUTIONS: dict[str, type[Execution]] = {
     "mlp_only": MlpOnly,
     "backward_only": BackwardOnly,
     "random_ltd": RandomLtd,
+    "weighted": Weighted,
+    "after_forward": AfterForward,
 }
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
     "huggingface": tuple(EXECUTIONS),
-    "deepspeed_pipeline": ("elide", "loss_only", "none"),
-    "megatron": ("elide", "loss_only", "none"),
+    "deepspeed_pipeline": ("elide", "loss_only", "none", "weighted"),
+    "megatron": ("elide", "loss_only", "none", "weighted"),
 }
 """By host: what its adapter carries out, tested against an oracle by hand."""
 

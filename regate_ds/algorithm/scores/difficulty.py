@@ -21,8 +21,8 @@ class DifficultyOnly:
         refuse_knobs(self, lambda: [("decay", 0.0 <= self.decay < 1.0, "must be in [0, 1)")])
 
     @property
-    def needs_reference(self) -> bool:
-        return False
+    def column(self) -> None:
+        return None
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -14,8 +14,8 @@ class Entropy:
     """The entropy of the student's distribution in the last forward pass, in nats."""
 
     @property
-    def needs_reference(self) -> bool:
-        return False
+    def column(self) -> None:
+        return None
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -1,25 +1,39 @@
 """Rho-1's rule: how far the student's last loss lies above the reference's.
 
-Rho-1 (arXiv 2404.07965) takes the loss of a model that has read the same input. Ours has read the
-text alone, so that a position which needs the image has a small or a negative excess.
+Rho-1 (arXiv 2404.07965) takes the loss of a model that has read the same input: that is the
+reference `student`. The reference `text` has read the text alone, so that a position which needs
+the image has a small or a negative excess.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
+from regate_ds.algorithm.knobs import refuse_knobs
+from regate_ds.algorithm.scores.score import Column, ScoreInputs, Statistic
+
+LossOf = Literal["text", "student"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExcessLoss:
     """Last loss - reference; positions that never ran are kept first."""
 
+    reference: LossOf = "text"
+    """Whose loss is taken off: the text-only teacher's, or that of the `student`'s starting weights
+    with the image."""
+
+    def __post_init__(self) -> None:
+        known = get_args(LossOf)
+        problem = f"must be one of {known}"
+        refuse_knobs(self, lambda: [("reference", self.reference in known, problem)])
+
     @property
-    def needs_reference(self) -> bool:
-        return True
+    def column(self) -> Column:
+        return self.reference
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

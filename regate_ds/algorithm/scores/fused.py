@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
-from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
+from regate_ds.algorithm.scores.score import Column, ScoreInputs, Statistic
 
 Fusion = Literal["additive", "convex"]
 
@@ -45,8 +45,8 @@ class Fused:
         ]
 
     @property
-    def needs_reference(self) -> bool:
-        return True
+    def column(self) -> Column:
+        return "text"
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -14,8 +14,8 @@ class LastLoss:
     """The loss of the position's last forward pass, in nats."""
 
     @property
-    def needs_reference(self) -> bool:
-        return False
+    def column(self) -> None:
+        return None
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -27,8 +27,8 @@ class Random:
         refuse_knobs(self)
 
     @property
-    def needs_reference(self) -> bool:
-        return False
+    def column(self) -> None:
+        return None
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from regate_ds.algorithm.scores.score import ScoreInputs, Statistic
+from regate_ds.algorithm.scores.score import Column, ScoreInputs, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +14,8 @@ class ReferenceOnly:
     """The reference loss; nothing of the student is remembered."""
 
     @property
-    def needs_reference(self) -> bool:
-        return True
+    def column(self) -> Column:
+        return "text"
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

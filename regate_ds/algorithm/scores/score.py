@@ -14,11 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
+
+Column = Literal["text", "student", "gain"]
+"""What a reference store holds: the text-only teacher's losses, those of the student's starting
+weights with the image, or the first less the second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +49,14 @@ class ScoreInputs:
 
     step: int
     keys: tuple[SampleKey, ...]
-    """Samples of the window, in reading order."""
+    """Samples of the window, in reading order; none where the choice is made after the forward
+    pass, of a micro-batch as a whole."""
 
     num_labels_S: Tensor
-    """int64 [S]: label positions of each sample."""
+    """int64 [S]: label positions of each sample; there of all together."""
 
     reference_N: Tensor | None = None
-    """fp32: the teacher's losses in nats, where the score needs them."""
+    """fp32, in nats: the reference store's values, where the score reads them."""
 
     statistics: Mapping[str, Tensor]
     """fp32 [N] for each statistic that the score needs, by its name."""
@@ -61,8 +66,8 @@ class Score(Protocol):
     """A frozen dataclass with the knobs of one rule."""
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the teacher's losses are read."""
+    def column(self) -> Column | None:
+        """What of a reference store is read: `text` is the teacher's losses; None reads none."""
         ...
 
     @property

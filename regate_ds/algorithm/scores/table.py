@@ -6,6 +6,7 @@ from regate_ds.algorithm.scores.difficulty import DifficultyOnly
 from regate_ds.algorithm.scores.entropy import Entropy
 from regate_ds.algorithm.scores.excess_loss import ExcessLoss
 from regate_ds.algorithm.scores.fused import Fused
+from regate_ds.algorithm.scores.gain import Gain
 from regate_ds.algorithm.scores.loss import LastLoss
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.reference import ReferenceOnly
@@ -19,4 +20,5 @@ SCORES: dict[str, type[Score]] = {
     "loss": LastLoss,
     "excess_loss": ExcessLoss,
     "entropy": Entropy,
+    "gain": Gain,
 }

@@ -60,6 +60,12 @@ class RunConfig:
                 "teacher.store=None: elision ranks tokens by the teacher's losses; name the folder "
                 "that `regate teacher` writes, set teacher.mode=online, or elision.execution=none"
             )
+        if self.needs_teacher and self.teacher.column != self.elision.column:
+            raise ValueError(
+                f"teacher.column={self.teacher.column}: elision.score reads the column "
+                f"{self.elision.column}; set teacher.column={self.elision.column}, with a "
+                "teacher.store of its own, or choose another score"
+            )
         if self.elision.stored_ranking is not None and self.rank.store is None:
             raise ValueError(
                 "rank.store=None: elision.images.ranking reads orders that are computed once; name "

@@ -157,6 +157,7 @@ class _Planner:
         self._store = ReferenceStore(path) if path is not None and path.exists() else None
         if self._store is not None:
             self._store.require(corpus.index.fingerprint)
+            self._store.require_column(config.elision.column)
 
     def plan(self, orders: Sequence[Order], step: int, shares: tuple[float, float]) -> list[_Tally]:
         """Return the counts over each data rank's micro-batches of a step.

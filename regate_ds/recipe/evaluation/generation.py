@@ -23,11 +23,11 @@ from regate_ds.data.llava.records import Turn
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
+from regate_ds.recipe.evaluation.forward import dense_inference
 from regate_ds.recipe.evaluation.words import (
     HeldOut,
     Scores,
     counted_words,
-    dense_inference,
     ratio,
     share_of_process,
 )

@@ -3,19 +3,18 @@
 A word (a piece of the answer between spaces) is right if the argmax is right at all of its tokens,
 each given the true words before it. It is visual if it overlaps a gold span: it needs the image.
 
-Shapes: B rows, T positions, U columns with a label in any row, N label positions, V vocabulary.
+Shapes: N label positions.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
@@ -25,6 +24,7 @@ from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
+from regate_ds.recipe.evaluation.forward import dense_inference, predict
 
 WORD = re.compile(r"\S+")
 
@@ -151,20 +151,6 @@ def _one_word(is_visual: bool, is_right: bool) -> Tally:
     return Tally(right_plain=int(is_right), num_plain=1)
 
 
-@contextmanager
-def dense_inference(model: nn.Module) -> Iterator[None]:
-    """Run the body without gradients and dropout, then restore each module's train mode."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        # Not model.train(): a user may keep a frozen part in eval mode while the rest trains.
-        for module in in_training:
-            module.training = True
-
-
 def share_of_process(
     has_images: Sequence[bool], process: Process, batch_size: int
 ) -> list[tuple[list[int], bool]]:
@@ -220,22 +206,9 @@ def _run(
     samples: list[tuple[int, EncodedSample]],
     batch: Batch,
 ) -> Tally:
-    is_right_N, loss_N = _predict(model, batch)
+    is_right_N, loss_N = predict(model, batch)
     tally = Tally(micro_nats=round(float(loss_N.sum()) * _MICRO), num_tokens=loss_N.numel())
     parts = is_right_N.split(batch.tokens.num_labels_per_sample)
     for (number, encoded), part in zip(samples, parts):
         tally += tally_words(records[number].turns, encoded, part.tolist())
     return tally
-
-
-def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return whether the argmax is right, and the loss, at each label position [N], on the CPU."""
-    labels_BT = batch.tokens.labels_BT
-    columns_U = batch.tokens.is_label_BT.any(dim=0).nonzero()[:, 0]
-    is_label_BU = batch.tokens.is_label_BT[:, columns_U]
-    device = batch.inputs["input_ids"].device
-    output = model(**batch.inputs, logits_to_keep=columns_U.to(device), use_cache=False)
-    logits_NV = output.logits[is_label_BU.to(device)].float()
-    labels_N = labels_BT[:, columns_U][is_label_BU].to(device)
-    loss_N = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
-    return (logits_NV.argmax(dim=-1) == labels_N).cpu(), loss_N.double().cpu()

@@ -59,7 +59,6 @@ class TaskFolder:
         filled: dict[str, Any] = {
             "model": {"path": str(student)},
             "data": {"train": str(self.train), "test": str(self.data(key.part))},
-            "teacher": {"store": str(own / "reference")},
             "elision": {"random": {"seed": key.seed}, "images": {"random": {"seed": key.seed}}},
             "run": {
                 "out": str(self.folder / "runs" / f"{key.part}-{key.name}"),
@@ -68,6 +67,10 @@ class TaskFolder:
             },
         }
         tree = laid_over(settings_of(self.task, arm), filled)
+        teacher = tree.get("teacher", {})
+        column = teacher.get("column", "text")
+        folder = "reference" if column == "text" else f"reference-{column}"
+        tree["teacher"] = {**teacher, "store": str(own / folder)}
         ranking = tree["elision"]["images"].get("ranking")
         if ranking is not None:
             tree["rank"] = {**tree.get("rank", {}), "store": str(own / f"orders-{ranking}")}

@@ -33,7 +33,10 @@ class WordsKept:
     def add(
         self, words: Sequence[Sequence[LabelledWord]], batch: TokenBatch, plan: ElisionPlan
     ) -> None:
-        """Count the words of a micro-batch's samples, given in the batch's order."""
+        """Count the words of a micro-batch's samples, given in the batch's order; none where the
+        forward pass chooses."""
+        if plan.num_chosen is not None:
+            return
         is_kept_P = torch.zeros(batch.labels_BT.numel(), dtype=torch.bool)
         is_kept_P[plan.position_R] = True
         is_target_P = torch.zeros_like(is_kept_P)

@@ -25,12 +25,18 @@ def picture_sample(config: RunConfig, path: Path) -> None:
 
     Its difficulty is 0 there.
     """
+    if config.elision.chooses_after_forward:
+        raise ValueError(
+            "elision.execution=after_forward chooses after the forward pass, so that there is "
+            "nothing to draw before it; draw loss_only"
+        )
     assert config.teacher.store is not None
     corpus = load_corpus(config)
     number = next((i for i, r in enumerate(corpus.train_records) if len(r.turns) == 1), 0)
     record, encoded = corpus.train_records[number], corpus.train.encode(number)
     batch = Collator(pad_id=0, vision=None)([LoadedSample(encoded, ())]).tokens
     store = ReferenceStore(config.teacher.store)
+    store.require_column(config.elision.column)
     score_N, (plan,) = plan_unseen(
         config.elision,
         [batch],

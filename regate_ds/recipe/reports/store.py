@@ -1,8 +1,9 @@
-"""`regate store`: describe and verify a store of the teacher's losses.
+"""`regate store`: describe and verify a reference store.
 
-info STORE      counts, and a histogram of the losses
+info STORE      counts, and a histogram of the values
 verify STORE    compare every byte of every file with its checksum
-show CONFIG     the words that the teacher finds hardest and easiest
+show CONFIG     the words that the teacher finds hardest and easiest, or, in a store of gains, those
+                that the image helps most and least
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from regate_ds.stores.reference.reader import ReferenceStore
 EDGES = (0.0, 0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, float("inf"))
 """Edges of the histogram's bins, in nats."""
 
+GAIN_EDGES = (-float("inf"), -4.0, -1.0, -0.1, 0.0, 0.1, 1.0, 4.0, float("inf"))
+"""The same for gains, which may be below 0."""
+
 _BAR = 40
 
 
@@ -35,8 +39,10 @@ def info(path: Path, verify: Verify = "quick") -> str:
     store = ReferenceStore(path, verify=verify)
     index, values_N = store.index, store.read(store.index.keys)
     num_answerless = int((index.num_labels == 0).sum())
+    is_gain = store.column == "gain"
     rows = [
         ("teacher", store.teacher_id),
+        ("column", store.column),
         ("data", store.fingerprint),
         ("samples", f"{index.num_samples} ({num_answerless} without an answer)"),
         ("answer tokens", f"{index.num_tokens}"),
@@ -48,7 +54,8 @@ def info(path: Path, verify: Verify = "quick") -> str:
     lines = [f"{name:<14}{value}" for name, value in rows]
     if len(values_N):
         middle = f"mean {float(values_N.mean()):.3f}, median {float(values_N.median()):.3f} nats"
-        lines += [f"{'losses':<14}{middle}", "", *_histogram(values_N)]
+        name, edges = ("gains", GAIN_EDGES) if is_gain else ("losses", EDGES)
+        lines += [f"{name:<14}{middle}", "", *_histogram(values_N, edges)]
     return "\n".join(lines)
 
 
@@ -63,10 +70,10 @@ def _pending_rows(path: Path, num_samples: int) -> list[tuple[str, str]]:
     return [("to come", f"{text}: run `regate teacher` on that data again")]
 
 
-def _histogram(values_N: Tensor) -> Iterator[str]:
-    edges = torch.tensor(EDGES[1:-1])
-    counts = torch.bincount(torch.bucketize(values_N, edges, right=True), minlength=len(EDGES) - 1)
-    for low, high, count in zip(EDGES, EDGES[1:], counts.tolist()):
+def _histogram(values_N: Tensor, edges: tuple[float, ...]) -> Iterator[str]:
+    bins_N = torch.bucketize(values_N, torch.tensor(edges[1:-1]), right=True)
+    counts = torch.bincount(bins_N, minlength=len(edges) - 1)
+    for low, high, count in zip(edges, edges[1:], counts.tolist()):
         share = count / len(values_N)
         yield f"{low:>5g} to {high:<5g}{share:>7.1%} {'#' * round(_BAR * share)}".rstrip()
 
@@ -78,9 +85,9 @@ def verify(path: Path) -> str:
 
 
 def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
-    """Return tables of the training answers' words that the teacher finds hardest and easiest.
+    """Return tables of the training answers' words with the highest and the lowest values.
 
-    A word's loss is the sum over its tokens, and the mean over its uses. Words used fewer than
+    A word's value is the sum over its tokens, and the mean over its uses. Words used fewer than
     ``least`` times are left out.
     """
     if config.teacher.store is None:
@@ -98,14 +105,15 @@ def show(config: RunConfig, *, num_words: int = 15, least: int = 3) -> str:
     means = {w: sum(x) / len(x) for w, x in losses.items() if len(x) >= least}
     order = sorted(means, key=lambda word: (-means[word], word))
     hardest, easiest = order[:num_words], order[::-1][:num_words]
-    parts = [("hardest", hardest), ("easiest", easiest)]
+    names = ("most gain", "least gain") if store.column == "gain" else ("hardest", "easiest")
+    parts = zip(names, (hardest, easiest))
     return "\n\n".join(_table(name, words, means, losses) for name, words in parts)
 
 
 def word_losses(
     record: Record, sample: EncodedSample, losses_N: Tensor
 ) -> Iterator[tuple[str, float]]:
-    """Yield each word of the answers with the summed loss, in nats, of the tokens over it."""
+    """Yield each word of the answers with the summed value, in nats, of the tokens over it."""
     for number, turn in enumerate(record.turns):
         for word, tokens in counted_words(turn, number, sample):
             yield turn.answer[word.start : word.end], float(losses_N[tokens].sum())

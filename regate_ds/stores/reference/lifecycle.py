@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regate_ds.algorithm.scores.score import Column
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX, make_folder, write_atomically
 from regate_ds.stores.kind import MANIFEST_NAME, hash_of
@@ -42,15 +43,16 @@ CutShards = Callable[[Tensor], list[list[int]]]
 """Cuts rows of the index, int64 [R], into shards; returns each shard's rows in order."""
 
 
-def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
+def is_complete(path: Path, index: AnswerIndex, teacher_id: str, column: Column = "text") -> bool:
     """Return whether the folder is the finished store of this data and teacher, without leftovers.
 
-    It only reads. ``ValueError`` if the store belongs to other data or another teacher, or if a
-    file other than a shard is damaged.
+    It only reads. ``ValueError`` if the store belongs to other data, another teacher or another
+    column, or if a file other than a shard is damaged.
     """
     found = _current(path)
     if found is None:
         return False
+    REFERENCE.require_same(path, "column", found.column, column)
     _require_growable(path, found, index, teacher_id)
     has_files = names_in(path).issuperset(file.name for file in files_of(path, found))
     is_same_data = found.fingerprint == index.fingerprint
@@ -60,12 +62,13 @@ def is_complete(path: Path, index: AnswerIndex, teacher_id: str) -> bool:
     return True
 
 
-def begin_store(
+def begin_store(  # noqa: PLR0913 (what a store is of, and where)
     path: Path,
     index: AnswerIndex,
     teacher_id: str,
     cut_shards: CutShards,
     tokens_per_batch: int,
+    column: Column = "text",
 ) -> None:
     """Make the folder ready for writers. One process calls it, before them, at every start.
 
@@ -75,6 +78,7 @@ def begin_store(
     found = _current(path)
     name, old_rows, shards = MANIFEST_NAME, torch.empty(0, dtype=torch.int64), ()
     if found is not None:
+        REFERENCE.require_same(path, "column", found.column, column)
         old_rows = _require_growable(path, found, index, teacher_id)
         if found.fingerprint != index.fingerprint:
             name, shards = APPEND_NAME, found.shards
@@ -87,7 +91,8 @@ def begin_store(
     _require_partition([old_rows.tolist(), *new_shards], index.num_samples)
     rows_S = torch.tensor([*old_rows.tolist(), *(row for rows in new_shards for row in rows)])
     new = [_shard(rows, index, teacher_id, tokens_per_batch) for rows in new_shards]
-    _write_unfinished(path / name, index, teacher_id, rows_S, (*shards, *new))
+    manifest = Manifest(index.fingerprint, teacher_id, "", "", (*shards, *new), column=column)
+    _write_unfinished(path / name, index, manifest, rows_S)
 
 
 def leftovers(path: Path, manifest: Manifest) -> list[Path]:
@@ -144,14 +149,13 @@ def _shard(
     return Shard(len(rows), int(index.num_labels[rows_R].sum()), tokens_per_batch, samples)
 
 
-def _write_unfinished(
-    file: Path, index: AnswerIndex, teacher_id: str, rows_S: Tensor, shards: tuple[Shard, ...]
-) -> None:
+def _write_unfinished(file: Path, index: AnswerIndex, manifest: Manifest, rows_S: Tensor) -> None:
+    """Write index and rows, and the manifest with their hashes."""
     buffer = io.BytesIO()
     np.save(buffer, rows_S.to(torch.int64).numpy())
     index_bytes, rows_bytes, store = index.to_bytes(), buffer.getvalue(), file.parent
-    hashes = hash_of(index_bytes), hash_of(rows_bytes)
-    manifest = Manifest(index.fingerprint, teacher_id, *hashes, shards)
+    hashes = {"index_sha256": hash_of(index_bytes), "rows_sha256": hash_of(rows_bytes)}
+    manifest = replace(manifest, **hashes)
     _delete_shards_to_come(store, manifest)
     write_atomically(index_path(store, manifest), index_bytes)
     write_atomically(rows_path(store, manifest), rows_bytes)

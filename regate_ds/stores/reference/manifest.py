@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+from regate_ds.algorithm.scores.score import Column
 from regate_ds.stores.kind import MANIFEST_NAME, StoreKind, sealed
 
 REFERENCE = StoreKind(
@@ -61,6 +63,9 @@ class Manifest:
     rows_sha256: str
     shards: tuple[Shard, ...]
     format: int = REFERENCE.format
+    column: Column = "text"
+    """What the values are. The file of a text-only teacher's losses does not have this line, as
+    those of older versions."""
 
     @property
     def is_finished(self) -> bool:
@@ -69,7 +74,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return JSON that ends with its own checksum, so that a changed byte is found."""
-        return sealed(asdict(self))
+        fields: dict[str, Any] = asdict(self)
+        if self.column == "text":
+            del fields["column"]
+        return sealed(fields)
 
     @classmethod
     def load(cls, store: Path, name: str = MANIFEST_NAME) -> Manifest:

@@ -1,4 +1,4 @@
-"""Read the teacher's losses from disk, where they were computed once before training.
+"""Read the reference losses from disk, where they were computed once before training.
 
 manifest.py names the files. Shapes: S samples of the index, N label positions of the samples asked
 for.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
+from regate_ds.algorithm.scores.score import Column
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.kind import Verify
 from regate_ds.stores.reference.manifest import (
@@ -62,6 +63,11 @@ class ReferenceStore:
         return self._manifest.teacher_id
 
     @property
+    def column(self) -> Column:
+        """What the values are: `text` is a text-only teacher's losses."""
+        return self._manifest.column
+
+    @property
     def num_shards(self) -> int:
         return len(self._manifest.shards)
 
@@ -74,8 +80,17 @@ class ReferenceStore:
                 "this run's data, or train on the data of the store"
             )
 
+    def require_column(self, column: Column | None) -> None:
+        """Refuse, by ``ValueError``, a run that reads another column; None reads none."""
+        if column not in (None, self.column):
+            raise ValueError(
+                f"the reference store {self.path} holds the column {self.column}, this run's score "
+                f"reads {column}; run `regate teacher` with teacher.column={column} and a "
+                "teacher.store of its own, or choose a score that reads the store's"
+            )
+
     def read(self, keys: Sequence[SampleKey]) -> Tensor:
-        """Return fp32 [N]: the losses in nats of these samples' label positions, in this order.
+        """Return fp32 [N]: the values in nats of these samples' label positions, in this order.
 
         ValueError names a sample that the store does not have, or a damaged shard.
         """

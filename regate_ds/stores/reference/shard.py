@@ -3,9 +3,10 @@
 The checksum covers ``Shard.samples`` and then the values. So a file of other samples or of another
 teacher is refused, even if it has the same size and values.
 
-Values are negative log-likelihoods in nats. The relative error of fp16 is at most 2**-11 from
-2**-14 up, its absolute error at most 2**-25 below; a loss above 65504 is refused. Shapes: N label
-positions of the shard's samples, R rows of the index.
+Values are negative log-likelihoods in nats, or differences of two (``Manifest.column``). The
+relative error of fp16 is at most 2**-11 from 2**-14 up, its absolute error at most 2**-25 below; a
+value beyond 65504 is refused. Shapes: N label positions of the shard's samples, R rows of the
+index.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class PipeCase:
 
 TEXT = ZeroCase("text", accumulation=3, rows=UNEVEN)
 LLAVA = ZeroCase("llava", accumulation=3, rows=UNEVEN, knobs=IMAGES_ELIDED)
+WEIGHTED = (("execution", "weighted"), ("keep_share", 1.0), ("score", "reference"))
 SMALL = {
     "text": PipeCase(replace(TEXT, stage=0)),
     "text, all layers gated": PipeCase(replace(TEXT, stage=1, knobs=(("first_layer", 0),))),
@@ -66,6 +67,7 @@ SMALL = {
     "text, recompute": PipeCase(replace(TEXT, stage=1), checkpoint_interval=1),
     "llava": PipeCase(replace(LLAVA, stage=1)),
     "text, loss only": PipeCase(replace(TEXT, knobs=(("execution", "loss_only"),))),
+    "text, weighted": PipeCase(replace(TEXT, stage=1, knobs=WEIGHTED)),
     "text, by window": PipeCase(replace(TEXT, knobs=BY_WINDOW)),
     "llava, all layers gated": PipeCase(replace(LLAVA, knobs=(("first_layer", 0),)), 1),
 }

@@ -162,6 +162,7 @@ BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 
 
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
 ENTROPY = (("score", "entropy"),)
+AFTER_FORWARD = (*ENTROPY, ("execution", "after_forward"))
 MLP_ONLY = (*IMAGES_ELIDED, ("execution", "mlp_only"), ("token_multiple", 8))
 RANDOM_LTD = (("execution", "random_ltd"), ("score", "random"), ("last_layer", 2))
 BACKWARD_ONLY = (*IMAGES_ELIDED, ("execution", "backward_only"), ("token_multiple", 8))
@@ -196,6 +197,7 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "backward only", ZeroCase("qwen2_vl", stage, knobs=BACKWARD_ONLY)
 
         if stage == 3:
+            yield "after forward", ZeroCase(stage=stage, accumulation=3, knobs=AFTER_FORWARD)
             rows = (((24,), (17,)), ((19,), (12,)))
             mixed = ZeroCase("qwen2_vl", stage, len(SEES), rows, sees=SEES, recompute=True)
             yield "images and videos", replace(mixed, knobs=IMAGES_ELIDED)

@@ -174,7 +174,12 @@ def plain_step(
     for item, micro in zip(flat, plan.micro, strict=True):
         losses.append(batch_losses(model, item, micro))
         balance = balance + balance_loss(model)
-    ((torch.cat(losses).sum() + balance) / plan.num_targets_global).backward()
+    weights = [one.weight_L for one in plan.micro]
+    total = sum(
+        (losses_L if weight_L is None else losses_L * weight_L).sum()
+        for losses_L, weight_L in zip(losses, weights, strict=True)
+    )
+    ((total + balance) / plan.num_targets_global).backward()
     return model, losses
 
 

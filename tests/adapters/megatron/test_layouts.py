@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
@@ -54,9 +55,15 @@ METHODS = [
 ]
 """Other methods than the paper's."""
 
+WEIGHTED = [
+    replace(case, execution="weighted", score="reference", keep_share=1.0)
+    for case in (Case(tp=2, sp=True), Case(pp=2, row_format="ragged"), Case(cp=2, rows=3))
+]
+"""Every label has a loss, with a weight."""
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CASES + METHODS, key=lambda c: c.world), ids=str)
+@pytest.mark.parametrize("case", sorted(CASES + METHODS + WEIGHTED, key=lambda c: c.world), ids=str)
 def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
     pool.run(case.world, check, case)
 
@@ -67,6 +74,15 @@ def test_another_method_chooses_otherwise_than_the_papers(case: Case):
     mine, papers = (plans_of(one)[1] for one in (case, paper))
     assert 0 < mine.num_targets_global < mine.counts["answer_total"]
     assert chosen(mine) != chosen(papers)
+
+
+@pytest.mark.parametrize("case", WEIGHTED, ids=str)
+def test_weights_of_a_step_differ_and_add_up_to_the_targets(case: Case):
+    plan = plans_of(case)[1]
+    weight_L = torch.cat([one.weight_L for one in plan.micro if one.weight_L is not None])
+    assert plan.num_targets_global == plan.counts["answer_total"] == len(weight_L)
+    assert float(weight_L.sum()) == pytest.approx(len(weight_L))
+    assert float(weight_L.std()) > 0.1
 
 
 def chosen(plan: StepPlan) -> list[tuple[list[int], list[int]]]:

@@ -1,0 +1,27 @@
+"""How much the image helped the student's starting weights, after arXiv 2602.17186."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from regate_ds.algorithm.scores.score import Column, ScoreInputs, Statistic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """The text-only teacher's loss less the starting weights' loss with the image: the same in
+    every step, and below 0 where the image misled."""
+
+    @property
+    def column(self) -> Column:
+        return "gain"
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def __call__(self, inputs: ScoreInputs) -> Tensor:
+        assert inputs.reference_N is not None
+        return inputs.reference_N
