@@ -13,7 +13,7 @@ from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.plan_walk import walk_plan
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from tests.support.paths import ROOT
 from tests.support.planning import gate_layers
 

@@ -12,7 +12,7 @@ import yaml
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 
 TEXT = {
     "model_type": "llama",

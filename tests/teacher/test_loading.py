@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regate_ds.recipe.students.student import save_student
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher, load_teacher_config, load_teacher_tokenizer
 from regate_ds.teacher.scoring import score_samples

@@ -10,7 +10,7 @@ import torch
 from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.template import Template
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.precompute import TeacherJob, precompute

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.template import Template
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 
 TEXTS = [
     "The number seven is red, and it is in the top row.",

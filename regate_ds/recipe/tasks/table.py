@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from regate_ds.recipe.tasks.digits.task import DIGITS_TASK
+from regate_ds.recipe.tasks.shapes.task import SHAPES_TASK
 from regate_ds.recipe.tasks.task import Task
 
-TASKS: dict[str, Task] = {"digits": DIGITS_TASK}
+TASKS: dict[str, Task] = {"digits": DIGITS_TASK, "shapes": SHAPES_TASK}

@@ -8,7 +8,7 @@ from regate_ds.job.ranks import Ranks, ranks_on_node
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.estimate.needs import estimate, existing, free_memory
 from regate_ds.recipe.students.load import make_student
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from tests.support.small_corpus import TEXT, VISION
 
 

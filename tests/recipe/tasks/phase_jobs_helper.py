@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.distributed import ProcessGroup
 
-from regate_ds.recipe.tasks.digits.phase import average_gradients
+from regate_ds.recipe.tasks.pretraining.phase import average_gradients
 
 
 def touch(out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from regate_ds.data.llava.read import read_records
 from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.student import (
+from regate_ds.recipe.tasks.pretraining.student import (
     PhaseConfig,
     PretrainConfig,
     encoder_of,

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from regate_ds.data.llava.read import read_records
-from regate_ds.recipe.tasks.digits.questions import COLUMNS, COUNT_WORDS, DIGITS, ROWS, Answer, fill
+from regate_ds.recipe.tasks.answers import Answer, fill
+from regate_ds.recipe.tasks.digits.questions import COLUMNS, COUNT_WORDS, DIGITS, ROWS
 from regate_ds.recipe.tasks.digits.scenes import (
     BACKGROUND,
     CELL,

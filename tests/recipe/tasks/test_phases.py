@@ -17,26 +17,26 @@ from regate_ds.data.llava.read import read_records
 from regate_ds.recipe.students.llava import build_llava, clip_processor
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student
-from regate_ds.recipe.tasks.digits import tower as s
-from regate_ds.recipe.tasks.digits.alignment import AlignConfig, align_student, notes
-from regate_ds.recipe.tasks.digits.own_cell import look_at_own_cell
-from regate_ds.recipe.tasks.digits.phase import (
+from regate_ds.recipe.tasks.digits.lessons import digits_lessons, notes
+from regate_ds.recipe.tasks.digits.questions import DIGITS, Shown
+from regate_ds.recipe.tasks.pretraining import tower as s
+from regate_ds.recipe.tasks.pretraining.alignment import AlignConfig, Material, align_student
+from regate_ds.recipe.tasks.pretraining.own_cell import look_at_own_cell
+from regate_ds.recipe.tasks.pretraining.phase import (
     PhaseConfig,
     finished_phase,
     on_ranks,
     optimise,
     side_by_side,
 )
-from regate_ds.recipe.tasks.digits.questions import DIGITS, Shown
-from regate_ds.recipe.tasks.digits.scenes import Split, handwritten
-from regate_ds.recipe.tasks.digits.student import encoder_of
-from regate_ds.recipe.tasks.digits.thinning import thin_image
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
-from regate_ds.recipe.tasks.digits.tower import learn_words
+from regate_ds.recipe.tasks.pretraining.student import encoder_of
+from regate_ds.recipe.tasks.pretraining.thinning import thin_image
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tower import learn_words
 from tests.recipe.tasks.phase_jobs_helper import check_gradients_are_averaged, touch
 from tests.support.small_corpus import TEXT, VISION, make_corpus
 
-PART = Split("train", handwritten("train"), 0, None)
+LESSONS = digits_lessons()
 
 FINE = {**VISION, "patch_size": 8}
 """Patches that divide a cell of the grid."""
@@ -102,8 +102,8 @@ def fresh_tower(**settings: Any) -> Any:
 
 def test_a_fresh_tower_looks_at_each_patch_of_the_own_cell_with_one_head():
     tower = fresh_tower()
-    look_at_own_cell(tower)
-    images = [s.render(list(s.crowded_scene(PART, Random(seed)).values())) for seed in range(3)]
+    look_at_own_cell(tower, LESSONS)
+    images = [LESSONS.render(LESSONS.crowded(Random(seed))) for seed in range(3)]
     pixels = clip_processor(FINE["image_size"])(images, return_tensors="pt")["pixel_values"]
     for layer in tower(pixels, output_attentions=True).attentions:
         # 6 x 6 patches, 2 x 2 of them in a cell; the class token comes before them.
@@ -117,7 +117,7 @@ def test_a_fresh_tower_looks_at_each_patch_of_the_own_cell_with_one_head():
 
 def test_a_tower_without_a_head_for_each_patch_of_a_cell_is_refused():
     with pytest.raises(ValueError, match="2 heads for 4 patches of a cell; set num_attention_head"):
-        look_at_own_cell(fresh_tower(num_attention_heads=2))
+        look_at_own_cell(fresh_tower(num_attention_heads=2), LESSONS)
 
 
 def test_every_patch_learns_what_its_cell_shows():
@@ -129,7 +129,7 @@ def test_every_patch_learns_what_its_cell_shows():
         seed=0,
     )
     before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
-    s.learn_scenes(student, phase, seed=0)
+    s.learn_scenes(student, LESSONS, phase, seed=0)
     moved = {n for n, p in student.model.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all("vision_tower" in name for name in moved)
@@ -140,10 +140,10 @@ def test_every_patch_learns_what_its_cell_shows():
 def colour_is_read(student: Student) -> float:
     """Share of single patches from whose features a linear fit reads the colour of their cell."""
     rng, side = Random(1), FINE["image_size"] // FINE["patch_size"]
-    scenes = [s._full_scene(PART, rng) for _ in range(40)]
+    scenes = [LESSONS.full(rng) for _ in range(40)]
     with torch.no_grad():
-        features_NF = s._by_cell(s._features(student, scenes), side).flatten(0, 2)
-    truth_N = torch.tensor([s._truth(cells) for cells in scenes])[..., 1].flatten()
+        features_NF = s._by_cell(s._features(student, LESSONS, scenes), LESSONS, side).flatten(0, 2)
+    truth_N = torch.tensor([s._truth(LESSONS, cells) for cells in scenes])[..., 1].flatten()
     truth_N = truth_N.repeat_interleave((side // 3) ** 2)
     inputs = torch.cat([features_NF, torch.ones(len(features_NF), 1)], dim=1)
     half = len(inputs) // 2
@@ -182,7 +182,7 @@ def test_the_projector_learns_the_words_of_the_cells_and_nothing_else_moves():
 def test_notes_tell_what_stands_at_a_place_or_where_a_digit_stands():
     rng = Random(0)
     for _ in range(50):
-        cells = s.crowded_scene(PART, rng)
+        cells = LESSONS.crowded(rng)
         told = notes(cells, rng)
         shown = [placed.shown for placed in cells.values()]
         for start in range(0, len(told), 6):
@@ -206,7 +206,7 @@ def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: 
     texts = SampleDataset(records, encoder_of(student, 256))
     before = {n: p.detach().clone() for n, p in student.model.named_parameters()}
     stage = AlignConfig(steps=3, batch=4, lr=1e-3, image_share=0.25, text_share=0.25)
-    align_student(student, texts, stage, seed=0)
+    align_student(student, Material(LESSONS, texts), stage, seed=0)
     for name, weight in student.model.named_parameters():
         assert weight.requires_grad
         if "vision_tower" in name:
@@ -217,12 +217,12 @@ def test_alignment_trains_projector_and_backbone_and_spares_the_tower(tmp_path: 
 
 def distance(student: Student, stage: PhaseConfig) -> float:
     """Error of the projector after a stage, relative to the words' size, on the same scenes."""
-    learn_words(student, stage, num_scenes=8, seed=0)
+    learn_words(student, LESSONS, stage, num_scenes=8, seed=0)
     rng = Random(0)
-    scenes = [s.crowded_scene(PART, rng) for _ in range(8)]
+    scenes = [LESSONS.crowded(rng) for _ in range(8)]
     side = FINE["image_size"] // FINE["patch_size"]
     with torch.no_grad():
-        wanted = torch.cat([s._words(student, cells, side) for cells in scenes])
-        features = s._features(student, scenes).flatten(0, 1)
+        wanted = torch.cat([s._words(student, LESSONS, cells, side) for cells in scenes])
+        features = s._features(student, LESSONS, scenes).flatten(0, 1)
         error = student.model.model.multi_modal_projector(features) - wanted
     return float(error.square().sum() / wanted.square().sum())

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.template import Template, text_segments
 from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 
 TEXTS = ["The number seven is red.", "The number two is red, it is small."] * 3
 

@@ -7,10 +7,10 @@ order of the answer: digits are described in an order that reveals none of the a
 
 from __future__ import annotations
 
-import string
-from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
+
+from regate_ds.recipe.tasks.answers import Answer, QuestionAnswer, fill
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COUNT_WORDS = ("none", "one", "two", "three", "four")
@@ -28,33 +28,6 @@ class Shown(NamedTuple):
     row: str
     column: str
 
-
-@dataclass(frozen=True)
-class Answer:
-    """A text and the [start, end) spans of its words that need the image."""
-
-    text: str = ""
-    gold_spans: tuple[tuple[int, int], ...] = ()
-
-    def __add__(self, other: Answer) -> Answer:
-        moved = tuple((a + len(self.text), b + len(self.text)) for a, b in other.gold_spans)
-        return Answer(self.text + other.text, self.gold_spans + moved)
-
-
-def fill(template: str, given: dict[str, str], seen: dict[str, str]) -> Answer:
-    """Fill in the fields of ``template``: gold from ``seen``, unless they are in ``given``."""
-    answer = Answer()
-    for literal, name, _, _ in string.Formatter().parse(template):
-        answer += Answer(literal)
-        if name is not None and name in given:
-            answer += Answer(given[name])
-        elif name is not None:
-            answer += Answer(seen[name], ((0, len(seen[name])),))
-    return answer
-
-
-QuestionAnswer = tuple[str, Answer]
-"""A question and its answer."""
 
 _DESCRIBE = {
     "picture": (

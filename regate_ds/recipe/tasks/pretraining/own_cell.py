@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_GRID = 3
-"""Cells on a side of a scene."""
+from regate_ds.recipe.tasks.pretraining.lessons import Lessons
 
 _CODE = 2.3
 """Length of a code in a position embedding; four of them are about as long as a patch's pixels."""
@@ -29,51 +28,69 @@ _MARGIN = 9.0
 
 
 @torch.no_grad()
-def look_at_own_cell(tower: Any) -> None:
+def look_at_own_cell(tower: Any, lessons: Lessons) -> None:
     """Set position embeddings, queries and keys of a fresh CLIP tower as this file describes.
 
-    ValueError if a layer's heads are not as many as the patches of a cell.
+    ValueError if a layer's heads are not as many as the patches of a cell, or have no room for
+    the codes of the grid.
     """
     config = tower.config
     side = config.image_size // config.patch_size
-    in_cell = side // _GRID
-    if config.num_attention_heads != in_cell**2:
+    high, wide = lessons.patches_of_cell(side)
+    if config.num_attention_heads != high * wide:
         raise ValueError(
-            f"{config.num_attention_heads} heads for {in_cell**2} patches of a cell; set "
-            f"num_attention_heads={in_cell**2}, so that there is a head for each patch"
+            f"{config.num_attention_heads} heads for {high * wide} patches of a cell; set "
+            f"num_attention_heads={high * wide}, so that there is a head for each patch"
         )
     line = torch.arange(side)
-    cell, patch = _simplex(_GRID)[line // in_cell], _simplex(in_cell)[line % in_cell]
     row, column = line.repeat_interleave(side), line.repeat(side)
-    code_PD = torch.cat([cell[row], cell[column], patch[row], patch[column]], dim=1)
+    grid = lessons.grid
+    codes = [
+        _simplex(grid[0])[row // high],
+        _simplex(grid[1])[column // wide],
+        _simplex(high)[row % high],
+        _simplex(wide)[column % wide],
+    ]
+    code_PD = torch.cat(codes, dim=1)
     num_codes = code_PD.shape[1]
     # Nothing else is written in the dimensions of the codes.
     tower.embeddings.patch_embedding.weight[:num_codes] = 0
     tower.embeddings.position_embedding.weight[:, :num_codes] = 0
     tower.embeddings.position_embedding.weight[1:, :num_codes] = _CODE * code_PD
     for layer in tower.encoder.layers:
-        _compare_codes(layer.self_attn, config.hidden_size, in_cell)
+        _compare_codes(layer.self_attn, config.hidden_size, grid, (high, wide))
 
 
-def _compare_codes(attention: Any, hidden: int, in_cell: int) -> None:
+def _compare_codes(
+    attention: Any, hidden: int, grid: tuple[int, int], in_cell: tuple[int, int]
+) -> None:
     """Let head h look at patch h of the own cell; its spare dimensions keep their weights."""
     # A normed state has length sqrt(hidden); the codes are half of its energy, in four equal parts.
     code = math.sqrt(hidden / 8)
     scale = _MARGIN * math.sqrt(attention.head_dim)
-    # Two codes of n have a product of 1 if they are one, else of -1 / (n - 1).
-    gain = math.sqrt(scale / (_GRID / (_GRID - 1))) / code
-    bias = math.sqrt(scale / (in_cell / (in_cell - 1)) / code)
-    num_cell, own = 2 * (_GRID - 1), _simplex(in_cell)
+    gains = [math.sqrt(scale / _apart(number)) / code for number in grid for _ in range(number - 1)]
+    bias = math.sqrt(scale / _apart(in_cell[0]) / code)
+    # The query's bias serves both codes of the patch, so the second key makes up for its size.
+    own = [_simplex(in_cell[0]), _apart(in_cell[0]) / _apart(in_cell[1]) * _simplex(in_cell[1])]
+    num_cell = len(gains)
     for head in range(attention.num_heads):
         first = head * attention.head_dim
         compared = slice(first, first + num_cell + 1)
         for linear in (attention.q_proj, attention.k_proj):
             linear.weight[compared], linear.bias[compared] = 0, 0
-            linear.weight[first : first + num_cell, :num_cell] = gain * torch.eye(num_cell)
+            linear.weight[first : first + num_cell, :num_cell] = torch.diag(torch.tensor(gains))
         attention.q_proj.bias[first + num_cell] = bias
-        row, column = divmod(head, in_cell)
-        wanted = torch.cat([own[row], own[column]])
+        row, column = divmod(head, in_cell[1])
+        wanted = torch.cat([own[0][row], own[1][column]])
         attention.k_proj.weight[first + num_cell, num_cell : num_cell + len(wanted)] = bias * wanted
+
+
+def _apart(number: int) -> float:
+    """Return by how much a code's product with itself is above that with another of as many.
+
+    Two codes of n have a product of 1 if they are one, else of -1 / (n - 1).
+    """
+    return number / (number - 1)
 
 
 def _simplex(number: int) -> Tensor:
