@@ -113,9 +113,24 @@ def test_no_file_is_long():
     assert not {str(p.relative_to(ROOT)): lengths[p] for p, most in limits if lengths[p] > most}
 
 
-def test_a_public_name_has_one_home():
+TASKS = PACKAGE / "recipe" / "tasks"
+TASK_FOLDERS = [path.parent for path in sorted(TASKS.glob("*/task.py"))]
+
+
+@pytest.mark.parametrize("task", TASK_FOLDERS, ids=lambda folder: folder.name)
+def test_a_task_knows_nothing_of_the_others(task: Path):
+    others = [module_of(each / "__init__.py") for each in TASK_FOLDERS if each != task]
+    for path in task.glob("*.py"):
+        assert not [name for name in own_imports(path) if name.startswith(tuple(others))]
+
+
+@pytest.mark.parametrize("task", TASK_FOLDERS, ids=lambda folder: folder.name)
+def test_a_public_name_has_one_home(task: Path):
+    """Each task calls its own parts by the same names: `place`, `COLOURS`."""
     homes = defaultdict(list)
     for path in FILES:
+        if path.parent in TASK_FOLDERS and path.parent != task:
+            continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 homes[node.name].append(module_of(path))

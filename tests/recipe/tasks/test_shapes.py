@@ -17,7 +17,8 @@ from regate_ds.data.llava.read import read_records
 from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.shapes import scenes as s
 from regate_ds.recipe.tasks.shapes.lessons import shapes_lessons
-from regate_ds.recipe.tasks.shapes.questions import (
+from regate_ds.recipe.tasks.shapes.questions import ask
+from regate_ds.recipe.tasks.shapes.words import (
     COLUMNS,
     COMPARED,
     COUNT_WORDS,
@@ -25,7 +26,6 @@ from regate_ds.recipe.tasks.shapes.questions import (
     ROWS,
     SHAPES,
     Shown,
-    ask,
     plural,
 )
 

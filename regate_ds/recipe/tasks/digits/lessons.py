@@ -17,7 +17,7 @@ from regate_ds.recipe.tasks.digits.scenes import (
     place,
     render,
 )
-from regate_ds.recipe.tasks.pretraining.lessons import Lessons
+from regate_ds.recipe.tasks.pretraining.lessons import Cells, Lessons, Notes
 
 _MOST_SCENES = 5
 """Largest number of scenes laid over each other; where two have a digit, the later one stays."""
@@ -30,10 +30,6 @@ _MOST_NOTES = 6
 
 _BY_PLACE = ("row", "column", "digit", "colour", "size")
 _BY_DIGIT = ("digit", "colour", "size", "row", "column")
-
-
-Cells = dict[int, Placed]
-"""A scene: what stands in each of the cells 0 to 8 that is not empty."""
 
 
 def digits_lessons() -> Lessons:
@@ -65,21 +61,21 @@ def full_scene(rng: Random) -> Cells:
     return {cell: place(_part(), rng.randrange(10), cell, rng) for cell in filled}
 
 
-def notes(cells: Cells, rng: Random) -> list[tuple[str, bool]]:
+def notes(cells: Cells, rng: Random) -> Notes:
     """Return words on some cells of a scene, each with whether it must be read from the image.
 
     A note names a place, or a digit that the scene shows once, and adds the rest in fixed order.
     """
     shown = [placed.shown for placed in cells.values()]
     digits = [each.digit for each in shown]
-    words: list[tuple[str, bool]] = []
+    words: Notes = []
     for each in rng.sample(shown, min(_MOST_NOTES, len(shown))):
         by_digit = digits.count(each.digit) == 1 and rng.random() < 0.5
         words += _note(each, *((_BY_DIGIT, 1) if by_digit else (_BY_PLACE, 2)))
     return words
 
 
-def _note(shown: Shown, order: tuple[str, ...], num_given: int) -> list[tuple[str, bool]]:
+def _note(shown: Shown, order: tuple[str, ...], num_given: int) -> Notes:
     words = [(f" {getattr(shown, name)}", i >= num_given) for i, name in enumerate(order)]
     return [*words, (".", False)]
 

@@ -53,11 +53,11 @@ def _build_data(args: Namespace) -> None:
 
 def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
     from regate_ds.recipe.tasks.digits.lessons import digits_lessons
-    from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_student
+    from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_task_student
 
     text = TEXT if depth is None else {**TEXT, "num_hidden_layers": depth}
     config = PretrainConfig(text=text, vision=VISION, seed=seed)
-    return make_student(train, cache, Recipe(number=5, lessons=digits_lessons), config)
+    return make_task_student(train, cache, Recipe(number=5, lessons=digits_lessons), config)
 
 
 DIGITS_TASK = Task(

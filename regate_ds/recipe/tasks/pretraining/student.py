@@ -100,7 +100,7 @@ class _Source(NamedTuple):
     recipe: Recipe
 
 
-def make_student(train: Path, cache: Path, recipe: Recipe, config: PretrainConfig) -> Path:
+def make_task_student(train: Path, cache: Path, recipe: Recipe, config: PretrainConfig) -> Path:
     """Return the student's folder, made from the records in ``train`` or found in ``cache``."""
     records, _ = read_records(train, name="pretrain")
     source = _Source(records, recipe)

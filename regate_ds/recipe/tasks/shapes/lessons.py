@@ -7,15 +7,7 @@ from random import Random
 
 from PIL import Image
 
-from regate_ds.recipe.tasks.pretraining.lessons import Lessons, Notes
-from regate_ds.recipe.tasks.shapes.questions import (
-    COLUMNS,
-    FILLS,
-    ROWS,
-    SHAPES,
-    Shown,
-    neighbours,
-)
+from regate_ds.recipe.tasks.pretraining.lessons import Cells, Lessons, Notes
 from regate_ds.recipe.tasks.shapes.scenes import (
     COLOURS,
     FEWEST,
@@ -25,6 +17,13 @@ from regate_ds.recipe.tasks.shapes.scenes import (
     place,
     render,
 )
+from regate_ds.recipe.tasks.shapes.words import (
+    COLUMNS,
+    FILLS,
+    ROWS,
+    SHAPES,
+    neighbours,
+)
 
 _CELLS = range(len(ROWS) * len(COLUMNS))
 
@@ -33,9 +32,6 @@ _FULL_SHARE = 0.9
 
 _MOST_NOTES = 6
 """Largest number of notes on a picture, so that rows have about the same length."""
-
-Cells = dict[int, Placed]
-"""A picture: what stands in each of the cells 0 to 9 that is not empty."""
 
 
 def shapes_lessons() -> Lessons:
@@ -99,8 +95,7 @@ def _filled(cells: list[int], rng: Random) -> Cells:
 
 
 def _words_of(placed: Placed) -> tuple[str, ...]:
-    shown: Shown = placed.shown
-    return shown[:4]
+    return placed.shown[:4]
 
 
 def _render(cells: Cells) -> Image.Image:

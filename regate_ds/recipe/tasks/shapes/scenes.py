@@ -18,14 +18,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from regate_ds.recipe.tasks.files import conversation, save_image, write_parts
-from regate_ds.recipe.tasks.shapes.questions import (
-    COLUMNS,
-    FILLS,
-    ROWS,
-    SHAPES,
-    Shown,
-    ask,
-)
+from regate_ds.recipe.tasks.shapes.questions import ask
+from regate_ds.recipe.tasks.shapes.words import COLUMNS, FILLS, ROWS, SHAPES, Shown
 
 SIDE = 100
 """Side of a picture in pixels."""

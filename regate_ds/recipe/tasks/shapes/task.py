@@ -50,7 +50,7 @@ def _build_data(args: Namespace) -> None:
 
 def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
     from regate_ds.recipe.tasks.pretraining.phase import PhaseConfig
-    from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_student
+    from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_task_student
     from regate_ds.recipe.tasks.shapes.lessons import shapes_lessons
 
     text = TEXT if depth is None else {**TEXT, "num_hidden_layers": depth}
@@ -63,7 +63,7 @@ def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Pat
         # Drawn shapes are learnt sooner than handwriting.
         tower_phase=PhaseConfig(steps=300, batch=16, lr=6e-3),
     )
-    return make_student(train, cache, Recipe(number=1, lessons=shapes_lessons), config)
+    return make_task_student(train, cache, Recipe(number=1, lessons=shapes_lessons), config)
 
 
 SHAPES_TASK = Task(
