@@ -261,7 +261,7 @@ def test_all_pictures_of_a_shape_differ_from_those_of_the_others():
     assert len(set(drawn)) == len(drawn)
 
 
-def test_notes_tell_what_stands_at_a_place_of_a_name_or_beside_it():
+def test_notes_tell_the_rest_of_what_they_name_or_what_stands_beside_it():
     rng, lessons = Random(0), shapes_lessons()
     kinds: Counter[str] = Counter()
     for _ in range(60):
@@ -276,10 +276,10 @@ def test_notes_tell_what_stands_at_a_place_of_a_name_or_beside_it():
             if given[0] in ROWS:
                 assert [*seen, *given] in [list(each) for each in shown]
                 kinds["place"] += 1
-            elif given[0] in s.COLOURS:
-                each = told(shown, " ".join(given))
-                assert seen == [each.row, each.column, each.fill, each.size]
-                kinds["name"] += 1
+            elif not given[0].startswith(("left", "right", "above", "below")):
+                [each] = [each for each in shown if set(given) <= set(each)]
+                assert seen == [word for word in each if word not in given]
+                kinds[f"{len(given)} words"] += 1
             else:
                 each, relation = told(shown, " ".join(given[-2:])), " ".join(given[:-2])
                 down, right = dict(zip(RELATIONS, ((0, -1), (0, 1), (-1, 0), (1, 0))))[relation]
@@ -287,7 +287,7 @@ def test_notes_tell_what_stands_at_a_place_of_a_name_or_beside_it():
                 [beside] = [b for b in shown if b.cell == (row + down, column + right)]
                 assert seen == list(beside[:4])
                 kinds["beside"] += 1
-    assert all(kinds[kind] > 40 for kind in ("place", "name", "beside"))
+    assert all(kinds[kind] > 40 for kind in ("place", "1 words", "2 words", "beside"))
 
 
 def test_every_gold_word_is_one_token_of_the_students_tokenizer():

@@ -5,7 +5,7 @@
     words    the projector learns to express it in the backbone's own word embeddings
     align    projector and backbone learn from a mix of notes on pictures and text
 
-The student then knows how answers are phrased and how to look at a place or for a digit, but it has
+The student then knows how answers are phrased and how to look at a place or for a thing, but it has
 never answered a question with an image: it learns that in fine-tuning. Each phase is cached; see
 ``finished_phase``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from random import Random
 
@@ -10,7 +11,6 @@ from PIL import Image
 from regate_ds.recipe.tasks.pretraining.lessons import Cells, Lessons, Notes
 from regate_ds.recipe.tasks.shapes.scenes import (
     COLOURS,
-    FEWEST,
     SIZES,
     Placed,
     pairs_of,
@@ -22,6 +22,8 @@ from regate_ds.recipe.tasks.shapes.words import (
     FILLS,
     ROWS,
     SHAPES,
+    Scene,
+    Shown,
     neighbours,
 )
 
@@ -29,6 +31,9 @@ _CELLS = range(len(ROWS) * len(COLUMNS))
 
 _FULL_SHARE = 0.9
 """Share of the cells that hold a shape in the tower's own phase."""
+
+_FEWEST = 3
+"""Smallest number of shapes in the pictures of the other phases."""
 
 _MOST_NOTES = 6
 """Largest number of notes on a picture, so that rows have about the same length."""
@@ -54,35 +59,43 @@ def full_picture(rng: Random) -> Cells:
 
 
 def crowded_picture(rng: Random) -> Cells:
-    """Put shapes into as many cells as in a picture of the data set, or more."""
-    return _filled(sorted(rng.sample(_CELLS, rng.randint(FEWEST, len(_CELLS)))), rng)
+    """Put shapes into about as many cells as in a picture of the data set, or more."""
+    return _filled(sorted(rng.sample(_CELLS, rng.randint(_FEWEST, len(_CELLS)))), rng)
 
 
 def notes(cells: Cells, rng: Random) -> Notes:
     """Return words on some shapes of a picture, each with whether it must be read from the image.
 
-    A note names a place, a shape and its colour that the picture shows once, or the place beside
-    such a shape, and adds what stands there.
+    A note names a shape, by words that the picture shows once or by its place, and adds the rest in
+    fixed order; or it names the place beside a shape, and adds what stands there.
     """
     scene = [placed.shown for placed in cells.values()]
-    names = [shown.name for shown in scene]
     words: Notes = []
     for shown in rng.sample(scene, min(_MOST_NOTES, len(scene))):
-        beside = neighbours(scene, shown) if names.count(shown.name) == 1 else {}
-        draw = rng.random()
-        if beside and draw < 0.4:
-            relation, other = rng.choice(list(beside.items()))
-            words += _note([*relation.split(), *shown.name.split()], other[:4])
-        elif names.count(shown.name) == 1 and draw < 0.7:
-            words += _note(shown.name.split(), shown[4:] + shown[2:4])
-        else:
-            words += _note(shown[4:], shown[:4])
+        given, seen = _named(shown, scene, rng)
+        words += [(f" {word}", False) for word in given]
+        words += [*((f" {word}", True) for word in seen), (".", False)]
     return words
 
 
-def _note(given: list[str] | tuple[str, ...], seen: tuple[str, ...]) -> Notes:
-    named = [(f" {word}", False) for word in given]
-    return [*named, *((f" {word}", True) for word in seen), (".", False)]
+def _named(shown: Shown, scene: Scene, rng: Random) -> tuple[Sequence[str], Sequence[str]]:
+    """Draw what a note names, and return it with what the note adds."""
+    by_word: list[tuple[Sequence[str], Sequence[str]]] = []
+    if [other.shape for other in scene].count(shown.shape) == 1:
+        by_word.append(((shown.shape,), shown[1:]))
+    if [other.colour for other in scene].count(shown.colour) == 1:
+        by_word.append(((shown.colour,), (shown.shape, *shown[2:])))
+    # One word is found sooner than two, so such notes teach the student to look.
+    if by_word and rng.random() < 0.5:
+        return rng.choice(by_word)
+    name = shown.name.split()
+    by_words: list[tuple[Sequence[str], Sequence[str]]] = [(shown[4:], shown[:4])]
+    if [other.name for other in scene].count(shown.name) == 1:
+        by_words.append((name, shown[2:]))
+        if beside := list(neighbours(scene, shown).items()):
+            relation, other = rng.choice(beside)
+            by_words.append(([*relation.split(), *name], other[:4]))
+    return rng.choice(by_words)
 
 
 @cache

@@ -49,6 +49,7 @@ def _build_data(args: Namespace) -> None:
 
 
 def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
+    from regate_ds.recipe.tasks.pretraining.alignment import AlignConfig
     from regate_ds.recipe.tasks.pretraining.phase import PhaseConfig
     from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_task_student
     from regate_ds.recipe.tasks.shapes.lessons import shapes_lessons
@@ -62,6 +63,8 @@ def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Pat
         seed=seed,
         # Drawn shapes are learnt sooner than handwriting.
         tower_phase=PhaseConfig(steps=300, batch=16, lr=6e-3),
+        # A cell has ten tokens: of a third of them nearly every cell keeps one.
+        align_phase=AlignConfig(steps=360, batch=32, lr=3e-3, image_share=0.35, whole_every=8),
     )
     return make_task_student(train, cache, Recipe(number=1, lessons=shapes_lessons), config)
 
