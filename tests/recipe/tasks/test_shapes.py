@@ -59,8 +59,9 @@ def words(text: str) -> list[str]:
 
 
 def told(scene: list[Shown], name: str) -> Shown:
-    """The one shape of a colour and a kind, as in "red circle"."""
-    [shown] = [each for each in scene if [each.colour, each.shape] == name.split()]
+    """The one shape of a name, as in "red circle", "circle" and "red shape"."""
+    own = set(name.split()) - {"shape"}
+    [shown] = [each for each in scene if own <= set(each)]
     return shown
 
 
@@ -129,17 +130,25 @@ def test_no_two_shapes_of_a_picture_have_the_same_name_or_place():
 
 def test_what_is_told_of_a_named_shape_is_true(asked: list[Exchange]):
     for (scene, _, answer, gold), (name,) in by_question(
-        asked, r"(?:Where is|Describe) the (\w+ \w+)[?.]"
+        asked, r"(?:Where is|Describe) the (\w+|\w+ \w+)[?.]"
     ):
         shown = told(scene, name)
         assert set(gold) <= set(shown[2:])
         assert len(gold) == (3 if "column, and it is" in answer else 4)
 
 
+def test_what_is_told_of_a_place_is_what_stands_there(asked: list[Exchange]):
+    for (scene, _, _, gold), place in by_question(
+        asked, r"What is in the (\w+) row and in the (\w+) column\?"
+    ) + by_question(asked, r"Describe the shape at the place (\w+) (\w+)\."):
+        [shown] = [each for each in scene if each[4:] == place]
+        assert set(gold) in (set(shown[:3]), set(shown[:4]))
+
+
 def test_the_shape_beside_another_is_the_next_one_in_that_direction(asked: list[Exchange]):
     steps = dict(zip(RELATIONS, ((0, -1), (0, 1), (-1, 0), (1, 0))))
     for relation in RELATIONS:
-        pattern = rf"(?:What|Describe the shape that) is just {relation} the (\w+ \w+)[?.]"
+        pattern = rf"(?:What|Describe the shape that) is just {relation} the (\w+|\w+ \w+)[?.]"
         for (scene, _, _, gold), (name,) in by_question(asked, pattern):
             row, column = told(scene, name).cell
             down, right = steps[relation]
@@ -287,7 +296,7 @@ def test_notes_tell_the_rest_of_what_they_name_or_what_stands_beside_it():
                 [beside] = [b for b in shown if b.cell == (row + down, column + right)]
                 assert seen == list(beside[:4])
                 kinds["beside"] += 1
-    assert all(kinds[kind] > 40 for kind in ("place", "1 words", "2 words", "beside"))
+    assert all(kinds[kind] > 20 for kind in ("place", "1 words", "2 words", "beside"))
 
 
 def test_every_gold_word_is_one_token_of_the_students_tokenizer():

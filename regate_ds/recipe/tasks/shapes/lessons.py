@@ -89,13 +89,13 @@ def _named(shown: Shown, scene: Scene, rng: Random) -> tuple[Sequence[str], Sequ
     if by_word and rng.random() < 0.5:
         return rng.choice(by_word)
     name = shown.name.split()
-    by_words: list[tuple[Sequence[str], Sequence[str]]] = [(shown[4:], shown[:4])]
-    if [other.name for other in scene].count(shown.name) == 1:
-        by_words.append((name, shown[2:]))
-        if beside := list(neighbours(scene, shown).items()):
-            relation, other = rng.choice(beside)
-            by_words.append(([*relation.split(), *name], other[:4]))
-    return rng.choice(by_words)
+    if [other.name for other in scene].count(shown.name) > 1 or rng.random() < 0.5:
+        return shown[4:], shown[:4]
+    beside = list(neighbours(scene, shown).items())
+    if not beside or rng.random() < 0.5:
+        return name, shown[2:]
+    relation, other = rng.choice(beside)
+    return [*relation.split(), *name], other[:4]
 
 
 @cache

@@ -20,6 +20,7 @@ from regate_ds.recipe.tasks.shapes.words import (
     SHAPES,
     Scene,
     Shown,
+    names,
     neighbours,
     plural,
 )
@@ -32,6 +33,17 @@ _WHERE = (
     (
         "Describe the {name}.",
         "The {name} is {size} and {fill}. Its place is in the {row} row, {column} column.",
+    ),
+)
+
+_AT = (
+    (
+        "What is in the {row} row and in the {column} column?",
+        "In this place there is a {shape}. It is {fill}, and its colour is {colour}.",
+    ),
+    (
+        "Describe the shape at the place {row} {column}.",
+        "The shape at this place is {size} and {colour}. It is {fill}, and a {shape}.",
     ),
 )
 
@@ -108,21 +120,31 @@ def _several(scene: Scene, rng: Random) -> list[QuestionAnswer]:
     count = {"count": COUNT_WORDS[len(scene)]}
     turns = [(_COUNT_ALL[0], fill(_COUNT_ALL[1], {}, count))] if rng.random() < 0.3 else []
     named, *others = rng.sample(scene, len(scene))
-    turns.append(_about(named, rng))
+    turns.append(_about(scene, named, rng))
     for shown in others:
         relations = [r for r, beside in neighbours(scene, shown).items() if beside != named]
         if relations:
             return [*turns, _beside(scene, shown, rng.choice(relations), rng)]
-    return [*turns, _about(others[0], rng)]
+    return [*turns, _about(scene, others[0], rng)]
 
 
-def _where(scene: Scene, rng: Random) -> QuestionAnswer:
-    return _about(rng.choice(scene), rng)
+def _one(scene: Scene, rng: Random) -> QuestionAnswer:
+    return _about(scene, rng.choice(scene), rng)
 
 
-def _about(shown: Shown, rng: Random) -> QuestionAnswer:
+def _about(scene: Scene, shown: Shown, rng: Random) -> QuestionAnswer:
+    return _named(scene, shown, rng) if rng.random() < 0.5 else _placed(shown, rng)
+
+
+def _placed(shown: Shown, rng: Random) -> QuestionAnswer:
+    question, sentence = rng.choice(_AT)
+    given = {"row": shown.row, "column": shown.column}
+    return question.format(**given), fill(sentence, given, shown._asdict())
+
+
+def _named(scene: Scene, shown: Shown, rng: Random) -> QuestionAnswer:
     question, sentence = rng.choice(_WHERE)
-    given = {"name": shown.name}
+    given = {"name": rng.choice(names(scene, shown))}
     return question.format(**given), fill(sentence, given, shown._asdict())
 
 
@@ -133,7 +155,7 @@ def _next_to(scene: Scene, rng: Random) -> QuestionAnswer | None:
 
 def _beside(scene: Scene, shown: Shown, relation: str, rng: Random) -> QuestionAnswer:
     question, sentence = rng.choice(_BESIDE)
-    given = {"name": shown.name, "relation": relation}
+    given = {"name": rng.choice(names(scene, shown)), "relation": relation}
     seen = neighbours(scene, shown)[relation]
     return question.format(**given), fill(sentence, given, seen._asdict())
 
@@ -198,9 +220,7 @@ def _often(scene: Scene, rng: Random) -> QuestionAnswer | None:
 
 def _alone(scene: Scene, rng: Random) -> QuestionAnswer | None:
     alone = [shown for shown in scene if _number(scene, "row", shown.row) == 1]
-    if len(alone) != 1:
-        return None
-    return _ALONE[0], fill(_ALONE[1], {}, alone[0]._asdict())
+    return (_ALONE[0], fill(_ALONE[1], {}, alone[0]._asdict())) if len(alone) == 1 else None
 
 
 def _read(scene: Scene, rng: Random) -> QuestionAnswer | None:
@@ -216,8 +236,8 @@ def _read(scene: Scene, rng: Random) -> QuestionAnswer | None:
 
 
 _KINDS: tuple[tuple[Callable[[Scene, Random], QuestionAnswer | None], float], ...] = (
-    (_where, 0.08),
-    (_next_to, 0.25),
+    (_one, 0.28),
+    (_next_to, 0.2),
     (_larger, 0.14),
     (_count, 0.14),
     (_count_fill, 0.12),

@@ -27,7 +27,7 @@ class Shown(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return what singles a shape out: no other of its picture has both words."""
+        """Return what singles a shape of the data set out: no other of its picture has both."""
         return f"{self.colour} {self.shape}"
 
     @property
@@ -37,6 +37,16 @@ class Shown(NamedTuple):
 
 Scene = list[Shown]
 """The shapes of a picture in reading order."""
+
+
+def names(scene: Scene, shown: Shown) -> list[str]:
+    """Return what singles a shape out: its name, and one word of it that no other shape has."""
+    found = [shown.name]
+    if [other.shape for other in scene].count(shown.shape) == 1:
+        found.append(shown.shape)
+    if [other.colour for other in scene].count(shown.colour) == 1:
+        found.append(f"{shown.colour} shape")
+    return found
 
 
 def neighbours(scene: Scene, shown: Shown) -> dict[str, Shown]:
