@@ -18,7 +18,7 @@ from regate_ds.recipe.learning import command, cost_job, run_round, train_job
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.task import DIGITS_TASK
-from regate_ds.recipe.tasks.digits.tokenizer import train_tokenizer
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.table import TASKS
 from regate_ds.recipe.tasks.task import Task
 from tests.support.small_corpus import TEXT, VISION
