@@ -18,7 +18,7 @@ from regate_ds.recipe.learning.files import (
     read_file,
     settings_digest,
 )
-from regate_ds.recipe.learning.task_folder import TaskFolder
+from regate_ds.recipe.learning.task_folder import TaskFolder, stores_of
 from tests.support.paths import ROOT
 
 FILES = ROOT / "configs" / "learning"
@@ -95,6 +95,24 @@ def test_each_round_is_made_of_runs_that_can_start(path: Path, tmp_path: Path):
         config = load_config(folder.write(tree, key.name))
         assert config.run.seed == key.seed
         assert config.run.steps == key.num_steps
+
+
+def test_arms_of_a_seed_share_the_store_of_their_column_alone(tmp_path: Path):
+    task = read_file(LearningTask, FILES / "tasks", "digits")
+    folder = TaskFolder(folder=tmp_path, task=task)
+    key = RunKey(task="digits", part="dev", arm="x", seed=3, steps=100, fraction=1.0)
+    stores: dict[str, list[str]] = {}
+    for name in ("recommended", "excess_loss", "gain", "cal", "rho1"):
+        tree = folder.tree(read_file(Arm, FILES / "arms", name), key, Path("student"))
+        config = load_config(folder.write(tree, name))
+        made = stores_of(config)["teacher"]
+        assert made.parent == tmp_path / "seed3"
+        stores.setdefault(made.name, []).append(name)
+    assert stores == {
+        "reference": ["recommended", "excess_loss"],
+        "reference-gain": ["gain", "cal"],
+        "reference-student": ["rho1"],
+    }
 
 
 def test_arms_that_no_round_runs_are_not_kept():
