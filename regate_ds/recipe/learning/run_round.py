@@ -39,6 +39,9 @@ COST_STEPS = 40
 class Bench:
     """A round with its files read, and the folders that it works in."""
 
+    name: str
+    """Of the round."""
+
     plan: Round
     tasks: dict[str, LearningTask]
     arms: dict[str, Arm]
@@ -51,6 +54,7 @@ class Bench:
     def read(cls, files: Path, name: str, *, work: Path, results: Path) -> Bench:
         plan = read_file(Round, files / "rounds", name)
         return cls(
+            name=name,
             plan=plan,
             tasks={task: read_file(LearningTask, files / "tasks", task) for task in plan.tasks},
             arms={arm: read_file(Arm, files / "arms", arm) for arm in plan.arms},
@@ -78,7 +82,13 @@ class Bench:
         return settings_digest(self.tasks[key.task], self.arms[key.arm], key)
 
     def cost_path(self, task: str, seed: int) -> Path:
-        return self.results / task / "costs" / f"seed{seed}.json"
+        return self.results / task / "costs" / f"{self.name}-seed{seed}.json"
+
+    def cost_key(self, task: str, arm: str, seed: int) -> RunKey:
+        """Return the run whose steps are timed."""
+        return RunKey(
+            task=task, part=self.plan.part, arm=arm, seed=seed, steps=COST_STEPS, fraction=1.0
+        )
 
 
 def run_missing(bench: Bench, *, jobs: int, say: Callable[[str], None]) -> list[str]:
@@ -142,11 +152,10 @@ def measure_costs(bench: Bench, task: str, seed: int, say: Callable[[str], None]
     folder, path = bench.folder(task), bench.cost_path(task, seed)
     keys = [key for key in bench.keys if (key.task, key.seed) == (task, seed)]
     student = _prepare(bench, keys, say)
-    told = []
+    told, digests = [], {}
     for arm in bench.plan.arms:
-        key = RunKey(
-            task=task, part=bench.plan.part, arm=arm, seed=seed, steps=COST_STEPS, fraction=1.0
-        )
+        key = bench.cost_key(task, arm, seed)
+        digests[arm] = bench.digest(key)
         config = folder.write(folder.tree(bench.arms[arm], key, student), f"cost-{arm}")
         told.append(f"{arm}={config}")
     say(f"{task}, seed {seed}: costs of {len(told)} arms")
@@ -158,6 +167,7 @@ def measure_costs(bench: Bench, task: str, seed: int, say: Callable[[str], None]
         arm: load_config(Path(config)) for arm, _, config in (s.partition("=") for s in told)
     }
     found = {
+        "digests": digests,
         "steps": json.loads(steps.read_text()),
         "once": {arm: sum(once_costs(config).values()) for arm, config in configs.items()},
     }

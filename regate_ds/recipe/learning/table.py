@@ -55,9 +55,12 @@ class Costs:
 
 
 def read_costs(bench: Bench, task: str) -> Costs | None:
-    """Return the costs of a task as means over the seeds that were timed; None without any."""
-    found = [bench.cost_path(task, seed) for seed in bench.plan.seeds]
-    read = [json.loads(path.read_text()) for path in found if path.is_file()]
+    """Return the costs of a task as means over the seeds that were timed; None without any.
+
+    ValueError if an arm was timed with other settings.
+    """
+    read = [_read_cost(bench, task, seed) for seed in bench.plan.seeds]
+    read = [one for one in read if one is not None]
     if not read:
         return None
     arms = {arm for one in read for arm in one["steps"]}
@@ -70,6 +73,20 @@ def read_costs(bench: Bench, task: str) -> Costs | None:
 
 
 _KINDS = ("dense", "sparse")
+
+
+def _read_cost(bench: Bench, task: str, seed: int) -> dict[str, Any] | None:
+    path = bench.cost_path(task, seed)
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    for arm, digest in found["digests"].items():
+        if arm in bench.arms and digest != bench.digest(bench.cost_key(task, arm, seed)):
+            raise ValueError(
+                f"{path}: the arm {arm} was timed with other settings; time the round again with "
+                "--costs, or delete the file"
+            )
+    return found
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -134,7 +134,7 @@ def _check_figures(results: Path) -> None:
     assert 0 <= mine["kept_recall"] <= 1
     assert mine["answer_tokens_processed"] < dense["answer_tokens_processed"]
     assert mine["num_words_visual"] == dense["num_words_visual"] > 0
-    costs = json.loads((results / "tiny" / "costs" / "seed0.json").read_text())
+    costs = json.loads((results / "tiny" / "costs" / "small-seed0.json").read_text())
     assert costs["once"]["mine"] > costs["once"]["dense"] == 0.0
     assert costs["steps"]["mine"]["sparse"] > 0
     assert costs["steps"]["dense"]["sparse"] is None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from regate_ds.recipe.learning.files import RunKey
+import pytest
+
+from regate_ds.recipe.learning.files import Arm, LearningTask, Round, RunKey
 from regate_ds.recipe.learning.plot import plot_task, points_of
 from regate_ds.recipe.learning.result import Result
-from regate_ds.recipe.learning.table import Costs, arm_table, time_lines
+from regate_ds.recipe.learning.run_round import Bench
+from regate_ds.recipe.learning.table import Costs, arm_table, read_costs, time_lines
 
 COSTS = Costs(
     {
@@ -121,3 +125,43 @@ def test_the_picture_has_a_point_for_each_length(tmp_path: Path):
     assert points["dense"][0][0] == 1.0
     plot_task(points, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 5000
+
+
+def bench_of(folder: Path, name: str, arm: Arm) -> Bench:
+    (folder / "run.yaml").write_text("{}")
+    task = LearningTask(
+        about="x",
+        builder="digits",
+        config=folder / "run.yaml",
+        steps=100,
+        num_train=1,
+        num_dev=1,
+        num_test=1,
+        test_seed=9,
+    )
+    plan = Round(about="x", part="dev", tasks=("t",), arms=("mine",), seeds=(0,))
+    return Bench(
+        name=name, plan=plan, tasks={"t": task}, arms={"mine": arm}, work=folder, results=folder
+    )
+
+
+def write_costs(bench: Bench) -> None:
+    path = bench.cost_path("t", 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digests = {"mine": bench.digest(bench.cost_key("t", "mine", 0))}
+    steps = {"mine": {"dense": 2.0, "sparse": 1.0}}
+    path.write_text(json.dumps({"digests": digests, "steps": steps, "once": {"mine": 0.0}}))
+
+
+def test_a_round_does_not_replace_the_costs_of_another(tmp_path: Path):
+    small, large = (bench_of(tmp_path, name, Arm(about="x")) for name in ("small", "large"))
+    write_costs(small)
+    assert read_costs(small, "t") is not None
+    assert read_costs(large, "t") is None
+
+
+def test_costs_of_an_arm_that_was_changed_are_refused(tmp_path: Path):
+    write_costs(bench_of(tmp_path, "small", Arm(about="x")))
+    changed = Arm(about="x", settings={"elision": {"keep_share": 0.25}})
+    with pytest.raises(ValueError, match="mine was timed with other settings"):
+        read_costs(bench_of(tmp_path, "small", changed), "t")
