@@ -1,4 +1,7 @@
-"""Where a round's files lie, and what a run of it is told: paths, seed and length."""
+"""Where a round's files lie, and what a run of it is told: paths, seed and length.
+
+Data and stores lie under names of what made them, so that other settings never find old ones.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,15 @@ from typing import Any
 import yaml
 
 from regate_ds.recipe.config.tree import RunConfig, load_config
-from regate_ds.recipe.learning.files import Arm, LearningTask, RunKey, Tree, laid_over, settings_of
+from regate_ds.recipe.learning.files import (
+    Arm,
+    LearningTask,
+    RunKey,
+    Tree,
+    digest_of,
+    laid_over,
+    settings_of,
+)
 from regate_ds.recipe.tasks.table import TASKS
 from regate_ds.stores.atomic_file import make_folder
 
@@ -24,11 +35,23 @@ class TaskFolder:
     task: LearningTask
 
     def data(self, part: str) -> Path:
-        return self.folder / ("data" if part == "dev" else "data-test") / "test.json"
+        return self._data_folder(part) / "test.json"
+
+    def _data_folder(self, part: str) -> Path:
+        made_of = [self.task.builder, self.task.frames, *self._sizes(part)]
+        return self.folder / f"data-{part}-{digest_of(made_of)}"
+
+    def _sizes(self, part: str) -> tuple[int, int, int]:
+        """Return how many samples a builder writes to train and to test, and its seed."""
+        task = self.task
+        if part == "dev":
+            return task.num_train, task.num_dev, task.dev_seed
+        # A builder writes two parts; of this seed the held-out one alone is read.
+        return 1, task.num_test, task.test_seed
 
     @property
     def train(self) -> Path:
-        return self.folder / "data" / "train.json"
+        return self._data_folder("dev") / "train.json"
 
     def seed(self, seed: int) -> Path:
         return self.folder / f"seed{seed}"
@@ -36,11 +59,8 @@ class TaskFolder:
     def build_data(self, part: str) -> None:
         """Build the training part and dev, and for a round on test that part, unless they exist."""
         task = self.task
-        sizes = {"dev": (task.num_train, task.num_dev, task.dev_seed)}
-        if part == "test":
-            # A builder writes two parts; of this seed the held-out one alone is read.
-            sizes["test"] = (1, task.num_test, task.test_seed)
-        for name, (num_train, num_held_out, seed) in sizes.items():
+        for name in dict.fromkeys(("dev", part)):
+            num_train, num_held_out, seed = self._sizes(name)
             if not self.data(name).is_file():
                 out = self.data(name).parent
                 given = ["--train", num_train, "--test", num_held_out, "--seed", seed]
@@ -55,7 +75,6 @@ class TaskFolder:
 
     def tree(self, arm: Arm, key: RunKey, student: Path) -> Tree:
         """Return the whole configuration of a run, with its paths and seeds filled in."""
-        own = self.seed(key.seed)
         filled: dict[str, Any] = {
             "model": {"path": str(student)},
             "data": {"train": str(self.train), "test": str(self.data(key.part))},
@@ -67,13 +86,16 @@ class TaskFolder:
             },
         }
         tree = laid_over(settings_of(self.task, arm), filled)
-        teacher = tree.get("teacher", {})
+        own, images = self.seed(key.seed), tree["elision"]["images"]
+        made_of = [tree["model"], _without("test", tree["data"])]
+        teacher = _without("store", tree.get("teacher", {}))
         column = teacher.get("column", "text")
-        folder = "reference" if column == "text" else f"reference-{column}"
-        tree["teacher"] = {**teacher, "store": str(own / folder)}
-        ranking = tree["elision"]["images"].get("ranking")
-        if ranking is not None:
-            tree["rank"] = {**tree.get("rank", {}), "store": str(own / f"orders-{ranking}")}
+        store = own / f"reference-{column}-{digest_of([made_of, teacher])}"
+        tree["teacher"] = {**teacher, "store": str(store)}
+        if (ranking := images.get("ranking")) is not None:
+            rank = _without("store", tree.get("rank", {}))
+            store = own / f"orders-{ranking}-{digest_of([made_of, images.get(ranking), rank])}"
+            tree["rank"] = {**rank, "store": str(store)}
         return tree
 
     def write(self, tree: Tree, name: str) -> Path:
@@ -83,6 +105,10 @@ class TaskFolder:
         path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
         load_config(path)
         return path
+
+
+def _without(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != name}
 
 
 def once_costs(config: RunConfig) -> dict[str, float]:
