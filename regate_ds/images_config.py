@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, ClassVar
 
-from regate_ds.algorithm.knobs import refuse_knobs
+from regate_ds.algorithm.knobs import Rule, refuse_knobs
 from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.ranking import Ranking
 from regate_ds.algorithm.rankings.table import RANKINGS
-from regate_ds.algorithm.schedule import KeepShare, share_rules
+from regate_ds.algorithm.schedule import KeepShare, elides, share_rules
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.refuse import refuse_choices
 
@@ -40,4 +40,15 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         kinds = {"ranking": tuple(RANKINGS.values()), "schedule": (ScheduleConfig, NoneType)}
         refuse_choices(self, kinds)
-        refuse_knobs(self, lambda: share_rules("keep_share", self.keep_share))
+        refuse_knobs(self, self._rules)
+
+    def _rules(self) -> list[Rule]:
+        fills = not self.fill_rows or elides(self.keep_share)
+        return [
+            *share_rules("keep_share", self.keep_share),
+            (
+                "fill_rows",
+                fills,
+                "needs a keep_share below 1: there is nothing to fill in",
+            ),
+        ]

@@ -47,6 +47,13 @@ class Chooser:
     rows: RowLayout
     layout: ParallelLayout
 
+    def __post_init__(self) -> None:
+        if self.config.images.fill_rows and self.rows.row_format == "ragged":
+            raise ValueError(
+                "images.fill_rows=True: kept tokens lie in ragged rows here, in which no padding "
+                "could be filled; use padded rows (mlp_only has none), or set it to false"
+            )
+
     def choose(
         self,
         window: Sequence[TokenBatch],

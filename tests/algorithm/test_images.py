@@ -20,6 +20,7 @@ from regate_ds.algorithm.batch import (
     starts_segment,
 )
 from regate_ds.algorithm.counts import COUNTS, count_step
+from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.images import beyond_kept
 from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.rankings.diversity import DiversityOrder
@@ -28,7 +29,11 @@ from regate_ds.algorithm.rankings.random import RandomOrder
 from regate_ds.algorithm.rankings.ranking import ImageKey, Ranking, RankingInputs
 from regate_ds.algorithm.rankings.stride import StrideOrder
 from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.scores.random import Random
+from regate_ds.config import RegateConfig
 from regate_ds.images_config import ImagesConfig
+from regate_ds.session import Regate
+from regate_ds.stores.values import Stores
 from tests.algorithm.plain_plan_helper import (
     Beyond,
     plain_beyond,
@@ -150,13 +155,16 @@ def plain_level(kept: list[list[int]], beyond: Beyond) -> tuple[list[list[int]],
     return [sorted(row) for row in levelled], num_added
 
 
-def test_ragged_rows_and_whole_images_have_nothing_to_fill():
-    rng = random.Random(7)
-    for rows, share in ((RAGGED, 0.3), (PADDED, 1.0)) * 6:
-        batch = wild_batch(rng, images=True)
-        score_N, images = scores(batch, rng), ImagesConfig(keep_share=share)
-        filled = planned(batch, score_N, replace(images, fill_rows=True), rows)
-        assert_same(filled, planned(batch, score_N, images, rows))
+def test_rows_are_not_filled_where_nothing_could_be():
+    with pytest.raises(ValueError, match="fill_rows=True: needs a keep_share below 1"):
+        ImagesConfig(fill_rows=True)
+    images = ImagesConfig(keep_share=0.5, fill_rows=True)
+    for config, rows in (
+        (RegateConfig(images=images, score=Random()), RAGGED),
+        (RegateConfig(images=images, score=Random(), execution=MlpOnly()), None),
+    ):
+        with pytest.raises(ValueError, match="fill_rows=True: kept tokens lie in ragged rows"):
+            Regate(config, Stores(), total_steps=9, rows=rows)
 
 
 def assert_first_positions_stay(plan: ElisionPlan, batch: TokenBatch) -> None:

@@ -2,8 +2,9 @@
 
 The score is given this step's losses and entropies in place of those it remembers, so `loss` and
 `entropy` are the value at risk of ESLM (arXiv 2505.19893) at alpha = 1 - keep_share, and
-`excess_loss` against the student's starting weights is Rho-1 (arXiv 2404.07965) as published. How
-many are chosen is known before the forward pass, and so is what the loss is divided by.
+`excess_loss` against the student's starting weights is Rho-1's formula (arXiv 2404.07965), whose
+own reference was trained further on chosen data. How many are chosen is known before the forward
+pass, and so is what the loss is divided by.
 
 Shapes: L label positions of a micro-batch, C chosen ones.
 """

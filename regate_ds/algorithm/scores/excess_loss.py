@@ -1,8 +1,9 @@
 """Rho-1's rule: how far the student's last loss lies above the reference's.
 
-Rho-1 (arXiv 2404.07965) takes the loss of a model that has read the same input: that is the
-reference `student`. The reference `text` has read the text alone, so that a position which needs
-the image has a small or a negative excess.
+Rho-1 (arXiv 2404.07965) takes the loss of a model that was trained on chosen data and has read the
+same input. The reference `student`, the starting weights, has read the same input as well. The
+reference `text` has read the text alone, so that a position which needs the image has a small or a
+negative excess.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from regate_ds.recipe.learning.plot import plot_task, points_of
 from regate_ds.recipe.learning.run_round import Bench, measure_costs, run_missing
 from regate_ds.recipe.learning.table import read_costs, round_tables
@@ -36,18 +38,27 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be at least 1")
+    if torch.cuda.is_available():
+        raise ValueError(
+            "the benchmark counts CPU seconds, which mean nothing where a GPU works; hide it: "
+            "CUDA_VISIBLE_DEVICES= regate bench learning ..."
+        )
     bench = Bench.read(args.files, args.round, work=args.work, results=args.results)
+    if not args.costs:
+        # What the tables will read is judged before hours of runs.
+        for task in bench.plan.tasks:
+            read_costs(bench, task)
     failed = [] if args.tables else run_missing(bench, jobs=args.jobs, say=_say)
     if args.costs:
         for task in bench.plan.tasks:
             measure_costs(bench, task, bench.plan.seeds[0], _say)
+    for line in failed:
+        print(line, file=sys.stderr)
     tables = round_tables(bench)
     make_folder(args.results)
     _draw(bench, args.results, args.round)
     write_atomically(args.results / f"{args.round}.md", tables.encode())
     print(f"{tables}\n{args.results / args.round}.md")
-    for line in failed:
-        print(line, file=sys.stderr)
     return 1 if bench.missing() else 0
 
 

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def take_turns(runs: dict[str, Iterator[tuple[bool, float]]]) -> dict[str, Any]:
-    """Step all runs in turns to their ends; return the median seconds of their kinds of step.
+    """Step all runs in turns to their ends; return the mean seconds of their kinds of step.
 
     The first step of each is left out: it warms up. A kind that a run does not have is None.
     """
@@ -78,16 +78,16 @@ def take_turns(runs: dict[str, Iterator[tuple[bool, float]]]) -> dict[str, Any]:
                 seconds[name][step[0]].append(step[1])
     return {
         name: {
-            "dense": _median(own[True]),
-            "sparse": _median(own[False]),
+            "dense": _mean(own[True]),
+            "sparse": _mean(own[False]),
             "num_timed": [len(own[True]), len(own[False])],
         }
         for name, own in seconds.items()
     }
 
 
-def _median(seconds: list[float]) -> float | None:
-    return statistics.median(seconds) if seconds else None
+def _mean(seconds: list[float]) -> float | None:
+    return statistics.fmean(seconds) if seconds else None
 
 
 if __name__ == "__main__":

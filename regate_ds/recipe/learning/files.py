@@ -104,6 +104,7 @@ class Round:
             given = getattr(self, key)
             require(self, key, len(given) > 0, "must not be empty")
             require(self, key, len(set(given)) == len(given), "must not hold one twice")
+        require(self, "steps", self.steps is None or self.steps >= 1, "must be at least 1, or null")
         for arm, shares in self.fractions.items():
             where = f"fractions.{arm}={shares!r}"
             if arm not in self.arms:
@@ -136,9 +137,13 @@ class RunKey:
 
 
 def keys_of(plan: Round, tasks: Mapping[str, LearningTask]) -> Iterator[RunKey]:
-    """Yield the round's runs: all arms of a seed before the next seed."""
+    """Yield the round's runs: all arms of a seed before the next seed.
+
+    ValueError if two lengths of an arm are as many steps.
+    """
     for task in plan.tasks:
-        steps = plan.steps or tasks[task].steps
+        steps = tasks[task].steps if plan.steps is None else plan.steps
+        _require_lengths(plan, task, steps)
         for seed in plan.seeds:
             for arm in plan.arms:
                 for fraction in plan.shares(arm):
@@ -150,6 +155,16 @@ def keys_of(plan: Round, tasks: Mapping[str, LearningTask]) -> Iterator[RunKey]:
                         steps=steps,
                         fraction=fraction,
                     )
+
+
+def _require_lengths(plan: Round, task: str, steps: int) -> None:
+    for arm in plan.arms:
+        lengths = [max(1, round(steps * share)) for share in plan.shares(arm)]
+        if len(set(lengths)) < len(lengths):
+            raise ValueError(
+                f"fractions.{arm}={plan.fractions[arm]}: of the {steps} steps of {task} these are "
+                f"{lengths}, of which two are the same run; leave one out"
+            )
 
 
 def read_file(kind: type[Kind], folder: Path, name: str) -> Kind:

@@ -97,36 +97,53 @@ def run_missing(bench: Bench, *, jobs: int, say: Callable[[str], None]) -> list[
     for task, seed in dict.fromkeys((key.task, key.seed) for key in missing):
         own = [key for key in missing if (key.task, key.seed) == (task, seed)]
         say(f"{task}, seed {seed}: {len(own)} of {len(missing)} runs")
-        student = _prepare(bench, own, say)
+        student, refused = _prepare(bench, own, say)
+        failed += refused.values()
+        ready = [key for key in own if key.arm not in refused]
         train = partial(_train, bench, student, say)
         with ThreadPoolExecutor(jobs) as pool:
             # Alone, a run is started from this thread, which may be interrupted.
-            lines = list((map if jobs == 1 else pool.map)(train, own))
+            lines = list((map if jobs == 1 else pool.map)(train, ready))
         failed += [line for line in lines if line is not None]
     return failed
 
 
-def _prepare(bench: Bench, keys: Sequence[RunKey], say: Callable[[str], None]) -> Path:
-    """Make data, student and stores of one task and seed, and return the student's folder."""
+def _prepare(
+    bench: Bench, keys: Sequence[RunKey], say: Callable[[str], None]
+) -> tuple[Path, dict[str, str]]:
+    """Make data, student and stores of one task and seed.
+
+    Returns the student's folder, and a line for each arm whose settings or store failed.
+    """
     first = keys[0]
     folder = bench.folder(first.task)
     folder.build_data(first.part)
     say(f"{first.task}, seed {first.seed}: student")
     student = folder.make_student(first.seed)
-    wanted: dict[Path, tuple[str, Path]] = {}
+    refused: dict[str, str] = {}
     for key in keys:
-        config = folder.write(folder.tree(bench.arms[key.arm], key, student), _file_name(key))
+        if key.arm in refused:
+            continue
+        try:
+            config = folder.write(folder.tree(bench.arms[key.arm], key, student), _file_name(key))
+        except ValueError as error:
+            refused[key.arm] = f"{key.task} {key.name} was not run: {error}"
+            continue
         for job, store in stores_of(load_config(config)).items():
-            wanted.setdefault(store, (job, config))
-    for store, (job, config) in wanted.items():
-        if not cost_file(store).is_file():
-            say(f"{first.task}, seed {first.seed}: {job}, {store.name}")
-            # A store without its cost was left by a killed job.
-            shutil.rmtree(store, ignore_errors=True)
-            code, log = run_job("once_job", [job, str(config), str(cost_file(store))], store)
-            if code:
-                raise RuntimeError(f"{job} for {first.task} failed with exit code {code}: {log}")
-    return student
+            if (line := _fill(job, config, store, say)) is not None:
+                refused[key.arm] = f"{key.task} {key.name} was not run: {line}"
+    return student, refused
+
+
+def _fill(job: str, config: Path, store: Path, say: Callable[[str], None]) -> str | None:
+    """Compute a store that is not there; return a line if that fails."""
+    if cost_file(store).is_file():
+        return None
+    say(f"{job}, {store.name}")
+    # A store without its cost was left by a killed job.
+    shutil.rmtree(store, ignore_errors=True)
+    code, log = run_job("once_job", [job, str(config), str(cost_file(store))], store)
+    return f"{job} failed with exit code {code}: {log}" if code else None
 
 
 def _train(bench: Bench, student: Path, say: Callable[[str], None], key: RunKey) -> str | None:
@@ -151,9 +168,11 @@ def measure_costs(bench: Bench, task: str, seed: int, say: Callable[[str], None]
     """Time a dense and a sparse step of every arm of the round, which take turns in one process."""
     folder, path = bench.folder(task), bench.cost_path(task, seed)
     keys = [key for key in bench.keys if (key.task, key.seed) == (task, seed)]
-    student = _prepare(bench, keys, say)
+    student, refused = _prepare(bench, keys, say)
+    for line in refused.values():
+        say(line)
     told, digests = [], {}
-    for arm in bench.plan.arms:
+    for arm in (one for one in bench.plan.arms if one not in refused):
         key = bench.cost_key(task, arm, seed)
         digests[arm] = bench.digest(key)
         config = folder.write(folder.tree(bench.arms[arm], key, student), f"cost-{arm}")

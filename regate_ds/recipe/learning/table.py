@@ -168,17 +168,28 @@ def time_lines(found: _Found, costs: Costs | None) -> list[str]:
     dense = by_length.get(DENSE, {})
     if costs is None or 1.0 not in dense or len(dense) < 2:
         return []
-    wanted = statistics.fmean(_values(dense[1.0], "accuracy_visual").values())
-    whole = _mean([costs.of(one) for one in dense[1.0].values()])
     lines = [_validity(dense)]
     for arm, lengths in by_length.items():
-        if whole is not None and len(lengths) > 1:
-            points = [_point(own, costs) for own in lengths.values()]
-            reached = cost_to_reach([point for point in points if point is not None], wanted)
-            text = "not reached" if reached is None else f"{reached / whole:.2f}"
-            shown = ", ".join(_length(share, own) for share, own in sorted(lengths.items()))
-            lines.append(f"- time to dense quality, {arm}: {text} (image words {shown})")
+        if len(lengths) > 1:
+            lines.append(f"- time to dense quality, {arm}: {_time(lengths, dense[1.0], costs)}")
     return ["\n".join(lines)]
+
+
+def _time(
+    lengths: Mapping[float, Mapping[int, Result]], dense: Mapping[int, Result], costs: Costs
+) -> str:
+    """Return the figure, over the seeds that dense at 1 and all lengths of the arm have."""
+    seeds = sorted(set(dense).intersection(*lengths.values()))
+    if not seeds:
+        return "no seed has all lengths"
+    own = {share: {seed: runs[seed] for seed in seeds} for share, runs in lengths.items()}
+    whole, wanted = _point({seed: dense[seed] for seed in seeds}, costs)
+    points = sorted(_point(runs, costs) for runs in own.values())
+    reached = cost_to_reach(points, wanted)
+    text = "not reached" if reached is None else f"{reached / whole:.2f}"
+    bound = "at most " if points[0][1] >= wanted else ""
+    shown = ", ".join(_length(share, runs) for share, runs in sorted(own.items()))
+    return f"{bound}{text} (seeds {len(seeds)}; image words {shown})"
 
 
 def _validity(dense: Mapping[float, Mapping[int, Result]]) -> str:
@@ -190,10 +201,13 @@ def _validity(dense: Mapping[float, Mapping[int, Result]]) -> str:
     return f"- dense at {VALID_AT} of the steps lies {_shown(lost)} from dense at 1: {verdict}"
 
 
-def _point(own: Mapping[int, Result], costs: Costs) -> tuple[float, float] | None:
+def _point(own: Mapping[int, Result], costs: Costs) -> tuple[float, float]:
+    """Return mean cost and accuracy. ValueError if the arm was not timed."""
     cost = _mean([costs.of(one) for one in own.values()])
-    accuracy = statistics.fmean(_values(own, "accuracy_visual").values())
-    return None if cost is None else (cost, accuracy)
+    if cost is None:
+        arm = next(iter(own.values())).arm
+        raise ValueError(f"the arm {arm} was not timed; run the round with --costs")
+    return cost, statistics.fmean(_values(own, "accuracy_visual").values())
 
 
 def _length(share: float, own: Mapping[int, Result]) -> str:

@@ -77,7 +77,7 @@ class TaskFolder:
         """Return the whole configuration of a run, with its paths and seeds filled in."""
         filled: dict[str, Any] = {
             "model": {"path": str(student)},
-            "data": {"train": str(self.train), "test": str(self.data(key.part))},
+            "data": {"train": str(self.train), "test": str(self.data(key.part)), "num_workers": 0},
             "elision": {"random": {"seed": key.seed}, "images": {"random": {"seed": key.seed}}},
             "run": {
                 "out": str(self.folder / "runs" / f"{key.part}-{key.name}"),

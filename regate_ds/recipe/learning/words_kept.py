@@ -33,9 +33,12 @@ class WordsKept:
     def add(
         self, words: Sequence[Sequence[LabelledWord]], batch: TokenBatch, plan: ElisionPlan
     ) -> None:
-        """Count the words of a micro-batch's samples, given in the batch's order; none where the
-        forward pass chooses."""
-        if plan.num_chosen is not None:
+        """Count the words of a micro-batch's samples, given in the batch's order.
+
+        Nothing is counted where the forward pass chooses, where each layer has a kept set of its
+        own, and where weights stand for a choice.
+        """
+        if plan.num_chosen is not None or plan.sets or plan.weight_L is not None:
             return
         is_kept_P = torch.zeros(batch.labels_BT.numel(), dtype=torch.bool)
         is_kept_P[plan.position_R] = True

@@ -107,6 +107,15 @@ def _check(folder: Path) -> None:
     assert not (folder / "work").exists()
     (folder / "gone").rename(folder / "work")
 
+    # Costs of an arm that was changed are refused, and then timed again or deleted.
+    costs = results / "tiny" / "costs" / "small-seed0.json"
+    write(files / "arms" / "mine.yaml", {"about": "x", "settings": {"optimizer": {"lr": 1e-2}}})
+    (results / "tiny" / "dev" / "mine-seed0-steps4.json").rename(folder / "kept.json")
+    with pytest.raises(ValueError, match="the arm mine was timed with other settings"):
+        command.main(told)
+    (folder / "kept.json").rename(results / "tiny" / "dev" / "mine-seed0-steps4.json")
+    costs.unlink()
+
     # An arm that fails is named, and the others go on.
     mine = results / "tiny" / "dev" / "mine-seed0-steps4.json"
     mine.unlink()
@@ -116,6 +125,12 @@ def _check(folder: Path) -> None:
     assert command.main(told) == 1
     assert dense.is_file()
     assert not mine.is_file()
+
+    # So is one whose settings are refused before it starts.
+    dense.unlink()
+    write(files / "arms" / "mine.yaml", {"about": "x", "settings": {"elision": {"keep_share": 2}}})
+    assert command.main(told) == 1
+    assert dense.is_file()
 
     # An arm that was changed is refused, and its result is kept.
     write(files / "arms" / "dense.yaml", {"about": "x"})

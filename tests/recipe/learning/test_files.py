@@ -47,6 +47,7 @@ def test_a_wrong_round_is_refused_by_its_file_and_key(tmp_path: Path, more: str,
     [
         ("part: train", "must be one of dev, test"),
         ("arms: []", "must not be empty"),
+        ("seeds: [0]\nsteps: 0", "steps=0: must be at least 1, or null"),
         ("seeds: [1, 1]", "must not hold one twice"),
     ],
 )
@@ -56,6 +57,14 @@ def test_a_wrong_line_is_refused(tmp_path: Path, line: str, problem: str):
     (tmp_path / "mine.yaml").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=problem):
         read_file(Round, tmp_path, "mine")
+
+
+def test_two_lengths_of_one_run_are_refused(tmp_path: Path):
+    task = read_file(LearningTask, FILES / "tasks", "digits")
+    (tmp_path / "mine.yaml").write_text(f"{ROUND}steps: 10\nfractions: {{dense: [0.5, 0.52]}}")
+    plan = read_file(Round, tmp_path, "mine")
+    with pytest.raises(ValueError, match=r"fractions\.dense=.* two are the same run"):
+        list(keys_of(plan, {"digits": task}))
 
 
 def test_a_file_that_is_not_there_is_named_with_those_that_are():

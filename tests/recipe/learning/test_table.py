@@ -103,8 +103,13 @@ def test_the_time_to_dense_quality_is_where_the_line_crosses():
     assert judged == (
         "- dense at 0.7 of the steps lies -0.100 [-0.100, -0.100] from dense at 1: valid"
     )
-    assert dense.startswith("- time to dense quality, dense: 1.00 (image words 0.310 at 0.7")
-    assert mine.startswith("- time to dense quality, mine: 0.50 (image words 0.390 at 0.5")
+    assert dense.startswith(
+        "- time to dense quality, dense: 1.00 (seeds 3; image words 0.310 at 0.7"
+    )
+    assert mine.startswith("- time to dense quality, mine: 0.50 (seeds 3; image words 0.390 at 0.5")
+    # The shortest run has reached it already, and a seed that lacks a length does not count.
+    early = [*found, *(run("mine", seed, 0.42, fraction=0.25) for seed in range(2))]
+    assert "mine: at most 0.20 (seeds 2; " in time_lines(early, COSTS)[0]
     never = [(key, one) for key, one in found if key.arm == "dense"]
     never += [run("mine", 0, 0.2), run("mine", 0, 0.1, fraction=0.5)]
     assert "mine: not reached" in time_lines(never, COSTS)[0]

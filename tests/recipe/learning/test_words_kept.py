@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
@@ -43,6 +45,16 @@ def test_where_all_is_computed_words_with_a_loss_are_kept():
     found.add(WORDS, BATCH, plan_loss(BATCH, target_BT))
     found.add(WORDS, BATCH, plan_loss(BATCH, target_BT))
     assert (found.num_kept, found.num_gold, found.num_gold_kept) == (6, 6, 4)
+
+
+def test_weights_and_sets_of_layers_are_no_choice_of_words():
+    found, plan = WordsKept(), plan_loss(BATCH, BATCH.is_label_BT)
+    for other in (
+        replace(plan, weight_L=torch.ones(plan.num_targets)),
+        replace(plan, sets=(plan,)),
+    ):
+        found.add(WORDS, BATCH, other)
+    assert found.precision is None
 
 
 def test_a_run_without_sparse_steps_has_no_share():
