@@ -200,10 +200,10 @@ def settings_digest(task: LearningTask, arm: Arm, key: RunKey) -> str:
     """Return a name of everything that decides a run: another one makes an old result stale."""
     own = {name: value for name, value in vars(task).items() if name not in _NO_PART_OF_A_RUN}
     basis = [settings_of(task, arm), own, key.seed, key.num_steps, key.part]
-    return digest_of(basis)
+    return short_digest(basis)
 
 
-def digest_of(basis: Any) -> str:
+def short_digest(basis: Any) -> str:
     """Return a short name of plain values."""
     text = json.dumps(basis, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

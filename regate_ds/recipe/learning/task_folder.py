@@ -19,9 +19,9 @@ from regate_ds.recipe.learning.files import (
     LearningTask,
     RunKey,
     Tree,
-    digest_of,
     laid_over,
     settings_of,
+    short_digest,
 )
 from regate_ds.recipe.tasks.table import TASKS
 from regate_ds.stores.atomic_file import make_folder
@@ -39,7 +39,7 @@ class TaskFolder:
 
     def _data_folder(self, part: str) -> Path:
         made_of = [self.task.builder, self.task.frames, *self._sizes(part)]
-        return self.folder / f"data-{part}-{digest_of(made_of)}"
+        return self.folder / f"data-{part}-{short_digest(made_of)}"
 
     def _sizes(self, part: str) -> tuple[int, int, int]:
         """Return how many samples a builder writes to train and to test, and its seed."""
@@ -90,11 +90,11 @@ class TaskFolder:
         made_of = [tree["model"], _without("test", tree["data"])]
         teacher = _without("store", tree.get("teacher", {}))
         column = teacher.get("column", "text")
-        store = own / f"reference-{column}-{digest_of([made_of, teacher])}"
+        store = own / f"reference-{column}-{short_digest([made_of, teacher])}"
         tree["teacher"] = {**teacher, "store": str(store)}
         if (ranking := images.get("ranking")) is not None:
             rank = _without("store", tree.get("rank", {}))
-            store = own / f"orders-{ranking}-{digest_of([made_of, images.get(ranking), rank])}"
+            store = own / f"orders-{ranking}-{short_digest([made_of, images.get(ranking), rank])}"
             tree["rank"] = {**rank, "store": str(store)}
         return tree
 
