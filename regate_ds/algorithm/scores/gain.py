@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from regate_ds.algorithm.scores.score import Column, ScoreInputs, Statistic
+from regate_ds.algorithm.scores.reference import ReferenceOnly
+from regate_ds.algorithm.scores.score import Column
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gain:
+class Gain(ReferenceOnly):
     """The text-only teacher's loss less the starting weights' loss with the image: the same in
     every step, and below 0 where the image misled."""
 
     @property
     def column(self) -> Column:
         return "gain"
-
-    @property
-    def statistics(self) -> tuple[Statistic, ...]:
-        return ()
-
-    def __call__(self, inputs: ScoreInputs) -> Tensor:
-        assert inputs.reference_N is not None
-        return inputs.reference_N

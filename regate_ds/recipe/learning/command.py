@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be at least 1")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not args.tables:
         raise ValueError(
             "the benchmark counts CPU seconds, which mean nothing where a GPU works; hide it: "
             "CUDA_VISIBLE_DEVICES= regate bench learning ..."
