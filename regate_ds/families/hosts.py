@@ -6,16 +6,22 @@ its logits or lets image tokens see each other. A class that has no line here is
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from regate_ds.algorithm.loss import UNCHANGED, LogitChange
-from regate_ds.families.text_decoders import TEXT_DECODERS
+from regate_ds.families.text_decoders import (
+    CHANGES_ALONE,
+    TEXT_DECODERS,
+    ChangeOf,
+    capped,
+    inversely_scaled,
+    scaled,
+)
 
-ChangeOf = Callable[[Any], LogitChange]
-"""Returns what a class does to its logits, from the config of its text decoder."""
+Packs = Literal["any", "text", "none"]
+"""Which samples may share a row: any, those without images, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +43,17 @@ class Host:
     two_way: bool = False
     """Whether some of its tokens see later ones, so that its own mask decides in every layer."""
 
+    packs: Packs = "any"
+    """Which samples its own masks keep apart in a row. Those of Gemma 3 and 4 misplace, in layers
+    with a window, the images of all samples but the row's first (transformers 5.24)."""
+
     deepstack: bool = False
     """Whether its decoder adds features of the image between its layers."""
-
-
-def _scaled(name: str) -> ChangeOf:
-    return lambda text: LogitChange(scale=getattr(text, name))
-
-
-def _granite(text: Any) -> LogitChange:
-    return LogitChange(scale=1.0 / text.logits_scaling)
-
-
-def _capped(text: Any) -> LogitChange:
-    return LogitChange(cap=getattr(text, "final_logit_softcapping", None))
-
-
-def _by_width(text: Any) -> LogitChange:
-    return LogitChange(scale=text.dim_model_base / text.hidden_size)
 
 
 def _scaled_and_capped(text: Any) -> LogitChange:
     return LogitChange(scale=text.output_multiplier, cap=text.final_logit_softcapping)
 
-
-_CHANGES: dict[str, ChangeOf] = {
-    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), _scaled("logit_scale")),
-    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa"), _granite),
-    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), _granite),
-    "hyperclovax": _scaled("logits_scaling"),
-    "minicpm3": _by_width,
-    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"), _capped),
-    **dict.fromkeys(("nanochat", "vaultgemma"), _capped),
-}
-"""What the class with a decoder alone does to its logits."""
 
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "granite", "phi3")
 """Decoders of classes that take any, as they neither scale nor cap. All were tested in LLaVA, and
@@ -98,13 +81,17 @@ HOSTS: dict[str, Host] = {
     ),
     "Exaone4_5_ForConditionalGeneration": Host(decoders=("exaone4",), token_inputs=_MARKS),
     "Gemma3ForConditionalGeneration": Host(
-        decoders=("gemma3_text",), marks=("token_type_ids",), two_way=True
+        decoders=("gemma3_text",), marks=("token_type_ids",), two_way=True, packs="text"
     ),
     "Gemma4ForConditionalGeneration": Host(
-        decoders=("gemma4_text",), change=_capped, marks=_MARKS, two_way=True
+        decoders=("gemma4_text",), change=capped, marks=_MARKS, two_way=True, packs="text"
     ),
     "Gemma4UnifiedForConditionalGeneration": Host(
-        decoders=("gemma4_unified_text",), change=_capped, marks=_MARKS, two_way=True
+        decoders=("gemma4_unified_text",),
+        change=capped,
+        marks=_MARKS,
+        two_way=True,
+        packs="text",
     ),
     "Glm46VForConditionalGeneration": Host(decoders=("glm4v_text",)),
     "Glm4vForConditionalGeneration": Host(decoders=("glm4v_text",)),
@@ -112,11 +99,11 @@ HOSTS: dict[str, Host] = {
     "GlmOcrForConditionalGeneration": Host(decoders=("glm_ocr_text",)),
     "GotOcr2ForConditionalGeneration": _ANY,
     "GraniteDoclingForConditionalGeneration": Host(
-        decoders=("granite_docling_text",), change=_granite, deepstack=True
+        decoders=("granite_docling_text",), change=inversely_scaled, deepstack=True
     ),
     "HunYuanVLForConditionalGeneration": Host(decoders=("hunyuan_vl_text",)),
     "HyperCLOVAXVisionV2ForConditionalGeneration": Host(
-        decoders=("hyperclovax",), change=_scaled("logits_scaling")
+        decoders=("hyperclovax",), change=scaled("logits_scaling")
     ),
     "Idefics2ForConditionalGeneration": _ANY,
     "Idefics3ForConditionalGeneration": _ANY,
@@ -140,7 +127,7 @@ HOSTS: dict[str, Host] = {
     "Ovis2ForConditionalGeneration": _ANY,
     "PaddleOCRVLForConditionalGeneration": Host(decoders=("paddleocr_vl_text",)),
     "PaliGemmaForConditionalGeneration": Host(
-        decoders=("gemma", "gemma2"), change=_capped, marks=("token_type_ids",), two_way=True
+        decoders=("gemma", "gemma2"), change=capped, marks=("token_type_ids",), two_way=True
     ),
     "Phi4MultimodalForCausalLM": Host(decoders=("phi4_multimodal",)),
     "QianfanOCRForConditionalGeneration": Host(decoders=("qwen3",)),
@@ -181,8 +168,8 @@ class Supported:
     own_mask: bool = False
     """Whether the host's own mask decides in every layer."""
 
-    packs: bool = True
-    """Whether a row may hold several samples."""
+    packs: Packs = "any"
+    """Which samples may share a row."""
 
     deepstack: bool = False
     """Whether features of the image are added between layers."""
@@ -193,7 +180,7 @@ class Supported:
 
 def change_alone(text: Any) -> LogitChange:
     """Return what the class that has this decoder alone does to its logits."""
-    change = _CHANGES.get(text.model_type)
+    change = CHANGES_ALONE.get(text.model_type)
     return UNCHANGED if change is None else change(text)
 
 
@@ -224,7 +211,7 @@ def supported_as(name: str, text: Any) -> Supported:
         marks=around.marks,
         recurrent=decoder.recurrent,
         own_mask=decoder.own_mask or around.two_way,
-        packs=decoder.packs and not around.two_way,
+        packs=around.packs if decoder.packs else "none",
         deepstack=around.deepstack,
         change=UNCHANGED if around.change is None else around.change(text),
     )
@@ -234,7 +221,7 @@ def _around(name: str, model_type: str) -> Host:
     mapping = import_module("transformers.models.auto.modeling_auto")
     around = HOSTS.get(name)
     if around is None and mapping.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == name:
-        around = Host(decoders=(model_type,), change=_CHANGES.get(model_type))
+        around = Host(decoders=(model_type,), change=CHANGES_ALONE.get(model_type))
     if around is None:
         raise ValueError(f"{name} is not supported; {_LISTED}")
     if model_type not in around.decoders:

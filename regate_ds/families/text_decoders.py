@@ -7,7 +7,14 @@ transformers may stand around a decoder is in ``hosts.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from regate_ds.algorithm.loss import LogitChange
+
+ChangeOf = Callable[[Any], LogitChange]
+"""Returns what a class does to its logits, from the config of its text decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,3 +187,34 @@ def branch_of(layer_class: str, model_type: str) -> MlpBranch:
 def decoders_that(ability: str) -> tuple[str, ...]:
     """Return the ``model_type`` of the decoders whose record's field ``ability`` is true."""
     return tuple(name for name, record in TEXT_DECODERS.items() if getattr(record, ability))
+
+
+def scaled(name: str) -> ChangeOf:
+    """Return what multiplies the logits by the config's number of that name."""
+    return lambda text: LogitChange(scale=getattr(text, name))
+
+
+def inversely_scaled(text: Any) -> LogitChange:
+    """Return what Granite does to its logits."""
+    return LogitChange(scale=1.0 / text.logits_scaling)
+
+
+def capped(text: Any) -> LogitChange:
+    """Return what Gemma does to its logits."""
+    return LogitChange(cap=getattr(text, "final_logit_softcapping", None))
+
+
+def _by_width(text: Any) -> LogitChange:
+    return LogitChange(scale=text.dim_model_base / text.hidden_size)
+
+
+CHANGES_ALONE: dict[str, ChangeOf] = {
+    **dict.fromkeys(("cohere", "cohere2", "cohere2_moe"), scaled("logit_scale")),
+    **dict.fromkeys(("granite", "granite_swa", "granitemoe", "granitemoe_swa"), inversely_scaled),
+    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), inversely_scaled),
+    "hyperclovax": scaled("logits_scaling"),
+    "minicpm3": _by_width,
+    **dict.fromkeys(("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"), capped),
+    **dict.fromkeys(("nanochat", "vaultgemma"), capped),
+}
+"""What the class with a decoder alone does to its logits."""

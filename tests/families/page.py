@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from regate_ds.families.hosts import HOSTS, supported_as
+from regate_ds.families.hosts import HOSTS, Packs, supported_as
 from tests.families.rows import TOLERANCE, Row
 from tests.families.run import RANGES
 from tests.families.uses import USES
@@ -65,8 +65,9 @@ _COLUMNS = {
     "class": "of transformers, with a language modelling head",
     "decoder": "`model_type` of its text config",
     "runs": "how many comparisons of `execution: elide`, with those of the next three columns",
-    "packed": 'whether a row may hold several samples: "refused" where the host itself lets them '
-    "see each other (seen, or a recurrent layer), or where its own mask decides",
+    "packed": 'whether a row may hold several samples: "text only" where the host misplaces images '
+    'of packed samples in its masks, "refused" where it lets samples see each other (seen, or a '
+    "recurrent layer)",
     "recomputed": "activation checkpointing, `use_reentrant` false and true; answers are elided, "
     "and images where there are some",
     "LoRA": "the same with adapters of peft on every `nn.Linear` of the decoder's layers, with "
@@ -185,12 +186,15 @@ def _one(found: set[str]) -> str:
     return (found.pop() if len(found) == 1 else "by decoder") if found else "-"
 
 
+_PACKED: dict[Packs, str] = {"any": "exact", "text": "text only", "none": "refused"}
+
+
 def _packed(rows: list[Row]) -> str:
-    return _one({"exact" if _packs(row) else "refused" for row in rows})
+    return _one({_PACKED[_packs(row)] for row in rows})
 
 
-def _packs(row: Row) -> bool:
-    """Return whether packed rows are accepted; then the family's cases have had some."""
+def _packs(row: Row) -> Packs:
+    """Return which packed rows are accepted; the family's cases have had some of these."""
     text = FAMILIES[row["family"]].config().get_text_config(decoder=True)
     return supported_as(row["class"], text).packs
 

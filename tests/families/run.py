@@ -3,7 +3,7 @@
 For each family a JSON row says whether the class is accepted, how far its worst loss and gradients
 are from the oracle's, in ``uses`` how it fared as people train it (``uses.py``), in ``reason`` why
 it is refused, and in ``packed_leak`` how much samples of a row see of each other in the
-host itself: if that is not 0, the adapter must refuse packed rows. A name may have a ``*``.
+host itself: if that is not 0, such rows must be refused. A name may have a ``*``.
 ``--execution`` has an oracle of its own for each. The exit code is 1 if an accepted class is wrong,
 or a refusal is not a ValueError of one line.
 """
@@ -78,13 +78,20 @@ def _measure(family: Family, attention: str, row: Row) -> None:
         row["at"] = "told apart"
         row["told_apart"] = told_apart(model, cases)
     row["at"] = "leak"
-    row["packed_leak"] = max([leak_of(model, one) for one in cases if one.name == "packed"] or [0])
+    row["packed_leak"] = _leaks(family, model, cases)
     for gated in RANGES:
         for case in cases:
             for name, plan in case.plans():
                 if gated == RANGES[0] or name != "all kept":
                     row["at"] = f"{attention}, {case.name}, {name}, [{gated.start}, {gated.stop})"
                     _compare(model, case, plan, gated, row)
+
+
+def _leaks(family: Family, model: Any, cases: list[Case]) -> dict[str, float]:
+    """Return by packed case how much its samples see of each other in the host."""
+    masked = not family.settings.get("mask_never", False)
+    packed = [one for one in cases if one.name.startswith("packed")]
+    return {one.name: leak_of(model, one, masked=masked) for one in packed}
 
 
 def _accepts(model: Any, row: Row) -> bool:
@@ -129,7 +136,15 @@ def verdict(row: Row) -> str:
     if "runs" not in row:
         return "refused in each call"
     worst = (row["loss_error"], row["gradient_error"])
-    return "exact" if all(error <= TOLERANCE for error in worst) else "wrong"
+    is_exact = all(error <= TOLERANCE for error in worst) and not _leaks_unrefused(row)
+    return "exact" if is_exact else "wrong"
+
+
+def _leaks_unrefused(row: Row) -> list[str]:
+    """Return the packed cases whose samples see each other in the host, but which were taken."""
+    refused = [at.split(", ")[1] for calls in row.get("refused_calls", {}).values() for at in calls]
+    leaks = [name for name, leak in row["packed_leak"].items() if not leak <= TOLERANCE]
+    return [name for name in leaks if name not in refused]
 
 
 def judged(name: str, execution: str) -> Row:

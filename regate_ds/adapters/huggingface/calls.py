@@ -8,7 +8,9 @@ from torch import Tensor
 
 from regate_ds.adapters.huggingface.attention import attention_of
 from regate_ds.adapters.huggingface.support import require_no_router_loss
+from regate_ds.adapters.huggingface.tower_calls import kinds_of
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.families.hosts import Packs
 from regate_ds.families.table import find_family
 
 _MASKED = ("sdpa", "eager")
@@ -58,17 +60,18 @@ def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
 
 
 def require_samples_apart(
-    host: Any, plan: ElisionPlan, kwargs: dict[str, Any], *, packs: bool
+    host: Any, plan: ElisionPlan, kwargs: dict[str, Any], *, packs: Packs
 ) -> None:
     """Refuse packed rows where the host lets the samples of a row see each other."""
     if not plan.is_packed:
         return
     name, family = type(host).__name__, find_family(host)
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if not packs:
+    if packs == "none" or (packs == "text" and kinds_of(kwargs)):
+        found = "misplaces their images in its masks" if packs == "text" else "mixes them"
         raise ValueError(
-            f"a row holds several samples, but {name} does not keep them apart; "
-            "give each sample a row of its own (data.pack_length=null)"
+            f"a row holds several samples, but {name} {found}; give each sample a row of its own "
+            "(data.pack_length=null)"
         )
     # Under flash_attention_2 the plan's own boundaries take the mask's place, in every layer.
     has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and attention_of(host) in _MASKED

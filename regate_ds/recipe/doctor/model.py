@@ -56,14 +56,21 @@ def examine_model(folder: Path) -> list[Check]:
     ]
 
 
+_PACKED = {
+    "none": ("not possible", "does not keep the samples of a row apart"),
+    "text": ("without images only", "misplaces the images of packed samples in its masks"),
+}
+
+
 def _rows(name: str, support: Supported) -> list[Check]:
     checks = []
     if support.recurrent:
         advice = "elide leaves tokens out of a recurrence, mlp_only does not (docs/algorithm.md)"
         checks.append(Check("recurrent layers", "two executions", False, True, advice))
-    if not support.packs:
-        advice = f"{name} does not keep the samples of a row apart: leave data.pack_length null"
-        checks.append(Check("packed rows", "not possible", False, True, advice))
+    if support.packs != "any":
+        found, fault = _PACKED[support.packs]
+        advice = f"{name} {fault}: leave data.pack_length null"
+        checks.append(Check("packed rows", found, False, True, advice))
     if support.own_mask:
         advice = "its own mask is needed: attn_implementation=sdpa or eager"
         checks.append(Check("flash_attention_2", "not possible", False, True, advice))

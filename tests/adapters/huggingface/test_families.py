@@ -53,13 +53,31 @@ def test_each_hook_is_exact(name: str):
             assert gradient_error(found, wanted)[0] <= TOLERANCE, plan_name
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next", "gemma3"])
-def test_packed_rows_are_refused_where_the_host_lets_samples_see_each_other(name: str):
+@pytest.mark.parametrize(
+    ("name", "case", "fault"),
+    [
+        ("gpt_oss", "packed", "mixes them"),
+        ("qwen3_next", "packed", "mixes them"),
+        ("gemma3", "packed images", "misplaces their images in its masks"),
+    ],
+)
+def test_packed_rows_are_refused_where_the_host_mixes_them(name: str, case: str, fault: str):
     attention = "eager" if name == "gpt_oss" else "sdpa"
-    model, case = made(name, "packed", attention)
-    message = f"a row holds several samples, but {type(model).__name__} does not keep them apart"
+    model, packed = made(name, case, attention)
+    message = f"a row holds several samples, but {type(model).__name__} {fault}; give each sample"
     with attached(model, range(4)), pytest.raises(ValueError, match=message):
-        attached_run(model, case.inputs, case.plan("answers"))
+        attached_run(model, packed.inputs, packed.plan("answers"))
+
+
+@pytest.mark.parametrize(("name", "case"), [("paligemma", "packed images"), ("gemma3", "packed")])
+def test_packed_rows_under_masks_of_the_host_are_exact(name: str, case: str):
+    model, packed = made(name, case)
+    for plan_name, plan in packed.plans():
+        with attached(model, range(1, 4)):
+            found = attached_run(model, packed.inputs, plan)
+        wanted = oracle_run(model, packed.inputs, plan, range(1, 4))
+        assert loss_error(found, wanted) <= TOLERANCE, plan_name
+        assert gradient_error(found, wanted)[0] <= TOLERANCE, plan_name
 
 
 def test_a_layer_argument_that_nobody_knows_is_refused_by_name():

@@ -1,4 +1,4 @@
-"""Micro-batches of a family: images and text together, text alone, and packed text.
+"""Micro-batches of a family: images and text together, text alone, and each of them packed.
 
 Shapes: B rows, T positions, K slots, N label positions.
 """
@@ -87,17 +87,15 @@ def cases_of(family: Family, host: nn.Module) -> list[Case]:
     if family.make_images is not None:
         cases.append(_images(family, host, generator))
     cases.append(_text(family, generator))
-    if family.settings.get("packs", True):
-        cases.append(_packed(family, generator))
+    cases.append(_packed(family, generator))
+    if family.make_images is not None:
+        cases.append(_packed_images(family, host, generator))
     return cases
 
 
 def _images(family: Family, host: nn.Module, generator: torch.Generator) -> Case:
     """Two images in the first row, none in the second, one in the third."""
-    assert family.make_images is not None
-    made = family.make_images(host, generator, 3)
-    count = family.count_tokens or tokens_of_features
-    first, second, third = count(host, made)
+    made, (first, second, third) = _three_images(family, host, generator)
     answers = family.settings.get("answers", (7, 6))
     rows = [
         row_of([[first, second]], [answers], generator),
@@ -126,10 +124,35 @@ def _packed(family: Family, generator: torch.Generator) -> Case:
         row_of([[], [], []], [(3, 3), (4, 3), (2, 3)], generator),
     ]
     inputs, batch = joined(family, rows)
+    return Case("packed", {**inputs, **_restarting(family, batch)}, batch)
+
+
+def _packed_images(family: Family, host: nn.Module, generator: torch.Generator) -> Case:
+    """The same with images: in both samples of a row, in none, and in the second alone."""
+    made, (first, second, third) = _three_images(family, host, generator)
+    rows = [
+        row_of([[first], [second]], [(4, 3), (5, 3)], generator),
+        row_of([[], []], [(6, 4), (3, 3)], generator),
+        row_of([[], [third]], [(5, 3), (4, 4)], generator),
+    ]
+    inputs, batch = joined(family, rows)
+    return Case("packed images", {**inputs, **_restarting(family, batch), **made}, batch)
+
+
+def _three_images(
+    family: Family, host: nn.Module, generator: torch.Generator
+) -> tuple[dict[str, Any], list[int]]:
+    """Return the inputs of three images, and how many tokens each has."""
+    assert family.make_images is not None
+    made = family.make_images(host, generator, 3)
+    return made, (family.count_tokens or tokens_of_features)(host, made)
+
+
+def _restarting(family: Family, batch: TokenBatch) -> dict[str, Tensor]:
+    """Return positions that restart in each sample, on all axes of the host."""
     positions = packed_positions(batch)
     axes = family.settings.get("position_axes", 1)
-    inputs["position_ids"] = positions if axes == 1 else positions.expand(axes + 1, -1, -1)
-    return Case("packed", inputs, batch)
+    return {"position_ids": positions if axes == 1 else positions.expand(axes + 1, -1, -1)}
 
 
 def row_of(
@@ -172,7 +195,8 @@ def joined(family: Family, rows: list[_Row]) -> tuple[dict[str, Any], TokenBatch
     keys = _keys([max(row.segment) + 1 for row in rows])
     has_images = bool((image_BT >= 0).any())
     batch = TokenBatch(keys, segment_BT, labels_BT, image_BT if has_images else None)
-    extra = family.extra_inputs(image_BT, answer_BT) if family.extra_inputs else {}
+    mark = family.extra_inputs
+    extra = {} if mark is None else mark(image_BT, answer_BT, segment_BT)
     return {"input_ids": ids_BT, **extra}, batch
 
 

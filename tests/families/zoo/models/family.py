@@ -33,8 +33,9 @@ class Family:
     count_tokens: Callable[[Any, dict[str, Any]], list[int]] | None = None
     """(host, the images' inputs) -> tokens of each image; None asks ``get_image_features``."""
 
-    extra_inputs: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
-    """(image numbers [B, T], labels [B, T]) -> inputs that tell the host of each position."""
+    extra_inputs: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None
+    """(numbers of images [B, T], answers [B, T], numbers of samples [B, T]) -> inputs that tell the
+    host of each position."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     """How the micro-batches of this family differ; see ``cases.py``."""

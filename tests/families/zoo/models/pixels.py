@@ -16,6 +16,7 @@ GRIDS = ((1, 4, 4), (1, 4, 8), (1, 8, 4))
 """Time, height and width of each image in patches, for towers that take any size."""
 
 Images = dict[str, Any]
+Marks = dict[str, Tensor]
 
 
 def squares(host: Any, generator: torch.Generator, count: int) -> Images:
@@ -148,26 +149,30 @@ def tokens_of_stills(host: Any, images: Images) -> list[int]:
     return [len(one) for one in features]
 
 
-def mark_images(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
+def mark_images(image_BT: Tensor, answer_BT: Tensor, segment_BT: Tensor) -> Marks:
     """Mark text (0) and image (1) positions."""
     return {"mm_token_type_ids": (image_BT >= 0).int()}
 
 
-def mark_images_for_experts(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
+def mark_images_for_experts(image_BT: Tensor, answer_BT: Tensor, segment_BT: Tensor) -> Marks:
     """Mark them for positions, and for experts with the tokens before and after each image."""
-    marks_BT = mark_images(image_BT, answer_BT)["mm_token_type_ids"]
+    marks_BT = (image_BT >= 0).int()
     wider_BT = marks_BT | marks_BT.roll(1, 1) | marks_BT.roll(-1, 1)
     return {"mm_token_type_ids": marks_BT, "moe_mm_token_type_ids": wider_BT}
 
 
-def mark_images_by_token_type(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
+def mark_images_by_token_type(image_BT: Tensor, answer_BT: Tensor, segment_BT: Tensor) -> Marks:
     """The same under another name."""
     return {"token_type_ids": (image_BT >= 0).int()}
 
 
-def mark_answers(image_BT: Tensor, answer_BT: Tensor) -> dict[str, Tensor]:
-    """Mark what is not the prompt before the first answer, as PaliGemma's suffix."""
-    return {"token_type_ids": (answer_BT.int().cumsum(1) > 0).int()}
+def mark_answers(image_BT: Tensor, answer_BT: Tensor, segment_BT: Tensor) -> Marks:
+    """Mark what is not the prompt before a sample's first answer, as PaliGemma's suffix."""
+    marks_BT = torch.zeros_like(segment_BT)
+    for segment in range(-1, int(segment_BT.max()) + 1):
+        within_BT = segment_BT == segment
+        marks_BT[within_BT & ((answer_BT & within_BT).int().cumsum(1) > 0)] = 1
+    return {"token_type_ids": marks_BT.int()}
 
 
 def _channels(vision: Any) -> int:

@@ -46,7 +46,7 @@ LAST_LAYER = {"vision_feature_layer": -1}
 GEMMA = {"extra_inputs": mark_images_by_token_type}
 SAME_SIZE = {"projection_dim": 64}
 MARKED = {"extra_inputs": mark_images, "settings": {"position_axes": 3}}
-PALIGEMMA = {"extra_inputs": mark_answers, "settings": {"packs": False, "mask_always": True}}
+PALIGEMMA = {"extra_inputs": mark_answers, "settings": {"mask_always": True}}
 
 SQUARES = (
     *(
