@@ -1,7 +1,7 @@
 """The smallest image in each form that towers take, of zeros.
 
 Each function is given the model's config and a tensor whose dtype and device the image gets, and
-returns the inputs of ``get_image_features``.
+returns the inputs of ``get_image_features``, or of what stands in its place.
 
 Shapes: I images (one here), P patches, C channels.
 """
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from regate_ds.families.image_lengths import crop_side
 
 
 def empty_square(config: Any, like: Tensor) -> dict[str, Tensor]:
@@ -115,6 +117,21 @@ def empty_strip(config: Any, like: Tensor) -> dict[str, Tensor]:
     return {
         "pixel_values": like.new_zeros(1, _channels(config.vision_config), side, 16 * side),
         "target_sizes": torch.tensor([[4, 4]], dtype=torch.int32, device=like.device),
+    }
+
+
+def empty_crops(config: Any, like: Tensor) -> dict[str, Tensor]:
+    """A picture of one crop, [1, 2, C, side, side], for Phi-4 multimodal's module of images, which
+    also puts its tokens into a row: here into one of them alone."""
+    vision, half = config.vision_config, crop_side(config.vision_config)
+    side, patches = vision.crop_size, vision.crop_size // vision.patch_size
+    ids_1T = torch.full((1, 2 * half * (half + 1) + 1), vision.image_token_id, device=like.device)
+    return {
+        "input_ids": ids_1T,
+        "inputs_embeds": like.new_zeros(*ids_1T.shape, config.hidden_size),
+        "image_pixel_values": like.new_zeros(1, 2, _channels(vision), side, side),
+        "image_sizes": torch.tensor([[side, side]], device=like.device),
+        "image_attention_mask": like.new_ones(1, 2, patches, patches),
     }
 
 

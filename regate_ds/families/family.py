@@ -30,7 +30,11 @@ class Family:
     """Name of the model's class in transformers, with decoder and head."""
 
     tower: str
-    """Attribute of the base model that holds the vision tower."""
+    """Attribute of the base model that holds the vision tower, with dots where it lies deeper."""
+
+    embedder: str | None = None
+    """Module of the base model that puts images into the embeddings, where the base model has no
+    ``get_image_features``; its ``image_embed`` then takes the empty image."""
 
     decoder: str = "language_model"
     """Attribute of the base model that holds the text decoder; its weights' names begin with it."""
@@ -88,7 +92,7 @@ class Family:
 
     def tower_of(self, model: Any) -> nn.Module:
         """Return the vision tower of a model with a head."""
-        return getattr(model.model, self.tower)
+        return model.model.get_submodule(self.tower)
 
     def decoder_of(self, model: Any) -> nn.Module:
         """Return the text decoder of a model with a head."""

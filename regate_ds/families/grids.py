@@ -18,7 +18,7 @@ from regate_ds.families.empty import (
     empty_tiles,
 )
 from regate_ds.families.family import Family
-from regate_ds.families.numbering_by_runs import lengths_of_runs
+from regate_ds.families.image_lengths import lengths_of_runs
 from regate_ds.families.qwen_vl import lengths_of_grids
 
 _GRID = ("pixel_values", "image_grid_thw")

@@ -5,10 +5,16 @@ Each picture or tile has the same number of tokens, and counts as an image of it
 
 from __future__ import annotations
 
-from regate_ds.families.empty import empty_clip, empty_square, empty_still, empty_tile
+from regate_ds.families.empty import (
+    empty_clip,
+    empty_crops,
+    empty_square,
+    empty_still,
+    empty_tile,
+)
 from regate_ds.families.family import Family
+from regate_ds.families.image_lengths import lengths_of_crops, lengths_of_runs
 from regate_ds.families.llava import equal_lengths
-from regate_ds.families.numbering_by_runs import lengths_of_runs
 
 _SQUARES = {
     "aya_vision": "AyaVisionForConditionalGeneration",
@@ -66,5 +72,16 @@ SQUARES: tuple[Family, ...] = (
         empty_image=empty_still,
         empty_video=empty_clip,
         image_inputs=("pixel_values_images",),
+    ),
+    Family(
+        model_type="phi4_multimodal",
+        model_class="Phi4MultimodalForCausalLM",
+        tower="embed_tokens_extend.image_embed.img_processor",
+        embedder="embed_tokens_extend",
+        empty_image=empty_crops,
+        # It projects each image by itself.
+        runs_by_image=True,
+        image_lengths=lengths_of_crops,
+        image_inputs=("image_pixel_values", "image_sizes", "image_attention_mask"),
     ),
 )

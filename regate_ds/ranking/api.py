@@ -96,6 +96,11 @@ class _Rows:
 
     def __init__(self, data: Keyed, collate_fn: Callable[[list[Any]], Any], model: Any) -> None:
         self._data, self._names = data, family_of(model).image_inputs
+        if not hasattr(model, "get_image_features"):
+            raise ValueError(
+                f"images of a {type(model).__name__} cannot be ranked, as it has no "
+                "get_image_features; use images.ranking=random or stride"
+            )
         self._token_id = model.config.image_token_id
         self._collate = KeyedCollate(collate_fn, numbering_of(model, elides_images=True))
         self.units: list[list[ShownPicture]] = []

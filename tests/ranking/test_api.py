@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,9 @@ def test_rank_images_refuses_what_it_cannot_rank(samples, tmp_path):
         rank_images(data, collate, model, "pixels", tmp_path / "s")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch='2': must be a whole number"):
         rank_images(data, collate, model, PixelOrder(), tmp_path / "s", batch="2")  # type: ignore
+    blind = SimpleNamespace(config=SimpleNamespace(model_type="phi4_multimodal"))
+    with pytest.raises(ValueError, match="of a SimpleNamespace cannot be ranked, as it has no get"):
+        rank_images(data, collate, blind, PixelOrder(), tmp_path / "s")
 
 
 def test_the_store_is_of_the_data_of_the_teachers_store(samples, tmp_path):

@@ -30,17 +30,14 @@ class LoopOptions:
     """Some modules of the model run once for each image."""
 
     tower_calls: TowerCalls = TowerCalls()
-    """What ranks agree on where the tower runs on images and on videos."""
+    """What ranks agree on of their towers' calls."""
 
     number_images: NumberImages | None = None
     """Numbers the images of a micro-batch that does not do so itself."""
 
     def calls_under(self, engine: Any) -> TowerCalls:
         """Return what the ranks of an engine agree on: nothing where they need not."""
-        calls, num_ranks = self.tower_calls, engine.dp_world_size
-        if num_ranks > 1 and calls.several and engine.zero_optimization_stage() >= calls.from_stage:
-            return calls
-        return TowerCalls()
+        return self.tower_calls.under(engine.zero_optimization_stage(), engine.dp_world_size)
 
 
 def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:

@@ -229,7 +229,8 @@ class DeepSpeedRegate:
             self._teacher_seconds = self._online.seconds
         session, calls = self._require_opened().session, self._options.calls_under(self._engine)
         self.plan = session.plan_step(lambda: window_tokens(micro), lambda: calls.tally(micro))
-        return Window(micro, self.plan.micro, device, tuple(calls.agreed(self.plan.tallies)))
+        agreed = calls.agreed(self.plan.tallies, self._engine.dp_world_size)
+        return Window(micro, self.plan.micro, device, agreed)
 
     def _require_opened(self) -> Opened:
         if self._opened is None:

@@ -73,7 +73,7 @@ def call_with_tower(
         agreed = own or (IMAGE,)
     beside = calls_beside(own, agreed)
     if not own:
-        return call(**with_empty_image(host, inputs, beside))
+        return _call_with_empties(call, host, inputs, beside)
     if not beside:
         return call(**inputs)
     (kind,) = own
@@ -89,6 +89,32 @@ def call_with_tower(
         return call(**inputs)
     finally:
         attachment.remove()
+
+
+def _call_with_empties(
+    call: Callable[..., Any], host: nn.Module, inputs: dict[str, Any], beside: Calls
+) -> Any:
+    embedder = _family_of(host).embedder
+    if embedder is None:
+        return call(**with_empty_image(host, inputs, beside))
+    attachment, module = Attachment(), host.base_model.get_submodule(embedder)
+    attachment.rebind_forward(module, _embed_with_zero, empties=_empty_calls(host, beside))
+    try:
+        return call(**inputs)
+    finally:
+        attachment.remove()
+
+
+def _embed_with_zero(
+    host_embed: Any,
+    input_ids: Tensor,
+    inputs_embeds: Tensor,
+    *,
+    empties: Sequence[Callable[..., Tensor]],
+    **kwargs: Any,
+) -> Tensor:
+    zero = _total(empty(like=inputs_embeds) for empty in empties)
+    return host_embed(input_ids, inputs_embeds + zero.to(inputs_embeds.dtype), **kwargs)
 
 
 def _before_empties(
@@ -176,8 +202,15 @@ def _empty_calls(host: nn.Module, calls: Calls) -> list[Callable[..., Tensor]]:
     the empty image gets, to a zero that depends on all weights that the call reaches."""
     family = _family_of(host)
     images = {IMAGE: family.empty_image, VIDEO: family.empty_video}
+    if family.embedder is not None:
+        module = host.base_model.get_submodule(f"{family.embedder}.image_embed")
+        return [partial(_zero_of_module, module, images[kind], host.config) for kind in calls]
     methods = {kind: getattr(host.base_model, _METHODS[kind]) for kind in calls}
     return [partial(_zero_of, methods[kind], images[kind], host.config) for kind in calls]
+
+
+def _zero_of_module(module: Any, make_empty: Any, config: Any, like: Tensor) -> Tensor:
+    return module(**make_empty(config, like)).sum() * 0.0
 
 
 def _zero_of(features_of: Any, make_empty: Any, config: Any, like: Tensor) -> Tensor:

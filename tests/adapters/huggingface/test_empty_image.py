@@ -154,7 +154,7 @@ def test_ranks_agree_on_the_calls_of_each_micro_batch(ranks, by_count, by_kind):
         (TowerCalls(several=True, by_kind=True), by_kind),
     ):
         sums = [sum(each) for each in zip(*(calls.tally(one) for one in micro))]
-        assert list(calls.agreed(sums)) == [wanted]
+        assert calls.agreed(sums, len(ranks)) == (wanted,)
         for kinds in ranks:
             beside = calls_beside(kinds, wanted)
             assert len(kinds) + len(beside) == len(wanted)
@@ -163,7 +163,48 @@ def test_ranks_agree_on_the_calls_of_each_micro_batch(ranks, by_count, by_kind):
 
 def test_ranks_that_need_not_agree_exchange_nothing():
     assert TowerCalls().tally([Batch({"pixel_values": 1}, TEXT.batch)]) == []
-    assert list(TowerCalls().agreed([])) == []
+    assert TowerCalls().agreed([], 2) == ()
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "wanted"),
+    [
+        (0, 2, TowerCalls()),
+        (3, 1, TowerCalls()),
+        (2, 2, TowerCalls(hears=True)),
+        (3, 2, TowerCalls(several=True, hears=True)),
+    ],
+)
+def test_what_ranks_agree_on_under_a_stage(stage: int, num_ranks: int, wanted: TowerCalls):
+    assert TowerCalls(several=True, hears=True).under(stage, num_ranks) == wanted
+    by_kind = TowerCalls(several=True, by_kind=True)
+    assert by_kind.under(stage, num_ranks) == (by_kind if wanted.hears else TowerCalls())
+
+
+SOUND, PICTURE = "input_features", "image_pixel_values"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fault"),
+    [
+        ((SOUND,), (SOUND,), None),
+        ((), (PICTURE,), None),
+        ((SOUND,), (), "^in micro-batch 1 of the step 1 of 2 data ranks have audio"),
+        ((SOUND, PICTURE), (SOUND,), "1 of 2 data ranks have images beside their audio"),
+    ],
+)
+def test_audio_on_some_ranks_is_refused_on_all(first, second, fault):
+    calls = TowerCalls(hears=True, hears_by_image=True)
+    steps = [
+        [Batch(dict.fromkeys(names, 1), TEXT.batch) for names in ((), own)]
+        for own in (first, second)
+    ]
+    sums = [sum(each) for each in zip(*(calls.tally(one) for one in steps))]
+    if fault is None:
+        assert calls.agreed(sums, 2) == ()
+        return
+    with pytest.raises(ValueError, match=fault):
+        calls.agreed(sums, 2)
 
 
 def test_images_and_videos_in_one_micro_batch_are_refused_where_ranks_did_not_agree():

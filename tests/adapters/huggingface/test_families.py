@@ -172,3 +172,11 @@ def test_layers_that_share_keys_are_gated_together_or_not_at_all():
         pass
     with attached(model, range(1, 4), "mlp_only"):
         pass
+
+
+@pytest.mark.parametrize("name", ["phi4_multimodal", "qwen3_vl"])
+def test_the_empty_image_reaches_what_images_reach(name: str):
+    """Also where the base model puts images into the embeddings itself, or between its layers."""
+    model, _ = made(name, "text")
+    with in_fp64():
+        assert empty_image(model, cases_of(FAMILIES[name], model)) == "yes"

@@ -41,7 +41,7 @@ def found(folder: Path) -> dict[str, str]:
             "gemma3",
             "Gemma3ForConditionalGeneration",
             {
-                "packed rows": "not possible",
+                "packed rows": "without images only",
                 "flash_attention_2": "not possible",
                 "regate train": "not possible",
             },
