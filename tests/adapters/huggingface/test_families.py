@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.families.ranks_alone import empty_image
 from tests.families.run import TOLERANCE, attached
 from tests.families.zoo.cases import Case, cases_of
 from tests.families.zoo.compare import attached_run, gradient_error, loss_error, oracle_run
@@ -178,5 +179,4 @@ def test_layers_that_share_keys_are_gated_together_or_not_at_all():
 def test_the_empty_image_reaches_what_images_reach(name: str):
     """Also where the base model puts images into the embeddings itself, or between its layers."""
     model, _ = made(name, "text")
-    with in_fp64():
-        assert empty_image(model, cases_of(FAMILIES[name], model)) == "yes"
+    assert empty_image(model, cases_of(FAMILIES[name], model)) == "yes"
