@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from regate_ds.recipe.tasks.table import TASKS
+from regate_ds.recipe.tasks.task import StudentFields
 from regate_ds.settings.refuse import require
 from regate_ds.settings.section import read_section
 from regate_ds.settings.yaml import read_yaml
@@ -68,8 +69,8 @@ class LearningTask:
     frames: int | None = None
     """Frames of a clip; null makes pictures."""
 
-    depth: int | None = None
-    """Decoder layers of the student; null is the task's own."""
+    student: StudentFields = StudentFields()
+    """How the student differs from the task's own."""
 
     def __post_init__(self) -> None:
         require(self, "builder", self.builder in TASKS, f"must be one of {', '.join(TASKS)}")
@@ -198,7 +199,7 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tree:
 
 def settings_digest(task: LearningTask, arm: Arm, key: RunKey) -> str:
     """Return a name of everything that decides a run: another one makes an old result stale."""
-    own = {name: value for name, value in vars(task).items() if name not in _NO_PART_OF_A_RUN}
+    own = {name: value for name, value in asdict(task).items() if name not in _NO_PART_OF_A_RUN}
     basis = [settings_of(task, arm), own, key.seed, key.num_steps, key.part]
     return short_digest(basis)
 

@@ -71,7 +71,7 @@ class TaskFolder:
 
     def make_student(self, seed: int) -> Path:
         make = TASKS[self.task.builder].make_student
-        return make(self.train, self.folder / "cache", seed, self.task.depth)
+        return make(self.train, self.folder / "cache", seed, self.task.student)
 
     def tree(self, arm: Arm, key: RunKey, student: Path) -> Tree:
         """Return the whole configuration of a run, with its paths and seeds filled in."""

@@ -28,7 +28,7 @@ from regate_ds.recipe.reports.cost import cost_line
 from regate_ds.recipe.reports.sample import picture_sample
 from regate_ds.recipe.run_folder import RunFolder
 from regate_ds.recipe.tasks.table import TASKS
-from regate_ds.recipe.tasks.task import Task
+from regate_ds.recipe.tasks.task import StudentFields, Task
 
 ROOT = Path("runs/quickstart")
 RANKS = 2
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _timed("data"):
         task.build_data(_data_arguments(task, ROOT / "data"))
     with _timed("student"):
-        student = task.make_student(ROOT / "data" / "train.json", ROOT / "cache", 0, None)
+        student = task.make_student(
+            ROOT / "data" / "train.json", ROOT / "cache", 0, StudentFields()
+        )
     overrides = _overrides(student)
     with _timed("teacher"):
         _launch(["teacher", str(task.config), *overrides])

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentFields:
+    """Fields of a student's config that differ from the task's own."""
+
+    text: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the decoder, such as ``num_hidden_layers``."""
+
+    vision: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of the vision tower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +33,10 @@ class Task:
     build_data: Callable[[Namespace], None]
     """Writes train.json, test.json and images/ into the folder ``out`` of those arguments."""
 
-    make_student: Callable[[Path, Path, int, int | None], Path]
+    make_student: Callable[[Path, Path, int, StudentFields], Path]
     """Makes a student from the training file and a cache folder, and returns its folder.
 
-    Its seed is given, and its number of decoder layers, where None is the quickstart's.
+    Its seed is given, and fields that are laid over those of the quickstart's.
     """
 
     config: Path

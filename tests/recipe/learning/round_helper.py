@@ -20,13 +20,13 @@ from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.tasks.digits.task import DIGITS_TASK
 from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.table import TASKS
-from regate_ds.recipe.tasks.task import Task
+from regate_ds.recipe.tasks.task import StudentFields, Task
 from tests.support.small_corpus import TEXT, VISION
 
 STEPS = 4
 
 
-def tiny_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
+def tiny_student(train: Path, cache: Path, seed: int, fields: StudentFields) -> Path:
     folder = cache / f"student-{seed}"
     if not folder.is_dir():
         records = json.loads(train.read_text())

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from regate_ds.recipe.tasks.task import Task
+from regate_ds.recipe.tasks.task import StudentFields, Task
 
 TEXT: dict[str, Any] = {
     "model_type": "llama",
@@ -51,12 +51,13 @@ def _build_data(args: Namespace) -> None:
     )
 
 
-def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
+def _make_student(train: Path, cache: Path, seed: int, fields: StudentFields) -> Path:
     from regate_ds.recipe.tasks.digits.lessons import digits_lessons
     from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_task_student
 
-    text = TEXT if depth is None else {**TEXT, "num_hidden_layers": depth}
-    config = PretrainConfig(text=text, vision=VISION, seed=seed)
+    text, vision = {**TEXT, **fields.text}, {**VISION, **fields.vision}
+    # A clip is longer than a picture.
+    config = PretrainConfig(text=text, vision=vision, max_length=640, seed=seed)
     return make_task_student(train, cache, Recipe(number=5, lessons=digits_lessons), config)
 
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from regate_ds.recipe.tasks.task import Task
+from regate_ds.recipe.tasks.task import StudentFields, Task
 
 TEXT: dict[str, Any] = {
     "model_type": "llama",
@@ -48,16 +48,16 @@ def _build_data(args: Namespace) -> None:
     build_shapes(args.out, num_train=args.train, num_test=args.test, seed=args.seed)
 
 
-def _make_student(train: Path, cache: Path, seed: int, depth: int | None) -> Path:
+def _make_student(train: Path, cache: Path, seed: int, fields: StudentFields) -> Path:
     from regate_ds.recipe.tasks.pretraining.alignment import AlignConfig
     from regate_ds.recipe.tasks.pretraining.phase import PhaseConfig
     from regate_ds.recipe.tasks.pretraining.student import PretrainConfig, Recipe, make_task_student
     from regate_ds.recipe.tasks.shapes.lessons import shapes_lessons
 
-    text = TEXT if depth is None else {**TEXT, "num_hidden_layers": depth}
+    text, vision = {**TEXT, **fields.text}, {**VISION, **fields.vision}
     config = PretrainConfig(
         text=text,
-        vision=VISION,
+        vision=vision,
         vocab_size=512,
         max_length=256,
         seed=seed,

@@ -48,11 +48,10 @@ SAME_SIZE = {"projection_dim": 64}
 MARKED = {"extra_inputs": mark_images, "settings": {"position_axes": 3}}
 PALIGEMMA = {"extra_inputs": mark_answers, "settings": {"mask_always": True}}
 
+_OVER = ("llama", "qwen2", "mistral", "qwen3", "gemma2", "granite", "phi3", "qwen3_5_text")
+
 SQUARES = (
-    *(
-        family(f"llava over {decoder}", "Llava", squares, **LAST_LAYER)
-        for decoder in ("llama", "qwen2", "mistral", "qwen3", "gemma2", "granite", "phi3")
-    ),
+    *(family(f"llava over {decoder}", "Llava", squares, **LAST_LAYER) for decoder in _OVER),
     family("llava over mistral, no window", "Llava", squares, text=NO_WINDOW, **LAST_LAYER),
     family("llava_next", "LlavaNext", tiles, image_grid_pinpoints=PINPOINTS, **LAST_LAYER),
     family(
