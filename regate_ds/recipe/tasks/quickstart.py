@@ -23,6 +23,7 @@ import yaml
 
 from regate_ds.job.deepspeed_launcher import launch, report
 from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.learning.recorded import recorded_line
 from regate_ds.recipe.reports.compare import compare_runs
 from regate_ds.recipe.reports.cost import cost_line
 from regate_ds.recipe.reports.sample import picture_sample
@@ -32,6 +33,8 @@ from regate_ds.recipe.tasks.task import StudentFields, Task
 
 ROOT = Path("runs/quickstart")
 RANKS = 2
+
+RECORDED = Path("docs/learning")
 
 MARGIN = 0.04
 """How far below dense one elided run may end: two to three standard errors of the difference."""
@@ -48,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all parts; if one fails, exit with its exit code."""
     parser = argparse.ArgumentParser(description="Train and compare a task's runs from nothing.")
     parser.add_argument("task", nargs="?", choices=TASKS, default="digits")
-    task = TASKS[parser.parse_args(arguments).task]
+    name = parser.parse_args(arguments).task
+    task = TASKS[name]
     begin = time.monotonic()
     # Matrices this small gain nothing from more threads, which would wait for each other.
     torch.set_num_threads(1)
@@ -61,18 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = _overrides(student)
     with _timed("teacher"):
         _launch(["teacher", str(task.config), *overrides])
-    for name, settings in RUNS.items():
-        with _timed(f"training, {name}"):
-            out = ROOT / name
+    for run, settings in RUNS.items():
+        with _timed(f"training, {run}"):
+            out = ROOT / run
             shutil.rmtree(out, ignore_errors=True)
             _launch(["train", str(task.config), *overrides, *settings, f"run.out={out}"])
     picture_sample(load_config(task.config, overrides), ROOT / "sample.png")
-    print(f"\n{compare_runs([ROOT / name for name in RUNS], out=ROOT)}")
+    print(f"\n{compare_runs([ROOT / run for run in RUNS], out=ROOT)}")
     pictures = ", ".join(sorted(path.name for path in ROOT.glob("*.png")))
     print(f"\n{ROOT}: compare.json, {pictures}")
     found = _judged(task)
     print(f"judged by {task.judged_by}: {', '.join(f'{n} {v:.3f}' for n, v in found.items())}")
     print(cost_line(RunFolder(ROOT / "dense"), RunFolder(ROOT / "regate")))
+    steps = load_config(task.config, overrides).run.steps
+    if beside := recorded_line(RECORDED, name, "recommended", against="dense", steps=steps):
+        print(beside)
     print(f"quickstart: {time.monotonic() - begin:.0f} s")
     return _verdict(found["dense"], found["regate"])
 
