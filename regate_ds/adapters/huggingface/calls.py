@@ -10,7 +10,7 @@ from regate_ds.adapters.huggingface.attention import attention_of
 from regate_ds.adapters.huggingface.support import require_no_router_loss
 from regate_ds.adapters.huggingface.tower_calls import kinds_of
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.families.hosts import Packs
+from regate_ds.families.hosts import Supported
 from regate_ds.families.table import find_family
 
 _MASKED = ("sdpa", "eager")
@@ -60,18 +60,17 @@ def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
 
 
 def require_samples_apart(
-    host: Any, plan: ElisionPlan, kwargs: dict[str, Any], *, packs: Packs
+    host: Any, plan: ElisionPlan, kwargs: dict[str, Any], support: Supported
 ) -> None:
     """Refuse packed rows where the host lets the samples of a row see each other."""
     if not plan.is_packed:
         return
     name, family = type(host).__name__, find_family(host)
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if packs == "none" or (packs == "text" and kinds_of(kwargs)):
-        found = "misplaces their images in its masks" if packs == "text" else "mixes them"
+    if support.packs == "none" or (support.packs == "text" and kinds_of(kwargs)):
         raise ValueError(
-            f"a row holds several samples, but {name} {found}; give each sample a row of its own "
-            "(data.pack_length=null)"
+            f"a row holds several samples, but {name} {_fault(support)}; give each sample a row of "
+            "its own (data.pack_length=null)"
         )
     # Under flash_attention_2 the plan's own boundaries take the mask's place, in every layer.
     has_mask = isinstance(mask, Tensor) and mask.dim() == 2 and attention_of(host) in _MASKED
@@ -87,6 +86,14 @@ def require_samples_apart(
             f"a row holds several samples, but position_ids are {tuple(positions.shape)}; "
             f"{name} keeps samples apart by [4, rows, tokens], text positions first: give these"
         )
+
+
+def _fault(support: Supported) -> str:
+    if support.packs == "text":
+        return "misplaces their images in its masks"
+    if support.recurrent:
+        return "has layers that carry a state from one to the next"
+    return "lets them see each other"
 
 
 def require_passed_through(

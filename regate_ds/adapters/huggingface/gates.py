@@ -161,7 +161,7 @@ def _model_forward(
     require_plain_call(args, kwargs)
     host, plan = gate.host, regate_plan
     require_marks(host, kwargs, gate.support.marks)
-    require_samples_apart(host, plan, kwargs, packs=gate.support.packs)
+    require_samples_apart(host, plan, kwargs, gate.support)
     within = ForwardPass(plan, host, gate.support, gathers=gate.gathers, tower=regate_tower)
     gate.current.value = within
     try:

@@ -57,8 +57,8 @@ def test_each_hook_is_exact(name: str):
 @pytest.mark.parametrize(
     ("name", "case", "fault"),
     [
-        ("gpt_oss", "packed", "mixes them"),
-        ("qwen3_next", "packed", "mixes them"),
+        ("gpt_oss", "packed", "lets them see each other"),
+        ("qwen3_next", "packed", "has layers that carry a state from one to the next"),
         ("gemma3", "packed images", "misplaces their images in its masks"),
     ],
 )
