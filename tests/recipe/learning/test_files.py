@@ -111,7 +111,7 @@ def test_arms_of_a_seed_share_the_store_of_their_column_alone(tmp_path: Path):
     folder = TaskFolder(folder=tmp_path, task=task)
     key = RunKey(task="digits", part="dev", arm="x", seed=3, steps=100, fraction=1.0)
     stores: dict[str, list[str]] = {}
-    for name in ("recommended", "excess_loss", "gain", "cal", "rho1"):
+    for name in ("base", "excess_loss", "gain", "cal", "rho1"):
         tree = folder.tree(read_file(Arm, FILES / "arms", name), key, Path("student"))
         config = load_config(folder.write(tree, name))
         made = stores_of(config)["teacher"]
@@ -119,7 +119,7 @@ def test_arms_of_a_seed_share_the_store_of_their_column_alone(tmp_path: Path):
         stores.setdefault(made.name, []).append(name)
     shared = {name.rpartition("-")[0]: arms for name, arms in stores.items()}
     assert shared == {
-        "reference-text": ["recommended", "excess_loss"],
+        "reference-text": ["base", "excess_loss"],
         "reference-gain": ["gain", "cal"],
         "reference-student": ["rho1"],
     }
