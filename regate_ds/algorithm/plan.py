@@ -151,13 +151,13 @@ def plan_loss(batch: TokenBatch, target_BT: Tensor) -> ElisionPlan:
     """Keep every position in every layer; only the labels at ``target_BT`` enter the loss."""
     num_rows, num_tokens = batch.labels_BT.shape
     kept_BK = torch.arange(num_tokens).expand(num_rows, -1)
-    return _pack(batch, kept_BK, target_BT, moves_rows=False)
+    return _pack(batch, kept_BK, target_BT, False)
 
 
-def plan_rows(batch: TokenBatch, kept_BK: Tensor) -> ElisionPlan:
-    """Keep the positions ``kept_BK`` of each row (T means padding), with the loss on all labels
-    among them."""
-    return _pack(batch, kept_BK, batch.is_label_BT, moves_rows=True)
+def plan_rows(batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor | None = None) -> ElisionPlan:
+    """Keep the positions ``kept_BK`` of each row (T means padding), with the loss on the labels
+    among them, or on those of them at ``target_BT``."""
+    return _pack(batch, kept_BK, batch.is_label_BT if target_BT is None else target_BT, True)
 
 
 def with_all_labels(plan: ElisionPlan, batch: TokenBatch) -> ElisionPlan:
@@ -172,9 +172,7 @@ def with_all_labels(plan: ElisionPlan, batch: TokenBatch) -> ElisionPlan:
     )
 
 
-def _pack(
-    batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor, *, moves_rows: bool
-) -> ElisionPlan:
+def _pack(batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor, moves_rows: bool) -> ElisionPlan:
     """Select by ``kept_BK`` what the decoder and the loss need."""
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens

@@ -42,13 +42,8 @@ class Elide:
         return (Span(first=first_layer, last=last_layer),)
 
     def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
-        keep_BT = (batch.kind_BT == ALWAYS) | _kept_image(batch, ranked)
-        keep_BT |= self._aligned(batch, ranked.score_BT, ranked.num_hard_S)
-        fill_BT = _fill(batch, keep_BT, ranked, rows)
-        if ranked.fills_rows and rows.row_format == "padded":
-            fill_BT |= _level(batch, keep_BT | fill_BT, ranked)
-        kept_BK = kept_positions(keep_BT | fill_BT, rows.slot_multiple)
-        return replace(plan_rows(batch, kept_BK), num_filled=int(fill_BT.sum()))
+        keep_BT = self._aligned(batch, ranked.score_BT, ranked.num_hard_S)
+        return rows_with(batch, keep_BT, ranked, rows)
 
     def _aligned(self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor) -> Tensor:
         """Mark the elidable positions that each sample's hard targets keep."""
@@ -63,6 +58,25 @@ class Elide:
         if self.align == "both":
             return hard_BT | (shift_right(hard_BT, False) & holds_BT)
         return hard_BT
+
+
+def rows_with(
+    batch: TokenBatch,
+    answer_BT: Tensor,
+    ranked: Ranked,
+    rows: RowLayout,
+    target_BT: Tensor | None = None,
+) -> ElisionPlan:
+    """Keep these answer positions, what must stay, and the first tokens of each image; fill rows.
+
+    target_BT: the labels that have a loss; None is all that are kept.
+    """
+    keep_BT = (batch.kind_BT == ALWAYS) | _kept_image(batch, ranked) | answer_BT
+    fill_BT = _fill(batch, keep_BT, ranked, rows)
+    if ranked.fills_rows and rows.row_format == "padded":
+        fill_BT |= _level(batch, keep_BT | fill_BT, ranked)
+    kept_BK = kept_positions(keep_BT | fill_BT, rows.slot_multiple)
+    return replace(plan_rows(batch, kept_BK, target_BT), num_filled=int(fill_BT.sum()))
 
 
 def _kept_image(batch: TokenBatch, ranked: Ranked) -> Tensor:

@@ -6,6 +6,7 @@ all rows do. What is not in a span is the host's own.
 
     execution      kept set                      span over the gated layers      loss on
     elide          what must stay, chosen        one, part "layer"               kept labels
+    elide_images   all but unchosen images       one, part "layer"               chosen labels
     loss_only      everything                    none                            chosen labels
     none           everything                    none                            all labels
     weighted       everything                    none                            all, weighed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from regate_ds.algorithm.batch import ELIDABLE, TokenBatch
 from regate_ds.algorithm.executions.execution import Ranked, Span
 from regate_ds.algorithm.plan import ElisionPlan, plan_loss
@@ -23,6 +25,11 @@ class LossOnly:
         return ()
 
     def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
-        is_elidable_BT = batch.kind_BT == ELIDABLE
-        hard_BT = top([ranked.score_BT], is_elidable_BT, batch.sample_BT, ranked.num_hard_S)
-        return plan_loss(batch, hard_BT | (batch.is_label_BT & ~is_elidable_BT))
+        return plan_loss(batch, hard_targets(batch, ranked))
+
+
+def hard_targets(batch: TokenBatch, ranked: Ranked) -> Tensor:
+    """Mark [B, T] the labels that have a loss: the hard ones, and those that are never elided."""
+    is_elidable_BT = batch.kind_BT == ELIDABLE
+    hard_BT = top([ranked.score_BT], is_elidable_BT, batch.sample_BT, ranked.num_hard_S)
+    return hard_BT | (batch.is_label_BT & ~is_elidable_BT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from regate_ds.algorithm.executions.after_forward import AfterForward
 from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.elide_images import ElideImages
 from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.loss_only import LossOnly
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
@@ -14,6 +15,7 @@ from regate_ds.algorithm.executions.weighted import Weighted
 
 EXECUTIONS: dict[str, type[Execution]] = {
     "elide": Elide,
+    "elide_images": ElideImages,
     "loss_only": LossOnly,
     "none": NoElision,
     "mlp_only": MlpOnly,
@@ -25,8 +27,8 @@ EXECUTIONS: dict[str, type[Execution]] = {
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
     "huggingface": tuple(EXECUTIONS),
-    "deepspeed_pipeline": ("elide", "loss_only", "none", "weighted"),
-    "megatron": ("elide", "loss_only", "none", "weighted"),
+    "deepspeed_pipeline": ("elide", "elide_images", "loss_only", "none", "weighted"),
+    "megatron": ("elide", "elide_images", "loss_only", "none", "weighted"),
 }
 """By host: what its adapter carries out, tested against an oracle by hand."""
 
