@@ -37,7 +37,7 @@ from regate_ds.algorithm.scores.score import Column, Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.algorithm.window import Method
 from regate_ds.images_config import ImagesConfig
-from regate_ds.methods_together import rules_of_draws, rules_together
+from regate_ds.methods_together import rules_of_draws, rules_of_images, rules_together
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.former_keys import moved_keys
 from regate_ds.settings.refuse import refuse_choices
@@ -128,6 +128,7 @@ class RegateConfig:
                 f"moves no rows, so that images.keep_share={self.images.keep_share} would elide "
                 "no image token; use elide, or set images.keep_share=1.0",
             ),
+            *rules_of_images(self.execution, self.images),
             *rules_of_draws(self.execution, self.score, self.images, last),
         ]
 

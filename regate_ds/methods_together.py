@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from regate_ds.algorithm.executions.after_forward import AfterForward, ranks_fresh_values
+from regate_ds.algorithm.executions.elide_images import ElideImages
 from regate_ds.algorithm.executions.execution import Execution
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import execution_name
@@ -37,6 +38,17 @@ def rules_together(
         "entropy or excess_loss"
     )
     return [*rules, ("score", ranks_fresh_values(score), problem)]
+
+
+def rules_of_images(execution: Execution, images: ImagesConfig) -> list[Rule]:
+    """Return what holds where image tokens alone leave the layers."""
+    if not isinstance(execution, ElideImages):
+        return []
+    problem = (
+        "keeps every answer in the layers, and images.keep_share=1.0 every image token: set that "
+        "below 1, or use execution=loss_only"
+    )
+    return [("execution", elides(images.keep_share), problem)]
 
 
 def rules_of_draws(

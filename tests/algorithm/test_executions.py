@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from regate_ds.algorithm.batch import ELIDABLE, IGNORE
+from regate_ds.algorithm.batch import ELIDABLE, IGNORE, IMAGE
 from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.elide_images import ElideImages
 from regate_ds.algorithm.executions.execution import Ranked, Span, gated_span
 from regate_ds.algorithm.executions.loss_only import LossOnly
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.none import NoElision
 from regate_ds.algorithm.executions.table import EXECUTIONS, SUPPORTED, require_execution
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.config import RegateConfig
 from tests.algorithm.plain_plan_helper import plain_ragged, rows_of, wild_batch
 
 
-def wild(rng: random.Random):
-    batch = wild_batch(rng)
+def wild(rng: random.Random, *, images: bool = False):
+    batch = wild_batch(rng, images=images)
     score_BT = torch.rand(batch.labels_BT.shape, dtype=torch.float64)
     is_elidable_BT = batch.kind_BT == ELIDABLE
     num_S = torch.bincount(batch.sample_BT[is_elidable_BT], minlength=len(batch.flat_keys))
@@ -89,12 +92,45 @@ def test_backward_only_keeps_what_elide_does_and_asks_for_every_label(align: Any
         assert found.num_targets == len(targets)
 
 
+def test_elide_images_leaves_out_image_tokens_alone_and_has_the_loss_of_loss_only():
+    rng = random.Random(5)
+    for multiple in (1, 8) * 15:
+        batch, ranked = wild(rng, images=True)
+        assert batch.image_BT is not None
+        is_image_BT = batch.kind_BT == IMAGE
+        place_BT = torch.randint(-3, 4, batch.labels_BT.shape)
+        ranked = replace(ranked, beyond_BT=place_BT)
+        plan = ElideImages().plan(batch, ranked, RowLayout(multiple=multiple))
+        losses = LossOnly().plan(batch, ranked, RowLayout())
+        for row, found in enumerate(rows_of(plan)):
+            real = (batch.segment_BT[row] >= 0).nonzero().flatten().tolist()
+            others = [t for t in real if not is_image_BT[row, t]]
+            images = [t for t in real if is_image_BT[row, t]]
+            first = [t for t in images if place_BT[row, t] < 0]
+            assert set(others + first) <= set(found) <= set(others + images)
+            assert len(found) - len(others + first) <= plan.num_filled
+        if multiple == 1:
+            assert plan.num_filled == 0
+        assert plan.moves_rows
+        assert torch.equal(plan.label_position_L, losses.label_position_L)
+        assert torch.equal(plan.targets_L, losses.targets_L)
+        assert torch.equal(plan.position_R[_slots_of(plan)], plan.label_position_L)
+
+
+def _slots_of(plan: ElisionPlan) -> torch.Tensor:
+    """The real slots that predict, as indices into those of the plan."""
+    index_R = torch.full((plan.kept_BK.numel(),), -1)
+    index_R[plan.slot_R] = torch.arange(plan.num_kept)
+    return index_R[plan.label_slot_L]
+
+
 def rows_of_mlp_only(multiple: int) -> RowLayout:
     return RegateConfig(execution=MlpOnly(), token_multiple=multiple).rows
 
 
 def test_spans_are_the_gated_range():
     assert Elide().spans(1, 4) == (Span(first=1, last=4, part="layer", kept_set=0),)
+    assert ElideImages().spans(1, 4) == Elide().spans(1, 4)
     assert MlpOnly().spans(1, 4) == (Span(first=1, last=4, part="mlp", kept_set=0),)
     assert BackwardOnly().spans(1, 4) == (Span(first=1, last=4, part="backward", kept_set=0),)
     assert LossOnly().spans(1, 4) == NoElision().spans(1, 4) == ()

@@ -10,6 +10,7 @@ import pytest
 
 from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.elide import Elide
+from regate_ds.algorithm.executions.elide_images import ElideImages
 from regate_ds.algorithm.executions.mlp_only import MlpOnly
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.algorithm.executions.table import EXECUTIONS
@@ -52,7 +53,7 @@ REFUSED = [
     (RegateConfig, {"token_multiple": 0}, "must be at least 1"),
     (RegateConfig, {"score": "fused"}, "must be one of Fused, Random"),
     (RegateConfig, {"quota": None}, "must be one of PerSample, PerWindow, Threshold"),
-    (RegateConfig, {"execution": Fused()}, "must be one of Elide, LossOnly, NoElision, MlpOnly"),
+    (RegateConfig, {"execution": Fused()}, "must be one of Elide, ElideImages, LossOnly, NoElision"),
     (
         RegateConfig,
         {"score": Fused(), "execution": RandomLtd()},
@@ -92,6 +93,7 @@ REFUSED = [
     (Weighted, {"low": 0.0}, "must be above 0"),
     (Weighted, {"high": 0.5}, "must be low=1.0 or more"),
     (RegateConfig, {"keep_share": 0.5, "execution": Weighted()}, "execution=weighted gives every"),
+    (RegateConfig, {"execution": ElideImages()}, "keeps every answer in the layers, and images.k"),
     (Fused, {"fusion": "sum"}, "must be one of .*'additive', 'convex'"),
     (Fused, {"reference_weight": -0.1}, "must be 0 or more"),
     (Fused, {"reference_weight": math.inf}, "must be a number"),

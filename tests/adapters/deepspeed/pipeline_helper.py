@@ -27,7 +27,12 @@ from regate_ds.job.process import start_process
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.values import Stores
-from tests.adapters.deepspeed.zero_cases_helper import BY_WINDOW, IMAGES_ELIDED, ZeroCase
+from tests.adapters.deepspeed.zero_cases_helper import (
+    BY_WINDOW,
+    IMAGES_ALONE,
+    IMAGES_ELIDED,
+    ZeroCase,
+)
 from tests.adapters.deepspeed.zero_checks_helper import (
     NUM_STEPS,
     TOLERANCE,
@@ -67,6 +72,7 @@ SMALL = {
     "text, recompute": PipeCase(replace(TEXT, stage=1), checkpoint_interval=1),
     "llava": PipeCase(replace(LLAVA, stage=1)),
     "text, loss only": PipeCase(replace(TEXT, knobs=(("execution", "loss_only"),))),
+    "llava, images alone": PipeCase(replace(LLAVA, knobs=IMAGES_ALONE)),
     "text, weighted": PipeCase(replace(TEXT, stage=1, knobs=WEIGHTED)),
     "text, by window": PipeCase(replace(TEXT, knobs=BY_WINDOW)),
     "llava, all layers gated": PipeCase(replace(LLAVA, knobs=(("first_layer", 0),)), 1),

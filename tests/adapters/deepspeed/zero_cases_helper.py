@@ -161,6 +161,7 @@ BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 
 
 
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
+IMAGES_ALONE = (*IMAGES_ELIDED, ("execution", "elide_images"))
 ENTROPY = (("score", "entropy"),)
 AFTER_FORWARD = (*ENTROPY, ("execution", "after_forward"))
 MLP_ONLY = (*IMAGES_ELIDED, ("execution", "mlp_only"), ("token_multiple", 8))
@@ -188,6 +189,7 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "a dense step", ZeroCase(stage=stage, accumulation=3, knobs=(("warmup", 1),))
         yield "own loss", ZeroCase(stage=stage, accumulation=3, own_loss=True, knobs=ENTROPY)
         yield "loss only", ZeroCase(stage=stage, knobs=(("execution", "loss_only"),))
+        yield "images alone", ZeroCase(stage=stage, accumulation=3, knobs=IMAGES_ALONE)
         yield "by window", ZeroCase(stage=stage, accumulation=3, knobs=BY_WINDOW)
         recompute = ZeroCase(stage=stage, accumulation=3, recompute=True, knobs=IMAGES_ELIDED)
         yield "recompute", recompute

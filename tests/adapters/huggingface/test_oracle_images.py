@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.batch import IMAGE
+from regate_ds.algorithm.executions.elide_images import ElideImages
+from regate_ds.algorithm.executions.execution import Ranked
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.families.numbering import numbering_of
 from tests.adapters.huggingface.gated_cases_helper import (
     Case,
@@ -114,3 +117,19 @@ def test_qwen2_vl_is_exact_with_positions_of_three_axes(
         number_images({"input_ids": case.input_ids, **case.inputs}), case.batch.image_BT
     )
     assert_exact(model, case, gated, embed=embed_qwen2_vl, rotary_B=rotary_B)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_answers_without_a_loss_are_read_by_the_others(attention: str):
+    case = llava_case([[28], [13], [17]], [2, 0, 1])
+    is_hard_N = torch.arange(int(case.batch.is_label_BT.sum())) % 3 == 0
+    ranked = Ranked(
+        score_BT=case.batch.at_labels(is_hard_N.double()),
+        num_hard_S=torch.tensor([4, 1, 2]),
+        beyond_BT=torch.arange(28).expand(3, -1) % 4 - 2,
+    )
+    plan = ElideImages().plan(case.batch, ranked, RowLayout())
+    assert 0 < plan.num_targets < int(case.batch.is_label_BT.sum())
+    assert plan.num_kept < int((case.batch.segment_BT >= 0).sum())
+    model = llava(attention=attention)
+    assert_exact(model, replace(case, plan=plan), range(1, 3), embed=embed_llava)

@@ -46,6 +46,8 @@ METHODS = [
     Case(execution="loss_only", row_format="ragged", packed=True),
     Case(pp=2, execution="loss_only", last_layer=3),
     Case(cp=2, execution="loss_only"),
+    Case(tp=2, sp=True, execution="elide_images", image_share=0.5),
+    Case(pp=2, cp=2, execution="elide_images", image_share=0.5, row_format="ragged"),
     Case(pp=2, quota="per_window", row_format="ragged"),
     Case(dp=2, quota="per_window"),
     Case(score="random", first_layer=0, rows=3),
