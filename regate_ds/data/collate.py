@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.data.llava.encode import Encoder, VisionInputs, describe
-from regate_ds.data.llava.images import IMAGE_ERRORS, load_rgb
+from regate_ds.data.llava.images import IMAGE_ERRORS, broken, load_all
+from regate_ds.data.llava.media import by_file
 from regate_ds.data.llava.records import Record, bad_record
 from regate_ds.data.llava.sample import EncodedSample
 
@@ -174,10 +175,10 @@ def _pad(rows: list[list[Tensor]], value: float | bool) -> Tensor:
 
 
 def _decode(record: Record) -> tuple[Image.Image, ...]:
-    images = []
-    for path in record.images:
+    images: list[Image.Image] = []
+    for run in by_file(record.images):
         try:
-            images.append(load_rgb(path))
+            images += load_all(run)
         except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error
+            raise bad_record(describe(record, broken(run[0], error))) from error
     return tuple(images)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, shift_labels
-from regate_ds.data.llava.images import IMAGE_ERRORS
+from regate_ds.data.llava.images import IMAGE_ERRORS, broken, image_size
+from regate_ds.data.llava.media import ImageSource, by_file
 from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
 from regate_ds.data.llava.sample import CharSpan, EncodedSample
 from regate_ds.data.llava.template import Template, prompt, require_no_image
@@ -151,23 +151,28 @@ class Encoder:
         if self._tokenizer.bos_token_id is not None:
             tape.add([self._tokenizer.bos_token_id])
         media = iter(record.images_per_marker)
-        images = iter(record.images)
+        sizes = _image_sizes(record)
         for number, turn in enumerate(record.turns):
             self._require_plain(record, number, turn)
             first, *others = prompt(record, number, self._template)
             self._add_text(tape, first)
             for text in others:
                 for _ in range(next(media)):
-                    self._add_image(tape, record, next(images))
+                    self._add_image(tape, record, *next(sizes))
                 self._add_text(tape, text)
             self._add_answer(tape, number, turn)
         return tape
 
     def _require_plain(self, record: Record, number: int, turn: Turn) -> None:
         """Refuse, by SampleError, text that the tokenizer would read as a special token."""
-        for where, text in (("question", MARKER.sub("\n", turn.question)), ("answer", turn.answer)):
+        texts = {
+            f"question {number + 1}": MARKER.sub("\n", turn.question),
+            f"answer {number + 1}": turn.answer,
+            "system text": (record.system or "") if number == 0 else "",
+        }
+        for where, text in texts.items():
             if found := self._special.search(text):
-                cause = f"its {where} {number + 1} holds {found.group()!r}, a special token's text"
+                cause = f"its {where} holds {found.group()!r}, a special token's text"
                 raise bad_record(describe(record, cause))
 
     def _add_text(self, tape: _Tape, text: str) -> None:
@@ -177,17 +182,20 @@ class Encoder:
     def _add_answer(self, tape: _Tape, number: int, turn: Turn) -> None:
         encoding = self._tokenize(turn.answer)
         end = len(turn.answer)
+        ids = [*encoding["input_ids"], self._tokenizer.eos_token_id]
+        if not turn.learn:
+            tape.add(ids)
+            return
         spans = [(number, start, stop) for start, stop in encoding["offset_mapping"]]
-        tape.add_answer(
-            [*encoding["input_ids"], self._tokenizer.eos_token_id], [*spans, (number, end, end)]
-        )
+        tape.add_answer(ids, [*spans, (number, end, end)])
 
-    def _add_image(self, tape: _Tape, record: Record, path: Path) -> None:
-        size = _image_size(record, path)
+    def _add_image(
+        self, tape: _Tape, record: Record, source: ImageSource, size: tuple[int, int]
+    ) -> None:
         try:
             count = self._num_image_tokens(size)
         except ValueError as error:
-            cause = f"image file {path} does not suit the model ({error})"
+            cause = f"image file {source} does not suit the model ({error})"
             raise bad_record(describe(record, cause)) from error
         self._add_text(tape, self._template.image_start)
         tape.add_image([self._image_id] * count)
@@ -226,9 +234,11 @@ def describe(record: Record, cause: str) -> BadRecord:
     return BadRecord(record.source, record.key[1], record.id, cause)
 
 
-def _image_size(record: Record, path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except IMAGE_ERRORS as error:
-        raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error
+def _image_sizes(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
+    """Yield each image of a record with its (width, height)."""
+    for run in by_file(record.images):
+        try:
+            size = image_size(run[0])
+        except IMAGE_ERRORS as error:
+            raise bad_record(describe(record, broken(run[0], error))) from error
+        yield from ((source, size) for source in run)
