@@ -10,8 +10,10 @@ import pytest
 from regate_ds.data.llava.formats.fields import OTHER_FORMATS, REFUSED
 from regate_ds.data.llava.formats.said import REFUSED_OF_TURN
 from tests.data.formats.formats_helper import cause, draw_media, llava, messages, parse, text, turn
+from tests.support.paths import ROOT
 
 A, BARE = {"type": "image", "image": "a.png"}, {"type": "image"}
+PAGE = (ROOT / "docs" / "data_formats.md").read_text()
 LATER = "; take it out, or leave the record out"
 
 
@@ -211,3 +213,9 @@ def test_a_field_of_another_format_alone_is_ignored_where_it_takes_two(fields: t
     assert "take one of them out" in cause(llava("q", "a", **whole))
     if len(fields) > 1:
         parse(llava("q", "a", **{fields[0]: "x"}))
+
+
+@pytest.mark.parametrize("field", [*REFUSED, *REFUSED_OF_TURN, *sum(OTHER_FORMATS, ())])
+def test_the_page_on_formats_lists_every_field_that_is_refused(field: str):
+    refused = PAGE.split("## Fields that are refused")[1]
+    assert f"`{field}`" in refused
