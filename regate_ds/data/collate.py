@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.data.llava.encode import Encoder, VisionInputs, describe
-from regate_ds.data.llava.images import IMAGE_ERRORS, broken, load_all
-from regate_ds.data.llava.media import by_file
-from regate_ds.data.llava.records import Record, bad_record
+from regate_ds.data.llava.encode import Encoder, VisionInputs
+from regate_ds.data.llava.images import images_of
+from regate_ds.data.llava.records import Record
 from regate_ds.data.llava.sample import EncodedSample
 
 
@@ -71,7 +70,7 @@ class SampleDataset(Dataset[LoadedSample]):
 
     def __getitem__(self, index: int) -> LoadedSample:
         record = self._records[index]
-        return LoadedSample(self._encoder.encode(record), _decode(record))
+        return LoadedSample(self._encoder.encode(record), images_of(record))
 
     def encode(self, index: int) -> EncodedSample:
         """Encode a record without decoding its images."""
@@ -172,13 +171,3 @@ def _pad(rows: list[list[Tensor]], value: float | bool) -> Tensor:
     """Join the samples of each row, and pad each row on the right to [B, T]."""
     joined = [torch.cat(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=value)
-
-
-def _decode(record: Record) -> tuple[Image.Image, ...]:
-    images: list[Image.Image] = []
-    for run in by_file(record.images):
-        try:
-            images += load_all(run)
-        except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, broken(run[0], error))) from error
-    return tuple(images)

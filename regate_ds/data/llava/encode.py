@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, shift_labels
-from regate_ds.data.llava.images import IMAGE_ERRORS, broken, image_size
-from regate_ds.data.llava.media import ImageSource, by_file
-from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
+from regate_ds.data.llava.images import sizes_of
+from regate_ds.data.llava.media import ImageSource
+from regate_ds.data.llava.records import MARKER, Record, Turn, bad_record, describe
 from regate_ds.data.llava.sample import CharSpan, EncodedSample
 from regate_ds.data.llava.template import Template, prompt, require_no_image
 
@@ -151,7 +151,7 @@ class Encoder:
         if self._tokenizer.bos_token_id is not None:
             tape.add([self._tokenizer.bos_token_id])
         media = iter(record.images_per_marker)
-        sizes = _image_sizes(record)
+        sizes = sizes_of(record)
         for number, turn in enumerate(record.turns):
             self._require_plain(record, number, turn)
             first, *others = prompt(record, number, self._template)
@@ -227,18 +227,3 @@ def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
     special |= {image_token} if isinstance(image_token, str) else set()
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-
-
-def describe(record: Record, cause: str) -> BadRecord:
-    """Describe why a record that was read without fault cannot be used."""
-    return BadRecord(record.source, record.key[1], record.id, cause)
-
-
-def _image_sizes(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
-    """Yield each image of a record with its (width, height)."""
-    for run in by_file(record.images):
-        try:
-            size = image_size(run[0])
-        except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, broken(run[0], error))) from error
-        yield from ((source, size) for source in run)

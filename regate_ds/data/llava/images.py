@@ -4,13 +4,14 @@ their format allows that."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
 
 from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame, by_file
+from regate_ds.data.llava.records import Record, bad_record, describe
 from regate_ds.data.llava.video import read_frames, video_size
 
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -61,7 +62,28 @@ def load_all(sources: Sequence[ImageSource]) -> list[Image.Image]:
     return images
 
 
-def broken(source: ImageSource, error: Exception) -> str:
+def sizes_of(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
+    """Yield each image of a record with its (width, height). SampleError if one is broken."""
+    for run in by_file(record.images):
+        try:
+            size = image_size(run[0])
+        except IMAGE_ERRORS as error:
+            raise bad_record(describe(record, _broken(run[0], error))) from error
+        yield from ((source, size) for source in run)
+
+
+def images_of(record: Record) -> tuple[Image.Image, ...]:
+    """Decode the images of a record. SampleError if one is broken."""
+    images: list[Image.Image] = []
+    for run in by_file(record.images):
+        try:
+            images += load_all(run)
+        except IMAGE_ERRORS as error:
+            raise bad_record(describe(record, _broken(run[0], error))) from error
+    return tuple(images)
+
+
+def _broken(source: ImageSource, error: Exception) -> str:
     """Describe an image that cannot be read."""
     return f"{_kind(source)} file {source} is broken ({error})"
 
@@ -79,7 +101,7 @@ def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:
     try:
         fault = _fault_of_content(source)
     except IMAGE_ERRORS as error:
-        return broken(source, error)
+        return _broken(source, error)
     return None if fault is None else f"{_kind(source)} file {source} {fault}"
 
 

@@ -83,3 +83,8 @@ class SampleError(ValueError):
 def bad_record(bad: BadRecord) -> SampleError:
     """Make the error for one bad record."""
     return SampleError(f"{bad}; correct it, or leave such records out with data.skip_bad=true", bad)
+
+
+def describe(record: Record, cause: str) -> BadRecord:
+    """Describe why a record that was read without fault cannot be used."""
+    return BadRecord(record.source, record.key[1], record.id, cause)
