@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from regate_ds.data.llava import tables
 from regate_ds.data.llava.images import load_rgb
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.records import Record
-from regate_ds.data.llava.tables import DataTable, is_table
+from regate_ds.data.llava.tables import TableRecords, find_rows, is_table
 
 datasets = pytest.importorskip("datasets", reason="Hugging Face's datasets is not installed")
 
@@ -70,9 +71,10 @@ def typed(paths: list[Path]) -> Any:
     return datasets.Dataset.from_dict({"id": ["x", "y", "z"], "messages": messages}, features)
 
 
-def records(table: DataTable, folder: Path) -> list[Record]:
+def records(path: Path, folder: Path) -> list[Record]:
+    raw = pickle.loads(pickle.dumps(TableRecords(path, find_rows(path))))
     parser = Parser(folder / "data.json", "set", folder, verify_images=True)
-    return [parser.record(number, table.raw(number)) for number in range(len(table))]
+    return [parser.record(number, raw[number]) for number in range(len(raw))]
 
 
 def from_json(folder: Path) -> list[Record]:
@@ -119,7 +121,7 @@ def test_rows_are_the_records_of_a_json_file(tmp_path: Path, form: str, kind: st
     data = datasets.Dataset.from_dict(rows(paths)) if kind == "LLaVA" else typed(paths)
     path = write(data, tmp_path, form)
     assert is_table(path)
-    found = records(DataTable(path), tmp_path)
+    found = records(path, tmp_path)
     if kind == "LLaVA":
         assert found == expected
     require_same(found, expected)
@@ -133,8 +135,16 @@ def test_a_folder_of_images_with_their_turns_is_read(tmp_path: Path):
     (folder / "metadata.jsonl").write_text(json.dumps(line))
     for other in ("1.png", "2.png"):
         (folder / other).unlink()
-    [record] = records(DataTable(folder), tmp_path)
+    [record] = records(folder, tmp_path)
     assert record.images == (path,)
+
+
+def test_some_rows_of_a_table_are_read_by_their_places(tmp_path: Path):
+    path = write(datasets.Dataset.from_dict({"id": ["x", "y", "z"]}), tmp_path, "parquet")
+    places = find_rows(path)
+    assert places.tolist() == [[0, 1], [1, 2], [2, 3]]
+    some = TableRecords(path, places[1:])
+    assert [len(some), some[0], some[1]] == [2, {"id": "y"}, {"id": "z"}]
 
 
 def test_a_path_that_is_no_table_is_left_to_the_other_readers(tmp_path: Path):
@@ -145,7 +155,7 @@ def test_a_path_that_is_no_table_is_left_to_the_other_readers(tmp_path: Path):
 
 def refused(path: Path) -> str:
     with pytest.raises(ValueError, match=r".") as error:
-        DataTable(path)
+        find_rows(path)
     return str(error.value)
 
 

@@ -1,7 +1,7 @@
 """Read Parquet files and data set folders by Hugging Face's ``datasets``.
 
 A row is a raw record: images and videos are objects with bytes or a path, as they are stored, and
-none is decoded here.
+none is decoded here. Shapes: R rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SUFFIX = ".parquet"
 
 
@@ -19,32 +21,43 @@ def is_table(path: Path) -> bool:
     return path.suffix == SUFFIX or path.is_dir() or _is_split(path)
 
 
-class DataTable:
-    """The rows of a Parquet file, a folder of data files, or a folder that `save_to_disk` wrote."""
+def find_rows(path: Path) -> np.ndarray:
+    """Return int64 [R, 2]: the number of each row and the one after it.
 
-    def __init__(self, path: Path) -> None:
-        """Open a table.
+    path: a Parquet file or a folder; FOLDER/SPLIT where a folder has several splits. ValueError if
+    `datasets` is not installed, or cannot read it.
+    """
+    numbers_R = np.arange(len(_open(path)), dtype=np.int64)
+    return np.stack([numbers_R, numbers_R + 1], axis=1)
 
-        path: FOLDER/SPLIT where a folder has several splits.
 
-        ValueError if `datasets` is not installed, or cannot read it.
-        """
-        if find_spec("datasets") is None:
-            raise ValueError(
-                f"{path} is read by Hugging Face's datasets, which is not installed; run "
-                "`pip install datasets`, or give a JSON or JSONL file"
-            )
-        self._rows = _open(path).with_format("arrow")
+class TableRecords:
+    """The raw records of a table, by number."""
+
+    def __init__(self, path: Path, places: np.ndarray) -> None:
+        """places: int64 [R, 2], as ``find_rows`` returns them, or those of some rows."""
+        self.path, self._places = path, places
+        self._rows: Any = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
-    def raw(self, number: int) -> dict[str, Any]:
-        """Return a row as a raw record."""
-        return self._rows[number].to_pylist()[0]
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if self._rows is None:
+            # Without a format, images would be decoded here.
+            self._rows = _open(self.path).with_format("arrow")
+        return self._rows[int(self._places[number, 0])].to_pylist()[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None}
 
 
 def _open(path: Path) -> Any:
+    if find_spec("datasets") is None:
+        raise ValueError(
+            f"{path} is read by Hugging Face's datasets, which is not installed; run "
+            "`pip install datasets`, or give a JSON or JSONL file"
+        )
     datasets = import_module("datasets")
     folder, split = (path.parent, path.name) if _is_split(path) else (path, None)
     if not folder.exists():
