@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regate_ds.data.llava.formats.said import says_something
+from regate_ds.data.llava.formats.said import first_said, says_something
 from regate_ds.data.llava.records import Cause
 
 REFUSED = {
@@ -43,19 +43,18 @@ OTHER_FORMATS = {
 
 def require_used(raw: dict[str, Any]) -> None:
     """Refuse, by Cause, a record with a field that means something and is not used."""
-    for field, meaning in REFUSED.items():
-        if says_something(raw.get(field)):
-            raise Cause(
-                f"has {field!r} ({meaning}), which is not used; take it out, or leave the record "
-                "out"
-            )
+    if field := first_said(raw, REFUSED):
+        raise Cause(
+            f"has {field!r} ({REFUSED[field]}), which is not used; take it out, or leave the "
+            "record out"
+        )
 
 
 def turns_of(raw: dict[str, Any]) -> list[Any]:
     """Return the record's list of turns. Cause if there is none, or more than one."""
     lists = [field for field in ("conversations", "messages") if says_something(raw.get(field))]
-    other = {n: fields for fields, n in OTHER_FORMATS.items() if all(map(raw.get, fields))}
-    for name, fields in other.items():
+    other = [(fields, name) for fields, name in OTHER_FORMATS.items() if all(map(raw.get, fields))]
+    for fields, name in other:
         holds = " and ".join(repr(field) for field in fields)
         if lists:
             raise Cause(f"has both {lists[0]!r} and {holds} ({name}); take one of them out")

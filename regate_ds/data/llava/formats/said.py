@@ -87,9 +87,9 @@ def role_of(number: int, called: Any) -> str:
 
 def said(number: int, part: Mapping[str, Any], role: str, text: Any, media: Any = ()) -> Said:
     """Return the checked turn ``number``. part: its fields, for those that all formats share."""
-    for field, meaning in REFUSED_OF_TURN.items():
-        if says_something(part.get(field)):
-            raise Cause(f"turn {number} has {field!r} ({meaning}), which is not used; take it out")
+    if field := first_said(part, REFUSED_OF_TURN):
+        meaning = REFUSED_OF_TURN[field]
+        raise Cause(f"turn {number} has {field!r} ({meaning}), which is not used; take it out")
     if not isinstance(text, str):
         raise Cause(f"turn {number} has the value {shortened(text)}, not a text")
     if found := _SURROGATE.search(text):
@@ -98,6 +98,12 @@ def said(number: int, part: Mapping[str, Any], role: str, text: Any, media: Any 
         raise Cause(_within(number, found))
     gold_spans = _gold(number, part, text) if role == "assistant" else ()
     return Said(role, text, tuple(media), _learns(number, part, role), gold_spans)
+
+
+def first_said(given: Mapping[str, Any], refused: Mapping[str, str]) -> str | None:
+    """Return the first of these fields that a record or turn says something in."""
+    found = given.keys() & refused.keys()
+    return min((field for field in found if says_something(given[field])), default=None)
 
 
 def says_something(value: Any) -> bool:
@@ -123,6 +129,8 @@ def _within(number: int, found: re.Match[str]) -> str:
 
 def _learns(number: int, part: Mapping[str, Any], role: str) -> bool:
     """Return whether a turn's answer is learnt, which is so if no field says otherwise."""
+    if part.keys().isdisjoint(LEARN_FIELDS):
+        return True
     given = {field: part[field] for field in LEARN_FIELDS if part.get(field) is not None}
     for field, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -138,7 +146,9 @@ def _learns(number: int, part: Mapping[str, Any], role: str) -> bool:
 
 
 def _gold(number: int, part: Mapping[str, Any], text: str) -> tuple[tuple[int, int], ...]:
-    spans = part.get("gold_spans", [])
+    spans = part.get("gold_spans", ())
+    if spans == ():
+        return ()
     if not isinstance(spans, list) or not all(_is_span(span, len(text)) for span in spans):
         raise Cause(
             f"turn {number} has the gold_spans {spans!r}; expected [start, end) pairs within its "
