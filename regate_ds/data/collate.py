@@ -5,7 +5,7 @@ Shapes: B rows, T positions of a row, S positions of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,20 +61,33 @@ def moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
 class SampleDataset(Dataset[LoadedSample]):
     """A data set of records, which encodes a record and decodes its images in ``__getitem__``."""
 
-    def __init__(self, records: Sequence[Record], encoder: Encoder) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        encoder: Encoder,
+        require: Callable[[int, EncodedSample], None] | None = None,
+    ) -> None:
+        """require: refuses the sample of a record's number that is not what it was before."""
         self._records = records
         self._encoder = encoder
+        self._require = require
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> LoadedSample:
         record = self._records[index]
-        return LoadedSample(self._encoder.encode(record), _decode(record))
+        return LoadedSample(self._encode(index, record), _decode(record))
 
     def encode(self, index: int) -> EncodedSample:
         """Encode a record without decoding its images."""
-        return self._encoder.encode(self._records[index])
+        return self._encode(index, self._records[index])
+
+    def _encode(self, index: int, record: Record) -> EncodedSample:
+        sample = self._encoder.encode(record)
+        if self._require is not None:
+            self._require(index, sample)
+        return sample
 
 
 class Collator:

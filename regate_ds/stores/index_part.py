@@ -44,8 +44,9 @@ class IndexPart:
             keys.append(sample.key)
             columns.append((label_ids_N.numel(), sample.labels_S.numel(), hash_labels(label_ids_N)))
             digests.append(digest_of(sample))
-        table = np.array(columns, dtype=np.int64).reshape(-1, 3).T.copy()
-        return cls(SampleKeys.of(keys), *table, b"".join(digests))
+        table = np.array(columns, dtype=np.int64).reshape(-1, 3)
+        num_labels, num_positions, hashes = (table[:, column].copy() for column in range(3))
+        return cls(SampleKeys.of(keys), num_labels, num_positions, hashes, b"".join(digests))
 
 
 def _require_shifted(sample: IndexedSample) -> None:

@@ -42,8 +42,7 @@ def read_records(
 
 def load_raw(path: Path) -> list[Any]:
     """Return the raw records; in place of a .jsonl line that is not JSON, its Cause."""
-    if not path.is_file():
-        raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
+    require_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
@@ -61,6 +60,12 @@ def load_raw(path: Path) -> list[Any]:
             "file with one object a line"
         )
     return records
+
+
+def require_file(path: Path) -> None:
+    """Refuse, by ValueError, a data file that is not there."""
+    if not path.is_file():
+        raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
 
 
 def parse_line(line: str) -> Any:
