@@ -38,11 +38,11 @@ from regate_ds.recipe.cache.source import Source
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.index_files import save_column, save_index
 from regate_ds.stores.index_part import IndexPart
+from regate_ds.stores.kind import MANIFEST_NAME
 
 CACHE_FORMAT = 1
 """Version of the files."""
 
-MANIFEST_NAME = "manifest.json"
 BAD_NAME = "bad.jsonl"
 
 PART = 1_000

@@ -26,11 +26,12 @@ from regate_ds.data.llava.read import require_file
 from regate_ds.data.llava.records import BadRecord
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.ranks import is_first_rank
-from regate_ds.recipe.cache.build import BAD_NAME, CACHE_FORMAT, MANIFEST_NAME, build
+from regate_ds.recipe.cache.build import BAD_NAME, CACHE_FORMAT, build
 from regate_ds.recipe.cache.source import Source
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX, make_folder, sync_files
 from regate_ds.stores.index_files import map_column, map_index
+from regate_ds.stores.kind import MANIFEST_NAME
 
 _LOOK_AGAIN_SECONDS = 0.2
 
