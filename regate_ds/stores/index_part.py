@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
 from regate_ds.stores.digests import IndexedSample, digest_of, hash_labels
@@ -39,24 +40,29 @@ class IndexPart:
         keys: list[SampleKey] = []
         columns, digests = [], []
         for sample in samples:
-            _require_shifted(sample)
-            label_ids_N = sample.labels_S[sample.labels_S != IGNORE]
+            ids_S, labels_S = (
+                sample.input_ids_S.numpy(force=True),
+                sample.labels_S.numpy(force=True),
+            )
+            is_label_S = labels_S != IGNORE
+            _require_shifted(sample.key, ids_S, labels_S, is_label_S)
+            label_ids_N = torch.from_numpy(labels_S[is_label_S])
             keys.append(sample.key)
-            columns.append((label_ids_N.numel(), sample.labels_S.numel(), hash_labels(label_ids_N)))
+            columns.append((len(label_ids_N), len(labels_S), hash_labels(label_ids_N)))
             digests.append(digest_of(sample))
         table = np.array(columns, dtype=np.int64).reshape(-1, 3)
         num_labels, num_positions, hashes = (table[:, column].copy() for column in range(3))
         return cls(SampleKeys.of(keys), num_labels, num_positions, hashes, b"".join(digests))
 
 
-def _require_shifted(sample: IndexedSample) -> None:
+def _require_shifted(
+    key: SampleKey, ids_S: np.ndarray, labels_S: np.ndarray, is_label_S: np.ndarray
+) -> None:
     """Refuse unshifted labels, where each position has its own token, as in Hugging Face models."""
-    ids_S, labels_S = sample.input_ids_S, sample.labels_S
-    is_label_S = labels_S != IGNORE
-    is_unshifted = bool((labels_S == ids_S)[is_label_S].all())
-    is_shifted = bool((labels_S[:-1] == ids_S[1:])[is_label_S[:-1]].all())
-    if bool(is_label_S.any()) and is_unshifted and not is_shifted:
+    if (labels_S[:-1] == ids_S[1:])[is_label_S[:-1]].all():
+        return
+    if (labels_S == ids_S)[is_label_S].all():
         raise ValueError(
-            f"sample {sample.key[0]!r} record {sample.key[1]}: its labels are each position's own "
+            f"sample {key[0]!r} record {key[1]}: its labels are each position's own "
             "token, not the next one; shift them by one (regate_ds.algorithm.batch.shift_labels)"
         )

@@ -74,6 +74,8 @@ class Encoder:
                 "set its eos_token"
             )
         self._tokenizer = tokenizer
+        # The tokenizer looks its ids up anew each time.
+        self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._image_id = _image_id(tokenizer, image_token, template)
         self._special = _special_tokens(tokenizer, image_token)
         self._num_image_tokens = num_image_tokens
@@ -117,7 +119,7 @@ class Encoder:
         """
         return {
             "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
-            "ids": [self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._image_id],
+            "ids": [self._bos_id, self._eos_id, self._image_id],
             "special": self._special.pattern,
             "max_length": self._max_length,
             "template": asdict(self._template),
@@ -130,7 +132,7 @@ class Encoder:
 
     def begins_with_answer(self, record: Record) -> bool:
         """Return whether the sample's first token is an answer's, so that no token predicts it."""
-        return self._tokenizer.bos_token_id is None and prompt(record, 0, self._template) == [""]
+        return self._bos_id is None and prompt(record, 0, self._template) == [""]
 
     def _sample(self, record: Record, tape: Tape) -> EncodedSample:
         length = min(len(tape.ids), self._max_length)
@@ -143,8 +145,8 @@ class Encoder:
 
     def _write(self, record: Record, tokens_of: Callable[[str], Tokens]) -> Tape:
         tape = Tape()
-        if self._tokenizer.bos_token_id is not None:
-            tape.add([self._tokenizer.bos_token_id])
+        if self._bos_id is not None:
+            tape.add([self._bos_id])
         media = iter(record.images_per_marker)
         images = iter(record.images)
         start, end = self._template.image_start, self._template.image_end
@@ -164,8 +166,7 @@ class Encoder:
                     tape.images.append(tape.add([self._image_id] * count))
                     add_text(end)
                 add_text(text)
-            eos_id = self._tokenizer.eos_token_id
-            tape.add_answer(number, turn.answer, tokens_of(turn.answer), eos_id)
+            tape.add_answer(number, turn.answer, tokens_of(turn.answer), self._eos_id)
         return tape
 
     def _require_plain(self, record: Record, number: int, turn: Turn) -> None:
