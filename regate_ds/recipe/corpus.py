@@ -49,12 +49,11 @@ class Corpus:
 
     @property
     def train(self) -> SampleDataset:
-        return SampleDataset(self.train_records, self.encoder, self.train_set.require_unchanged)
+        return SampleDataset(self.train_records, self.encoder, self.train_set)
 
     @property
     def test(self) -> SampleDataset:
-        require = self.test_set.require_unchanged if self.test_set else None
-        return SampleDataset(self.test_records, self.encoder, require)
+        return SampleDataset(self.test_records, self.encoder, self.test_set)
 
 
 def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
@@ -137,7 +136,7 @@ def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
         tokenizer=corpus.student.tokenizer,
         vision=corpus.student.vision,
         num_workers=config.data.num_workers,
-        require=corpus.test_set.require_unchanged if corpus.test_set else None,
+        indexed=corpus.test_set,
     )
 
 

@@ -113,9 +113,12 @@ class Records(Sequence[Record]):
             return self._parser.record(number, raw)
         except Cause as cause:
             bad = BadRecord(self._raw.path, number, id_of(raw), str(cause))
-            raise ValueError(
-                f"{bad}, but was usable when the data was indexed; {self._way_out}"
-            ) from cause
+            raise has_become_bad(bad, self._way_out) from cause
+
+
+def has_become_bad(bad: BadRecord, way_out: str) -> ValueError:
+    """Make the error for a record that could be used when the data was indexed."""
+    return ValueError(f"{bad}, but was usable when the data was indexed; {way_out}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from regate_ds.data.llava.lines import RawRecords, Records
+from regate_ds.data.llava.lines import RawRecords, Records, has_become_bad
 from regate_ds.data.llava.read import require_file
 from regate_ds.data.llava.records import BadRecord
 from regate_ds.data.llava.sample import EncodedSample
@@ -73,6 +73,10 @@ class DataSet:
                 f"{self.source.path}, record {sample.key[1]}, has other tokens or images than when "
                 f"the data was indexed; {way_out(self.folder)}"
             )
+
+    def has_become_bad(self, bad: BadRecord) -> ValueError:
+        """Make the error for a record that could be used when it was indexed."""
+        return has_become_bad(bad, way_out(self.folder))
 
 
 def open_data(source: Source, folders: Sequence[Path]) -> DataSet:

@@ -33,7 +33,7 @@ def built(monkeypatch) -> list[Path]:
 
 
 def samples_of(data: DataSet) -> SampleDataset:
-    return SampleDataset(data.records, data.source.encoder, data.require_unchanged)
+    return SampleDataset(data.records, data.source.encoder, data)
 
 
 def test_a_second_start_builds_nothing(tmp_path, built):
@@ -191,6 +191,14 @@ def test_an_image_that_has_gone_is_named_when_its_sample_is_read(tmp_path):
     data = open_data(source(write(tmp_path, GOOD)), [tmp_path / "cache"])
     (tmp_path / "b.png").unlink()
     with pytest.raises(ValueError, match=r"record 2 .*there is no image file .*b\.png, but was"):
+        samples_of(data)[2]
+
+
+def test_an_image_that_has_broken_is_named_when_its_sample_is_read(tmp_path):
+    data = open_data(source(write(tmp_path, GOOD)), [tmp_path / "cache"])
+    (tmp_path / "b.png").write_bytes(b"no image")
+    named = r"record 2 .*image file .*b\.png is broken .*, but was usable .* or delete"
+    with pytest.raises(ValueError, match=named):
         samples_of(data)[2]
 
 
