@@ -1,6 +1,7 @@
 """Keys in columns, against a tuple and a dict of the same keys."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -73,3 +74,20 @@ def test_a_mapped_file_that_is_cut_off_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=rf"cannot read {path}: .*; delete the folder {tmp_path}"):
         map_index(tmp_path)
+
+
+def test_a_mapped_index_keeps_nothing_in_memory_for_each_sample(tmp_path):
+    num_samples = 200_000
+    column = torch.arange(num_samples)
+    keys = SampleKeys(["set"], np.zeros(num_samples, np.int32), 2 * column.numpy())
+    digests = torch.zeros(num_samples, 2, dtype=torch.int64)
+    offsets = torch.arange(num_samples + 1)
+    save_index(tmp_path, AnswerIndex(keys, offsets, column, column, column, digests, "none"))
+    tracemalloc.start()
+    try:
+        index = map_index(tmp_path)
+        assert index.rows([("set", 200), ("set", 399_998)]) == [100, 199_999]
+        assert index.keys[7] == ("set", 14)
+        assert tracemalloc.get_traced_memory()[0] < 0.5 * num_samples
+    finally:
+        tracemalloc.stop()
