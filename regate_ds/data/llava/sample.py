@@ -37,6 +37,9 @@ class EncodedSample:
     images: tuple[ImageSource, ...]
     """Images, in reading order."""
 
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of each image file, as it was when the sample was encoded."""
+
     @property
     def is_placeholder_S(self) -> Tensor:
         """bool: True at image positions."""

@@ -41,6 +41,11 @@ class DataConfig:
     skip_bad: bool = False
     """True leaves bad records out and reports them; false stops at the first one."""
 
+    cache: Path | None = None
+    """Folder of what is computed once of the data files: the index of their samples; null is
+    `regate_cache` beside each file, or `data_cache` in the run folder where that cannot be written.
+    """
+
     pack_length: int | None = None
     """Largest length, in tokens, of a row of several samples; null puts one sample in each row."""
 
