@@ -9,7 +9,9 @@ from pathlib import Path
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.raw import CACHE_NAME
 from regate_ds.data.llava.records import BadRecord, Record, bad_record
+from regate_ds.data.llava.tables import folder_of
 from regate_ds.families.table import family_of
 from regate_ds.job.ranks import is_first_rank
 from regate_ds.recipe.cache.entry import DataSet, open_data
@@ -95,14 +97,14 @@ def corpus_encoder(student: Student, data: DataConfig) -> Encoder:
 def sources_of(data: DataConfig, encoder: Encoder) -> list[Source]:
     """Return the training set and, if there is one, the held-out set."""
     sets = [(data.train, data.name), *([(data.test, "test")] if data.test else [])]
-    return [Source(path, name, data.image_root, encoder) for path, name in sets]
+    return [Source(path, name, data.image_root, encoder, data.video_frames) for path, name in sets]
 
 
 def cache_folders(config: RunConfig, path: Path) -> list[Path]:
     """Return the folders that may hold the cache of a data file, in the order of preference."""
     if config.data.cache is not None:
         return [config.data.cache]
-    return [path.parent / "regate_cache", config.run.out / "data_cache"]
+    return [(folder_of(path) or path).parent / CACHE_NAME, config.run.out / "data_cache"]
 
 
 def _open_set(source: Source, config: RunConfig) -> DataSet:

@@ -83,11 +83,9 @@ class RawRecords:
 class Records(Sequence[Record]):
     """The usable records of a file, each read and checked when it is asked for."""
 
-    def __init__(
-        self, raw: RawRecords, parser: Parser, numbers_S: np.ndarray, way_out: str
-    ) -> None:
-        """numbers_S: int64 [S], the records' numbers in the file. way_out: what to do about a
-        record that was usable and is no more."""
+    def __init__(self, raw: Any, parser: Parser, numbers_S: np.ndarray, way_out: str) -> None:
+        """raw: the raw records by number, and their ``path``. numbers_S: int64 [S], the records'
+        numbers in the data. way_out: what to do about a record that was usable and is no more."""
         self._raw, self._parser, self._way_out = raw, parser, way_out
         self._numbers_S = numbers_S
 

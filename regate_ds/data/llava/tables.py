@@ -21,6 +21,13 @@ def is_table(path: Path) -> bool:
     return path.suffix == SUFFIX or path.is_dir() or _is_split(path)
 
 
+def folder_of(path: Path) -> Path | None:
+    """Return the folder of a table that is one; None for a file."""
+    if path.is_dir():
+        return path
+    return path.parent if _is_split(path) else None
+
+
 def find_rows(path: Path) -> np.ndarray:
     """Return int64 [R, 2]: the number of each row and the one after it.
 

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from regate_ds.data.llava.lines import RawRecords, find_records
 from regate_ds.data.llava.parse import Cause, id_of
+from regate_ds.data.llava.raw import data_files, find_places, open_raw
 from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.progress import progress
@@ -77,7 +77,7 @@ def build(source: Source, folder: Path, *, num_workers: int | None = None) -> No
     ValueError if the file holds no list of records, or changes meanwhile.
     """
     identity, stamp = source.identity(), source.stamp()
-    places = find_records(source.path)
+    places = find_places(source.path)
     parts = list(_parts(source, places, num_workers))
     if source.stamp() != stamp:
         raise ValueError(f"{source.path} has changed while it was indexed; start again")
@@ -104,9 +104,13 @@ def build(source: Source, folder: Path, *, num_workers: int | None = None) -> No
 
 
 def content_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of the data's bytes, file after file."""
+    content = hashlib.sha256()
+    for each in data_files(path):
+        with each.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                content.update(chunk)
+    return content.hexdigest()
 
 
 def _parts(source: Source, places: np.ndarray, num_workers: int | None) -> Iterator[_Part]:
@@ -159,7 +163,7 @@ def _run_in_workers(
 
 
 def _encode_part(source: Source, start: int, places: np.ndarray) -> _Part:
-    raw, parser = RawRecords(source.path, places), source.parser(verify_images=True)
+    raw, parser = open_raw(source.path, places), source.parser(verify_images=True)
     records: list[Record] = []
     unread: list[BadRecord] = []
     for number in range(len(places)):

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from regate_ds.data.llava.lines import RawRecords, Records, has_become_bad
-from regate_ds.data.llava.read import require_file
+from regate_ds.data.llava.lines import Records, has_become_bad
+from regate_ds.data.llava.raw import open_raw, require_data
 from regate_ds.data.llava.records import BadRecord
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.ranks import is_first_rank
@@ -85,7 +85,7 @@ def open_data(source: Source, folders: Sequence[Path]) -> DataSet:
     folders: it is built in the first of them that can be written. If another one is taken than the
     first, that is said. ValueError if the file holds no records, or no folder can be written.
     """
-    require_file(source.path)
+    require_data(source.path)
     name = source.entry_name()
     for folder in folders:
         if is_finished(folder / name):
@@ -118,7 +118,7 @@ def read_entry(source: Source, entry: Path) -> DataSet:
             "delete the folder"
         )
     index = map_index(entry)
-    raw = RawRecords(source.path, map_column(entry, "places"))
+    raw = open_raw(source.path, map_column(entry, "places"))
     parser = source.parser(verify_images=False)
     lines = (entry / BAD_NAME).read_text(encoding="utf-8").splitlines()
     return DataSet(
