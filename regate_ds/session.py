@@ -110,7 +110,7 @@ class Regate:
         if plan.num_targets_global == 0:
             raise ValueError(
                 f"step {self.step} has no answer token on any rank; leave out samples without "
-                "answers"
+                f"answers, such as {', '.join(map(str, keys[:3]))} on this one"
             )
         self._open = OpenStep(plan, batches, statistics, quota_state)
         return plan

@@ -5,9 +5,9 @@ Shapes: B rows, T positions of a row, S positions of one sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.data.llava.encode import Encoder, VisionInputs, describe
-from regate_ds.data.llava.images import IMAGE_ERRORS, load_rgb
-from regate_ds.data.llava.records import Record, bad_record
+from regate_ds.data.llava.encode import Encoder, VisionInputs
+from regate_ds.data.llava.images import images_of
+from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.data.llava.sample import EncodedSample
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,54 @@ def moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
     }
 
 
+class Indexed(Protocol):
+    """What is known of the samples of a data set from an earlier reading."""
+
+    def require_unchanged(self, row: int, sample: EncodedSample) -> None:
+        """Refuse, by ValueError naming it, the sample of a record that is not as it was."""
+        ...
+
+    def has_become_bad(self, bad: BadRecord) -> ValueError:
+        """Make the error for a record that could be used then."""
+        ...
+
+
 class SampleDataset(Dataset[LoadedSample]):
     """A data set of records, which encodes a record and decodes its images in ``__getitem__``."""
 
-    def __init__(self, records: Sequence[Record], encoder: Encoder) -> None:
+    def __init__(
+        self, records: Sequence[Record], encoder: Encoder, indexed: Indexed | None = None
+    ) -> None:
+        """indexed: what each sample must be as; None takes them as they come."""
         self._records = records
         self._encoder = encoder
+        self._indexed = indexed
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> LoadedSample:
         record = self._records[index]
-        return LoadedSample(self._encoder.encode(record), _decode(record))
+        return self._read(lambda: LoadedSample(self._encode(index, record), images_of(record)))
 
     def encode(self, index: int) -> EncodedSample:
         """Encode a record without decoding its images."""
-        return self._encoder.encode(self._records[index])
+        record = self._records[index]
+        return self._read(lambda: self._encode(index, record))
+
+    def _encode(self, index: int, record: Record) -> EncodedSample:
+        sample = self._encoder.encode(record)
+        if self._indexed is not None:
+            self._indexed.require_unchanged(index, sample)
+        return sample
+
+    def _read(self, read: Callable[[], _Read]) -> _Read:
+        try:
+            return read()
+        except SampleError as error:
+            if self._indexed is None or error.bad is None:
+                raise
+            raise self._indexed.has_become_bad(error.bad) from error
 
 
 class Collator:
@@ -171,13 +204,3 @@ def _pad(rows: list[list[Tensor]], value: float | bool) -> Tensor:
     """Join the samples of each row, and pad each row on the right to [B, T]."""
     joined = [torch.cat(row) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=value)
-
-
-def _decode(record: Record) -> tuple[Image.Image, ...]:
-    images = []
-    for path in record.images:
-        try:
-            images.append(load_rgb(path))
-        except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error
-    return tuple(images)

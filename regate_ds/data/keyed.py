@@ -56,7 +56,18 @@ class Keyed(Dataset[dict[str, Any]]):
         return getattr(self._dataset, name)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        item = self._dataset[number]
+        return self._keyed(number, self._dataset[number])
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Return several items, which a loader asks for at once; so does the data set, if it can.
+
+        Without this method a loader would find the data set's own, whose items have no key.
+        """
+        read = getattr(self._dataset, "__getitems__", None)
+        items = [self._dataset[number] for number in numbers] if read is None else read(numbers)
+        return [self._keyed(number, item) for number, item in zip(numbers, items, strict=True)]
+
+    def _keyed(self, number: int, item: Any) -> dict[str, Any]:
         if not isinstance(item, Mapping):
             raise ValueError(
                 f"item {number} is a {type(item).__name__}; elision adds a key to each item: make "
@@ -101,11 +112,14 @@ class KeyedCollate:
                 f"the collated batch has labels {type(labels_BT).__name__}, not a tensor [rows, "
                 "tokens]; make the collate function return such labels, which elision follows"
             )
+        if len(labels_BT) != len(items):
+            raise ValueError(
+                f"the collate function made {len(labels_BT)} rows {tuple(labels_BT.shape)} of "
+                f"{len(items)} samples; elision tells samples by their rows: use one that pads "
+                "them, not one that joins them (padding-free, packing)"
+            )
         mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool()
-        starts_late_B = (mask_BT[:, 1:] & ~mask_BT[:, :-1]).any(dim=1)
-        if bool(starts_late_B.any()):
-            row = int(starts_late_B.nonzero()[0])
-            raise ValueError(f"row {row} has padding before tokens; set padding_side='right'")
+        _require_right_padding(mask_BT, inputs.get("input_ids"))
         segment_BT = torch.where(mask_BT, 0, -1)
         image_BT = self._images(inputs, labels_BT)
         inputs = {k: v for k, v in inputs.items() if k not in ("labels", IMAGES)}
@@ -138,6 +152,21 @@ class PlainCollate:
         if isinstance(batch, Mapping) and IMAGES in batch:
             return {k: v for k, v in batch.items() if k != IMAGES}
         return batch
+
+
+def _require_right_padding(mask_BT: Tensor, ids_BT: Any) -> None:
+    """Refuse, by ValueError, a row with masked positions before or among its tokens."""
+    rises_BT = mask_BT[:, 1:] & ~mask_BT[:, :-1]
+    if not bool(rises_BT.any()):
+        return
+    row, position = (int(index) for index in rises_BT.nonzero()[0])
+    if not bool(mask_BT[row, : position + 1].any()):
+        raise ValueError(f"row {row} has padding before tokens; set padding_side='right'")
+    token = f" (id {int(ids_BT[row, position])})" if isinstance(ids_BT, Tensor) else ""
+    raise ValueError(
+        f"row {row}: the attention_mask leaves out position {position}{token} among its tokens; "
+        "where the padding is also the end of a turn, make the mask from the samples' lengths"
+    )
 
 
 def _without_key(item: Any) -> Any:

@@ -39,8 +39,7 @@ def _open_reference(config: RunConfig, corpus: Corpus, process: Process) -> Refe
 
         return open_online(config.teacher, corpus, process)
     assert config.teacher.store is not None
-    store = ReferenceStore(config.teacher.store, verify=config.teacher.verify)
-    store.require(corpus.index.fingerprint)
+    store = ReferenceStore(config.teacher.store, verify=config.teacher.verify, index=corpus.index)
     store.require_column(config.elision.column)
     return store
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import Encoder
-from regate_ds.data.llava.read import read_records
-from regate_ds.data.llava.records import BadRecord, Record, SampleError
-from regate_ds.data.llava.sample import EncodedSample
+from regate_ds.data.llava.raw import CACHE_NAME
+from regate_ds.data.llava.records import BadRecord, Record, bad_record
+from regate_ds.data.llava.tables import folder_of
 from regate_ds.families.table import family_of
-from regate_ds.job.progress import progress
 from regate_ds.job.ranks import is_first_rank
+from regate_ds.recipe.cache.entry import DataSet, open_data
+from regate_ds.recipe.cache.source import Source
 from regate_ds.recipe.config.sections import DataConfig
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.evaluation.words import HeldOut
@@ -29,30 +29,40 @@ class Corpus:
     """A student and the data it is trained and tested on."""
 
     student: Student
-    train_records: list[Record]
-    test_records: list[Record]
+    train_set: DataSet
+    test_set: DataSet | None
+    encoder: Encoder
+    collator: Collator
     bad: list[BadRecord]
     """Records of both sets that `data.skip_bad` left out."""
 
-    index: AnswerIndex
-    """Index of the training set's answers."""
+    @property
+    def index(self) -> AnswerIndex:
+        """Index of the training set's answers."""
+        return self.train_set.index
 
-    encoder: Encoder
-    collator: Collator
+    @property
+    def train_records(self) -> Sequence[Record]:
+        return self.train_set.records
+
+    @property
+    def test_records(self) -> Sequence[Record]:
+        return self.test_set.records if self.test_set else ()
 
     @property
     def train(self) -> SampleDataset:
-        return SampleDataset(self.train_records, self.encoder)
+        return SampleDataset(self.train_records, self.encoder, self.train_set)
 
     @property
     def test(self) -> SampleDataset:
-        return SampleDataset(self.test_records, self.encoder)
+        return SampleDataset(self.test_records, self.encoder, self.test_set)
 
 
 def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
-    """Load or make the student, and read its data.
+    """Load or make the student, and open its data, which is indexed where it has not been.
 
-    Without ``weights`` the student is on "meta": it has shapes, but cannot run.
+    Without ``weights`` the student is on "meta": it has shapes, but cannot run. Without
+    `data.skip_bad` the first bad record is an error.
     """
     student = make_student(config.model, seed=config.run.seed if weights else None)
     family = family_of(student.model)
@@ -62,22 +72,51 @@ def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
             f"{family.num_position_axes} position axes, which packed rows do not carry; set it to "
             "null"
         )
-    data = config.data
-    encoder = Encoder(
+    encoder = corpus_encoder(student, config.data)
+    sets = [_open_set(source, config) for source in sources_of(config.data, encoder)]
+    collator = Collator(
+        pad_id=student.pad_id,
+        vision=student.vision,
+        pack_length=config.data.pack_length,
+    )
+    bad = [one for each in sets for one in each.bad]
+    return Corpus(student, sets[0], sets[1] if sets[1:] else None, encoder, collator, bad)
+
+
+def corpus_encoder(student: Student, data: DataConfig) -> Encoder:
+    """Return what writes the records as the student's tokens."""
+    return Encoder(
         student.tokenizer,
         image_token=student.image_token,
         num_image_tokens=student.vision.num_tokens,
         max_length=data.max_length,
         template=data.template,
     )
-    train, bad, index = _read(data.train, data.name, data, encoder)
-    test, bad_test, _ = _read(data.test, "test", data, encoder) if data.test else ([], [], None)
-    collator = Collator(
-        pad_id=student.pad_id,
-        vision=student.vision,
-        pack_length=data.pack_length,
-    )
-    return Corpus(student, train, test, bad + bad_test, index, encoder, collator)
+
+
+def sources_of(data: DataConfig, encoder: Encoder) -> list[Source]:
+    """Return the training set and, if there is one, the held-out set."""
+    sets = [(data.train, data.name), *([(data.test, "test")] if data.test else [])]
+    return [Source(path, name, data.image_root, encoder, data.video_frames) for path, name in sets]
+
+
+def cache_folders(config: RunConfig, path: Path) -> list[Path]:
+    """Return the folders that may hold the cache of a data file, in the order of preference."""
+    if config.data.cache is not None:
+        return [config.data.cache]
+    return [(folder_of(path) or path).parent / CACHE_NAME, config.run.out / "data_cache"]
+
+
+def _open_set(source: Source, config: RunConfig) -> DataSet:
+    found = open_data(source, cache_folders(config, source.path))
+    if found.bad and not config.data.skip_bad:
+        raise bad_record(found.bad[0])
+    if not found.records:
+        raise ValueError(
+            f"{source.path} has no usable record, and training and testing need at least one; add "
+            "samples to it, or set data.skip_bad=false to see what is wrong with those it has"
+        )
+    return found
 
 
 class HostLabels:
@@ -91,41 +130,6 @@ class HostLabels:
         return Batch({**batch.inputs, "labels": host_labels(batch.tokens.labels_BT)}, batch.tokens)
 
 
-def _read(
-    path: Path, name: str, data: DataConfig, encoder: Encoder
-) -> tuple[list[Record], list[BadRecord], AnswerIndex]:
-    """Read the records and encode each once; return the usable, the bad, and the usable's index.
-
-    Without `data.skip_bad` the first bad record is an error.
-    """
-    records, bad = read_records(path, name=name, image_root=data.image_root, skip_bad=data.skip_bad)
-    index = AnswerIndex.build(_encoded(records, name, encoder, bad if data.skip_bad else None))
-    keys = set(index.keys)
-    usable = [record for record in records if record.key in keys]
-    if not usable:
-        raise ValueError(
-            f"{path} has no usable record, and training and testing need at least one; add samples "
-            "to it, or set data.skip_bad=false to see what is wrong with those it has"
-        )
-    return usable, bad, index
-
-
-def _encoded(
-    records: Sequence[Record], name: str, encoder: Encoder, bad: list[BadRecord] | None
-) -> Iterator[EncodedSample]:
-    """Yield each record encoded. A bad record goes to ``bad``, or is an error if that is None."""
-    show = os.environ.get("RANK", "0") == "0"
-    with progress(len(records), desc=f"encode {name}", unit="record", show=show) as bar:
-        for record in records:
-            try:
-                yield encoder.encode(record)
-            except SampleError as error:
-                if bad is None or error.bad is None:
-                    raise
-                bad.append(error.bad)
-            bar.update()
-
-
 def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
     """Return the corpus's held-out questions in the form that evaluation takes."""
     return HeldOut(
@@ -134,6 +138,7 @@ def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
         tokenizer=corpus.student.tokenizer,
         vision=corpus.student.vision,
         num_workers=config.data.num_workers,
+        indexed=corpus.test_set,
     )
 
 
@@ -148,7 +153,7 @@ def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     return corpus
 
 
-def report_cut(corpus: Corpus, max_length: int) -> None:
+def report_cut(corpus: Corpus | DataSet, max_length: int) -> None:
     """Print how many training samples have the greatest length: their ends may have been cut."""
     num_full = int((corpus.index.num_positions >= max_length).sum())
     if num_full:

@@ -48,7 +48,7 @@ class Order:
         return (self.total_steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        seen_epoch, permutation = -1, []
+        seen_epoch, permutation = -1, torch.empty(0)
         for step in range(self.start_step, self.total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != seen_epoch:
@@ -56,11 +56,11 @@ class Order:
             begin = step_in_epoch * self.samples_per_step
             for micro in range(self.accumulation):
                 start = begin + (micro * self.world_size + self.rank) * self.micro_batch
-                yield permutation[start : start + self.micro_batch]
+                yield permutation[start : start + self.micro_batch].tolist()
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _permutation(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
+        return torch.randperm(self.num_samples, generator=generator)
 
 
 def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:

@@ -33,6 +33,7 @@ MAY_CHANGE = {
     "teacher.verify",
     "rank.verify",
     "data.num_workers",
+    "data.cache",
 }
 """Settings that a resumed run may change, because they do not change the training."""
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-
-from PIL import Image
 
 from regate_ds.algorithm.rankings.ranking import ImageKey, StoredRanking
-from regate_ds.data.llava.images import load_rgb
+from regate_ds.data.llava.images import image_size, load_rgb
+from regate_ds.data.llava.media import ImageSource
 from regate_ds.families.pictures import pictures_of
 from regate_ds.job.process import Process
 from regate_ds.job.supervise import join_job
@@ -57,19 +55,18 @@ def make_rank_job(
     )
 
 
-def _images_by_file(corpus: Corpus) -> dict[Path, list[ImageKey]]:
+def _images_by_file(corpus: Corpus) -> dict[ImageSource, list[ImageKey]]:
     """Return the images that show each file, in the order in which the data names them."""
-    shown: dict[Path, list[ImageKey]] = {}
+    shown: dict[ImageSource, list[ImageKey]] = {}
     for record in corpus.train_records:
         for number, file in enumerate(record.images):
             shown.setdefault(file, []).append((record.key, number))
     return shown
 
 
-def _num_tokens(student: Student, file: Path) -> int:
-    with Image.open(file) as image:
-        return student.vision.num_tokens(image.size)
+def _num_tokens(student: Student, file: ImageSource) -> int:
+    return student.vision.num_tokens(image_size(file))
 
 
-def _read(student: Student, files: list[Path], number: int) -> PictureInputs:
+def _read(student: Student, files: list[ImageSource], number: int) -> PictureInputs:
     return student.vision.pixels([load_rgb(files[number])])

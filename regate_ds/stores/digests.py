@@ -6,6 +6,7 @@ Shapes: S positions of one sample, N label positions of it.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -42,7 +43,7 @@ class IndexedSample(Protocol):
 
 def hash_labels(label_ids_N: Tensor) -> int:
     """Return a signed 64-bit hash over the label token ids of one sample, in order."""
-    digest = hashlib.blake2b(_bytes_of(label_ids_N), digest_size=8).digest()
+    digest = hashlib.blake2b(_bytes_of(label_ids_N.numpy(force=True)), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
@@ -51,9 +52,10 @@ def digest_of(sample: IndexedSample) -> bytes:
     name, number = sample.key
     encoded = name.encode()
     # The teacher reads text only: the id that a student has for images must not change the hash.
-    ids_S = sample.input_ids_S.masked_fill(sample.is_placeholder_S, _PLACEHOLDER)
-    header = np.array([len(encoded), number, ids_S.numel()], dtype="<i8").tobytes()
-    content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S)
+    is_placeholder_S = sample.is_placeholder_S.numpy(force=True)
+    ids_S = np.where(is_placeholder_S, _PLACEHOLDER, sample.input_ids_S.numpy(force=True))
+    header = struct.pack("<3q", len(encoded), number, len(ids_S))
+    content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S.numpy(force=True))
     return hashlib.blake2b(content, digest_size=8 * _DIGEST_WORDS).digest()
 
 
@@ -63,5 +65,5 @@ def as_words(digests: Sequence[bytes]) -> Tensor:
     return torch.from_numpy(words).view(-1, _DIGEST_WORDS)
 
 
-def _bytes_of(ids: Tensor) -> bytes:
-    return ids.cpu().numpy().astype("<i8", copy=False).tobytes()
+def _bytes_of(ids: np.ndarray) -> bytes:
+    return ids.astype("<i8", copy=False).tobytes()

@@ -5,6 +5,7 @@ Start with ``open_teacher``, then ``score_dataset`` or ``Teacher.online``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,8 @@ def score_dataset(
     group: the ranks that share the work; all of them make this call. A job of several ranks must
     give it.
 
-    ValueError names the sample or the store that is refused.
+    ValueError names the sample or the store that is refused. Samples without a label are named by
+    a warning: an optimizer step that has no others would stop the run.
     """
     _require_group(teacher, group)
     collate = KeyedCollate(collate_fn)
@@ -109,8 +111,10 @@ def score_dataset(
         (sample,) = samples_of(collate([data[number]]), teacher.image_token_id)
         return sample
 
+    index = AnswerIndex.build(encode(number) for number in range(len(data)))
+    _warn_of_unlabelled(index)
     job = TeacherJob(
-        index=AnswerIndex.build(encode(number) for number in range(len(data))),
+        index=index,
         encode=encode,
         score=partial(score_samples, teacher.model.eval(), pad_id=teacher.pad_id),
         teacher_id=teacher.id,
@@ -120,6 +124,17 @@ def score_dataset(
         in_step=teacher.in_step,
     )
     return precompute(job, group, teacher.device)
+
+
+def _warn_of_unlabelled(index: AnswerIndex) -> None:
+    rows = (index.offsets.diff() == 0).nonzero()[:, 0].tolist()
+    if rows:
+        shown = ", ".join(str(tuple(index.keys[row])) for row in rows[:3])
+        warnings.warn(
+            f"{len(rows)} of {index.num_samples} samples have no label, such as {shown}: they "
+            "teach nothing, and a step of such samples alone stops a run; leave them out",
+            stacklevel=3,
+        )
 
 
 def _require_group(teacher: Teacher, group: ProcessGroup | None) -> None:

@@ -216,7 +216,31 @@ def test_an_image_token_that_the_tokenizer_does_not_know_is_refused():
         )
 
 
-def test_text_segments_are_the_texts_that_the_tokenizer_gets(tmp_path: Path):
+def test_a_system_text_of_the_record_stands_in_the_place_of_the_templates():
+    record = make(("q", "yes"), ("r", "no"))
+    own = replace(record, system="Be.")
+    around = {"system": "S ", "system_start": "[", "system_end": "] "}
+    assert spell(build(**around).encode(record).input_ids_S.tolist()) == "^S U:q A:yes| U:r A:no|"
+    sample = build(**around).encode(own)
+    assert spell(sample.input_ids_S.tolist()) == "^[Be.] U:q A:yes| U:r A:no|"
+    assert spell(sample.labels_S.tolist()) == "............yes|" + "......." + "no|."
+    refused(build(), replace(record, system="a <tool>"), "its system text holds '<tool>'")
+
+
+def test_an_answer_that_is_not_learnt_keeps_its_tokens_and_has_no_labels():
+    record = make(("q", "yes"), ("r", "no"), ("s", "so"))
+    all_learnt = build().encode(record)
+    turns = tuple(replace(turn, learn=turn.question == "r") for turn in record.turns)
+    sample = build().encode(replace(record, turns=turns))
+    assert torch.equal(sample.input_ids_S, all_learnt.input_ids_S)
+    assert spell(sample.labels_S.tolist()) == "." * 17 + "no|" + "." * 11
+    assert sample.char_spans == ((1, 0, 1), (1, 1, 2), (1, 2, 2))
+    cause = f"cutting its {len(sample)} tokens at data.max_length=17 leaves no answer token"
+    refused(build(max_length=17), replace(record, turns=turns), cause)
+
+
+@pytest.mark.parametrize("own", ["", "Be."])
+def test_text_segments_are_the_texts_that_the_tokenizer_gets(tmp_path: Path, own: str):
     asked: list[str] = []
 
     class Listening(CharTokenizer):
@@ -226,6 +250,7 @@ def test_text_segments_are_the_texts_that_the_tokenizer_gets(tmp_path: Path):
 
     images = (draw(tmp_path / "a.png", 2), draw(tmp_path / "b.png", 2))
     record = make(("<image>q<image>", "yes"), ("r", "no"), images=images)
+    record = replace(record, system=own or None)
     template = {"system": "S", "image_start": "[", "image_end": "]"}
     build(Listening(), **template).encode(record)
     settings = replace(Template(), user="U:", assistant=" A:", separator=" ", **template)

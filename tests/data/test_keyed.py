@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import UserDict
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.keyed import Keyed, KeyedCollate, PlainCollate
@@ -13,6 +16,12 @@ from regate_ds.data.keyed import Keyed, KeyedCollate, PlainCollate
 
 def stack(items: list[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
+
+
+class Lengths(list):
+    """A data set that knows something of its items, as LLaVA's sampler asks for."""
+
+    modality_lengths: ClassVar = [3, -5]
 
 
 def item(number: int, **fields) -> dict:
@@ -90,11 +99,38 @@ def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
         ([item(0), {"input_ids": [1], "labels": [1]}], "an item has no 'regate_key'; wrap the"),
         ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has labels NoneType"),
         ([item(0, attention_mask=[0, 1, 1])], "padding before tokens; set padding_side='right'"),
+        (
+            [item(0, attention_mask=[1, 1, 0]), item(1, attention_mask=[1, 0, 1])],
+            r"^row 1: the attention_mask leaves out position 1 \(id 6\) among its tokens; where",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_read_is_refused(items: list[dict], message: str):
     with pytest.raises(ValueError, match=message):
         KeyedCollate(stack)(items)
+
+
+def test_a_collate_function_that_joins_samples_is_named():
+    def flatten(items: list[dict]) -> dict[str, torch.Tensor]:
+        return {name: each.reshape(1, -1) for name, each in stack(items).items()}
+
+    message = r"made 1 rows \(1, 6\) of 2 samples; elision tells samples by their rows"
+    with pytest.raises(ValueError, match=message):
+        KeyedCollate(flatten)([item(0), item(1)])
+
+
+def test_attributes_of_the_data_set_pass_through_to_samplers():
+    dataset = pickle.loads(pickle.dumps(Keyed(Lengths([{"a": 1}, {"a": 2}]), "mine")))
+    assert dataset.modality_lengths == [3, -5]
+    with pytest.raises(AttributeError, match="lengths"):
+        _ = dataset.lengths
+
+
+@pytest.mark.parametrize("wrap", [list, lambda items: Subset(items, [0, 1, 2])])
+def test_a_loader_gets_keys_even_where_the_data_set_gives_several_items_at_once(wrap: Any):
+    dataset = Keyed(wrap([{"a": number} for number in range(3)]), "mine")
+    found = [item for batch in DataLoader(dataset, batch_size=2, collate_fn=list) for item in batch]
+    assert found == [dataset[number] for number in range(3)]
 
 
 def test_items_that_are_not_dicts_are_refused():

@@ -241,10 +241,9 @@ def test_without_verification_only_missing_images_are_refused(tmp_path: Path):
         read_records(write(tmp_path, bad), name="set", verify_images=False)
 
 
-def test_a_video_that_is_not_a_folder_is_refused(tmp_path: Path):
-    (tmp_path / "clip.mp4").write_bytes(b"film")
-    bad = record(video="clip.mp4", conversations=said("<video>", "A film."))
-    assert "is not a folder of frames" in refused(tmp_path, bad)
+def test_a_video_that_is_not_there_is_refused(tmp_path: Path):
+    bad = record(video="clip", conversations=said("<video>", "A film."))
+    assert "clip is neither a folder of frames nor a file" in refused(tmp_path, bad)
 
 
 def test_a_video_without_frames_is_refused(tmp_path: Path):
@@ -305,8 +304,8 @@ def test_a_turn_without_its_fields_is_refused(tmp_path: Path, part: Any):
 
 
 def test_an_unknown_role_is_refused(tmp_path: Path):
-    bad = record(conversations=[{"from": "system", "value": "Be kind."}, *said("What?", "That.")])
-    assert "turn 0 has the unknown role 'system'; known: 'human', 'gpt'" in refused(tmp_path, bad)
+    bad = record(conversations=[{"from": "robot", "value": "Be kind."}, *said("What?", "That.")])
+    assert "turn 0 has the unknown role 'robot'; known: 'human', 'user'" in refused(tmp_path, bad)
 
 
 @pytest.mark.parametrize("roles", [("gpt", "human"), ("human", "human"), ("human", "gpt", "gpt")])

@@ -99,6 +99,11 @@ def test_equal_data_gives_equal_indexes():
     assert make_index(4) != make_index(5)
 
 
+def test_the_fingerprint_of_data_stays_what_it_is_in_stores_on_disk():
+    fingerprint = "b5967a375cb94d963913fe690884f35308de265d7e90358669110ee8d21b688c"
+    assert make_index(9).fingerprint == fingerprint
+
+
 def test_saving_and_loading_changes_nothing(tmp_path):
     index = make_index(7)
     index.save(tmp_path / "one.npz")

@@ -55,6 +55,17 @@ def test_the_store_has_the_losses_of_the_shifted_labels_with_images_left_out(tmp
     assert torch.allclose(found, expected, atol=5e-3)
 
 
+def test_samples_without_a_label_are_named_before_training(tmp_path: Path, recwarn):
+    teacher = Teacher(model=causal_lm(), pad_id=PAD, image_token_id=IMAGE)
+    items = host_items(4)
+    score_dataset(Keyed(items, "set"), collate, teacher, tmp_path / "labelled")
+    assert not [w for w in recwarn if "no label" in str(w.message)]
+    items[2]["labels"] = torch.full_like(items[2]["labels"], IGNORE)
+    line = r"^1 of 4 samples have no label, such as \('set', 2\): they teach nothing"
+    with pytest.warns(UserWarning, match=line):
+        score_dataset(Keyed(items, "set"), collate, teacher, tmp_path / "store")
+
+
 def test_a_second_call_finds_the_work_done(tmp_path: Path):
     teacher = Teacher(model=causal_lm(), pad_id=PAD, image_token_id=IMAGE)
     arguments = (Keyed(host_items(3), "set"), collate, teacher, tmp_path / "store")

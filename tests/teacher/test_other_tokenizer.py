@@ -87,7 +87,7 @@ def test_a_tokenizer_that_agrees_gives_the_numbers_of_the_id_path(make, max_leng
     def score(samples):
         return score_samples(teacher, samples, pad_id=twin.pad_token_id)
 
-    records = [r for r in (any_record(rng, n) for n in range(30)) if fits(encoder, r)]
+    records = [r for r in (any_record(rng, n) for n in range(80)) if fits(encoder, r)]
     samples = [encoder.encode(record) for record in records]
     found = score_twice_written(score, [writer.write(record) for record in records])
     assert len(records) > 10

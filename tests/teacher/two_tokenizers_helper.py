@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -75,6 +76,9 @@ def any_text(rng: random.Random) -> str:
 
 
 def any_record(rng: random.Random, number: int = 0) -> Record:
-    """One to three turns; answers may be empty."""
-    turns = tuple(Turn(any_text(rng), any_text(rng)) for _ in range(rng.randint(1, 3)))
-    return Record(("set", number), None, (), (), turns, Path("data.json"))
+    """One to three turns, of which some are not learnt; texts may be empty."""
+    turns = [Turn(any_text(rng), any_text(rng)) for _ in range(rng.randint(1, 3))]
+    turns[1:] = [replace(turn, learn=rng.random() < 0.7) for turn in turns[1:]]
+    rng.shuffle(turns)
+    own = any_text(rng) if rng.random() < 0.3 else None
+    return Record(("set", number), None, (), (), tuple(turns), Path("data.json"), own)

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from regate_ds.algorithm.batch import IGNORE, shift_labels
-from regate_ds.data.llava.images import IMAGE_ERRORS
-from regate_ds.data.llava.records import MARKER, BadRecord, Record, Turn, bad_record
-from regate_ds.data.llava.sample import CharSpan, EncodedSample
-from regate_ds.data.llava.template import Template, prompt, require_no_image
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.llava.images import sizes_of
+from regate_ds.data.llava.media import ImageSource
+from regate_ds.data.llava.records import MARKER, Record, SampleError, Turn, bad_record, describe
+from regate_ds.data.llava.sample import EncodedSample
+from regate_ds.data.llava.tape import Tape, Tokens
+from regate_ds.data.llava.template import Template, prompt, require_no_image, text_segments
 
 
 class VisionInputs(Protocol):
@@ -43,31 +43,8 @@ class VisionInputs(Protocol):
         return {}
 
 
-@dataclass
-class _Tape:
-    """A sample that is being written, token by token."""
-
-    ids: list[int] = field(default_factory=list)
-    image: list[int] = field(default_factory=list)
-    """Number of the image at image positions, -1 elsewhere."""
-
-    num_images: int = 0
-    spans: list[CharSpan | None] = field(default_factory=list)
-    """Place of each answer token; None for all other tokens."""
-
-    def add(self, ids: list[int], *, image: int = -1) -> None:
-        self.ids += ids
-        self.image += [image] * len(ids)
-        self.spans += [None] * len(ids)
-
-    def add_image(self, ids: list[int]) -> None:
-        self.add(ids, image=self.num_images)
-        self.num_images += 1
-
-    def add_answer(self, ids: list[int], spans: list[CharSpan]) -> None:
-        self.ids += ids
-        self.image += [-1] * len(ids)
-        self.spans += spans
+_PROBED = (8, 28, 60, 224, 336, 448, 500, 1000, 2048, 5000)
+"""Widths and heights by which one rule for an image's tokens is told from another."""
 
 
 class Encoder:
@@ -97,6 +74,8 @@ class Encoder:
                 "set its eos_token"
             )
         self._tokenizer = tokenizer
+        # The tokenizer looks its ids up anew each time.
+        self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._image_id = _image_id(tokenizer, image_token, template)
         self._special = _special_tokens(tokenizer, image_token)
         self._num_image_tokens = num_image_tokens
@@ -105,25 +84,20 @@ class Encoder:
 
     def encode(self, record: Record) -> EncodedSample:
         """Encode one record; only the sizes of its images are read. SampleError if it is bad."""
-        tape = self._write(record)
-        length = min(len(tape.ids), self._max_length)
-        if any(image >= 0 for image in tape.image[length:]):
-            raise self._too_long(record, len(tape.ids), "would cut an image's placeholders off")
-        ids_S = torch.tensor(tape.ids[:length])
-        spans = tape.spans[:length]
-        is_answer_S = torch.tensor([span is not None for span in spans])
-        labels_S = shift_labels(torch.where(is_answer_S, ids_S, IGNORE)[None])[0]
-        if not bool((labels_S != IGNORE).any()):
-            raise self._too_long(record, len(tape.ids), "leaves no answer token to learn from")
-        return EncodedSample(
-            key=record.key,
-            input_ids_S=ids_S,
-            labels_S=labels_S,
-            image_S=torch.tensor(tape.image[:length]),
-            # No position predicts the first token of a sample.
-            char_spans=tuple(span for span in spans[1:] if span is not None),
-            images=record.images,
-        )
+        return self._sample(record, self._write(record, self._tokenize))
+
+    def encode_all(self, records: Sequence[Record]) -> Iterator[EncodedSample | SampleError]:
+        """Yield each record encoded, or its error; all their texts are tokenised in one call.
+
+        This is for an index of the samples: ``char_spans`` are left empty.
+        """
+        texts = {text: None for one in records for text in text_segments(one, self._template)}
+        tokens_of = self._tokenize_all(list(texts))
+        for record in records:
+            try:
+                yield self._sample(record, self._write(record, tokens_of.__getitem__))
+            except SampleError as error:
+                yield error
 
     def uncut(self, tokenizer: Any = None, *, placeholder_id: int | None = None) -> Encoder:
         """Make an encoder of the same text without ``max_length``.
@@ -138,63 +112,109 @@ class Encoder:
             template=self._template,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the tokens of a record, as JSON can hold it.
+
+        The rule that counts an image's tokens is told by its results for some sizes.
+        """
+        return {
+            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "ids": [self._bos_id, self._eos_id, self._image_id],
+            "special": self._special.pattern,
+            "max_length": self._max_length,
+            "template": asdict(self._template),
+            "image_tokens": [self._counted((w, h)) for w in _PROBED for h in _PROBED],
+        }
+
     def is_cut(self, sample: EncodedSample) -> bool:
         """Return whether ``max_length`` may have cut the sample's end off."""
         return len(sample) >= self._max_length
 
     def begins_with_answer(self, record: Record) -> bool:
         """Return whether the sample's first token is an answer's, so that no token predicts it."""
-        return self._tokenizer.bos_token_id is None and prompt(record, 0, self._template) == [""]
+        return self._bos_id is None and prompt(record, 0, self._template) == [""]
 
-    def _write(self, record: Record) -> _Tape:
-        tape = _Tape()
-        if self._tokenizer.bos_token_id is not None:
-            tape.add([self._tokenizer.bos_token_id])
+    def _sample(self, record: Record, tape: Tape) -> EncodedSample:
+        length = min(len(tape.ids), self._max_length)
+        if tape.cuts_an_image(length):
+            raise self._too_long(record, len(tape.ids), "would cut an image's placeholders off")
+        sample = tape.sample(record, length)
+        if not bool((sample.labels_S != IGNORE).any()):
+            raise self._too_long(record, len(tape.ids), "leaves no answer token to learn from")
+        return sample
+
+    def _write(self, record: Record, tokens_of: Callable[[str], Tokens]) -> Tape:
+        tape = Tape()
+        if self._bos_id is not None:
+            tape.add([self._bos_id])
         media = iter(record.images_per_marker)
-        images = iter(record.images)
+        images = sizes_of(record)
+        start, end = self._template.image_start, self._template.image_end
+
+        def add_text(text: str) -> None:
+            if text:
+                tape.add(tokens_of(text)[0])
+
         for number, turn in enumerate(record.turns):
             self._require_plain(record, number, turn)
             first, *others = prompt(record, number, self._template)
-            self._add_text(tape, first)
+            add_text(first)
             for text in others:
                 for _ in range(next(media)):
-                    self._add_image(tape, record, next(images))
-                self._add_text(tape, text)
-            self._add_answer(tape, number, turn)
+                    count = self._count(record, *next(images), tape)
+                    add_text(start)
+                    tape.images.append(tape.add([self._image_id] * count))
+                    add_text(end)
+                add_text(text)
+            tokens = tokens_of(turn.answer)
+            if turn.learn:
+                tape.add_answer(number, turn.answer, tokens, self._eos_id)
+            else:
+                tape.add([*tokens[0], self._eos_id])
         return tape
 
     def _require_plain(self, record: Record, number: int, turn: Turn) -> None:
         """Refuse, by SampleError, text that the tokenizer would read as a special token."""
-        for where, text in (("question", MARKER.sub("\n", turn.question)), ("answer", turn.answer)):
+        texts = {
+            f"question {number + 1}": MARKER.sub("\n", turn.question),
+            f"answer {number + 1}": turn.answer,
+            "system text": (record.system or "") if number == 0 else "",
+        }
+        for where, text in texts.items():
             if found := self._special.search(text):
-                cause = f"its {where} {number + 1} holds {found.group()!r}, a special token's text"
+                cause = f"its {where} holds {found.group()!r}, a special token's text"
                 raise bad_record(describe(record, cause))
 
-    def _add_text(self, tape: _Tape, text: str) -> None:
-        if text:
-            tape.add(self._tokenize(text)["input_ids"])
-
-    def _add_answer(self, tape: _Tape, number: int, turn: Turn) -> None:
-        encoding = self._tokenize(turn.answer)
-        end = len(turn.answer)
-        spans = [(number, start, stop) for start, stop in encoding["offset_mapping"]]
-        tape.add_answer(
-            [*encoding["input_ids"], self._tokenizer.eos_token_id], [*spans, (number, end, end)]
-        )
-
-    def _add_image(self, tape: _Tape, record: Record, path: Path) -> None:
-        size = _image_size(record, path)
+    def _count(self, record: Record, source: ImageSource, size: tuple[int, int], tape: Tape) -> int:
+        """Return an image's number of placeholders, and note its size."""
+        tape.sizes.append(size)
         try:
-            count = self._num_image_tokens(size)
+            return self._num_image_tokens(size)
         except ValueError as error:
-            cause = f"image file {path} does not suit the model ({error})"
+            cause = f"image file {source} does not suit the model ({error})"
             raise bad_record(describe(record, cause)) from error
-        self._add_text(tape, self._template.image_start)
-        tape.add_image([self._image_id] * count)
-        self._add_text(tape, self._template.image_end)
 
-    def _tokenize(self, text: str) -> Any:
-        return self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    def _counted(self, size: tuple[int, int]) -> int | str:
+        try:
+            return self._num_image_tokens(size)
+        except ValueError as error:
+            return str(error)
+
+    def _tokenize(self, text: str) -> Tokens:
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found["input_ids"], found["offset_mapping"]
+
+    def _tokenize_all(self, texts: list[str]) -> dict[str, Tokens]:
+        """Return the tokens of each text without their places."""
+        if not texts:
+            return {}
+        found = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return {text: (ids, None) for text, ids in zip(texts, found["input_ids"])}
 
     def _too_long(self, record: Record, length: int, what: str) -> Exception:
         cause = f"cutting its {length} tokens at data.max_length={self._max_length} {what}"
@@ -219,16 +239,3 @@ def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
     special |= {image_token} if isinstance(image_token, str) else set()
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-
-
-def describe(record: Record, cause: str) -> BadRecord:
-    """Describe why a record that was read without fault cannot be used."""
-    return BadRecord(record.source, record.key[1], record.id, cause)
-
-
-def _image_size(record: Record, path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except IMAGE_ERRORS as error:
-        raise bad_record(describe(record, f"image file {path} is broken ({error})")) from error

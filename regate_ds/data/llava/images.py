@@ -1,11 +1,18 @@
-"""Find faults of image files, without decoding them where their format allows that."""
+"""Open, measure and decode images, upright; and find their faults, without decoding them where
+their format allows that."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+
+from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame, by_file
+from regate_ds.data.llava.records import Record, bad_record, describe
+from regate_ds.data.llava.video import read_frames, video_size
 
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """Errors that Pillow raises for a file that it cannot read; a broken PNG is a SyntaxError."""
@@ -21,32 +28,118 @@ _TAIL_BYTES = 4096
 _JPEG_END = b"\xff\xd9"
 
 
-def load_rgb(path: Path) -> Image.Image:
-    """Decode an image as the student sees it. One of IMAGE_ERRORS if the file is broken."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations under which a picture's sides change places."""
 
 
-def image_fault(path: Path, *, verify: bool = True) -> str | None:
-    """Return why the file cannot be used as an image; None if it can.
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Return the (width, height) of an upright image. One of IMAGE_ERRORS if it is broken."""
+    if isinstance(source, VideoFrame):
+        return video_size(source.video)
+    with _open(source) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _LYING else (width, height)
 
-    verify: False only checks that the file exists.
+
+def load_rgb(source: ImageSource) -> Image.Image:
+    """Decode an image as the student sees it, upright. One of IMAGE_ERRORS if it is broken."""
+    if isinstance(source, VideoFrame):
+        return read_frames(source.video, [(source.number, source.of)])[0]
+    with _open(source) as image:
+        upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+        return upright.convert("RGB")
+
+
+def load_all(sources: Sequence[ImageSource]) -> list[Image.Image]:
+    """Decode images in order; the frames of one video file at once."""
+    images: list[Image.Image] = []
+    for run in by_file(sources):
+        frames = [source for source in run if isinstance(source, VideoFrame)]
+        if frames:
+            images += read_frames(frames[0].video, [(f.number, f.of) for f in frames])
+        else:
+            images += map(load_rgb, run)
+    return images
+
+
+def sizes_of(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
+    """Yield each image of a record with its (width, height). SampleError if one is broken."""
+    for run in by_file(record.images):
+        try:
+            size = image_size(run[0])
+        except IMAGE_ERRORS as error:
+            raise bad_record(describe(record, _broken(run[0], error))) from error
+        yield from ((source, size) for source in run)
+
+
+def images_of(record: Record) -> tuple[Image.Image, ...]:
+    """Decode the images of a record. SampleError if one is broken."""
+    images: list[Image.Image] = []
+    for run in by_file(record.images):
+        try:
+            images += load_all(run)
+        except IMAGE_ERRORS as error:
+            raise bad_record(describe(record, _broken(run[0], error))) from error
+    return tuple(images)
+
+
+def _broken(source: ImageSource, error: Exception) -> str:
+    """Describe an image that cannot be read."""
+    return f"{_kind(source)} file {source} is broken ({error})"
+
+
+def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:
+    """Return why an image cannot be used; None if it can.
+
+    verify: False only checks that a file exists.
     """
-    try:
-        if not path.is_file():
-            return f"there is no image file {path}"
-    except OSError as error:
-        return unusable_name(path, error)
+    path = source.video if isinstance(source, VideoFrame) else source
+    if isinstance(path, Path) and (fault := _missing(path, _kind(source))):
+        return fault
     if not verify:
         return None
     try:
-        with Image.open(path) as image:
-            fault = _unsuitable(image)
-            if fault is None:
-                _require_complete(image, path)
+        fault = _fault_of_content(source)
     except IMAGE_ERRORS as error:
-        return f"image file {path} is broken ({error})"
-    return None if fault is None else f"image file {path} {fault}"
+        return _broken(source, error)
+    return None if fault is None else f"{_kind(source)} file {source} {fault}"
+
+
+def _kind(source: ImageSource) -> str:
+    return "video" if isinstance(source, VideoFrame) else "image"
+
+
+def _missing(path: Path, kind: str) -> str | None:
+    try:
+        return None if path.is_file() else f"there is no {kind} file {path}"
+    except OSError as error:
+        return unusable_name(path, error)
+
+
+def _fault_of_content(source: ImageSource) -> str | None:
+    """Return what makes an image unusable. One of IMAGE_ERRORS if it is broken."""
+    if isinstance(source, VideoFrame):
+        return _unsuitable_size(video_size(source.video))
+    with _open(source) as image:
+        fault = _unsuitable(image)
+        if fault is None:
+            _require_complete(image, source)
+    return fault
+
+
+def _open(source: Path | InlineImage) -> Image.Image:
+    return Image.open(source if isinstance(source, Path) else BytesIO(source.content))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image that was just opened; 1 is upright.
+
+    A TIFF is turned by Pillow itself. A PNG can say it after its pixels too; that is not read,
+    because the size would then need all of them.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def unusable_name(path: Path, error: OSError) -> str:
@@ -59,13 +152,17 @@ def _unsuitable(image: Image.Image) -> str | None:
     """Return what about the image's mode or size makes it unusable; None if nothing does."""
     if image.mode not in MODES:
         return f"has pixels of mode {image.mode}; save it as 8-bit grey or RGB"
-    if max(image.size) > LONGEST_RATIO * min(image.size):
-        width, height = image.size
-        return f"is {width} x {height} pixels; one side may be {LONGEST_RATIO} times the other"
-    return None
+    return _unsuitable_size(image.size)
 
 
-def _require_complete(image: Image.Image, path: Path) -> None:
+def _unsuitable_size(size: tuple[int, int]) -> str | None:
+    if max(size) <= LONGEST_RATIO * min(size):
+        return None
+    width, height = size
+    return f"is {width} x {height} pixels; one side may be {LONGEST_RATIO} times the other"
+
+
+def _require_complete(image: Image.Image, source: Path | InlineImage) -> None:
     """Raise one of IMAGE_ERRORS if the file is cut off.
 
     A PNG has checksums, and a JPEG ends with a marker, unless something follows it; any other file
@@ -73,11 +170,13 @@ def _require_complete(image: Image.Image, path: Path) -> None:
     """
     if image.format == "PNG":
         image.verify()
-    elif image.format not in ("JPEG", "MPO") or _JPEG_END not in _tail(path):
+    elif image.format not in ("JPEG", "MPO") or _JPEG_END not in _tail(source):
         image.load()
 
 
-def _tail(path: Path) -> bytes:
-    with path.open("rb") as file:
-        file.seek(-min(_TAIL_BYTES, path.stat().st_size), os.SEEK_END)
+def _tail(source: Path | InlineImage) -> bytes:
+    if isinstance(source, InlineImage):
+        return source.content[-_TAIL_BYTES:]
+    with source.open("rb") as file:
+        file.seek(-min(_TAIL_BYTES, source.stat().st_size), os.SEEK_END)
         return file.read()

@@ -5,22 +5,16 @@ Images are opened here only to find the broken ones; the loader's workers decode
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from regate_ds.data.llava.images import image_fault, unusable_name
-from regate_ds.data.llava.records import MARKER, Record, Turn
-
-FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-"""Suffixes of the files in a video's folder that count as its frames."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Finds half a character: JSON can write it ("\\ud83d"), tokenizers and terminals refuse it."""
-
-
-class Cause(ValueError):
-    """The reason why one record is bad; it becomes a SampleError or a BadRecord."""
+from regate_ds.data.llava.formats.fields import require_used, turns_of
+from regate_ds.data.llava.formats.said import Medium, Said
+from regate_ds.data.llava.formats.sources import Sources, listed
+from regate_ds.data.llava.formats.table import read_turns
+from regate_ds.data.llava.images import image_fault
+from regate_ds.data.llava.media import ImageSource, by_file
+from regate_ds.data.llava.records import MARKER, Cause, Record, Turn
 
 
 def id_of(raw: Any) -> str | None:
@@ -32,9 +26,21 @@ def id_of(raw: Any) -> str | None:
 class Parser:
     """Turns the raw records of one file into checked ones."""
 
-    def __init__(self, source: Path, name: str, image_root: Path, verify_images: bool) -> None:
-        self._source, self._name = source, name
-        self._image_root, self._verify_images = image_root, verify_images
+    def __init__(
+        self,
+        source: Path,
+        name: str,
+        image_root: Path,
+        verify_images: bool,
+        video_frames: int | None = None,
+    ) -> None:
+        """Set up for one file.
+
+        video_frames: number of frames to take from a video file; None refuses such files, by a
+            ValueError that is no Cause.
+        """
+        self._source, self._name, self._verify_images = source, name, verify_images
+        self._sources = Sources(image_root, video_frames)
 
     def record(self, number: int, raw: Any) -> Record:
         """Return the checked record of that number in the file. A bad one raises its Cause."""
@@ -42,11 +48,14 @@ class Parser:
             raise raw
         if not isinstance(raw, dict):
             raise Cause(f"is a {type(raw).__name__}, not an object")
-        turns = _turns(raw)
-        media = self._media(raw, MARKER.findall("\n".join(turn.question for turn in turns)))
+        require_used(raw)
+        said = read_turns(turns_of(raw))
+        system, spoken = _split_system(raw, said)
+        turns = _turns(spoken, first=len(said) - len(spoken))
+        media = self._media(raw, turns, [medium for each in said for medium in each.media])
         images = tuple(image for group in media for image in group)
-        for image in images:
-            if fault := image_fault(image, verify=self._verify_images):
+        for run in by_file(images):
+            if fault := image_fault(run[0], verify=self._verify_images):
                 raise Cause(fault)
         return Record(
             key=(self._name, number),
@@ -55,105 +64,88 @@ class Parser:
             images_per_marker=tuple(len(group) for group in media),
             turns=turns,
             source=self._source,
+            system=system,
         )
 
-    def _media(self, raw: dict[str, Any], markers: list[str]) -> list[list[Path]]:
-        """Return the image files of each marker, in the order of the markers."""
-        if _names(raw, "image") and _names(raw, "images"):
-            raise Cause("has both 'image' and 'images'; use one of them")
-        images = _names(raw, "image") + _names(raw, "images")
-        videos = _names(raw, "video")
-        for marker, names in (("<image>", images), ("<video>", videos)):
-            if markers.count(marker) != len(names):
+    def _media(
+        self, raw: dict[str, Any], turns: tuple[Turn, ...], named: list[Medium]
+    ) -> list[list[ImageSource]]:
+        """Return the images of each marker, in the order of the markers."""
+        markers = MARKER.findall("\n".join(turn.question for turn in turns))
+        images = [self._sources.image(*e) for e in _entries(raw, "image", "images", named)]
+        videos = _entries(raw, "video", "videos", named)
+        if not images and "<video>" not in markers and len(markers) == len(videos):
+            # As LLaVA-NeXT writes it: the frames stand where the question has <image>.
+            markers = ["<video>"] * len(videos)
+        for marker, entries in (("<image>", images), ("<video>", videos)):
+            if markers.count(marker) != len(entries):
                 raise Cause(
                     f"has {markers.count(marker)} {marker} in its questions "
-                    f"for {len(names)} {marker.strip('<>')} entries"
+                    f"for {len(entries)} {marker.strip('<>')} entries"
                 )
         next_image, next_video = iter(images), iter(videos)
         return [
-            [self._image_root / next(next_image)]
-            if marker == "<image>"
-            else _frames(self._image_root / next(next_video))
+            [next(next_image)] if marker == "<image>" else self._sources.video(*next(next_video))
             for marker in markers
         ]
 
 
-def _names(raw: dict[str, Any], field: str) -> list[str]:
-    """Return the file names in a field, which may hold one, several or (absent or null) none."""
-    names = raw.get(field)
-    if names is None:
-        return []
-    names = names if isinstance(names, list) else [names]
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise Cause(f"field '{field}' holds {name!r}, not a file name")
-    return names
+def _entries(
+    raw: dict[str, Any], one: str, several: str, named: list[Medium]
+) -> list[tuple[str, Any]]:
+    """Return what stands for each image or video, with the field that it stands in."""
+    own = listed(raw, one, several)
+    places = [medium for medium in named if medium.kind == one]
+    given = [medium.entry for medium in places if medium.entry is not None]
+    if given and own:
+        raise Cause(f"names {one}s both in its turns and in a field of its own; use one of them")
+    if given:
+        return [("content", entry) for entry in given]
+    for number, medium in enumerate(places):
+        if medium.index not in (None, number):
+            raise Cause(f"has {one} {medium.index} of its list in place {number}; put it in order")
+    field = one if raw.get(one) else several
+    return [(field, entry) for entry in own]
 
 
-def _frames(folder: Path) -> list[Path]:
-    try:
-        if not folder.is_dir():
-            raise Cause(f"video {folder} is not a folder of frames")
-        frames = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
-    except OSError as error:
-        raise Cause(unusable_name(folder, error)) from error
-    if not frames:
-        raise Cause(f"video folder {folder} holds no frames ({', '.join(sorted(FRAME_SUFFIXES))})")
-    return sorted(frames, key=_by_numbers)
+def _split_system(raw: dict[str, Any], said: list[Said]) -> tuple[str | None, list[Said]]:
+    """Return the record's own system text, if it has one, and the turns after it."""
+    field, turn = raw.get("system"), said[0].text if said and said[0].role == "system" else None
+    if field is not None and not isinstance(field, str):
+        raise Cause(f"has the system {field!r}, not a text")
+    if field and turn:
+        raise Cause("has both 'system' and a system turn; take one of them out")
+    text = field or turn or None
+    if text and (found := MARKER.search(text)):
+        raise Cause(f"has a system text that holds {found.group()}")
+    return text, said if turn is None else said[1:]
 
 
-def _by_numbers(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Return a sort key under which 2 is before 10: digits compare as numbers, the rest as text."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", path.name)
-    numbers = [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
-    return numbers, path.name
-
-
-def _turns(raw: dict[str, Any]) -> tuple[Turn, ...]:
-    """Return the pairs of question and answer, in order."""
-    parts = raw.get("conversations")
-    if not isinstance(parts, list) or not parts:
-        raise Cause("has no list 'conversations'")
-    for number, part in enumerate(parts):
-        _check_part(number, part)
-    if len(parts) % 2:
-        raise Cause(f"its {len(parts)} turns do not pair up: every 'human' needs a 'gpt' after it")
-    return tuple(
-        _turn(2 * number, question, answer)
-        for number, (question, answer) in enumerate(zip(parts[::2], parts[1::2]))
-    )
-
-
-def _check_part(number: int, part: Any) -> None:
-    if not isinstance(part, dict) or "from" not in part or "value" not in part:
-        raise Cause(f"turn {number} needs the fields 'from' and 'value'")
-    if part["from"] not in ("human", "gpt"):
-        raise Cause(f"turn {number} has the unknown role {part['from']!r}; known: 'human', 'gpt'")
-    expected = ("human", "gpt")[number % 2]
-    if part["from"] != expected:
-        raise Cause(f"turn {number} is from {part['from']!r} where {expected!r} should speak")
-    if not isinstance(part["value"], str):
-        raise Cause(f"turn {number} has the value {part['value']!r}, not a text")
-    if found := _SURROGATE.search(part["value"]):
-        raise Cause(f"turn {number} holds {found.group()!r}, half of a character")
-
-
-def _turn(number: int, question: dict[str, Any], answer: dict[str, Any]) -> Turn:
-    text = answer["value"]
-    if not text.strip():
-        raise Cause(f"turn {number + 1} is an empty answer")
-    if found := MARKER.search(text):
-        raise Cause(f"turn {number + 1} is an answer that holds {found.group()}")
-    spans = answer.get("gold_spans", [])
-    if not isinstance(spans, list) or not all(_is_span(span, len(text)) for span in spans):
+def _turns(said: list[Said], *, first: int) -> tuple[Turn, ...]:
+    """Return the pairs of question and answer, in order. first: number of the first turn."""
+    for number, each in enumerate(said):
+        expected = ("user", "assistant")[number % 2]
+        if each.role != expected:
+            raise Cause(
+                f"turn {first + number} is from the {each.role} where the {expected} should speak"
+            )
+    if not said or len(said) % 2:
         raise Cause(
-            f"turn {number + 1} has the gold_spans {spans!r}; expected [start, end) pairs "
-            f"within its {len(text)} characters"
+            f"its {len(said)} turns do not pair up: every question needs an answer after it"
         )
-    return Turn(question["value"], text, tuple((start, end) for start, end in spans))
+    turns = tuple(
+        _turn(first + 2 * number + 1, question, answer)
+        for number, (question, answer) in enumerate(zip(said[::2], said[1::2]))
+    )
+    if not any(turn.learn for turn in turns):
+        raise Cause("has no answer to learn: all of its turns say so")
+    return turns
 
 
-def _is_span(span: Any, length: int) -> bool:
-    if not isinstance(span, list) or len(span) != 2 or not all(type(x) is int for x in span):
-        return False
-    return 0 <= span[0] < span[1] <= length
+def _turn(number: int, question: Said, answer: Said) -> Turn:
+    """Return a pair. number: the answer's, in the file."""
+    if not answer.text.strip():
+        raise Cause(f"turn {number} is an empty answer")
+    if found := MARKER.search(answer.text):
+        raise Cause(f"turn {number} is an answer that holds {found.group()}")
+    return Turn(question.text, answer.text, answer.gold_spans, answer.learn)

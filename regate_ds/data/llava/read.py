@@ -30,7 +30,7 @@ def read_records(
     parser = Parser(path, name, image_root or path.parent, verify_images)
     records: list[Record] = []
     bad: list[BadRecord] = []
-    for number, raw in enumerate(_load(path)):
+    for number, raw in enumerate(load_raw(path)):
         try:
             records.append(parser.record(number, raw))
         except Cause as cause:
@@ -40,15 +40,14 @@ def read_records(
     return records, bad
 
 
-def _load(path: Path) -> list[Any]:
+def load_raw(path: Path) -> list[Any]:
     """Return the raw records; in place of a .jsonl line that is not JSON, its Cause."""
-    if not path.is_file():
-        raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
+    require_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             # Not splitlines: JSON strings may hold other line separators unescaped.
-            return [_parse_line(line) for line in text.split("\n") if line.strip()]
+            return [parse_line(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
@@ -63,7 +62,14 @@ def _load(path: Path) -> list[Any]:
     return records
 
 
-def _parse_line(line: str) -> Any:
+def require_file(path: Path) -> None:
+    """Refuse, by ValueError, a data file that is not there."""
+    if not path.is_file():
+        raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
+
+
+def parse_line(line: str) -> Any:
+    """Return the value of a JSON text, or a Cause if it is none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regate_ds.algorithm.batch import SampleKey
+from regate_ds.data.llava.media import ImageSource
 
 MARKER = re.compile("<image>|<video>")
 """Finds the markers in a question, which show the place of an image or a video."""
@@ -24,6 +25,9 @@ class Turn:
     gold_spans: tuple[tuple[int, int], ...] = ()
     """[start, end) in the answer's characters: words that only the image can tell."""
 
+    learn: bool = True
+    """False: the answer is read, but has no labels."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -33,7 +37,7 @@ class Record:
     id: str | None
     """The file's own id, for messages only: public files repeat or omit it."""
 
-    images: tuple[Path, ...]
+    images: tuple[ImageSource, ...]
     """All images in the order of their markers in the text; a video gives its frames, in the order
     of the numbers in their names."""
 
@@ -43,6 +47,13 @@ class Record:
     turns: tuple[Turn, ...]
     source: Path
     """The data file."""
+
+    system: str | None = None
+    """The record's own system text; None leaves it to the template."""
+
+
+class Cause(ValueError):
+    """The reason why one record is bad; it becomes a SampleError or a BadRecord."""
 
 
 @dataclass(frozen=True)
@@ -72,3 +83,8 @@ class SampleError(ValueError):
 def bad_record(bad: BadRecord) -> SampleError:
     """Make the error for one bad record."""
     return SampleError(f"{bad}; correct it, or leave such records out with data.skip_bad=true", bad)
+
+
+def describe(record: Record, cause: str) -> BadRecord:
+    """Describe why a record that was read without fault cannot be used."""
+    return BadRecord(record.source, record.key[1], record.id, cause)

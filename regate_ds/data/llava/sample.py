@@ -6,11 +6,11 @@ Shapes: S positions of one sample.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
+from regate_ds.data.llava.media import ImageSource
 
 CharSpan = tuple[int, int, int]
 """Turn number, start, end: a token's place in the characters of that turn's answer."""
@@ -34,8 +34,11 @@ class EncodedSample:
     char_spans: tuple[CharSpan, ...]
     """Place of each label position's target, in order; that of an eos is (turn, len, len)."""
 
-    images: tuple[Path, ...]
-    """Image files, in reading order."""
+    images: tuple[ImageSource, ...]
+    """Images, in reading order."""
+
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of each image file, as it was when the sample was encoded."""
 
     @property
     def is_placeholder_S(self) -> Tensor:

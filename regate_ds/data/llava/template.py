@@ -12,7 +12,13 @@ class Template:
     """The text around questions, answers and images. An answer ends with the tokenizer's eos."""
 
     system: str = ""
-    """Before the first question."""
+    """Before the first question, where a record has no system text of its own."""
+
+    system_start: str = ""
+    """Before a record's own system text, which stands in the place of `system`."""
+
+    system_end: str = " "
+    """After a record's own system text."""
 
     user: str = "USER: "
     """Before every question."""
@@ -32,9 +38,15 @@ class Template:
 
 def prompt(record: Record, number: int, template: Template) -> list[str]:
     """Return the text between the answer before and this turn's, cut at its image markers."""
-    before = template.separator if number else template.system
+    before = template.separator if number else _system(record, template)
     question = record.turns[number].question
     return MARKER.split(f"{before}{template.user}{question}{template.assistant}")
+
+
+def _system(record: Record, template: Template) -> str:
+    if record.system is None:
+        return template.system
+    return f"{template.system_start}{record.system}{template.system_end}"
 
 
 def text_segments(record: Record, template: Template) -> list[str]:

@@ -18,16 +18,16 @@ from regate_ds.stores.kind import Verify
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The training and held-out samples, in LLaVA's JSON format, and how they are encoded."""
+    """The training and held-out samples, and how they are encoded."""
 
     train: Path
-    """JSON file of the training samples."""
+    """The training samples: a JSON, JSONL or Parquet file, or a folder (docs/data_formats.md)."""
 
     test: Path | None = None
-    """JSON file of the held-out samples; null trains without evaluation."""
+    """The held-out samples, in the same forms; null trains without evaluation."""
 
     image_root: Path | None = None
-    """Folder that the image paths start from; null is the folder of each JSON file."""
+    """Folder that the image paths start from; null is the folder of each data file."""
 
     name: str = "train"
     """Name of the training set in the sample keys; the reference store is bound to it."""
@@ -41,8 +41,17 @@ class DataConfig:
     skip_bad: bool = False
     """True leaves bad records out and reports them; false stops at the first one."""
 
+    cache: Path | None = None
+    """Folder of what is computed once of the data files: the index of their samples; null is
+    `regate_cache` beside each file, or `data_cache` in the run folder where that cannot be written.
+    """
+
     pack_length: int | None = None
     """Largest length, in tokens, of a row of several samples; null puts one sample in each row."""
+
+    video_frames: int | None = None
+    """Number of frames to take from a video that is a file, at even distances; null refuses such
+    files."""
 
     num_workers: int = 2
     """Processes of each rank that decode images; 0 decodes in the training process."""
@@ -56,6 +65,8 @@ class DataConfig:
             self.pack_length is None or self.pack_length >= self.max_length,
             f"must be at least max_length={self.max_length}, or null",
         )
+        frames = self.video_frames
+        require(self, "video_frames", frames is None or frames >= 1, "must be at least 1, or null")
         require(self, "num_workers", self.num_workers >= 0, "must be 0 or more")
 
 

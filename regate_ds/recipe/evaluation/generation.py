@@ -46,7 +46,7 @@ def evaluate_generated(
     ranks.
     """
     few = replace(held_out, records=held_out.records[:num_samples])
-    dataset = SampleDataset(few.records, few.encoder)
+    dataset = SampleDataset(few.records, few.encoder, few.indexed)
     encoded = [dataset.encode(i) for i in range(len(dataset))]
     has_images = [bool(s.is_placeholder_S[: prompt_length(s)].any()) for s in encoded]
     num_right = num_words = 0

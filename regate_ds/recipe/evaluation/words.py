@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
+from regate_ds.data.collate import Batch, Collator, Indexed, LoadedSample, SampleDataset
 from regate_ds.data.llava.encode import Encoder, VisionInputs
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.sample import EncodedSample
@@ -42,6 +42,8 @@ class HeldOut:
     vision: VisionInputs | None
     batch_size: int = 16
     num_workers: int = 0
+    indexed: Indexed | None = None
+    """What is known of the samples, which must not have changed."""
 
     @property
     def pad_id(self) -> int:
@@ -178,7 +180,7 @@ def _batches(
     has_images = [bool(record.images) for record in held_out.records]
     batches = share_of_process(has_images, process, held_out.batch_size)
     loader = DataLoader(
-        SampleDataset(held_out.records, held_out.encoder),
+        SampleDataset(held_out.records, held_out.encoder, held_out.indexed),
         batch_sampler=[numbers for numbers, _ in batches],
         collate_fn=_Joined(Collator(pad_id=held_out.pad_id, vision=held_out.vision)),
         num_workers=held_out.num_workers,

@@ -31,8 +31,6 @@ class LearningTrainer(Trainer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.kept = WordsKept()
-        records = self.corpus.train_records
-        self._row_of = {record.key: row for row, record in enumerate(records)}
         self._words: dict[int, list[LabelledWord]] = {}
 
     def train_step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
@@ -43,7 +41,8 @@ class LearningTrainer(Trainer):
 
     def _count(self, window: Any) -> None:
         for tokens, plan in window.planned():
-            words = [self._words_of(self._row_of[key]) for key in tokens.flat_keys]
+            rows = self.corpus.index.rows(tokens.flat_keys)
+            words = [self._words_of(row) for row in rows]
             self.kept.add(words, tokens, plan)
 
     def _words_of(self, row: int) -> list[LabelledWord]:

@@ -38,12 +38,20 @@ class ReferenceStore:
     returned from a file with a wrong byte.
     """
 
-    def __init__(self, path: Path | str, *, verify: Verify = "quick") -> None:
-        """Open a finished store. ``ValueError`` names a file that is missing or damaged."""
+    def __init__(
+        self, path: Path | str, *, verify: Verify = "quick", index: AnswerIndex | None = None
+    ) -> None:
+        """Open a finished store. ``ValueError`` names a file that is missing or damaged.
+
+        index: the run's own index, to be used in place of the store's equal one; ValueError if the
+            store is of other data.
+        """
         self.path = Path(path)
         self._manifest = Manifest.load(self.path)
         self._require_finished()
-        self.index = load_index(self.path, self._manifest)
+        if index is not None:
+            self.require(index.fingerprint)
+        self.index = load_index(self.path, self._manifest) if index is None else index
         rows_S = load_rows(self.path, self._manifest)
         self._shard_S, self._start_S = self._find_places(rows_S)
         self._files = shard_files(self.path, self._manifest.shards)
@@ -127,15 +135,16 @@ class ReferenceStore:
         raise REFERENCE.unfinished(self.path, len(missing), len(shards))
 
     def _find_places(self, rows_S: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return for each row of the index its shard, and its values' start: int64 [S] each."""
+        """Return for each row of the index its shard and its values' start: int32 and int64 [S]."""
         shards = self._manifest.shards
-        shard_S, start_S = torch.empty(2, len(rows_S), dtype=torch.int64)
+        shard_S = torch.empty(len(rows_S), dtype=torch.int32)
+        start_S = torch.empty(len(rows_S), dtype=torch.int64)
         num_rows = torch.tensor([shard.num_rows for shard in shards], dtype=torch.int64)
         num_values = torch.tensor([shard.num_values for shard in shards], dtype=torch.int64)
         shard_of_S = torch.arange(len(shards)).repeat_interleave(num_rows)
         order_S, starts = torch.from_numpy(rows_S), num_values.cumsum(0) - num_values
         lengths_S = self.index.num_labels[order_S]
-        shard_S[order_S] = shard_of_S
+        shard_S[order_S] = shard_of_S.int()
         start_S[order_S] = lengths_S.cumsum(0) - lengths_S - starts[shard_of_S]
         return shard_S, start_S
 

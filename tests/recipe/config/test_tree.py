@@ -121,6 +121,7 @@ def test_the_named_configurations_are_valid(path):
         ("model.path=null", "model.text={}: is needed without model.path; set one"),
         ("data.name=''", "data.name='': must not be empty"),
         ("data.pack_length=64", "data.pack_length=64: must be at least max_length=2048, or null"),
+        ("data.video_frames=0", "data.video_frames=0: must be at least 1, or null"),
         ("teacher.store=null", "teacher.store=None: elision ranks tokens by the teacher's losses"),
         ("teacher.sharding=tp", "teacher.sharding='tp': must be one of none, tensor, zero3"),
         ("teacher.sharding=tensor", "teacher.tensor=1: sharding=tensor needs at least 2"),

@@ -38,6 +38,17 @@ def test_of_a_sample_that_is_cut_the_last_turn_that_is_left_is_scored_up_to_the_
     assert match_gold_words([turn, Turn("?", "no")], cut, "a red 7") == (1, 2)
 
 
+def test_the_last_answer_that_is_learnt_is_scored_after_those_before_it(tmp_path):
+    held_out = make_held_out(make_llava(), make_records(tmp_path, images=(0,)))
+    turn = Turn("what is shown ?", "a red 3", gold_spans=((2, 5), (6, 7)))
+    kept = replace(turn, answer="a blue 3", learn=False)
+    record = replace(held_out.records[0], turns=(kept, turn, kept))
+    sample = held_out.encoder.encode(record)
+    shorter = held_out.encoder.encode(replace(record, turns=(replace(kept, learn=True), turn)))
+    assert prompt_length(sample) == prompt_length(shorter)
+    assert match_gold_words(record.turns, sample, "a red 3") == (2, 2)
+
+
 def test_images_after_the_prompt_are_not_handed_on(tmp_path):
     student = make_llava()
     held_out = make_held_out(student, make_records(tmp_path, images=(1,)))

@@ -1,0 +1,50 @@
+"""Find and read the raw records of any data path: lines or items of a file, or rows of a table.
+
+Shapes: R records.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from regate_ds.data.llava.lines import RawRecords, find_records
+from regate_ds.data.llava.read import require_file
+from regate_ds.data.llava.tables import TableRecords, find_rows, folder_of, is_table
+
+_DATA_SUFFIXES = frozenset({".arrow", ".csv", ".json", ".jsonl", ".parquet"})
+"""Suffixes of the files in a folder that say what its records are."""
+
+CACHE_NAME = "regate_cache"
+"""Folder beside the data that the index of it is kept in."""
+
+
+def require_data(path: Path) -> None:
+    """Refuse, by ValueError, a data path that is not there."""
+    if not is_table(path):
+        require_file(path)
+
+
+def find_places(path: Path) -> np.ndarray:
+    """Return int64 [R, 2]: where each record lies. ValueError if the path holds no records."""
+    return find_rows(path) if is_table(path) else find_records(path)
+
+
+def open_raw(path: Path, places: np.ndarray) -> RawRecords | TableRecords:
+    """Return the records at these places."""
+    return (TableRecords if is_table(path) else RawRecords)(path, places)
+
+
+def image_root_of(path: Path) -> Path:
+    """Return the folder that image names are relative to where no other is given."""
+    return folder_of(path) or path.parent
+
+
+def data_files(path: Path) -> list[Path]:
+    """Return the files that hold the records, in order; those of a folder are found by suffix."""
+    folder = folder_of(path)
+    if folder is None:
+        return [path]
+    found = (each for each in folder.rglob("*") if each.suffix in _DATA_SUFFIXES)
+    return sorted(each for each in found if CACHE_NAME not in each.parts)
