@@ -20,7 +20,8 @@ _HOME = {
     "open_teacher": "regate_ds.teacher.api",
     "ImageOrderStore": "regate_ds.stores.image_orders.reader",
     "rank_images": "regate_ds.ranking.api",
-    "attach": "regate_ds.adapters.deepspeed.attach",
+    "attach": "regate_ds.adapters.torch.attach",
+    "Loop": "regate_ds.adapters.torch.plain",
     "attach_model": "regate_ds.adapters.huggingface.gates",
 }
 

@@ -10,13 +10,17 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.config import RegateConfig
-from regate_ds.parallel.layout import ParallelLayout
+from regate_ds.parallel.collectives import gather_objects
+from regate_ds.parallel.layout import ParallelLayout, ProcessGroup
 from regate_ds.session import Regate
 from regate_ds.settings.section import plain_values
 from regate_ds.stores.atomic_file import write_atomically
@@ -40,6 +44,9 @@ class Opened:
     session: Regate
     difficulty: Difficulty | None
     """None where the score remembers nothing."""
+
+    group: ProcessGroup | None = None
+    """The data ranks; None is one."""
 
     def save(self, checkpoint_dir: str | Path) -> None:
         """Write schedule and difficulty into the checkpoint.
@@ -69,6 +76,30 @@ class Opened:
         warn_of_changes(state.get("elision", {}), plain_values(self.session.config))
         self._load_difficulty(state, folder)
         self.session.load_state_dict(state)
+
+    def packed(self) -> bytes:
+        """Return the files that ``save`` writes, of all data ranks, as a zip file in memory.
+
+        Collective over data ranks; the result is the same on all of them.
+        """
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            own = {path.name: path.read_bytes() for path in Path(folder, STATE_FOLDER).iterdir()}
+        files = gather_objects(own, self.group)
+        packed = BytesIO()
+        with ZipFile(packed, "w") as into:
+            for each in files:
+                for name, content in each.items():
+                    # A fixed date, so that ranks have the same bytes.
+                    into.writestr(ZipInfo(name), content)
+        return packed.getvalue()
+
+    def unpack(self, packed: bytes) -> None:
+        """Load what ``packed`` returned, as ``load`` does."""
+        with TemporaryDirectory() as folder:
+            with ZipFile(BytesIO(packed)) as files:
+                files.extractall(Path(folder, STATE_FOLDER))
+            self.load(folder)
 
     def _load_difficulty(self, state: dict[str, Any], folder: Path) -> None:
         if self.difficulty is None:
@@ -128,7 +159,7 @@ def open_session(
     difficulty = _difficulty(config, reference, layout) if config.statistics else None
     stores = Stores(reference, difficulty, computed.orders)
     session = Regate(config, stores, total_steps=total_steps, layout=layout, rows=rows)
-    return Opened(session, difficulty)
+    return Opened(session, difficulty, layout.data)
 
 
 def _difficulty(

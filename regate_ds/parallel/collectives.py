@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -162,6 +163,15 @@ def gather_vectors(
     dist.all_gather_into_tensor(lengths, length, group=group)
     gathered = gather_values(values_N.to(device), lengths.tolist(), group)
     return [vector.cpu() for vector in gathered]
+
+
+def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
+    """Return what each rank gives, by rank; it is pickled on the way."""
+    if group is None:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def max_tensor(values: Tensor, group: ProcessGroup | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Run the teacher inside the training job: it scores each window just before its step.
 
 This serves data that no store can hold: streams, and augmentation that changes the labels or the
-number of image tokens. A session reads it like a store; ``DeepSpeedRegate.windows`` gives it the
+number of image tokens. A session reads it like a store; ``LoopRegate.windows`` gives it the
 samples to score.
 
 Shapes: S positions of one sample, N label positions of the samples asked for.

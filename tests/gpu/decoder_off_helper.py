@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.algorithm.plan import plan_dense
 from regate_ds.config import RegateConfig

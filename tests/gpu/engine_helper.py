@@ -13,8 +13,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch

@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from regate_ds.algorithm.executions.execution import Span
 from regate_ds.families.hosts import Supported, supported
 
 _CAUSAL_LAYERS = ("full_attention", "sliding_attention")
+
+_USE_FSDP2 = "FSDP1 hides its parameters: use FSDP2 (fully_shard), after attach"
+_WRAPPERS: dict[type, str] = {
+    FullyShardedDataParallel: _USE_FSDP2,
+    FSDPModule: "call attach before fully_shard",
+    DistributedDataParallel: "call attach before DistributedDataParallel",
+}
 
 
 def require_language_model(model: nn.Module, host: Any) -> None:
@@ -17,6 +26,7 @@ def require_language_model(model: nn.Module, host: Any) -> None:
     name = type(host).__name__
     if hasattr(host, "gradient_accumulation_steps"):
         raise ValueError(f"{name} is an engine; attach to the model before deepspeed.initialize")
+    require_unwrapped(model)
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
@@ -37,6 +47,19 @@ def require_language_model(model: nn.Module, host: Any) -> None:
             f"{name}.forward is defined in {home}, not in transformers.models, so elision would "
             "leave out what it does to the logits; attach to the class that it is derived from"
         )
+
+
+def require_unwrapped(model: nn.Module, but: type | None = None) -> None:
+    """Refuse a model around which DDP or FSDP lies: its ranks would not see what attach replaces.
+
+    but: what may lie there by now.
+    """
+    for part in model.modules():
+        for wrapper, way_out in _WRAPPERS.items():
+            if isinstance(part, wrapper) and wrapper is not but:
+                raise ValueError(f"the model is wrapped by {wrapper.__name__}; {way_out}")
+    if getattr(model, "_is_fsdp_managed_module", False) and not isinstance(model, FSDPModule):
+        raise ValueError(f"the model is wrapped by FullyShardedDataParallel; {_USE_FSDP2}")
 
 
 def require_host(model: nn.Module, host: Any) -> Supported:

@@ -29,9 +29,9 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from regate_ds.adapters.deepspeed.attach import attach
-from regate_ds.adapters.deepspeed.checks import warn_if_never_sparse
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
+from regate_ds.adapters.torch.attach import attach
+from regate_ds.adapters.torch.checks import warn_if_never_sparse
+from regate_ds.adapters.torch.loop import LoopRegate
 from regate_ds.adapters.window import PLAN
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.data.keyed import IMAGES, KEY, PlainCollate
@@ -60,9 +60,7 @@ class RegateMixin:
             self._set_signature_columns_if_needed()
             self._signature_columns += [KEY, IMAGES]
             self.add_callback(_StateCallback(self))
-        self.regate: DeepSpeedRegate = attach(
-            self.model, regate, reference=reference, orders=orders
-        )
+        self.regate: LoopRegate = attach(self.model, regate, reference=reference, orders=orders)
         if regate.enabled:
             # Our loss is already a mean over all targets of the step.
             self.loss_is_scaled_for_ga = True

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed.attach import attach
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate, Window
+from regate_ds.adapters.torch.attach import attach
+from regate_ds.adapters.torch.loop import LoopRegate, Window
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
@@ -22,7 +22,7 @@ from regate_ds.recipe.students.trainable import trainable
 class ZeroEngine:
     """Runs steps under ZeRO stages 0 to 3; every rank is a data rank."""
 
-    def __init__(self, engine: Any, regate: DeepSpeedRegate, process: Process) -> None:
+    def __init__(self, engine: Any, regate: LoopRegate, process: Process) -> None:
         self.engine, self.regate, self._process = engine, regate, process
 
     @classmethod

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regate_ds.adapters.deepspeed.attach import attach
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from tests.support.models import IMAGE_TOKEN, causal_lm, llava

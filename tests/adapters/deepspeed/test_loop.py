@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regate_ds.adapters.deepspeed.attach import attach
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.gates import ElidedOutput
+from regate_ds.adapters.torch.attach import attach
+from regate_ds.adapters.torch.loop import LoopRegate
 from regate_ds.adapters.window import PLAN
 from regate_ds.algorithm.batch import IGNORE, TokenBatch, host_labels
 from regate_ds.algorithm.plan import ElisionPlan
@@ -66,7 +66,7 @@ def made(loader: list[Batch] | None = None, own_loss: bool = False, total_steps:
     return model, attach(model, config(**knobs), **options)
 
 
-def first_window(regate: DeepSpeedRegate, loader: list[Batch], used: SimpleNamespace | None = None):
+def first_window(regate: LoopRegate, loader: list[Batch], used: SimpleNamespace | None = None):
     return next(regate.windows(loader, used or engine()))
 
 
@@ -125,9 +125,7 @@ def test_an_auxiliary_loss_is_added_once_and_unscaled():
     assert regate.loss(output).item() == pytest.approx(wanted.item())
 
 
-def run(
-    regate: DeepSpeedRegate, model, loader: list[Batch], used: SimpleNamespace
-) -> list[ElisionPlan]:
+def run(regate: LoopRegate, model, loader: list[Batch], used: SimpleNamespace) -> list[ElisionPlan]:
     """The plans of the micro-batches."""
     kept = []
     for window in regate.windows(loader, used):
@@ -311,13 +309,13 @@ def test_several_ranks_without_a_launcher_are_refused_where_there_is_a_tower():
         first_window(regate, loader, engine(dp_world_size=2))
 
 
-def load(regate: DeepSpeedRegate, folder: Path) -> None:
+def load(regate: LoopRegate, folder: Path) -> None:
     """Load, which is done when the engine is known."""
     regate.load(folder)
     first_window(regate, batches())
 
 
-def saved(folder: Path, **knobs) -> DeepSpeedRegate:
+def saved(folder: Path, **knobs) -> LoopRegate:
     model, regate = made(**knobs)
     run(regate, model, batches(), engine())
     regate.save(folder)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from regate_ds.adapters.deepspeed.attach import attach
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
+from regate_ds.adapters.torch.attach import attach
+from regate_ds.adapters.torch.loop import LoopRegate
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.data.collate import Batch
 from regate_ds.stores.answer_index import AnswerIndex
@@ -44,7 +44,7 @@ def teacher() -> Teacher:
     return Teacher(model=type(causal_lm())(text_config()), pad_id=1, tokens_per_batch=1)
 
 
-def made(reference, **knobs) -> tuple[torch.nn.Module, DeepSpeedRegate]:
+def made(reference, **knobs) -> tuple[torch.nn.Module, LoopRegate]:
     model = causal_lm()
     return model, attach(model, config(**knobs), total_steps=6, reference=reference)
 

@@ -13,8 +13,8 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.window import PLAN
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
 from regate_ds.job.process import start_process

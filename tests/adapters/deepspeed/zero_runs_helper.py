@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.session_state import STATE_FOLDER
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regate_ds.adapters.deepspeed.attach import attach
 from regate_ds.adapters.huggingface.gates import attach_model
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.algorithm.executions.after_forward import AfterForward
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.scores.entropy import Entropy

@@ -1,4 +1,4 @@
-"""Warn about a configuration, and refuse an engine or an output, in a loop of the user's own."""
+"""Warn about a configuration, and refuse a host or an output, in a loop of the user's own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
 from regate_ds.adapters.huggingface.gates import ElidedOutput
+from regate_ds.adapters.huggingface.support import require_unwrapped
 from regate_ds.adapters.huggingface.tower_calls import TowerCalls
+from regate_ds.adapters.torch.host import LoopHost
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.keyed import NumberImages
@@ -19,6 +24,9 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     """What ``attach`` was asked for, and what it found."""
+
+    model: nn.Module
+    """The model that was attached, which the host may have sharded since."""
 
     own_loss: bool = False
     """``token_losses`` may be called."""
@@ -35,9 +43,11 @@ class LoopOptions:
     number_images: NumberImages | None = None
     """Numbers the images of a micro-batch that does not do so itself."""
 
-    def calls_under(self, engine: Any) -> TowerCalls:
-        """Return what the ranks of an engine agree on: nothing where they need not."""
-        return self.tower_calls.under(engine.zero_optimization_stage(), engine.dp_world_size)
+    def calls_under(self, host: LoopHost) -> TowerCalls:
+        """Return what the ranks of a host agree on: nothing where they need not."""
+        if host.num_ranks == 1:
+            return TowerCalls()
+        return self.tower_calls.under(host.stage, host.num_ranks)
 
 
 def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
@@ -56,23 +66,19 @@ def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
         )
 
 
-def require_engine(engine: Any, options: LoopOptions) -> None:
-    """Refuse an engine whose ranks would compute something else, or stop each other."""
-    if engine.sequence_parallel_size > 1:
-        raise ValueError(
-            f"sequence parallel size {engine.sequence_parallel_size} is not supported under "
-            "DeepSpeed; set it to 1"
-        )
-    if engine.dp_world_size > 1 and options.tower_unwatched:
+def require_loop_ranks(host: LoopHost, options: LoopOptions) -> None:
+    """Refuse ranks that would compute something else, or stop each other."""
+    require_unwrapped(options.model, but=FSDPModule)
+    if host.num_ranks > 1 and options.tower_unwatched:
         raise RuntimeError(
-            f"the engine has {engine.dp_world_size} data ranks, but attach found one rank: "
-            "a rank without an image would stop the others; call "
-            "deepspeed.init_distributed() before attach"
+            f"the {host.name} has {host.num_ranks} data ranks, but attach found one rank: "
+            f"a rank without an image would stop the others; call {host.joined_by} before attach"
         )
-    if engine.dp_world_size > 1 and options.runs_by_image and engine.zero_optimization_stage() == 3:
+    if host.num_ranks > 1 and options.runs_by_image and host.stage == 3:
         raise ValueError(
-            f"{type(engine.module).__name__} runs some of its modules once for each image: under "
-            "ZeRO-3 ranks with different numbers of images would wait for each other; use stage 2"
+            f"{type(options.model).__name__} runs some of its modules once for each image: under "
+            "ZeRO-3 or FSDP2 ranks with different numbers of images would wait for each other; "
+            "use stage 2, or DDP"
         )
 
 
@@ -82,7 +88,7 @@ def record_output(output: Any, session: Regate) -> ElisionPlan:
     if not isinstance(output, ElidedOutput) or output.plan is None:
         raise ValueError(
             f"the model returned {type(output).__name__}, without a plan; call it with all that "
-            "is in the batch: engine(**batch)"
+            "is in the batch: model(**batch)"
         )
     assert output.losses is not None
     entropy = {} if output.entropy is None else {"entropy": output.entropy}

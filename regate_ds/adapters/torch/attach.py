@@ -6,11 +6,11 @@ from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.computed import Computed, Reference
-from regate_ds.adapters.deepspeed.checks import LoopOptions, warn_if_never_sparse
-from regate_ds.adapters.deepspeed.loop import DeepSpeedRegate
 from regate_ds.adapters.huggingface.empty_image import has_tower
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.adapters.huggingface.tower_calls import tower_calls_of
+from regate_ds.adapters.torch.checks import LoopOptions, warn_if_never_sparse
+from regate_ds.adapters.torch.loop import LoopRegate
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.families.numbering import numbering_of
 from regate_ds.families.table import find_family
@@ -27,8 +27,10 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     reference: Reference | None = None,
     orders: ImageOrderStore | None = None,
     own_loss: bool = False,
-) -> DeepSpeedRegate:
-    """Make the model accept plans. Call it before ``deepspeed.initialize``.
+) -> LoopRegate:
+    """Make the model accept plans. Call it before the host wraps the model: before
+    ``deepspeed.initialize``, ``accelerator.prepare``, ``DistributedDataParallel`` or
+    ``fully_shard``, and on several ranks after they have joined.
 
     total_steps: optimizer steps of the whole run; a resume must repeat it.
     reference: the teacher's losses of the training set, or a ``Teacher(...).online()`` that finds
@@ -56,12 +58,13 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     # On several ranks such a model runs its tower on an empty image where a micro-batch has none.
     tower_unwatched = not several_ranks and has_tower(model)
     options = LoopOptions(
+        model=model,
         own_loss=own_loss,
         tower_unwatched=tower_unwatched,
         runs_by_image=family is not None and family.runs_by_image,
         tower_calls=tower_calls_of(model),
         number_images=numbering_of(model, elides_images=config.chooses_images),
     )
-    return DeepSpeedRegate(
+    return LoopRegate(
         config, attachment, total_steps=total_steps, computed=computed, options=options
     )

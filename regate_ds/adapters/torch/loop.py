@@ -1,20 +1,20 @@
-"""ReGATE in a training loop of your own around a DeepSpeed engine with ZeRO stage 0 to 3.
+"""ReGATE in a training loop of your own.
 
     regate = attach(model, RegateConfig(), total_steps=T, reference=ReferenceStore(path))
-    engine, _, loader, _ = deepspeed.initialize(model=model, ...)
-    for window in regate.windows(loader, engine):
+    for window in regate.windows(loader, Loop(accumulation=4)):
         for batch in window:  # its plan lies in it
-            output = engine(**batch)
-            engine.backward(regate.loss(output))
-            engine.step()
-        regate.step(applied=engine.was_step_applied())
+            regate.loss(model(**batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        regate.step(applied=True)
 
-A window is the micro-batches of one optimizer step, which are planned together.
+A window is the micro-batches of one optimizer step, which are planned together. In place of the
+``Loop`` may stand an ``Accelerator`` or a DeepSpeed engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from torch import Tensor
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.computed import Computed
-from regate_ds.adapters.deepspeed.checks import LoopOptions, record_output, require_engine
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.run import metrics_of
 from regate_ds.adapters.session_state import Opened, open_session, read_state
+from regate_ds.adapters.torch.checks import LoopOptions, record_output, require_loop_ranks
+from regate_ds.adapters.torch.host import LoopHost, averaged, gradient_scale
+from regate_ds.adapters.torch.hosts import host_of
+from regate_ds.adapters.torch.late_state import LateState, require_packed
 from regate_ds.adapters.window import Window, in_steps, require_collated, window_tokens
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig, require_steps
@@ -36,7 +39,7 @@ from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.teacher.online import OnlineReference
 
 
-class DeepSpeedRegate:
+class LoopRegate:
     """The plan, the loss and the state of one training run; made by ``attach``."""
 
     def __init__(
@@ -53,9 +56,8 @@ class DeepSpeedRegate:
         self.plan: StepPlan | None = None
         """The plan of the current step, or of the last one."""
         self._computed, self._attachment, self._options = computed, attachment, options
-        self._opened: Opened | None = None
-        self._engine: Any = None
-        self._load_from: Path | None = None
+        self._state = LateState()
+        self._host: LoopHost | None = None
         self._teacher_seconds = 0.0
 
     def collate(self, collate_fn: Callable[[list[Any]], Any]) -> KeyedCollate | PlainCollate:
@@ -64,30 +66,29 @@ class DeepSpeedRegate:
             return PlainCollate(collate_fn)
         return KeyedCollate(collate_fn, self._options.number_images)
 
-    def windows(self, loader: Iterable[Any], engine: Any = None) -> Iterator[Window]:
+    def windows(self, loader: Iterable[Any], host: Any = None) -> Iterator[Window]:
         """Yield the loader's micro-batches in groups of one optimizer step, each with its plan.
 
-        engine: handed over at the first call; later calls may leave it out.
+        host: a DeepSpeed engine, an ``Accelerator`` or a ``Loop``. It is handed over at the first
+            call; later calls may leave it out.
 
         Micro-batches at the end that do not fill a step are left out, because a window never
-        crosses an epoch. A loader that keeps its order, as DeepSpeed's own does, leaves out the
-        same samples each time, unless you call ``loader.data_sampler.set_epoch(epoch)``.
+        crosses an epoch. A loader that keeps its order leaves out the same samples each time.
 
         With enabled=False the batch is the host's own, and nothing is left out. With an online
         teacher the loader is read one window ahead.
         """
-        engine = self._bind(engine)
-        size = engine.gradient_accumulation_steps()
-        groups = in_steps(loader, size, keep_rest=not self.config.enabled)
+        bound, reads_ahead = self._bind(host), self._online is not None
+        groups = in_steps(loader, bound.accumulation, keep_rest=not self.config.enabled)
         next_micro = self._next(groups)
         while next_micro is not None:
             window = self._window(next_micro)
-            if self._online is None:
-                yield window
+            if reads_ahead:
                 next_micro = self._next(groups)
-            else:
+            bound.begin(len(window))
+            yield window
+            if not reads_ahead:
                 next_micro = self._next(groups)
-                yield window
 
     def _next(self, groups: Iterator[list[Any]]) -> list[Any] | None:
         """Return the micro-batches of the next window, scored if an online teacher must do so."""
@@ -104,35 +105,32 @@ class DeepSpeedRegate:
             ranks = session.chooses_answers(session.coming_step)
             self._online.prepare(micro) if ranks else self._online.forget()
 
-    def window(self, micro: list[Any], engine: Any) -> Window:
-        """Plan one step's micro-batches, for loops that read the loader themselves.
-
-        Collective over data ranks.
-        """
-        self._bind(engine)
+    def window(self, micro: list[Any], host: Any) -> Window:
+        """Plan one step's micro-batches, for loops that read the loader. Collective."""
+        self._bind(host).begin(len(micro))
         self._prepare(micro)
         return self._window(micro)
 
     def loss(self, output: Any) -> Tensor:
-        """Return the loss of a micro-batch, to give to ``engine.backward``.
+        """Return the loss of a micro-batch, for the backward pass; do not divide it.
 
-        It is scaled so that the engine's average over micro-batches and data ranks is the mean over
-        all targets of the step; the loss of one micro-batch alone is not a mean. The model's
-        auxiliary loss is added unscaled. With enabled=False it is the host's own loss.
+        It is scaled so that, by what the host divides by, the step's gradient is that of the mean
+        over all its targets; the loss of one micro-batch alone is not a mean. The model's auxiliary
+        loss is averaged over micro-batches and ranks. With enabled=False it is the host's own loss,
+        in a ``Loop`` divided by its accumulation.
         """
         if not self.config.enabled:
-            return output.loss
+            return output.loss if self._host is None else averaged(output.loss, self._host)
         record_output(output, self._require_opened().session)
         loss = output.loss_sum * self._scale()
-        return loss if output.aux_loss is None else loss + output.aux_loss
+        assert self._host is not None
+        return loss if output.aux_loss is None else loss + averaged(output.aux_loss, self._host)
 
     def token_losses(self, output: ElidedOutput) -> tuple[Tensor, Tensor]:
         """Return each kept target's loss [L] in nats, and its weight in ``loss`` [L].
 
-        Use it to compute a loss of your own; ``(losses * weights).sum()`` is what ``loss`` returns,
-        without the auxiliary loss.
-
-        RuntimeError unless ``attach`` was called with own_loss=True.
+        For a loss of your own; ``(losses * weights).sum()`` is what ``loss`` returns, without the
+        auxiliary loss. RuntimeError unless ``attach`` was called with own_loss=True.
         """
         if not self._options.own_loss:
             raise RuntimeError(
@@ -145,7 +143,8 @@ class DeepSpeedRegate:
         return output.losses, weights if plan.weight_L is None else weights * plan.weight_L
 
     def step(self, *, applied: bool) -> None:
-        """End an optimizer step; ``applied`` is ``engine.was_step_applied()``.
+        """End an optimizer step; ``applied``: whether the weights changed, as
+        ``engine.was_step_applied()`` or ``not optimizer.step_was_skipped`` says; else True.
 
         Collective over data ranks.
         """
@@ -160,14 +159,25 @@ class DeepSpeedRegate:
     def load(self, checkpoint_dir: str | Path) -> None:
         """Load what ``save`` wrote; the number of data ranks may differ from the saved one.
 
-        Before the engine is known the checkpoint is only looked at, and loaded with the first
+        Before the host is known the checkpoint is only looked at, and loaded with the first
         window. Every data rank must call it.
         """
-        if not self.config.enabled:
-            return
-        read_state(checkpoint_dir)
-        self._load_from = Path(checkpoint_dir)
-        self._load()
+        if self.config.enabled:
+            read_state(checkpoint_dir)
+            self._state.load(checkpoint_dir)
+
+    def state_dict(self) -> dict[str, bytes]:
+        """Return what ``save`` writes, the same on every data rank; ``{}`` with enabled=False.
+
+        It serves torch.distributed.checkpoint and ``accelerator.register_for_checkpointing``; the
+        number of data ranks may differ at loading. Every data rank must call it.
+        """
+        return self._state.packed() if self.config.enabled else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned, as ``load`` does. Every data rank must call it."""
+        if self.config.enabled:
+            self._state.load(require_packed(state))
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of the step planned last, over all data ranks (see ``metrics_of``).
@@ -181,39 +191,28 @@ class DeepSpeedRegate:
     def remove(self) -> None:
         """Leave the model as it was before ``attach``: what follows is the host's own run."""
         self._attachment.remove()
-        self.config, self._opened, self.plan = replace(self.config, enabled=False), None, None
+        self.config, self._state, self.plan = replace(self.config, enabled=False), LateState(), None
 
-    def _bind(self, engine: Any) -> Any:
-        """Open the session for the engine, once; return the engine."""
-        if engine is None:
-            if self._engine is None:
-                raise ValueError(
-                    "no engine is known (engine=None); hand it over at the first call: "
-                    "regate.windows(loader, engine)"
-                )
-            return self._engine
-        if self._engine not in (None, engine):
-            raise RuntimeError("this attachment serves another engine already; attach once per run")
-        if self._engine is None and self.config.enabled:
-            require_engine(engine, self._options)
-            self._open(engine)
-        self._engine = engine
-        return engine
+    def _bind(self, given: Any) -> LoopHost:
+        """Open the session for the host, once; return the host."""
+        host = host_of(given, self._host, self._options.model)
+        if self._host is None and self.config.enabled:
+            host.require()
+            require_loop_ranks(host, self._options)
+            self._open(host)
+        self._host = host
+        return host
 
-    def _open(self, engine: Any) -> None:
+    def _open(self, host: LoopHost) -> None:
         require_steps(self.total_steps)
         assert self.total_steps is not None
-        group = engine.data_parallel_group if engine.dp_world_size > 1 else None
-        layout = ParallelLayout(data=group, device=engine.device)
+        layout = ParallelLayout(data=host.group, device=host.device)
         total_steps = self.total_steps
-        self._opened = open_session(self.config, self._computed, layout, total_steps=total_steps)
-        self._load()
+        self._state.open(open_session(self.config, self._computed, layout, total_steps=total_steps))
 
-    def _load(self) -> None:
-        """Load what ``load`` was given, as soon as there is a session."""
-        if self._opened is not None and self._load_from is not None:
-            self._opened.load(self._load_from)
-            self._load_from = None
+    @property
+    def _opened(self) -> Opened | None:
+        return self._state.opened
 
     @property
     def _online(self) -> OnlineReference | None:
@@ -222,27 +221,28 @@ class DeepSpeedRegate:
         return found if isinstance(found, OnlineReference) else None
 
     def _window(self, micro: list[Any]) -> Window:
-        device = self._engine.device
+        host = self._host
+        assert host is not None
         if not self.config.enabled:
-            return Window(micro, [None] * len(micro), device)
+            return Window(micro, [None] * len(micro), host.device)
         if self._online is not None:
             self._teacher_seconds = self._online.seconds
-        session, calls = self._require_opened().session, self._options.calls_under(self._engine)
+        session, calls = self._require_opened().session, self._options.calls_under(host)
         self.plan = session.plan_step(lambda: window_tokens(micro), lambda: calls.tally(micro))
-        agreed = calls.agreed(self.plan.tallies, self._engine.dp_world_size)
-        return Window(micro, self.plan.micro, device, agreed)
+        agreed = calls.agreed(self.plan.tallies, host.num_ranks)
+        return Window(micro, self.plan.micro, host.device, agreed)
 
     def _require_opened(self) -> Opened:
         if self._opened is None:
             raise RuntimeError(
                 f"no engine is known yet (enabled={self.config.enabled}): first iterate over "
-                "regate.windows(loader, engine), with enabled=True in RegateConfig"
+                "regate.windows(loader, engine), by an Accelerator or a Loop if there is no "
+                "engine, with enabled=True in RegateConfig"
             )
         return self._opened
 
     def _scale(self) -> float:
         """Return the factor by which the sum of a micro-batch's losses is multiplied."""
         assert self.plan is not None
-        engine = self._engine
-        engine_divisor = engine.dp_world_size * engine.gradient_accumulation_steps()
-        return engine_divisor / self.plan.num_targets_global
+        assert self._host is not None
+        return gradient_scale(self._host) / self.plan.num_targets_global
