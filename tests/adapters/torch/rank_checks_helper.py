@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
-from tests.adapters.deepspeed.zero_checks_helper import TOLERANCE, joint_gradients, run_named
+from tests.adapters.deepspeed.zero_checks_helper import TOLERANCE, joint_gradients
 from tests.adapters.torch.loops_helper import CASES, LOOPS, UNREACHED, Found, run_fsdp2
 from tests.support.measure import assert_gradients_equal
 
@@ -31,7 +31,3 @@ CHECKS: dict[str, Callable[[int], None]] = {
         check_case, run=partial(run_fsdp2, factor=1.0), case=ZeroCase(accumulation=4)
     ),
 }
-
-
-def check_all(rank: int, folder: str) -> None:
-    run_named(rank, folder, {name: partial(check, rank) for name, check in CHECKS.items()})
