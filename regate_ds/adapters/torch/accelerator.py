@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.torch.engine import EngineHost
 from regate_ds.adapters.torch.plain import divides_ranks_by, stage_of
+from regate_ds.parallel.layout import num_ranks
 
 _KNOWN = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP")
 
@@ -34,7 +35,8 @@ class AcceleratorHost:
 
     @property
     def num_ranks(self) -> int:
-        return self.given.num_processes
+        # Without a GPU and cpu=True, accelerate sees one process where DeepSpeed sees all.
+        return self.given.num_processes if self._engine is None else self._engine.num_ranks
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -72,6 +74,11 @@ class AcceleratorHost:
             ),
             "dispatch_batches=True, as plans are made on the rank that reads the data; set it "
             "False": bool(given.dispatch_batches),
+            f"{self.num_ranks} of this job's {num_ranks()} ranks; give cpu=True where there is no "
+            "GPU": self.num_ranks != num_ranks(),
+            "DeepSpeed before accelerator.prepare; call it before regate.windows": (
+                kind == "DEEPSPEED" and engine is None
+            ),
             f"an engine of another accumulation than its own {self.accumulation}; give both the "
             "same": engine is not None and engine.accumulation != self.accumulation,
         }

@@ -59,18 +59,22 @@ def joint_gradients(case: ZeroCase) -> tuple[Gradients, list[torch.Tensor]]:
     return gradients(model), losses
 
 
-def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: float = 0.05) -> Any:
-    settings = {
+def zero_settings(stage: int, accumulation: int) -> dict[str, Any]:
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed 0.19.8 clips at 1.0 unless told otherwise; the one process does not clip.
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        # Allowed beside ZeRO, which would rather know all of its optimizers.
+        "zero_allow_untested_optimizer": True,
     }
+
+
+def start_engine(model: torch.nn.Module, stage: int, accumulation: int, lr: float = 0.05) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Allowed beside ZeRO, which would rather know all of its optimizers.
-    settings["zero_allow_untested_optimizer"] = True
     optimizer = torch.optim.SGD(trained, lr=lr)
+    settings = zero_settings(stage, accumulation)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 

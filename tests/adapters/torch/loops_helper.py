@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,7 +29,12 @@ from tests.adapters.deepspeed.zero_cases_helper import (
     SEES,
     ZeroCase,
 )
-from tests.adapters.deepspeed.zero_checks_helper import NUM_STEPS, loss_of, reference_of
+from tests.adapters.deepspeed.zero_checks_helper import (
+    NUM_STEPS,
+    loss_of,
+    reference_of,
+    zero_settings,
+)
 from tests.support.measure import Gradients
 
 UNREACHED = ("post_layernorm",)
@@ -51,9 +63,10 @@ class Found:
     losses: list[Tensor]
 
 
-def found_in(model: nn.Module, losses: list[Tensor]) -> Found:
-    named = model.named_parameters()
-    return Found({name: whole(p.grad) for name, p in named if p.grad is not None}, losses)
+def found_in(model: nn.Module, losses: list[Tensor], gradient_of: Any = None) -> Found:
+    of = gradient_of or (lambda weight: weight.grad)
+    named = {name: of(p) for name, p in model.named_parameters() if p.requires_grad}
+    return Found({name: whole(g) for name, g in named.items() if g is not None}, losses)
 
 
 def attached(case: ZeroCase) -> tuple[nn.Module, Any]:
@@ -100,19 +113,53 @@ def run_fsdp2(rank: int, case: ZeroCase, factor: float | None = None) -> Found:
             losses.append(output.losses.detach().clone())
             loss_of(regate, output, case).backward()
         regate.step(applied=True)
-    found = found_in(model, losses)
-    if factor is not None:
-        # The loop's own business: with another factor than the ranks' number it is a sum.
-        assert regate._host.divides_ranks_by == factor
-    return found
+    return found_in(model, losses)
 
 
 def run_accelerate(rank: int, case: ZeroCase) -> Found:
     accelerator = Accelerator(gradient_accumulation_steps=case.accumulation, cpu=True)
+    return accelerated(rank, case, accelerator, "DistributedDataParallel")
+
+
+def run_accelerate_fsdp2(rank: int, case: ZeroCase) -> Found:
+    """accelerate 1.15 gives FSDP to GPUs only; what it does then can be done on the CPU."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer", "CLIPEncoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(gradient_accumulation_steps=case.accumulation, cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    try:
+        return accelerated(rank, case, accelerator, "FSDP")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_accelerate_deepspeed(rank: int, case: ZeroCase) -> Found:
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plugin = DeepSpeedPlugin(hf_ds_config=zero_settings(stage=2, accumulation=case.accumulation))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with mock.patch.dict(os.environ, ACCELERATE_USE_DEEPSPEED="true"):
+        accelerator = Accelerator(
+            gradient_accumulation_steps=case.accumulation, deepspeed_plugin=plugin
+        )
+        return accelerated(rank, case, accelerator, "DeepSpeedEngine")
+
+
+def accelerated(rank: int, case: ZeroCase, accelerator: Accelerator, kind: str) -> Found:
+    """kind: how the type's name begins that accelerate makes of the model."""
     model, regate = attached(case)
     wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    assert isinstance(wrapped, DistributedDataParallel)
+    assert type(wrapped).__name__.startswith(kind)
     losses: list[Tensor] = []
+    kept: list[Found] = []
+    if kind == "DeepSpeedEngine":
+        # The engine's step, which backward calls, lets go of the gradients.
+        step = wrapped.step
+        wrapped.step = lambda: (kept.append(found_in(model, losses, safe_get_full_grad)), step())
     for window in regate.windows(case.batches(rank), accelerator):
         for batch in window:
             with accelerator.accumulate(wrapped):
@@ -121,13 +168,17 @@ def run_accelerate(rank: int, case: ZeroCase) -> Found:
                 accelerator.backward(loss_of(regate, output, case))
                 optimizer.step()
         regate.step(applied=not optimizer.step_was_skipped)
-    return found_in(model, losses)
+    return kept[0] if kept else found_in(model, losses)
 
 
 LOOPS: dict[str, Callable[[int, ZeroCase], Found]] = {
     "DDP": run_ddp,
     "FSDP2": run_fsdp2,
+    "FSDP2 with a divide factor": partial(run_fsdp2, factor=1.0),
     "accelerate": run_accelerate,
+    "accelerate with FSDP2": run_accelerate_fsdp2,
+    # Last: its ranks are no longer those that accelerate itself knows.
+    "accelerate with DeepSpeed": run_accelerate_deepspeed,
 }
 
 
@@ -135,17 +186,20 @@ def cases() -> Iterator[tuple[str, str, ZeroCase]]:
     """(loop, what is special, case)"""
     uneven, elided = ZeroCase(), ZeroCase(accumulation=4, knobs=IMAGES_ELIDED)
     silent = ZeroCase(rows=(((24,), (17,)), ((2,),)), targets_of_last_rank=0)
-    for loop in LOOPS:
+    rows = (((24,), (17,)), ((19,), (12,)))
+    mixed = ZeroCase("qwen2_vl", accumulation=len(SEES), rows=rows, sees=SEES)
+    for loop in ("DDP", "FSDP2", "accelerate"):
         yield loop, "uneven", uneven
         yield loop, "images elided, recompute", replace(elided, recompute=True)
-        yield loop, "no target on a rank", silent
     for loop in ("DDP", "FSDP2"):
-        yield loop, "own loss", replace(uneven, own_loss=True, accumulation=4)
-        yield loop, "a dense step", replace(uneven, knobs=(("warmup", 1),))
-        yield loop, "MLP only, recompute", replace(elided, recompute=True, knobs=MLP_ONLY)
-    rows = (((24,), (17,)), ((19,), (12,)))
-    yield "FSDP2", "images and videos", ZeroCase("qwen2_vl", 3, len(SEES), rows, sees=SEES)
-    yield "DDP", "images and videos", ZeroCase("qwen2_vl", 1, len(SEES), rows, sees=SEES)
+        yield loop, "no target on a rank", silent
+        yield loop, "images and videos", mixed
+    yield "DDP", "own loss", replace(uneven, own_loss=True, accumulation=4)
+    yield "DDP", "a dense step", replace(uneven, knobs=(("warmup", 1),))
+    yield "FSDP2", "MLP only, recompute", replace(uneven, recompute=True, knobs=MLP_ONLY)
+    yield "FSDP2 with a divide factor", "uneven", replace(uneven, accumulation=4)
+    yield "accelerate with FSDP2", "uneven", replace(uneven, accumulation=4)
+    yield "accelerate with DeepSpeed", "uneven", replace(uneven, accumulation=4)
 
 
 CASES = {f"{loop}, accumulation {c.accumulation}: {what}": (loop, c) for loop, what, c in cases()}

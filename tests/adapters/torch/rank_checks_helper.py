@@ -9,7 +9,7 @@ import torch
 
 from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
 from tests.adapters.deepspeed.zero_checks_helper import TOLERANCE, joint_gradients
-from tests.adapters.torch.loops_helper import CASES, LOOPS, UNREACHED, Found, run_fsdp2
+from tests.adapters.torch.loops_helper import CASES, LOOPS, UNREACHED, Found
 from tests.support.measure import assert_gradients_equal
 
 
@@ -23,11 +23,5 @@ def check_case(rank: int, run: Callable[[int, ZeroCase], Found], case: ZeroCase)
 
 
 CHECKS: dict[str, Callable[[int], None]] = {
-    **{
-        name: partial(check_case, run=LOOPS[loop], case=case)
-        for name, (loop, case) in CASES.items()
-    },
-    "FSDP2 with a divide factor": partial(
-        check_case, run=partial(run_fsdp2, factor=1.0), case=ZeroCase(accumulation=4)
-    ),
+    name: partial(check_case, run=LOOPS[loop], case=case) for name, (loop, case) in CASES.items()
 }
