@@ -18,6 +18,7 @@ PRINTED = re.compile(r"\bprinted\b")
 """In the line above what a command wrote: nothing that a reader could run."""
 
 PAGES_RUN = "tests/house/test_pages.py"
+LOOPS_RUN = "tests/adapters/torch/pages_helper.py"
 
 RUN_BY = {
     "README.md": {
@@ -52,6 +53,18 @@ RUN_BY = {
         "teacher = Teacher(": "launch/examples/deepspeed_loop.py",
         "regate = attach(": "launch/examples/deepspeed_loop.py",
         "quota=PerWindow(": "tests/house/test_docs.py",
+    },
+    "torch_loop.md": {
+        "+    for window in regate.windows(": LOOPS_RUN,
+        "ddp = DistributedDataParallel(model)": LOOPS_RUN,
+    },
+    "fsdp2_loop.md": {
+        "+    for window in regate.windows(": LOOPS_RUN,
+        "dcp.save(state, checkpoint_id=folder)": LOOPS_RUN,
+    },
+    "accelerate_loop.md": {
+        "+    for window in regate.windows(": LOOPS_RUN,
+        "accelerator.register_for_checkpointing(regate)": LOOPS_RUN,
     },
     "images.md": {
         "images=ImagesConfig(keep_share=0.25)": "tests/recipe/config/test_elision.py",

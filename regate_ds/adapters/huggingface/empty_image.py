@@ -1,7 +1,7 @@
 """Run the vision tower on empty images, times zero, where other ranks run it and this one does not.
 
-This is needed because ranks of one ZeRO group must all reduce the same parameters in the same
-order, whether or not their micro-batch has an image. `tower_calls.py` says how often.
+This is needed because ranks of one data-parallel group must all reduce the same parameters in the
+same order, whether or not their micro-batch has an image. `tower_calls.py` says how often.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
@@ -143,15 +144,18 @@ def _with_zero(features: Any, zero: Tensor) -> Any:
 
 
 def _require_one_kind(host: nn.Module, inputs: dict[str, Any]) -> None:
-    """Refuse images and videos in one micro-batch under ZeRO-3, if ranks cannot agree on calls.
+    """Refuse images and videos in one micro-batch under ZeRO-3 or FSDP2, if ranks cannot agree on
+    calls.
 
     Each kind is a call of the tower, and a rank with one kind makes one call: the ranks would wait
-    for each other's weights. ZeRO-3 is known by the numbers that it gives to parameters.
+    for each other's weights.
     """
-    kinds = kinds_of(inputs)
-    if len(kinds) < 2 or not any(hasattr(weight, "ds_id") for weight in host.parameters()):
+    if len(kinds_of(inputs)) < 2 or not _enters_together(host):
         return
-    found = "a micro-batch has images and videos: under ZeRO-3 a rank that has one of them would"
+    found = (
+        "a micro-batch has images and videos: under ZeRO-3 or FSDP2 a rank that has one of them "
+        "would"
+    )
     if find_family(host) is None:
         raise ValueError(
             f"{found} wait for the others, as the empty image of a {host.config.model_type} model "
@@ -160,6 +164,14 @@ def _require_one_kind(host: nn.Module, inputs: dict[str, Any]) -> None:
     raise ValueError(
         f"{found} wait for the others; give the model all that is in the batch, regate_tower too: "
         "engine(**batch)"
+    )
+
+
+def _enters_together(host: nn.Module) -> bool:
+    """Return whether ranks enter modules together: ZeRO-3 gives numbers to parameters, and FSDP2
+    another class to modules."""
+    return any(hasattr(weight, "ds_id") for weight in host.parameters()) or any(
+        isinstance(part, FSDPModule) for part in host.modules()
     )
 
 

@@ -1,7 +1,7 @@
 """Agree over the data ranks on how often each micro-batch runs the vision tower.
 
-Hosts run it once on the images of a micro-batch and once on its videos. Under ZeRO-3 the ranks
-gather its weights together, so all of them must enter it equally often; and where images and videos
+Hosts run it once on the images of a micro-batch and once on its videos. Under ZeRO-3 and FSDP2 the
+ranks gather its weights together, so all of them must enter it equally often; and where images and videos
 reach different weights, all ranks must reach the same ones under every stage. So each rank tells
 the others what its micro-batches have, in the exchange of counts that planning makes anyway, and
 makes up for the calls that it lacks with empty images (`empty_image.py`).
@@ -51,7 +51,7 @@ class TowerCalls:
     """Audio reaches different weights where images are beside it."""
 
     def under(self, stage: int, num_ranks: int) -> TowerCalls:
-        """Return what so many data ranks must agree on under a ZeRO stage."""
+        """Return what so many data ranks must agree on under a ZeRO stage, or what is like it."""
         if num_ranks == 1 or stage == 0:
             return TowerCalls()
         return replace(self, several=self.several and (stage == 3 or self.by_kind))
@@ -90,8 +90,8 @@ def _found(inputs: Mapping[str, Any]) -> tuple[bool, ...]:
 def _unequal(what: str, num_with: int, number: int, num_ranks: int) -> str:
     return (
         f"in micro-batch {number} of the step {num_with} of {num_ranks} data ranks have {what}: "
-        "under ZeRO they would wait for the others; put a sample with audio into every "
-        "micro-batch or into none, or use stage 0"
+        "they would wait for the others; put a sample with audio into every micro-batch or into "
+        "none, or use ZeRO stage 0"
     )
 
 

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,11 +89,11 @@ def run_ddp(rank: int, case: ZeroCase) -> Found:
     return found_in(model, losses)
 
 
-def shard(model: nn.Module, factor: float | None = None) -> None:
+def shard(model: nn.Module, factor: float | None = None, **options: Any) -> None:
     """Each layer by itself, the tower's too, and the rest with the root."""
     parts = [part for part in model.modules() if type(part).__name__.endswith(_LAYERS)]
     for part in [*parts, model.get_output_embeddings(), model]:
-        fully_shard(part)
+        fully_shard(part, **options)
         if factor is not None:
             part.set_gradient_divide_factor(factor)
             part.set_force_sum_reduction_for_comms(True)
@@ -102,9 +102,9 @@ def shard(model: nn.Module, factor: float | None = None) -> None:
 _LAYERS = ("DecoderLayer", "EncoderLayer", "VLVisionBlock")
 
 
-def run_fsdp2(rank: int, case: ZeroCase, factor: float | None = None) -> Found:
+def run_fsdp2(rank: int, case: ZeroCase, factor: float | None = None, **options: Any) -> Found:
     model, regate = attached(case)
-    shard(model, factor)
+    shard(model, factor, **options)
     loop, losses = Loop(accumulation=case.accumulation, group=dist.group.WORLD), []
     for window in regate.windows(case.batches(rank), loop):
         for number, batch in enumerate(window, start=1):
@@ -116,8 +116,9 @@ def run_fsdp2(rank: int, case: ZeroCase, factor: float | None = None) -> Found:
     return found_in(model, losses)
 
 
-def run_accelerate(rank: int, case: ZeroCase) -> Found:
-    accelerator = Accelerator(gradient_accumulation_steps=case.accumulation, cpu=True)
+def run_accelerate(rank: int, case: ZeroCase, **options: Any) -> Found:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(gradient_accumulation_steps=case.accumulation, cpu=True, **options)
     return accelerated(rank, case, accelerator, "DistributedDataParallel")
 
 
@@ -171,12 +172,19 @@ def accelerated(rank: int, case: ZeroCase, accelerator: Accelerator, kind: str) 
     return kept[0] if kept else found_in(model, losses)
 
 
+_BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+BY_BFLOAT16: dict[str, Callable[[int, ZeroCase], Found]] = {
+    "FSDP2 in bf16": partial(run_fsdp2, mp_policy=_BFLOAT16),
+    "accelerate in bf16": partial(run_accelerate, mixed_precision="bf16"),
+}
+
 LOOPS: dict[str, Callable[[int, ZeroCase], Found]] = {
     "DDP": run_ddp,
     "FSDP2": run_fsdp2,
     "FSDP2 with a divide factor": partial(run_fsdp2, factor=1.0),
     "accelerate": run_accelerate,
     "accelerate with FSDP2": run_accelerate_fsdp2,
+    **BY_BFLOAT16,
     # Last: its ranks are no longer those that accelerate itself knows.
     "accelerate with DeepSpeed": run_accelerate_deepspeed,
 }
@@ -198,6 +206,8 @@ def cases() -> Iterator[tuple[str, str, ZeroCase]]:
     yield "DDP", "a dense step", replace(uneven, knobs=(("warmup", 1),))
     yield "FSDP2", "MLP only, recompute", replace(uneven, recompute=True, knobs=MLP_ONLY)
     yield "FSDP2 with a divide factor", "uneven", replace(uneven, accumulation=4)
+    for loop in BY_BFLOAT16:
+        yield loop, "uneven", uneven
     yield "accelerate with FSDP2", "uneven", replace(uneven, accumulation=4)
     yield "accelerate with DeepSpeed", "uneven", replace(uneven, accumulation=4)
 

@@ -9,19 +9,23 @@ import torch
 
 from tests.adapters.deepspeed.zero_cases_helper import ZeroCase
 from tests.adapters.deepspeed.zero_checks_helper import TOLERANCE, joint_gradients
-from tests.adapters.torch.loops_helper import CASES, LOOPS, UNREACHED, Found
-from tests.support.measure import assert_gradients_equal
+from tests.adapters.torch.loops_helper import BY_BFLOAT16, CASES, LOOPS, UNREACHED
+from tests.support.measure import assert_gradients_equal, relative_error
 
 
-def check_case(rank: int, run: Callable[[int, ZeroCase], Found], case: ZeroCase) -> None:
-    found, (wanted, all_losses) = run(rank, case), joint_gradients(case)
+def check_case(rank: int, loop: str, case: ZeroCase) -> None:
+    found, (wanted, all_losses) = LOOPS[loop](rank, case), joint_gradients(case)
     own = all_losses[rank * case.accumulation :][: case.accumulation]
+    wanted = {n: g for n, g in wanted.items() if not any(part in n for part in UNREACHED)}
+    if loop in BY_BFLOAT16:
+        # It has three digits; a wrong scale would be off by a factor.
+        assert relative_error(found.gradients, wanted) < 0.03
+        return
     for mine, theirs in zip(found.losses, own, strict=True):
         assert torch.allclose(mine, theirs, rtol=TOLERANCE, atol=TOLERANCE)
-    wanted = {n: g for n, g in wanted.items() if not any(part in n for part in UNREACHED)}
     assert_gradients_equal(found.gradients, wanted, TOLERANCE)
 
 
 CHECKS: dict[str, Callable[[int], None]] = {
-    name: partial(check_case, run=LOOPS[loop], case=case) for name, (loop, case) in CASES.items()
+    name: partial(check_case, loop=loop, case=case) for name, (loop, case) in CASES.items()
 }

@@ -18,6 +18,7 @@ from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
 from regate_ds.adapters.window import PLAN
 from tests.adapters.deepspeed.test_loop import batches, engine, made
 from tests.adapters.torch.loops_helper import whole
+from tests.adapters.torch.pages_helper import DOCS, LOOP_PAGES, check_page, new_lines, other_block
 from tests.adapters.torch.runs_helper import (
     ACCUMULATION,
     EPOCHS,
@@ -88,12 +89,11 @@ def sharded(model: nn.Module) -> nn.Module:
 
 def sharded_and_compiled(model: nn.Module) -> None:
     sharded(model).gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    # Not the dense layer, whose compilation takes as long again.
-    for layer in model.model.layers[1:]:
-        layer.compile(dynamic=True, backend="eager")
+    # The one that gathers; each further one takes as long again.
+    model.model.layers[1].compile(dynamic=True, backend="eager")
 
 
-def test_layers_of_fsdp2_may_be_compiled_and_computed_again(one_rank):
+def test_a_layer_of_fsdp2_may_be_compiled_and_computed_again(one_rank):
     torch._dynamo.reset()
     found = loop_gradients(1, prepare=sharded_and_compiled)
     found = {name: whole(gradient) for name, gradient in found.items()}
@@ -135,6 +135,21 @@ def test_disabled_losses_and_weights_are_a_plain_loops_bit_for_bit():
     assert torch.equal(torch.stack([*disabled_losses(ours)]), torch.stack([*host_losses(host)]))
     for mine, theirs in zip(ours.parameters(), host.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_the_page_runs_as_it_stands_and_off_is_the_loop_before():
+    check_page("torch_loop.md")
+
+
+@pytest.mark.parametrize("page", LOOP_PAGES)
+def test_a_page_is_short_and_changes_six_lines_of_a_loop(page: str):
+    assert len((DOCS / page).read_text().splitlines()) <= 60
+    assert len(new_lines(page)) <= 6, new_lines(page)
+
+
+def test_the_loop_of_ddp_has_as_few_lines_of_ours():
+    lines = other_block("torch_loop.md", "DistributedDataParallel").splitlines()
+    assert len([line for line in lines if "regate" in line or "window" in line]) <= 6
 
 
 def test_an_auxiliary_loss_is_averaged_over_the_micro_batches():
@@ -221,6 +236,14 @@ def test_a_model_that_is_wrapped_already_is_refused(one_rank, wrap, message: str
         attach(model, config_of(score="random"), total_steps=4)
     with pytest.raises(ValueError, match=message):
         attach_model(model, config_of(score="random"))
+
+
+def test_parts_with_several_divide_factors_are_refused(one_rank):
+    model, regate = made()
+    sharded(model).model.layers[1].set_gradient_divide_factor(4.0)
+    output = model(**next(regate.windows(batches(), Loop(accumulation=3)))[0])
+    with pytest.raises(ValueError, match=r"divide factors are \[4.0, None\] in parts of one model"):
+        regate.loss(output)
 
 
 def test_fsdp1_around_an_attached_model_is_refused(one_rank):

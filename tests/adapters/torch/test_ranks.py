@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from regate_ds import Loop
 from tests.adapters.deepspeed.zero_checks_helper import run_named
+from tests.adapters.torch.pages_helper import PAGES
 from tests.adapters.torch.rank_checks_helper import CHECKS
 from tests.adapters.torch.runs_helper import (
     ACCUMULATION,
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 def check_all(rank: int, folder: str) -> None:
     checks = {name: partial(check, rank) for name, check in CHECKS.items()}
-    runs = {name: partial(run, rank, Path(folder)) for name, run in RUNS.items()}
+    runs = {name: partial(run, rank, Path(folder)) for name, run in {**RUNS, **PAGES}.items()}
     # The last check leaves another group of ranks behind.
     run_named(rank, folder, {**runs, **checks})
 
@@ -53,6 +54,11 @@ def test_gradients_are_those_of_one_process_on_the_joint_batch(name: str, failur
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_several_steps(name: str, failures: Failures):
     assert name not in failures, "\n".join(failures[name])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_as_it_stands_and_off_is_the_loop_before(page: str, failures: Failures):
+    assert page not in failures, "\n".join(failures[page])
 
 
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
