@@ -158,8 +158,9 @@ def test_examples_use_the_library_alone():
 
 def test_importing_the_package_loads_no_framework():
     code = (
-        "import sys, regate_ds; from regate_ds import Regate, RegateConfig; "
-        "print([m for m in ('transformers', 'deepspeed', 'megatron', 'PIL') if m in sys.modules])"
+        "import sys, regate_ds; from regate_ds import Loop, Regate, RegateConfig; "
+        "frameworks = ('transformers', 'accelerate', 'deepspeed', 'megatron', 'PIL'); "
+        "print([m for m in frameworks if m in sys.modules])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

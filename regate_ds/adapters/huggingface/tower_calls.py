@@ -1,10 +1,10 @@
 """Agree over the data ranks on how often each micro-batch runs the vision tower.
 
 Hosts run it once on the images of a micro-batch and once on its videos. Under ZeRO-3 and FSDP2 the
-ranks gather its weights together, so all of them must enter it equally often; and where images and videos
-reach different weights, all ranks must reach the same ones under every stage. So each rank tells
-the others what its micro-batches have, in the exchange of counts that planning makes anyway, and
-makes up for the calls that it lacks with empty images (`empty_image.py`).
+ranks gather its weights together, so all of them must enter it equally often; and where images and
+videos reach different weights, all ranks must reach the same ones under every stage. So each rank
+tells the others what its micro-batches have, in the exchange of counts that planning makes anyway,
+and makes up for the calls that it lacks with empty images (`empty_image.py`).
 
 Audio has no such filling: where some ranks hear it and others do not, all of them refuse the step.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from regate_ds import Loop, attach
 from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
 from regate_ds.adapters.window import PLAN
 from tests.adapters.deepspeed.test_loop import batches, engine, made
+from tests.adapters.huggingface.test_oracle_images import PATCH_GRIDS, qwen2_vl_case
 from tests.adapters.torch.loops_helper import whole
 from tests.adapters.torch.pages_helper import DOCS, LOOP_PAGES, check_page, new_lines, other_block
 from tests.adapters.torch.runs_helper import (
@@ -28,7 +30,7 @@ from tests.adapters.torch.runs_helper import (
     loader_with,
 )
 from tests.support.measure import assert_gradients_equal, gradients, relative_error
-from tests.support.models import causal_lm
+from tests.support.models import causal_lm, qwen2_vl
 from tests.support.planning import config_of
 
 TWO = Loop(accumulation=2)
@@ -246,8 +248,69 @@ def test_parts_with_several_divide_factors_are_refused(one_rank):
         regate.loss(output)
 
 
+def test_images_and_videos_in_a_micro_batch_of_fsdp2_are_refused_without_what_ranks_agreed_on(
+    one_rank,
+):
+    model = qwen2_vl()
+    attach_model(model, config_of(score="random"), run_tower_without_image=True)
+    fully_shard(model)
+    case = qwen2_vl_case([20, 15], PATCH_GRIDS)
+    videos = {"pixel_values_videos": case.inputs["pixel_values"]}
+    with pytest.raises(ValueError, match="images and videos: under ZeRO-3 or FSDP2.*regate_tower"):
+        model(**case.inputs, **videos, regate_plan=case.plan)
+
+
 def test_fsdp1_around_an_attached_model_is_refused(one_rank):
     model, regate = made()
     fsdp1(model)
     with pytest.raises(ValueError, match="by FullyShardedDataParallel; FSDP1 hides"):
         next(regate.windows(batches(), TWO))
+
+
+class FakeAccelerator(SimpleNamespace):
+    """What is asked of an Accelerator, of several ranks and settings that a test cannot have."""
+
+    __module__ = "accelerate.accelerator"
+
+    def __init__(self, kind: str = "NO", **changes: Any) -> None:
+        plain = {
+            "distributed_type": SimpleNamespace(value=kind),
+            "gradient_state": SimpleNamespace(in_dataloader=False),
+            "gradient_accumulation_steps": 3,
+            "parallelism_config": None,
+            "dispatch_batches": None,
+            "num_processes": 1,
+            "is_fsdp2": False,
+            "device": torch.device("cpu"),
+        }
+        super().__init__(**{**plain, **changes})
+
+
+TENSOR_PARALLEL = SimpleNamespace(non_data_parallel_size=2)
+
+
+def other_engine() -> SimpleNamespace:
+    return SimpleNamespace(engine=engine(num_micro=4))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "message"),
+    [
+        (FakeAccelerator("XLA"), "distributed_type=XLA; use one process, DDP, FSDP2"),
+        (FakeAccelerator("MEGATRON_LM"), "distributed_type=MEGATRON_LM"),
+        (FakeAccelerator("FSDP"), "fsdp_version=1, which hides"),
+        (FakeAccelerator(parallelism_config=TENSOR_PARALLEL), "cuts samples over ranks"),
+        (FakeAccelerator(dispatch_batches=True), "dispatch_batches=True"),
+        (FakeAccelerator(num_processes=2), "2 of this job's 1 ranks"),
+        (FakeAccelerator("DEEPSPEED"), "DeepSpeed before accelerator.prepare"),
+        (
+            FakeAccelerator("DEEPSPEED", deepspeed_engine_wrapped=other_engine()),
+            "an engine of another accumulation than its own 3",
+        ),
+    ],
+)
+def test_what_accelerate_may_be_set_to_and_is_not_supported(accelerator, message: str):
+    _, regate = made()
+    with pytest.raises(ValueError, match=f"accelerate is not supported with .*{message}"):
+        next(regate.windows(batches(), accelerator))
+    assert len(next(regate.windows(batches(), FakeAccelerator()))) == 3
