@@ -69,15 +69,15 @@ def found_in(model: nn.Module, losses: list[Tensor], gradient_of: Any = None) ->
     return Found({name: whole(g) for name, g in named.items() if g is not None}, losses)
 
 
-def attached(case: ZeroCase) -> tuple[nn.Module, Any]:
-    model = model_of(case)
+def attached(case: ZeroCase, model: nn.Module | None = None) -> tuple[nn.Module, Any]:
+    model = model or model_of(case)
     options = {"reference": reference_of(case), "own_loss": case.own_loss}
     return model, attach(model, case.config, total_steps=NUM_STEPS, **options)
 
 
-def run_ddp(rank: int, case: ZeroCase) -> Found:
-    model, regate = attached(case)
-    wrapped = DistributedDataParallel(model)
+def run_ddp(rank: int, case: ZeroCase, *, finds_unused: bool = False) -> Found:
+    model, regate = attached(case, case.model() if finds_unused else None)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=finds_unused)
     loop, losses = Loop(accumulation=case.accumulation, group=dist.group.WORLD), []
     for window in regate.windows(case.batches(rank), loop):
         for number, batch in enumerate(window, start=1):
@@ -180,6 +180,7 @@ BY_BFLOAT16: dict[str, Callable[[int, ZeroCase], Found]] = {
 
 LOOPS: dict[str, Callable[[int, ZeroCase], Found]] = {
     "DDP": run_ddp,
+    "DDP that finds unused weights": partial(run_ddp, finds_unused=True),
     "FSDP2": run_fsdp2,
     "FSDP2 with a divide factor": partial(run_fsdp2, factor=1.0),
     "accelerate": run_accelerate,
@@ -206,7 +207,7 @@ def cases() -> Iterator[tuple[str, str, ZeroCase]]:
     yield "DDP", "a dense step", replace(uneven, knobs=(("warmup", 1),))
     yield "FSDP2", "MLP only, recompute", replace(uneven, recompute=True, knobs=MLP_ONLY)
     yield "FSDP2 with a divide factor", "uneven", replace(uneven, accumulation=4)
-    for loop in BY_BFLOAT16:
+    for loop in ("DDP that finds unused weights", *BY_BFLOAT16):
         yield loop, "uneven", uneven
     yield "accelerate with FSDP2", "uneven", replace(uneven, accumulation=4)
     yield "accelerate with DeepSpeed", "uneven", replace(uneven, accumulation=4)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from regate_ds import Loop, attach
 from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
+from regate_ds.adapters.torch.checks import LoopOptions, require_loop_ranks
 from regate_ds.adapters.window import PLAN
 from tests.adapters.deepspeed.test_loop import batches, engine, made
 from tests.adapters.huggingface.test_oracle_images import PATCH_GRIDS, qwen2_vl_case
@@ -265,6 +266,13 @@ def test_fsdp1_around_an_attached_model_is_refused(one_rank):
     fsdp1(model)
     with pytest.raises(ValueError, match="by FullyShardedDataParallel; FSDP1 hides"):
         next(regate.windows(batches(), TWO))
+
+
+def test_modules_that_run_once_an_image_are_refused_where_ranks_enter_them_together():
+    options = LoopOptions(model=causal_lm(), runs_by_image=True)
+    require_loop_ranks(SimpleNamespace(num_ranks=2, stage=1), options)
+    with pytest.raises(ValueError, match="once for each image: under ZeRO-3 or FSDP2"):
+        require_loop_ranks(SimpleNamespace(num_ranks=2, stage=3), options)
 
 
 class FakeAccelerator(SimpleNamespace):
