@@ -76,7 +76,7 @@ def _opened(video: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise OSError("it has no video stream")
             yield container, container.streams.video[0]
-    except av.FFmpegError as error:
+    except av.error.FFmpegError as error:
         raise OSError(str(error)) from error
 
 
