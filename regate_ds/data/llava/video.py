@@ -70,13 +70,14 @@ def _decode(
 @contextmanager
 def _opened(video: Path) -> Iterator[tuple[Any, Any]]:
     import av  # pyright: ignore[reportMissingImports]
+    from av.error import FFmpegError  # pyright: ignore[reportMissingImports]
 
     try:
         with av.open(str(video)) as container:
             if not container.streams.video:
                 raise OSError("it has no video stream")
             yield container, container.streams.video[0]
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise OSError(str(error)) from error
 
 
