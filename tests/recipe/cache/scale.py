@@ -5,9 +5,11 @@
     python -m tests.recipe.cache.scale store FOLDER
     python -m tests.recipe.cache.scale start FOLDER
 
-No test runs it; docs/data.md has its figures. `make` draws records of words, half of them with one
-of a hundred small images; `store` fills a reference store with random values, as no teacher need
-read millions of records for this. Times are CPU seconds of all processes, and wall seconds.
+No test runs it; docs/data.md has its figures. `make` draws records of words: with --images a JSON
+list of one to three turns, half of the records with one of a hundred small images; without it a
+.jsonl file of short questions and answers. `store` fills a reference store with random values, as
+no teacher need read millions of records for this. Times are CPU seconds of all processes, and wall
+seconds.
 """
 
 from __future__ import annotations
@@ -85,28 +87,34 @@ def make(folder: Path, num_records: int, *, images: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(100):
         Image.effect_noise((24 + number, 40), 50).convert("RGB").save(folder / f"{number}.jpg")
-    with (folder / "train.json").open("w") as file:
+    lengths = (8, 40) if images else (2, 8)
+    with _train(folder, images=images).open("w") as file:
         for number in range(num_records):
             with_image = images and number % 2 == 0
             talk = [
-                {"from": ("human", "gpt")[part % 2], "value": sentence(8, 40)}
+                {"from": ("human", "gpt")[part % 2], "value": sentence(*lengths)}
                 for part in range(2 * drawn.choice((1, 1, 2, 3)) if images else 2)
             ]
             talk[0]["value"] = "<image>\n" * with_image + talk[0]["value"]
             record: dict[str, Any] = {"id": str(number), "conversations": talk}
             if with_image:
                 record["image"] = f"{number % 100}.jpg"
-            file.write(("[" if number == 0 else ",\n") + json.dumps(record))
-        file.write("]\n")
+            start = ("[" if number == 0 else ",") if images else ""
+            file.write(f"{start}{json.dumps(record)}\n")
+        file.write("]\n" if images else "")
     tokenizer = train_tokenizer((sentence(8, 40) for _ in range(5_000)), vocab_size=8_000)
     save_student(build_llava(tokenizer, text=TEXT, vision=VISION, seed=0), folder / "student")
-    (folder / "run.yaml").write_text(yaml.safe_dump(_settings(folder)))
+    (folder / "run.yaml").write_text(yaml.safe_dump(_settings(folder, images=images)))
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _train(folder: Path, *, images: bool) -> Path:
+    return folder / ("train.json" if images else "train.jsonl")
+
+
+def _settings(folder: Path, *, images: bool) -> dict[str, Any]:
     return {
         "model": {"path": str(folder / "student")},
-        "data": {"train": str(folder / "train.json"), "max_length": 512, "num_workers": 2},
+        "data": {"train": str(_train(folder, images=images)), "max_length": 512, "num_workers": 2},
         "teacher": {"store": str(folder / "store")},
         "elision": {"schedule": {"warmup": 0}},
         "run": {"out": str(folder / "run"), "micro_batch": 4, "accumulation": 4},
