@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class AnswerIndex:
         offsets = torch.zeros(len(keys) + 1, dtype=torch.int64)
         torch.cumsum(num_labels, 0, out=offsets[1:])
         digests = [part.digests for part in parts]
-        fingerprint = hashlib.sha256(b"regate answer index %d" % INDEX_FORMAT)
+        fingerprint = start_fingerprint()
         for digest in digests:
             fingerprint.update(digest)
         return cls(
@@ -184,6 +185,11 @@ class AnswerIndex:
             torch.from_numpy(saved["digests"]),
             str(saved["fingerprint"]),
         )
+
+
+def start_fingerprint() -> Any:
+    """Return a SHA-256 that the digests of all samples are yet to be put into."""
+    return hashlib.sha256(b"regate answer index %d" % INDEX_FORMAT)
 
 
 def spans(starts: Tensor, lengths: Tensor) -> Tensor:

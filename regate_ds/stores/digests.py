@@ -19,7 +19,7 @@ from regate_ds.algorithm.batch import SampleKey
 _PLACEHOLDER = -1
 """Token id of every image position in the digests."""
 
-_DIGEST_WORDS = 2
+NUM_WORDS = 2
 """Number of int64 words of a sample's digest."""
 
 
@@ -56,13 +56,13 @@ def digest_of(sample: IndexedSample) -> bytes:
     ids_S = np.where(is_placeholder_S, _PLACEHOLDER, sample.input_ids_S.numpy(force=True))
     header = struct.pack("<3q", len(encoded), number, len(ids_S))
     content = header + encoded + _bytes_of(ids_S) + _bytes_of(sample.labels_S.numpy(force=True))
-    return hashlib.blake2b(content, digest_size=8 * _DIGEST_WORDS).digest()
+    return hashlib.blake2b(content, digest_size=8 * NUM_WORDS).digest()
 
 
 def as_words(digests: Sequence[bytes]) -> Tensor:
     """Return digests as int64 [S, 2]."""
     words = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
-    return torch.from_numpy(words).view(-1, _DIGEST_WORDS)
+    return torch.from_numpy(words).view(-1, NUM_WORDS)
 
 
 def _bytes_of(ids: np.ndarray) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regate_ds.stores.answer_index import AnswerIndex
-from regate_ds.stores.index_files import map_index, save_index
+from regate_ds.stores.index_files import IndexWriter, map_index
 from regate_ds.stores.index_part import IndexPart
 from regate_ds.stores.keys import UNKNOWN, SampleKeys
 from tests.support.samples import make_index, make_samples
@@ -58,18 +58,26 @@ def test_an_index_of_joined_parts_has_the_bytes_of_one_that_is_made_at_once():
         assert AnswerIndex.join(parts).to_bytes() == make_index(9).to_bytes()
 
 
-@pytest.mark.parametrize("num_samples", [7, 0])
-def test_a_mapped_index_is_the_one_that_was_saved(num_samples, tmp_path):
-    index = make_index(num_samples)
-    save_index(tmp_path, index)
+def save(folder, parts):
+    writer = IndexWriter(folder, "set")
+    for part in parts:
+        writer.append(part)
+    writer.close()
+
+
+@pytest.mark.parametrize("cuts", [[0, 7], [0, 1, 1, 6, 7], [0, 0], [0]], ids=str)
+def test_a_mapped_index_is_the_one_that_was_written_part_by_part(cuts, tmp_path):
+    samples, index = make_samples(7), make_index(cuts[-1])
+    save(tmp_path, [IndexPart.of(samples[a:b]) for a, b in zip(cuts, cuts[1:])])
     mapped = map_index(tmp_path)
+    assert mapped == index
     assert mapped.to_bytes() == index.to_bytes()
     assert torch.equal(mapped.num_labels, index.num_labels)
     assert isinstance(mapped.keys.record_numbers, np.memmap)
 
 
 def test_a_mapped_file_that_is_cut_off_is_named(tmp_path):
-    save_index(tmp_path, make_index(7))
+    save(tmp_path, [IndexPart.of(make_samples(7))])
     path = tmp_path / "digests.npy"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=rf"cannot read {path}: .*; delete the folder {tmp_path}"):
@@ -78,11 +86,9 @@ def test_a_mapped_file_that_is_cut_off_is_named(tmp_path):
 
 def test_a_mapped_index_keeps_nothing_in_memory_for_each_sample(tmp_path):
     num_samples = 200_000
-    column = torch.arange(num_samples)
-    keys = SampleKeys(["set"], np.zeros(num_samples, np.int32), 2 * column.numpy())
-    digests = torch.zeros(num_samples, 2, dtype=torch.int64)
-    offsets = torch.arange(num_samples + 1)
-    save_index(tmp_path, AnswerIndex(keys, offsets, column, column, column, digests, "none"))
+    column = np.arange(num_samples)
+    keys = SampleKeys(["set"], np.zeros(num_samples, np.int32), 2 * column)
+    save(tmp_path, [IndexPart(keys, column, column, column, bytes(16 * num_samples))])
     tracemalloc.start()
     try:
         index = map_index(tmp_path)

@@ -35,8 +35,7 @@ from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.progress import progress
 from regate_ds.recipe.cache.source import Source
-from regate_ds.stores.answer_index import AnswerIndex
-from regate_ds.stores.index_files import save_column, save_index
+from regate_ds.stores.index_files import ColumnWriter, IndexWriter
 from regate_ds.stores.index_part import IndexPart
 from regate_ds.stores.kind import MANIFEST_NAME
 
@@ -78,21 +77,28 @@ def build(source: Source, folder: Path, *, num_workers: int | None = None) -> No
     """
     identity, stamp = source.identity(), source.stamp()
     places = find_places(source.path)
-    parts = list(_parts(source, places, num_workers))
+    # Written as they come: what the parts take together would stay with this process.
+    index = IndexWriter(folder, source.name)
+    first_image = ColumnWriter(folder, "first_image", np.int64)
+    image_sizes = ColumnWriter(folder, "image_sizes", np.int32, 2)
+    first_image.append(np.zeros(1))
+    unread: list[BadRecord] = []
+    unencoded: list[BadRecord] = []
+    for part in _parts(source, places, num_workers):
+        first_image.append(image_sizes.num_rows + part.num_images.cumsum())
+        image_sizes.append(part.sizes)
+        index.append(part.index)
+        unread += part.unread
+        unencoded += part.unencoded
     if source.stamp() != stamp:
         raise ValueError(f"{source.path} has changed while it was indexed; start again")
-    index = AnswerIndex.join([part.index for part in parts])
-    save_index(folder, index)
-    save_column(folder, "places", places)
-    num_images = np.concatenate([np.zeros(1, np.int64), *(part.num_images for part in parts)])
-    save_column(folder, "first_image", num_images.cumsum())
-    sizes = np.concatenate([np.empty((0, 2), np.int32), *(part.sizes for part in parts)])
-    save_column(folder, "image_sizes", sizes)
-    # Records were first all read, then all encoded: the first bad one stops a run.
-    bad = [one for part in parts for one in part.unread]
-    bad += [one for part in parts for one in part.unencoded]
+    records = ColumnWriter(folder, "places", np.int64, 2)
+    records.append(places)
+    for column in (index, first_image, image_sizes, records):
+        column.close()
     with (folder / BAD_NAME).open("w", encoding="utf-8") as file:
-        for one in bad:
+        # Records were first all read, then all encoded: the first bad one stops a run.
+        for one in (*unread, *unencoded):
             file.write(json.dumps([one.number, one.id, one.cause]) + "\n")
     manifest = {
         "format": CACHE_FORMAT,
