@@ -57,12 +57,17 @@ class StoreKind:
 
     def content_of(self, path: Path, sha256: str) -> bytes:
         """Return the bytes of a file. ``ValueError`` if it is missing or has another hash."""
+        self.require_content(path, sha256)
+        return path.read_bytes()
+
+    def require_content(self, path: Path, sha256: str) -> None:
+        """Refuse, by ``ValueError``, a file that is missing or has another hash."""
         if not path.is_file():
             raise self.missing(path)
-        content = path.read_bytes()
-        if hash_of(content) != sha256:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
             raise self.damaged(path, "its bytes do not match the checksum in the manifest")
-        return content
 
     def load_fields(self, store: Path, name: str = MANIFEST_NAME) -> dict[str, Any]:
         """Read the fields of a manifest. ``ValueError`` names the file if it is missing, damaged or

@@ -59,7 +59,8 @@ class DifficultyStore:
         self._group = group if self._size > 1 else None
         self._device = device
         num_owned = index.num_labels[self._rank :: self._size]
-        self._start_of_owned = num_owned.cumsum(0) - num_owned
+        self._start_of_owned = num_owned.cumsum(0)
+        self._start_of_owned -= num_owned
         size = int(num_owned.sum())
         self._columns = {name: torch.full((size,), unseen) for name, unseen in columns.items()}
         self._num_writes = 0

@@ -6,7 +6,6 @@ for.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,28 +135,30 @@ class ReferenceStore:
 
     def _find_places(self, rows_S: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return for each row of the index its shard and its values' start: int32 and int64 [S]."""
-        shards = self._manifest.shards
         shard_S = torch.empty(len(rows_S), dtype=torch.int32)
         start_S = torch.empty(len(rows_S), dtype=torch.int64)
-        num_rows = torch.tensor([shard.num_rows for shard in shards], dtype=torch.int64)
-        num_values = torch.tensor([shard.num_values for shard in shards], dtype=torch.int64)
-        shard_of_S = torch.arange(len(shards)).repeat_interleave(num_rows)
-        order_S, starts = torch.from_numpy(rows_S), num_values.cumsum(0) - num_values
-        lengths_S = self.index.num_labels[order_S]
-        shard_S[order_S] = shard_of_S.int()
-        start_S[order_S] = lengths_S.cumsum(0) - lengths_S - starts[shard_of_S]
+        end = 0
+        # Shard by shard: of millions of samples, what is only passed through would stay in memory.
+        for number, shard in enumerate(self._manifest.shards):
+            rows_R = torch.from_numpy(rows_S[end : end + shard.num_rows])
+            lengths_R = self.index.num_labels[rows_R]
+            shard_S[rows_R] = number
+            start_S[rows_R] = lengths_R.cumsum(0) - lengths_R
+            end += shard.num_rows
         return shard_S, start_S
 
 
 def load_index(store: Path, manifest: Manifest) -> AnswerIndex:
     """Read the index that a manifest names. ValueError if it is missing or damaged."""
     path = index_path(store, manifest)
-    REFERENCE.content_of(path, manifest.index_sha256)
+    REFERENCE.require_content(path, manifest.index_sha256)
     return AnswerIndex.load(path)
 
 
 def load_rows(store: Path, manifest: Manifest) -> np.ndarray:
-    """Read int64 [S]: rows of the index, shard by shard. ValueError if the file is missing or
+    """Map int64 [S]: rows of the index, shard by shard. ValueError if the file is missing or
     damaged."""
-    content = REFERENCE.content_of(rows_path(store, manifest), manifest.rows_sha256)
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    path = rows_path(store, manifest)
+    REFERENCE.require_content(path, manifest.rows_sha256)
+    # Copy-on-write, because torch wants arrays that it may write to; nobody does.
+    return np.load(path, mmap_mode="c", allow_pickle=False)

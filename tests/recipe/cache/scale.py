@@ -181,7 +181,7 @@ def make_store(folder: Path) -> None:
 
 
 class Planned(Exception):
-    """The first step has its plan."""
+    """The first step has its plan; with the private memory at that moment."""
 
 
 def measure_start(folder: Path) -> None:
@@ -194,8 +194,8 @@ def measure_start(folder: Path) -> None:
     plan = Regate.plan_step
 
     def plan_once(*told: Any, **named: Any) -> Any:
-        made = plan(*told, **named)
-        raise Planned(made)
+        plan(*told, **named)
+        raise Planned(memory("RssAnon"))
 
     Regate.plan_step = plan_once
     cpu, wall = cpu_seconds(), time.perf_counter()
@@ -203,14 +203,14 @@ def measure_start(folder: Path) -> None:
         judge_run(config)
         process = start_process()
         trainer_module.Trainer(config, open_corpus(config), process).run()
-    except Planned:
+    except Planned as planned:
+        grown = planned.args[0] - before
         cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
     index = corpus_module.load_corpus(config, weights=False).index
-    grown = memory("RssAnon") - before
     print(
         f"{index.num_samples} samples, {index.num_tokens} label positions: first plan after "
         f"{wall:.1f} s ({cpu:.1f} s CPU), of which {spent} s are student and engine; private "
-        f"memory grew by {grown} bytes, {grown - 4 * index.num_tokens} without 4 a label position"
+        f"memory grew by {grown / 1e6:.1f} MB"
     )
 
 
