@@ -229,6 +229,6 @@ def _one_thread_of_tokenizers() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ.pop(name, None)
         if before is not None:
             os.environ[name] = before

@@ -132,9 +132,7 @@ def measure_build(folder: Path) -> None:
     grown, peak = memory("RssAnon") - before, memory("VmHWM") - highest
     num_records, num_labels = data.about["num_records"], data.index.num_tokens
     print(f"{num_records} records, {num_labels} label positions")
-    print(
-        f"the build left {grown / num_records:.0f} bytes a record, its peak is {peak / 1e6:.0f} MB"
-    )
+    print(f"the build left {grown / num_records:.0f} bytes a record, and took {peak / 1e6:.0f} MB")
     with timed("places", spent):
         places = find_records(source.path)
     raw, parser = RawRecords(source.path, places), source.parser(verify_images=True)

@@ -140,7 +140,7 @@ def test_without_locks_several_build_and_one_stays(tmp_path, built, monkeypatch,
     monkeypatch.setattr(entry, "build", lambda *told: (gate.wait(), real(*told)))
     path, cache = write(tmp_path, GOOD), tmp_path / "cache"
     found = open_at_once(path, cache)
-    assert len(built) == 4
+    assert len(built) == len(found) == 4
     assert len({data.index.to_bytes() for data in found}) == 1
     assert [one.name for one in cache.iterdir()] == [found[0].folder.name]
     assert f"{cache} has no locks (No locks available)" in capsys.readouterr().out
