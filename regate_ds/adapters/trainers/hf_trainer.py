@@ -1,4 +1,4 @@
-"""ReGATE in ``transformers.Trainer`` under DeepSpeed: add one base class and two arguments.
+"""ReGATE in ``transformers.Trainer``: add one base class and two arguments.
 
     class MyTrainer(RegateMixin, Trainer): ...
 
@@ -25,13 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from regate_ds.adapters.torch.accelerator import AcceleratorHost
 from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.torch.checks import warn_if_never_sparse
 from regate_ds.adapters.torch.loop import LoopRegate
+from regate_ds.adapters.torch.plain import Loop
 from regate_ds.adapters.window import PLAN
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.data.keyed import IMAGES, KEY, PlainCollate
@@ -90,7 +93,7 @@ class RegateMixin:
         micro = list(islice(epoch_iterator, num_batches))
         if not micro:
             return [], None
-        return list(self.regate.window(micro, self.model_wrapped)), None
+        return list(self.regate.window(micro, _host_of(self))), None
 
     def compute_loss(
         self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -98,9 +101,10 @@ class RegateMixin:
         if PLAN not in inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         output = model(**inputs)
-        # Trainer tells the engine not to divide by the number of micro-batches, so we do it here.
         loss = self.regate.loss(output)
-        loss = loss / self.model_wrapped.gradient_accumulation_steps()
+        if self.is_deepspeed_enabled:
+            # Trainer tells the engine not to divide by the number of micro-batches, so we do it.
+            loss = loss / self.model_wrapped.gradient_accumulation_steps()
         return (loss, output) if return_outputs else loss
 
     @contextmanager
@@ -133,11 +137,26 @@ class _StateCallback(TrainerCallback):
             trainer.regate.load(folder)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        engine = self._trainer.model_wrapped
-        self._trainer.regate.step(applied=engine.was_step_applied())
+        trainer = self._trainer
+        applied = (
+            trainer.model_wrapped.was_step_applied()
+            if trainer.is_deepspeed_enabled
+            else not trainer.accelerator.optimizer_step_was_skipped
+        )
+        trainer.regate.step(applied=applied)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.regate.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _host_of(trainer: Any) -> Any:
+    """Return what runs the Trainer's steps: an engine, or a loop in which nobody divides by the
+    accumulation, as ``loss_is_scaled_for_ga`` has it."""
+    if trainer.is_deepspeed_enabled:
+        return trainer.model_wrapped
+    args = trainer.args
+    group = dist.group.WORLD if args.world_size > 1 else None
+    return Loop(accumulation=args.gradient_accumulation_steps, group=group, device=args.device)
 
 
 def _require_supported(trainer: Any) -> None:
@@ -147,9 +166,15 @@ def _require_supported(trainer: Any) -> None:
     kind = type(trainer.train_dataset).__name__
     overrides_loss = super(RegateMixin, trainer).compute_loss.__func__ is not Trainer.compute_loss
     refused = {
-        "no DeepSpeed (deepspeed=None); give TrainingArguments a deepspeed configuration": (
-            args.deepspeed is None
+        f"{args.n_gpu} GPUs in one process (DataParallel); start one process a GPU, as torchrun "
+        "does": args.n_gpu > 1,
+        "FSDP1, which hides the model's parameters; set version to 2 in fsdp_config": (
+            trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1
         ),
+        "a model that from_pretrained(distributed_config=...) has sharded; leave that to Trainer's "
+        "fsdp": trainer.is_distributed_loading_by_transformers,
+        "average_tokens_across_devices=False, as the loss is the mean over the targets of all "
+        "ranks; set it True": args.world_size > 1 and not args.average_tokens_across_devices,
         f"train_dataset={kind}, which does not name its samples; use a map-style data set, in "
         "Keyed(dataset, name)": isinstance(trainer.train_dataset, IterableDataset),
         f"label_smoothing_factor={args.label_smoothing_factor}, as the teacher's losses and ours "
@@ -172,3 +197,5 @@ def _require_supported(trainer: Any) -> None:
     for reason, is_so in refused.items():
         if is_so:
             raise ValueError(f"elision in Trainer is not supported with {reason}")
+    if not trainer.is_deepspeed_enabled:
+        AcceleratorHost(trainer.accelerator, trainer.model).require()

@@ -242,7 +242,6 @@ def check_what_cannot_work_is_refused(root: Path) -> None:
         )
 
     for message, build in (
-        ("no DeepSpeed", lambda: make(deepspeed=None)),
         ("label_smoothing_factor=0.1", lambda: make(label_smoothing_factor=0.1)),
         ("group_by_length", lambda: make(train_sampling_strategy="group_by_length")),
         ("train_dataset=Stream", lambda: make(given={"train_dataset": Stream()})),
