@@ -14,7 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from regate_ds import Keyed, RegateConfig
 from regate_ds.adapters.trainers.hf_trainer import RegateTrainer
@@ -221,13 +221,30 @@ RUNS: dict[str, Callable[[int, Path], None]] = {
 """In one process, or under DDP."""
 
 
-def refused(folder: Path, kind: type = RegateTrainer, n_gpu: int = 0, **options: Any) -> str:
+class Sharded(LlamaForCausalLM):
+    """As ``from_pretrained(distributed_config=...)`` leaves it, by what it says of itself."""
+
+    is_distributed_loading_by_transformers = True
+
+
+def refused(
+    folder: Path,
+    kind: type = RegateTrainer,
+    *,
+    n_gpu: int = 0,
+    model: nn.Module | None = None,
+    **options: Any,
+) -> str:
     """Why such a Trainer cannot be made."""
-    args, model = settings(folder, **options), causal_lm()
+    args = settings(folder, **options)
     args._n_gpu = n_gpu
     with pytest.raises(ValueError, match="not supported with") as caught:
         kind(
-            model=model, args=args, train_dataset=Items(), regate=config_of(), reference=reference()
+            model=model or causal_lm(),
+            args=args,
+            train_dataset=Items(),
+            regate=config_of(),
+            reference=reference(),
         )
     return str(caught.value)
 

@@ -14,9 +14,11 @@ from tests.adapters.trainers.plain_trainer_helper import (
     OF_RANKS,
     RUNS,
     OnFsdp1,
+    Sharded,
     check_gradient_of_one,
     refused,
 )
+from tests.support.models import causal_lm
 from tests.support.ranks import Failures, failures_of
 
 
@@ -33,6 +35,9 @@ def test_in_one_process_off_is_trainers_own_and_a_resumed_run_the_run(name: str,
 def test_what_cannot_work_is_refused(tmp_path: Path):
     assert "2 GPUs in one process (DataParallel)" in refused(tmp_path, n_gpu=2)
     assert "FSDP1" in refused(tmp_path, OnFsdp1)
+    assert "from_pretrained(distributed_config=...)" in refused(
+        tmp_path, model=Sharded(causal_lm().config)
+    )
 
 
 def check_all(rank: int, folder: str) -> None:
