@@ -117,6 +117,15 @@ def test_elide_images_leaves_out_image_tokens_alone_and_has_the_loss_of_loss_onl
         assert torch.equal(plan.position_R[_slots_of(plan)], plan.label_position_L)
 
 
+def test_elide_images_moves_no_row_where_the_step_keeps_every_image_token():
+    batch, ranked = wild(random.Random(6), images=True)
+    plan = ElideImages().plan(batch, ranked, RowLayout(multiple=8))
+    losses = LossOnly().plan(batch, ranked, RowLayout())
+    assert not plan.moves_rows
+    assert torch.equal(plan.kept_BK, losses.kept_BK)
+    assert torch.equal(plan.label_position_L, losses.label_position_L)
+
+
 def _slots_of(plan: ElisionPlan) -> torch.Tensor:
     """The real slots that predict, as indices into those of the plan."""
     index_R = torch.full((plan.kept_BK.numel(),), -1)

@@ -94,8 +94,13 @@ class AcceleratorHost:
         They have been read, so the loader may be at its end: accelerate would then take each of
         them for the last one.
         """
-        self.given.step = self.accumulation - num_micro
         state = self.given.gradient_state
+        if not state.sync_with_dataloader:
+            raise ValueError(
+                "sync_with_dataloader=False carries micro-batches over the loader's end, where "
+                "windows end; set it True in the GradientAccumulationPlugin"
+            )
+        self.given.step = self.accumulation - num_micro
         if num_micro > 1 and state.in_dataloader:
             state.active_dataloader.end_of_dataloader = False
 

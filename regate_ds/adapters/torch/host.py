@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from regate_ds.algorithm.plan import StepPlan
+
 
 class LoopHost(Protocol):
     """The framework around a training loop. `plain.py`, `accelerator.py` and `engine.py` have one
@@ -79,8 +81,8 @@ def gradient_scale(host: LoopHost) -> float:
     return host.divides_ranks_by * (host.accumulation if host.divides_by_accumulation else 1)
 
 
-def averaged(loss: Tensor, host: LoopHost) -> Tensor:
-    """Divide a micro-batch's mean by the accumulation where the host leaves that to the loop."""
-    if host.divides_by_accumulation or host.accumulation == 1:
-        return loss
-    return loss / host.accumulation
+def averaged(loss: Tensor, host: LoopHost, plan: StepPlan | None = None) -> Tensor:
+    """Divide a micro-batch's mean by the number of them where the host leaves that to the loop: of
+    those that were planned, or without a plan by the accumulation, as loops do."""
+    number = host.accumulation if plan is None else len(plan.micro)
+    return loss if host.divides_by_accumulation or number == 1 else loss / number

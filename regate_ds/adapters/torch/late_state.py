@@ -35,8 +35,15 @@ class LateState:
             self.opened.load(source)
 
     def packed(self) -> dict[str, bytes]:
-        """Return a state dict; before the session is open, one to be loaded into."""
-        return {_NAME: b"" if self.opened is None else self.opened.packed()}
+        """Return a state dict; before the session is open, what waits for it, or one to be loaded
+        into. RuntimeError if a checkpoint folder waits, which is read with the first window."""
+        if self.opened is not None:
+            return {_NAME: self.opened.packed()}
+        if isinstance(self._waiting, (str, Path)):
+            raise RuntimeError(
+                f"the state in {self._waiting} is read with the first window; save after it"
+            )
+        return {_NAME: self._waiting or b""}
 
 
 def require_packed(state: Mapping[str, Any]) -> bytes:

@@ -123,8 +123,10 @@ class LoopRegate:
             return output.loss if self._host is None else averaged(output.loss, self._host)
         record_output(output, self._require_opened().session)
         loss = output.loss_sum * self._scale()
+        if output.aux_loss is None:
+            return loss
         assert self._host is not None
-        return loss if output.aux_loss is None else loss + averaged(output.aux_loss, self._host)
+        return loss + averaged(output.aux_loss, self._host, self.plan)
 
     def token_losses(self, output: ElidedOutput) -> tuple[Tensor, Tensor]:
         """Return each kept target's loss [L] in nats, and its weight in ``loss`` [L].
@@ -204,10 +206,10 @@ class LoopRegate:
         return host
 
     def _open(self, host: LoopHost) -> None:
-        require_steps(self.total_steps)
-        assert self.total_steps is not None
-        layout = ParallelLayout(data=host.group, device=host.device)
         total_steps = self.total_steps
+        require_steps(total_steps)
+        assert total_steps is not None
+        layout = ParallelLayout(data=host.group, device=host.device)
         self._state.open(open_session(self.config, self._computed, layout, total_steps=total_steps))
 
     @property
@@ -243,6 +245,6 @@ class LoopRegate:
 
     def _scale(self) -> float:
         """Return the factor by which the sum of a micro-batch's losses is multiplied."""
-        assert self.plan is not None
         assert self._host is not None
+        assert self.plan is not None
         return gradient_scale(self._host) / self.plan.num_targets_global

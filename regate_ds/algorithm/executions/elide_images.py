@@ -12,7 +12,7 @@ from regate_ds.algorithm.batch import ELIDABLE, TokenBatch
 from regate_ds.algorithm.executions.elide import rows_with
 from regate_ds.algorithm.executions.execution import Ranked, Span
 from regate_ds.algorithm.executions.loss_only import hard_targets
-from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan, plan_loss
 from regate_ds.algorithm.rows import RowLayout
 
 
@@ -28,5 +28,7 @@ class ElideImages:
         return (Span(first=first_layer, last=last_layer),)
 
     def plan(self, batch: TokenBatch, ranked: Ranked, rows: RowLayout) -> ElisionPlan:
+        if ranked.beyond_BT is None:
+            return plan_loss(batch, hard_targets(batch, ranked))
         is_answer_BT = batch.kind_BT == ELIDABLE
         return rows_with(batch, is_answer_BT, ranked, rows, hard_targets(batch, ranked))

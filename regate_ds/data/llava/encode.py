@@ -5,6 +5,7 @@ Shapes: S positions of one sample, B rows, T positions of a row.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,7 @@ class Encoder:
         The rule that counts an image's tokens is told by its results for some sizes.
         """
         return {
-            "tokenizer": self._tokenizer.backend_tokenizer.to_str(),
+            "tokenizer": _rules_of(self._tokenizer),
             "ids": [self._bos_id, self._eos_id, self._image_id],
             "special": self._special.pattern,
             "max_length": self._max_length,
@@ -239,3 +240,9 @@ def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
     special |= {image_token} if isinstance(image_token, str) else set()
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+
+
+def _rules_of(tokenizer: Any) -> str:
+    """Return a tokenizer's rules as JSON, without padding and truncation, which its calls set."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({**rules, "padding": None, "truncation": None}, sort_keys=True)

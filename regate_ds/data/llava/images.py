@@ -4,7 +4,9 @@ their format allows that."""
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -127,8 +129,14 @@ def _fault_of_content(source: ImageSource) -> str | None:
     return fault
 
 
-def _open(source: Path | InlineImage) -> Image.Image:
-    return Image.open(source if isinstance(source, Path) else BytesIO(source.content))
+@contextmanager
+def _open(source: Path | InlineImage) -> Iterator[Image.Image]:
+    """Open an image for the block. OSError where a decoder of Pillow has errors of its own."""
+    try:
+        with Image.open(source if isinstance(source, Path) else BytesIO(source.content)) as image:
+            yield image
+    except (RuntimeError, struct.error) as error:
+        raise OSError(str(error)) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regate_ds.data.llava.formats.fields import require_used, turns_of
-from regate_ds.data.llava.formats.said import Medium, Said
+from regate_ds.data.llava.formats.said import Medium, Said, require_plain
 from regate_ds.data.llava.formats.sources import Sources, listed
 from regate_ds.data.llava.formats.table import read_turns
 from regate_ds.data.llava.images import image_fault
@@ -103,7 +103,9 @@ def _entries(
         return [("content", entry) for entry in given]
     for number, medium in enumerate(places):
         if medium.index not in (None, number):
-            raise Cause(f"has {one} {medium.index} of its list in place {number}; put it in order")
+            raise Cause(
+                f"has {one} {medium.index!r} of its list in place {number}; put it in order"
+            )
     field = one if raw.get(one) else several
     return [(field, entry) for entry in own]
 
@@ -113,6 +115,8 @@ def _split_system(raw: dict[str, Any], said: list[Said]) -> tuple[str | None, li
     field, turn = raw.get("system"), said[0].text if said and said[0].role == "system" else None
     if field is not None and not isinstance(field, str):
         raise Cause(f"has the system {field!r}, not a text")
+    if field:
+        require_plain("its system text", field)
     if field and turn:
         raise Cause("has both 'system' and a system turn; take one of them out")
     text = field or turn or None

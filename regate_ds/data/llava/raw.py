@@ -16,8 +16,9 @@ from regate_ds.data.llava.tables import TableRecords, find_rows, folder_of, is_t
 _DATA_SUFFIXES = frozenset({".arrow", ".csv", ".json", ".jsonl", ".parquet"})
 """Suffixes of the files in a folder that say what its records are."""
 
-CACHE_NAME = "regate_cache"
-"""Folder beside the data that the index of it is kept in."""
+CACHE_NAME = ".regate_cache"
+"""Folder beside the data that the index of it is kept in. Hugging Face's datasets, which reads a
+folder's files by their suffixes, passes over names that begin with a dot."""
 
 
 def require_data(path: Path) -> None:
@@ -47,4 +48,11 @@ def data_files(path: Path) -> list[Path]:
     if folder is None:
         return [path]
     found = (each for each in folder.rglob("*") if each.suffix in _DATA_SUFFIXES)
-    return sorted(each for each in found if CACHE_NAME not in each.parts)
+    seen = sorted(each for each in found if not _is_hidden(each.relative_to(folder)))
+    if not seen:
+        raise ValueError(f"{folder} holds no file of {', '.join(sorted(_DATA_SUFFIXES))}")
+    return seen
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

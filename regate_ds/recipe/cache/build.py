@@ -90,6 +90,7 @@ def build(source: Source, folder: Path, *, num_workers: int | None = None) -> No
         index.append(part.index)
         unread += part.unread
         unencoded += part.unencoded
+    sha256 = content_hash(source.path)
     if source.stamp() != stamp:
         raise ValueError(f"{source.path} has changed while it was indexed; start again")
     records = ColumnWriter(folder, "places", np.int64, 2)
@@ -103,7 +104,7 @@ def build(source: Source, folder: Path, *, num_workers: int | None = None) -> No
     manifest = {
         "format": CACHE_FORMAT,
         "num_records": len(places),
-        "sha256": content_hash(source.path),
+        "sha256": sha256,
         **identity,
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,11 @@ def is_finished(entry: Path) -> bool:
 
 def read_entry(source: Source, entry: Path) -> DataSet:
     """Map the files of a finished cache. ValueError names one that is damaged."""
-    about = json.loads((entry / MANIFEST_NAME).read_text(encoding="utf-8"))
+    try:
+        about = json.loads((entry / MANIFEST_NAME).read_text(encoding="utf-8"))
+        lines = (entry / BAD_NAME).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{entry} is damaged ({error}); delete the folder") from error
     if about["format"] != CACHE_FORMAT:
         raise ValueError(
             f"{entry} has cache format {about['format']}, this version reads {CACHE_FORMAT}; "
@@ -120,7 +125,6 @@ def read_entry(source: Source, entry: Path) -> DataSet:
     index = map_index(entry)
     raw = open_raw(source.path, map_column(entry, "places"))
     parser = source.parser(verify_images=False)
-    lines = (entry / BAD_NAME).read_text(encoding="utf-8").splitlines()
     return DataSet(
         folder=entry,
         source=source,
@@ -171,7 +175,7 @@ def _only_one(folder: Path, name: str) -> Iterator[bool]:
         except OSError as error:
             print(f"{folder} has no locks ({error.strerror}): each process indexes by itself")
         else:
-            for left in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
+            for left in folder.glob(f".{escape(name)}.*{TEMPORARY_SUFFIX}"):
                 shutil.rmtree(left)
         yield True
         path.unlink(missing_ok=True)
@@ -185,12 +189,14 @@ def _build_into(source: Source, folder: Path, name: str) -> None:
     temporary.mkdir()
     try:
         build(source, temporary)
+        if source.entry_name() != name:
+            raise ValueError(f"{source.path} has changed while it was waited for; start again")
         sync_files(temporary)
         # If another process was first, its folder stays, which holds the same.
         with suppress(OSError):
             temporary.rename(entry)
         if not is_finished(entry):
-            raise RuntimeError(f"{temporary} cannot be renamed to {entry}; delete both")
+            raise RuntimeError(f"{temporary} cannot be renamed to {entry}; delete that")
         sync_files(entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -37,23 +37,25 @@ class Source:
         """Make what checks the file's records, with their images opened or only looked up."""
         return Parser(self.path, self.name, self._root, verify_images, self.video_frames)
 
-    def stamp(self) -> tuple[int, int]:
-        """Return the size and the time of the data, which change when it is written again."""
-        found = [path.stat() for path in data_files(self.path)]
-        return sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
+    def stamp(self) -> str:
+        """Return a name of the files' names, sizes and times, which change with the data."""
+        found = [(path, path.stat()) for path in data_files(self.path)]
+        files = [
+            [str(path.relative_to(self.path.parent)), each.st_size, each.st_mtime_ns]
+            for path, each in found
+        ]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the index, as JSON can hold it."""
         settings = self.encoder.settings()
-        size, time = self.stamp()
         return {
             **settings,
             "tokenizer": hashlib.sha256(settings["tokenizer"].encode()).hexdigest(),
             "tokenizers": tokenizers.__version__,
             "encoding": ENCODING,
             "path": str(self.path.resolve()),
-            "size": size,
-            "time_ns": time,
+            "files": self.stamp(),
             "name": self.name,
             "image_root": str(self._root.resolve()),
             "video_frames": self.video_frames,
@@ -67,4 +69,5 @@ class Source:
         """Return the name of the folder that holds this data set's cache; it differs where the
         identity does."""
         text = json.dumps(self.identity(), sort_keys=True)
-        return f"{self.path.name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        name = self.path.name.encode()[:100].decode(errors="ignore")
+        return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -43,7 +43,7 @@ class DataConfig:
 
     cache: Path | None = None
     """Folder of what is computed once of the data files: the index of their samples; null is
-    `regate_cache` beside each file, or `data_cache` in the run folder where that cannot be written.
+    `.regate_cache` beside each file, or `data_cache` in the run folder where that is not possible.
     """
 
     pack_length: int | None = None

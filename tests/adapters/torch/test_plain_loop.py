@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from regate_ds import Loop, attach
 from regate_ds.adapters.huggingface.gates import ElidedOutput, attach_model
+from regate_ds.adapters.torch.accelerator import AcceleratorHost
 from regate_ds.adapters.torch.checks import LoopOptions, require_loop_ranks
 from regate_ds.adapters.window import PLAN
 from tests.adapters.deepspeed.test_loop import batches, engine, made
@@ -283,7 +284,7 @@ class FakeAccelerator(SimpleNamespace):
     def __init__(self, kind: str = "NO", **changes: Any) -> None:
         plain = {
             "distributed_type": SimpleNamespace(value=kind),
-            "gradient_state": SimpleNamespace(in_dataloader=False),
+            "gradient_state": SimpleNamespace(in_dataloader=False, sync_with_dataloader=True),
             "gradient_accumulation_steps": 3,
             "parallelism_config": None,
             "dispatch_batches": None,
@@ -292,6 +293,13 @@ class FakeAccelerator(SimpleNamespace):
             "device": torch.device("cpu"),
         }
         super().__init__(**{**plain, **changes})
+
+
+def test_windows_that_accelerate_would_carry_over_the_loaders_end_are_refused():
+    state = SimpleNamespace(in_dataloader=False, sync_with_dataloader=False)
+    host = AcceleratorHost(FakeAccelerator(gradient_state=state), causal_lm())
+    with pytest.raises(ValueError, match="^sync_with_dataloader=False carries micro-batches"):
+        host.begin(3)
 
 
 TENSOR_PARALLEL = SimpleNamespace(non_data_parallel_size=2)

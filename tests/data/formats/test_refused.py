@@ -57,6 +57,15 @@ REFUSALS = [
         "turn 0 has the unknown role 'tool'; known: 'human', 'user', 'gpt', 'assistant', 'system'",
     ),
     (
+        llava("q", "a", system="\ud83d"),
+        "its system text holds '\\ud83d', half of a character",
+    ),
+    (
+        llava("q", "a", system="<img>a.png</img>"),
+        "its system text holds '<img>a.png</img>', which would be learnt as text; write <image> in "
+        "its place and name the file in 'images'",
+    ),
+    (
         llava("q", "a", system=3),
         "has the system 3, not a text",
     ),

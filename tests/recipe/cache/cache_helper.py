@@ -31,7 +31,7 @@ class CharTokenizer:
         self.backend_tokenizer = self
 
     def to_str(self) -> str:
-        return f"characters and {self._shift}"
+        return json.dumps({"characters and": self._shift})
 
     def get_vocab(self) -> dict[str, int]:
         return {"$": IMAGE}

@@ -128,7 +128,7 @@ def measure_build(folder: Path) -> None:
     (source,) = sources_of(config.data, corpus_module.corpus_encoder(student, config.data))
     before, highest = memory("RssAnon"), memory("VmHWM")
     with timed("build", spent):
-        data = corpus_module.open_data(source, [folder / "regate_cache"])
+        data = corpus_module.open_data(source, [folder / ".regate_cache"])
     grown, peak = memory("RssAnon") - before, memory("VmHWM") - highest
     num_records, num_labels = data.about["num_records"], data.index.num_tokens
     print(f"{num_records} records, {num_labels} label positions")

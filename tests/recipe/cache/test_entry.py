@@ -212,3 +212,31 @@ def test_a_text_that_has_changed_unseen_is_named_when_its_sample_is_read(tmp_pat
     with pytest.raises(ValueError, match="record 1, has other tokens or images than when"):
         samples_of(again)[1]
     assert samples_of(again)[2].encoded.key == ("set", 2)
+
+
+def test_a_name_is_cut_by_its_bytes_and_may_hold_brackets(tmp_path, built):
+    for name in ("x[1].jsonl", f"{'字' * 80}.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(write(tmp_path, GOOD).read_bytes())
+        open_data(source(path), [tmp_path / "cache"])
+    assert len(built) == 2
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    path, cache = write(tmp_path, GOOD), tmp_path / "cache"
+    folder = open_data(source(path), [cache]).folder
+    (folder / "manifest.json").write_text("")
+    with pytest.raises(ValueError, match=f"^{folder} is damaged .*; delete the folder"):
+        open_data(source(path), [cache])
+
+
+def test_data_that_changed_while_its_build_was_waited_for_is_not_stored_under_the_old_name(
+    tmp_path,
+):
+    path, cache = write(tmp_path, GOOD), tmp_path / "cache"
+    cache.mkdir()
+    name = source(path).entry_name()
+    write(tmp_path, GOOD[1:])
+    with pytest.raises(ValueError, match="has changed while it was waited for; start again"):
+        entry._build_into(source(path), cache, name)
+    assert list(cache.iterdir()) == []

@@ -88,7 +88,7 @@ def test_a_change_that_size_and_time_do_not_show_is_found_by_content(told, path,
     out = capsys.readouterr().out
     assert f"{path} has other bytes than when it was indexed" in out
     assert "has changed\n" in out
-    assert f"or delete {path.parent / 'regate_cache'}" in out
+    assert f"or delete {path.parent / '.regate_cache'}" in out
 
 
 def test_an_image_that_changed_its_size_is_found_by_content(told, path, capsys):

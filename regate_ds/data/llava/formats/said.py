@@ -92,12 +92,17 @@ def said(number: int, part: Mapping[str, Any], role: str, text: Any, media: Any 
         raise Cause(f"turn {number} has {field!r} ({meaning}), which is not used; take it out")
     if not isinstance(text, str):
         raise Cause(f"turn {number} has the value {shortened(text)}, not a text")
-    if found := _SURROGATE.search(text):
-        raise Cause(f"turn {number} holds {found.group()!r}, half of a character")
-    if found := _TAGGED.search(text):
-        raise Cause(_within(number, found))
+    require_plain(f"turn {number}", text)
     gold_spans = _gold(number, part, text) if role == "assistant" else ()
     return Said(role, text, tuple(media), _learns(number, part, role), gold_spans)
+
+
+def require_plain(where: str, text: str) -> None:
+    """Refuse, by Cause, a text with half of a character, or with the name of a file in tags."""
+    if found := _SURROGATE.search(text):
+        raise Cause(f"{where} holds {found.group()!r}, half of a character")
+    if found := _TAGGED.search(text):
+        raise Cause(_within(where, found))
 
 
 def first_said(given: Mapping[str, Any], refused: Mapping[str, str]) -> str | None:
@@ -117,12 +122,12 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _within(number: int, found: re.Match[str]) -> str:
+def _within(where: str, found: re.Match[str]) -> str:
     kind = "image" if found.group(1) == "img" else found.group(1)
     if kind == "audio":
-        return f"turn {number} holds {found.group()!r}; sound is not used, leave the record out"
+        return f"{where} holds {found.group()!r}; sound is not used, leave the record out"
     return (
-        f"turn {number} holds {found.group()!r}, which would be learnt as text; write <{kind}> in "
+        f"{where} holds {found.group()!r}, which would be learnt as text; write <{kind}> in "
         f"its place and name the file in '{kind}s'"
     )
 
@@ -146,8 +151,8 @@ def _learns(number: int, part: Mapping[str, Any], role: str) -> bool:
 
 
 def _gold(number: int, part: Mapping[str, Any], text: str) -> tuple[tuple[int, int], ...]:
-    spans = part.get("gold_spans", ())
-    if spans == ():
+    spans = part.get("gold_spans")
+    if spans is None:
         return ()
     if not isinstance(spans, list) or not all(_is_span(span, len(text)) for span in spans):
         raise Cause(

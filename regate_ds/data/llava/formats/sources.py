@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def _inline(field: str, content: Any, name: Any = None) -> InlineImage:
 def _decoded(field: str, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise Cause(f"field '{field}' holds data that is not base64 ({error})") from error
 
 

@@ -36,6 +36,9 @@ def read_turns(parts: list[Any]) -> list[Said]:
 def _format_of(number: int, part: Any) -> tuple[str, ...]:
     found = [fields for fields in FORMATS if isinstance(part, dict) and set(fields) <= part.keys()]
     if len(found) > 1:
+        # A table has a column for each; what is null says nothing.
+        found = [one for one in found if any(part[name] is not None for name in one)] or found[:1]
+    if len(found) > 1:
         raise Cause(f"turn {number} has the fields of two formats: {_names(sum(found, ()))}")
     if not found:
         known = ", or ".join(_names(fields) for fields in FORMATS)
