@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from regate_ds.recipe.learning.files import RunKey
+from regate_ds.recipe.tasks.pretraining.phase import digest_of_files
 from regate_ds.stores.atomic_file import make_folder, write_atomically
 
 
@@ -20,6 +22,9 @@ class Result:
     fraction: float
     digest: str
     """Name of the settings that the run was made with."""
+
+    student: str
+    """Name of the weights that it started from: another machine may round a seed to others."""
 
     date: str
     machine: str
@@ -50,6 +55,24 @@ class Result:
     @property
     def num_steps(self) -> int:
         return self.num_dense + self.num_sparse
+
+
+def student_of(folder: Path) -> str:
+    """Return the name of a student's weights."""
+    return digest_of_files(sorted(folder.glob("*.safetensors")))[:12]
+
+
+def require_one_student(found: Iterable[tuple[RunKey, Result]]) -> None:
+    """Refuse, by ValueError, to compare runs of one seed that did not start from one student."""
+    first: dict[tuple[str, int], tuple[RunKey, str]] = {}
+    for key, result in found:
+        other, student = first.setdefault((key.task, key.seed), (key, result.student))
+        if result.student != student:
+            raise ValueError(
+                f"{key.task}: {other.name} started from student {student}, {key.name} from "
+                f"{result.student}, as on machines that round differently; delete the results of "
+                "one, and run the round again"
+            )
 
 
 def path_of(results: Path, key: RunKey) -> Path:

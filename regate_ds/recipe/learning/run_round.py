@@ -27,7 +27,7 @@ from regate_ds.recipe.learning.files import (
     read_file,
     settings_digest,
 )
-from regate_ds.recipe.learning.result import Result, finished, path_of
+from regate_ds.recipe.learning.result import Result, finished, path_of, student_of
 from regate_ds.recipe.learning.task_folder import TaskFolder, cost_file, once_costs, stores_of
 from regate_ds.stores.atomic_file import make_folder, write_atomically
 
@@ -70,6 +70,17 @@ class Bench:
         found = [(key, finished(path_of(self.results, key), self.digest(key))) for key in self.keys]
         return [(key, result) for key, result in found if result is not None]
 
+    def require_student(self, task: str, seed: int, student: Path) -> None:
+        """Refuse, by ValueError, to put runs beside those of another student of the seed."""
+        mine = student_of(student)
+        for key, result in self.finished():
+            if (key.task, key.seed) == (task, seed) and result.student != mine:
+                raise ValueError(
+                    f"{task} {key.name} started from student {result.student}, this machine makes "
+                    f"{mine} of the seed; delete the results of the seed, or run it where they "
+                    "were made"
+                )
+
     @property
     def keys(self) -> list[RunKey]:
         return list(keys_of(self.plan, self.tasks))
@@ -99,6 +110,7 @@ def run_missing(bench: Bench, *, jobs: int, say: Callable[[str], None]) -> list[
         say(f"{task}, seed {seed}: {len(own)} of {len(missing)} runs")
         student, refused = _prepare(bench, own, say)
         failed += refused.values()
+        bench.require_student(task, seed, student)
         ready = [key for key in own if key.arm not in refused]
         train = partial(_train, bench, student, say)
         with ThreadPoolExecutor(jobs) as pool:

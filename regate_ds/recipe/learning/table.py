@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regate_ds.recipe.learning.files import RunKey
-from regate_ds.recipe.learning.result import Result
+from regate_ds.recipe.learning.result import Result, require_one_student
 from regate_ds.recipe.learning.run_round import Bench
 from regate_ds.recipe.learning.statistics import (
     Interval,
@@ -97,6 +97,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def round_tables(bench: Bench) -> str:
     """Return the tables of all tasks of a round, from the results that are there."""
     found = bench.finished()
+    require_one_student(found)
     parts = []
     for task in bench.plan.tasks:
         own = [(key, result) for key, result in found if key.task == task]

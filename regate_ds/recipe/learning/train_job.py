@@ -19,7 +19,7 @@ from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
-from regate_ds.recipe.learning.result import Result, write_result
+from regate_ds.recipe.learning.result import Result, student_of, write_result
 from regate_ds.recipe.learning.words_kept import LabelledWord, WordsKept, labelled_words
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.trainer import Trainer
@@ -58,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     announce()
     config = load_config(Path(config_path))
     judge_run(config)
+    assert config.model.path is not None
+    student = student_of(config.model.path)
     with join_job("train") as process:
         trainer = LearningTrainer(config, load_corpus(config), process)
         summary = trainer.run()
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str]) -> int:
             seed=int(seed),
             fraction=float(fraction),
             digest=digest,
+            student=student,
             date=datetime.now(UTC).date().isoformat(),
             machine=f"{platform.machine()}, {platform.system()}, torch {torch.__version__}",
             num_dense=num_dense,

@@ -107,6 +107,21 @@ def _check(folder: Path) -> None:
     assert not (folder / "work").exists()
     (folder / "gone").rename(folder / "work")
 
+    # Runs are not put beside those of another student of the seed.
+    mine = results / "tiny" / "dev" / "mine-seed0-steps4.json"
+    dense, kept = results / "tiny" / "dev" / "dense-seed0-steps4.json", mine.read_text()
+    own = json.loads(kept)["student"]
+    assert len(own) == 12
+    mine.write_text(kept.replace(own, "a" * 12))
+    of_dense = dense.read_text()
+    dense.unlink()
+    num_started = len(started)
+    with pytest.raises(ValueError, match=f"mine-seed0-steps4 started from student a+, .* {own} of"):
+        command.main(told)
+    assert len(started) == num_started
+    mine.write_text(kept)
+    dense.write_text(of_dense)
+
     # Costs of an arm that was changed are refused, and then timed again or deleted.
     costs = results / "tiny" / "costs" / "small-seed0.json"
     write(files / "arms" / "mine.yaml", {"about": "x", "settings": {"optimizer": {"lr": 1e-2}}})
@@ -117,10 +132,8 @@ def _check(folder: Path) -> None:
     costs.unlink()
 
     # An arm that fails is named, and the others go on.
-    mine = results / "tiny" / "dev" / "mine-seed0-steps4.json"
     mine.unlink()
     write(files / "arms" / "mine.yaml", {"about": "x", "settings": {"elision": {"first_layer": 9}}})
-    dense = results / "tiny" / "dev" / "dense-seed0-steps4.json"
     dense.unlink()
     assert command.main(told) == 1
     assert dense.is_file()

@@ -10,7 +10,7 @@ import pytest
 
 from regate_ds.recipe.learning.files import Arm, LearningTask, Round, RunKey
 from regate_ds.recipe.learning.plot import plot_task, points_of
-from regate_ds.recipe.learning.result import Result
+from regate_ds.recipe.learning.result import Result, require_one_student
 from regate_ds.recipe.learning.run_round import Bench
 from regate_ds.recipe.learning.table import Costs, arm_table, read_costs, time_lines
 
@@ -33,6 +33,7 @@ def run(arm: str, seed: int, visual: float, *, fraction: float = 1.0, **other: A
         "seed": seed,
         "fraction": fraction,
         "digest": "",
+        "student": "one",
         "date": "",
         "machine": "",
         "accuracy_visual": visual,
@@ -170,3 +171,10 @@ def test_costs_of_an_arm_that_was_changed_are_refused(tmp_path: Path):
     changed = Arm(about="x", settings={"elision": {"keep_share": 0.25}})
     with pytest.raises(ValueError, match="mine was timed with other settings"):
         read_costs(bench_of(tmp_path, "small", changed), "t")
+
+
+def test_runs_of_a_seed_that_started_from_two_students_are_not_compared():
+    require_one_student(WHOLE)
+    other = run("mine", 0, 0.5, student="another")
+    with pytest.raises(ValueError, match="^t: dense-seed0-steps100 started from student one, mine"):
+        require_one_student([*WHOLE, other])
