@@ -101,7 +101,16 @@ def sources_of(data: DataConfig, encoder: Encoder) -> list[Source]:
 
 
 def cache_folders(config: RunConfig, path: Path) -> list[Path]:
-    """Return the folders that may hold the cache of a data file, in the order of preference."""
+    """Return the folders that may hold the cache of a data file, in the order of preference.
+
+    ValueError if the run would write files into a folder whose files are the data.
+    """
+    for key, own in (("data.cache", config.data.cache), ("run.out", config.run.out)):
+        data = folder_of(path)
+        if own and data and own.resolve().is_relative_to(data.resolve()):
+            raise ValueError(
+                f"{key}={own}: lies in {data}, whose files are the data; give a folder outside it"
+            )
     if config.data.cache is not None:
         return [config.data.cache]
     return [(folder_of(path) or path).parent / CACHE_NAME, config.run.out / "data_cache"]

@@ -99,3 +99,12 @@ def test_an_image_that_changed_its_size_is_found_by_content(told, path, capsys):
     larger.save(image)
     assert check(told, "--content") == 1
     assert f"{path}, record 3, has changed\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["data.cache", "run.out"])
+def test_files_of_the_run_do_not_lie_among_the_data(told, tmp_path, capsys, key: str):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    assert check([*told, f"data.train={folder}", f"{key}={folder / 'mine'}"]) != 0
+    found = f"{key}={folder / 'mine'}: lies in {folder}, whose files are the data"
+    assert found in capsys.readouterr().err
