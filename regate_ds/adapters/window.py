@@ -99,7 +99,7 @@ def in_steps(loader: Iterable[Any], size: int, *, keep_rest: bool) -> Iterator[l
     if micro and not has_group:
         raise ValueError(
             f"the loader ended after {len(micro)} of the {size} micro-batches of a step, so there "
-            "is no step; give more samples, or lower gradient_accumulation_steps"
+            "is no step; give more samples, or accumulate over fewer"
         )
     if micro and keep_rest:
         yield micro

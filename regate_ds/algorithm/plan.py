@@ -149,15 +149,15 @@ def plan_dense(batch: TokenBatch) -> ElisionPlan:
 
 def plan_loss(batch: TokenBatch, target_BT: Tensor) -> ElisionPlan:
     """Keep every position in every layer; only the labels at ``target_BT`` enter the loss."""
-    num_rows, num_tokens = batch.labels_BT.shape
-    kept_BK = torch.arange(num_tokens).expand(num_rows, -1)
-    return _pack(batch, kept_BK, target_BT, False)
+    kept_BK = torch.arange(batch.labels_BT.shape[1]).expand(len(batch.labels_BT), -1)
+    return _pack(batch, kept_BK, target_BT, moves_rows=False)
 
 
 def plan_rows(batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor | None = None) -> ElisionPlan:
     """Keep the positions ``kept_BK`` of each row (T means padding), with the loss on the labels
     among them, or on those of them at ``target_BT``."""
-    return _pack(batch, kept_BK, batch.is_label_BT if target_BT is None else target_BT, True)
+    target_BT = batch.is_label_BT if target_BT is None else target_BT
+    return _pack(batch, kept_BK, target_BT, moves_rows=True)
 
 
 def with_all_labels(plan: ElisionPlan, batch: TokenBatch) -> ElisionPlan:
@@ -172,7 +172,9 @@ def with_all_labels(plan: ElisionPlan, batch: TokenBatch) -> ElisionPlan:
     )
 
 
-def _pack(batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor, moves_rows: bool) -> ElisionPlan:
+def _pack(
+    batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor, *, moves_rows: bool
+) -> ElisionPlan:
     """Select by ``kept_BK`` what the decoder and the loss need."""
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens

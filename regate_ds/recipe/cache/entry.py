@@ -165,7 +165,11 @@ def _only_one(folder: Path, name: str) -> Iterator[bool]:
     several may build, and the first to end stays.
     """
     path = folder / f".{name}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        cause = f"{path} cannot be opened ({error.strerror})"
+        raise ValueError(f"{cause}; delete it, or set data.cache to another folder") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +200,7 @@ def _build_into(source: Source, folder: Path, name: str) -> None:
         with suppress(OSError):
             temporary.rename(entry)
         if not is_finished(entry):
-            raise RuntimeError(f"{temporary} cannot be renamed to {entry}; delete that")
+            raise RuntimeError(f"{temporary} cannot be renamed to {entry}; delete {entry}")
         sync_files(entry)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,12 +13,12 @@ _PARTS = ("test", "dev")
 def recorded_line(results: Path, task: str, arm: str, *, against: str, steps: int) -> str | None:
     """Return how far an arm was from another one, seed by seed, in runs of so many steps.
 
-    Those on test, if there are some, else on dev; None where no seed has both arms. The interval is
-    Student's at 95 %. ValueError names a result that is damaged.
+    Those on test, if there are some, else on dev; None where no seed has both arms, of one student.
+    The interval is Student's at 95 %. ValueError names a result that is damaged.
     """
     for part in _PARTS:
         folder = results / task / part
-        ours, theirs = (_by_seed(folder, name, steps) for name in (arm, against))
+        ours, theirs = (_by_start(folder, name, steps) for name in (arm, against))
         found = paired(ours, theirs)
         if found is None:
             continue
@@ -33,8 +33,8 @@ def recorded_line(results: Path, task: str, arm: str, *, against: str, steps: in
     return None
 
 
-def _by_seed(folder: Path, arm: str, steps: int) -> dict[int, float]:
-    """Return the accuracy on words that need the image, by seed."""
+def _by_start(folder: Path, arm: str, steps: int) -> dict[tuple[int, str], float]:
+    """Return the accuracy on words that need the image, by seed and student."""
     read = [read_result(path) for path in sorted(folder.glob(f"{arm}-seed*-steps{steps}.json"))]
     results: list[Result] = [one for one in read if one is not None]
-    return {one.seed: one.accuracy_visual for one in results}
+    return {(one.seed, one.student): one.accuracy_visual for one in results}

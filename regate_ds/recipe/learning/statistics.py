@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy.stats import t as student_t
 
@@ -42,7 +43,7 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - reach, mean + reach)
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
+def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Interval | None:
     """Return the interval of the differences, seed by seed; None if no seed is in both."""
     seeds = sorted(ours.keys() & theirs.keys())
     return interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None

@@ -4,9 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from regate_ds.recipe.learning.files import Arm, LearningTask, read_file, settings_of
 from regate_ds.recipe.learning.recorded import recorded_line
 from regate_ds.recipe.learning.result import write_result
+from regate_ds.recipe.tasks.digits.task import DIGITS_TASK
+from regate_ds.recipe.tasks.quickstart import ARM
+from regate_ds.settings.yaml import read_yaml
 from tests.recipe.learning.test_table import run
+from tests.support.paths import ROOT
+
+FILES = ROOT / "configs" / "learning"
 
 
 def keep(results: Path, part: str, arm: str, seed: int, accuracy: float, steps: int = 300) -> None:
@@ -40,6 +47,22 @@ def test_the_test_part_comes_first_and_one_seed_has_no_interval(tmp_path: Path):
         "the learning benchmark (digits, test, seeds: 1) has recommended -0.100 from dense: one "
         "run says less"
     )
+
+
+def test_another_student_of_the_seed_is_no_pair(tmp_path: Path):
+    keep(tmp_path, "dev", "recommended", 0, 0.5)
+    path = tmp_path / "digits" / "dev" / "dense-seed0-steps300.json"
+    write_result(path, run("dense", 0, 0.4, student="another")[1])
+    assert line(tmp_path) is None
+
+
+def test_the_arm_that_the_quickstart_names_has_its_setting():
+    task = read_file(LearningTask, FILES / "tasks", "digits")
+    arm = read_file(Arm, FILES / "arms", ARM)
+    elision = settings_of(task, arm)["elision"]
+    quickstart = read_yaml((ROOT / DIGITS_TASK.config).read_text())
+    assert elision == quickstart["elision"]
+    assert task.steps == quickstart["run"]["steps"]
 
 
 def test_a_damaged_result_is_named(tmp_path: Path):
