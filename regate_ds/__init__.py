@@ -14,6 +14,7 @@ _HOME = {
     "Regate": "regate_ds.session",
     "ReferenceStore": "regate_ds.stores.reference.reader",
     "Keyed": "regate_ds.data.keyed",
+    "stream_key": "regate_ds.data.stream_key",
     "Teacher": "regate_ds.teacher.api",
     "score_dataset": "regate_ds.teacher.api",
     "TeacherConfig": "regate_ds.teacher.config",

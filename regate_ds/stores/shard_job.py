@@ -88,7 +88,7 @@ def fill_store(
     _require_one_job(job, group, device)
     (num_done,) = sum_over([int(job.is_complete)], group, device)
     if num_done < size_of(group):
-        _on_first(job.begin, group, device)
+        on_first(job.begin, group, device)
     await_store(job.store)
     writer = job.writer()
     # All ranks take the first rank's list: on a network file system the others may see less.
@@ -101,7 +101,7 @@ def fill_store(
     result = compute(writer, missing)
     sum_over([0], group, device)  # All shards exist now.
     seconds = time.perf_counter() - begin
-    _on_first(writer.finish, group, device)
+    on_first(writer.finish, group, device)
     return result, seconds
 
 
@@ -111,15 +111,15 @@ def missing_in(writer: ShardWriter) -> list[int]:
     return [number for number, file in enumerate(writer.files) if file.path.name not in names]
 
 
-def await_store(path: Path, seconds: float = 60.0) -> None:
-    """Wait until this process sees the store that another one has made ready.
+def await_store(path: Path, seconds: float = 60.0, *, file: str = MANIFEST_NAME) -> None:
+    """Wait until this process sees the folder that another one has made ready, its file last.
 
     A network file system shows a new file to another node only after a while. RuntimeError if
     it does not within ``seconds``.
     """
     deadline = time.monotonic() + seconds
     # Listing a folder makes a network file system look again; asking for one name may not.
-    while MANIFEST_NAME not in names_in(path):
+    while file not in names_in(path):
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"{path} was made ready by the first rank, but {socket.gethostname()} does not see "
@@ -148,7 +148,7 @@ def _require_one_job(
         )
 
 
-def _on_first(
+def on_first(
     action: Callable[[], None], group: ProcessGroup | None, device: torch.device | str
 ) -> None:
     """Run an action on the first rank only; if it fails there, all ranks raise."""
@@ -156,7 +156,7 @@ def _on_first(
     if rank_in(group) == 0:
         try:
             action()
-        except (ValueError, OSError) as caught:
+        except Exception as caught:  # noqa: BLE001 (it is raised again; the others must hear of it)
             error, text = caught, str(caught) or repr(caught)
     text = broadcast_text(text, group, device)
     if error is not None:

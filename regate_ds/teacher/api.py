@@ -6,7 +6,7 @@ Start with ``open_teacher``, then ``score_dataset`` or ``Teacher.online``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import start_process
 from regate_ds.parallel.layout import ProcessGroup, num_ranks, require_group, size_of
 from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.spool import spooled
 from regate_ds.teacher.config import TeacherConfig
 from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.online import OnlineReference, WindowScorer, samples_of
 from regate_ds.teacher.precompute import TeacherJob, Throughput, precompute
-from regate_ds.teacher.scoring import score_samples
+from regate_ds.teacher.scoring import ScoredSample, score_samples
 from regate_ds.teacher.sharding.placement import place_teacher, source_at
 
 
@@ -88,7 +89,7 @@ class Teacher:
 
 
 def score_dataset(
-    data: Keyed,
+    data: Keyed | Iterable[Mapping[str, Any]],
     collate_fn: Callable[[list[Any]], Any],
     teacher: Teacher,
     store: str | Path,
@@ -97,7 +98,9 @@ def score_dataset(
     """Score every sample once, and write the store that ``attach`` reads. Resumable.
 
     data, collate_fn: those of the training loop, so that keys and labels are the same; labels as
-    Hugging Face models take them.
+    Hugging Face models take them. ``data`` may be a stream whose items bring their keys
+    (``stream_key``) and which gives each of them once: the first rank then reads it, and its
+    samples' tokens lie beside the store (nine bytes each) until all of them are scored.
     group: the ranks that share the work; all of them make this call. A job of several ranks must
     give it.
 
@@ -105,20 +108,36 @@ def score_dataset(
     a warning: an optimizer step that has no others would stop the run.
     """
     _require_group(teacher, group)
-    collate = KeyedCollate(collate_fn)
+    collate, store = KeyedCollate(collate_fn), Path(store)
 
-    def encode(number: int) -> EncodedSample:
-        (sample,) = samples_of(collate([data[number]]), teacher.image_token_id)
+    def encode(item: Mapping[str, Any]) -> EncodedSample:
+        (sample,) = samples_of(collate([dict(item)]), teacher.image_token_id)
         return sample
 
-    index = AnswerIndex.build(encode(number) for number in range(len(data)))
+    score = partial(_score, teacher=teacher, store=store, group=group)
+    if isinstance(data, Keyed):
+        index = AnswerIndex.build(encode(data[number]) for number in range(len(data)))
+        return score(index, lambda number: encode(data[number]))
+    folder = store.absolute().with_name(f"{store.name}.spool")
+    with spooled(folder, map(encode, data), group, teacher.device) as spool:
+        return score(AnswerIndex.build(spool), spool.read)
+
+
+def _score(
+    index: AnswerIndex,
+    encode: Callable[[int], ScoredSample],
+    *,
+    teacher: Teacher,
+    store: Path,
+    group: ProcessGroup | None,
+) -> Throughput:
     _warn_of_unlabelled(index)
     job = TeacherJob(
         index=index,
         encode=encode,
         score=partial(score_samples, teacher.model.eval(), pad_id=teacher.pad_id),
         teacher_id=teacher.id,
-        store=Path(store),
+        store=store,
         tokens_per_batch=teacher.tokens_per_batch,
         ranks_per_replica=size_of(teacher.replica),
         in_step=teacher.in_step,
@@ -133,7 +152,7 @@ def _warn_of_unlabelled(index: AnswerIndex) -> None:
         warnings.warn(
             f"{len(rows)} of {index.num_samples} samples have no label, such as {shown}: they "
             "teach nothing, and a step of such samples alone stops a run; leave them out",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

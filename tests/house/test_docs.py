@@ -54,6 +54,7 @@ RUN_BY = {
         "regate = attach(": "launch/examples/deepspeed_loop.py",
         "quota=PerWindow(": "tests/house/test_docs.py",
     },
+    "streams.md": {"shards = wds.WebDataset(": "tests/data/test_streams.py"},
     "torch_loop.md": {
         "+    for window in regate.windows(": LOOPS_RUN,
         "ddp = DistributedDataParallel(model)": LOOPS_RUN,
