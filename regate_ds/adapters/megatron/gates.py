@@ -26,6 +26,7 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
 from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.adapters.megatron.rotary import kept_angles, require_axes
 from regate_ds.parallel.resharding import move_rows
 
 
@@ -36,6 +37,9 @@ class Carrier(PackedSeqParams):
     local: LocalPlan | None = None
     host: PackedSeqParams | None = None
     """The parameters that the host would give to attention; None if it gives none."""
+
+    position_ids: Tensor | None = None
+    """Those that the model was called with."""
 
     rotary: Tensor | None = None
     """Rotary angles at the kept positions."""
@@ -127,6 +131,8 @@ class ChunkGate:
                 "give one sample a row"
             )
         carrier = carry(local, host)
+        carrier.position_ids = arguments.get("position_ids")
+        require_axes(gpt, local, carrier.position_ids)
         if self.gated.ends_early and local.moves_rows:
             carrier.bypass = Bypass(local, self.gated.channel)
         arguments["packed_seq_params"] = carrier
@@ -141,21 +147,13 @@ class ChunkGate:
             _require_planned(kwargs["hidden_states"], carrier.local)
         if (carrier := _eliding(kwargs)) is None:
             return None
-        carrier.rotary = self._rotary(carrier.local)
+        carrier.rotary = kept_angles(self.gpt, carrier.local, carrier.position_ids)
         if self.gated.first == 0 and self.gpt.pre_process:
             hidden = self._gathered(kwargs["hidden_states"], carrier)
             return args, {**kwargs, "hidden_states": hidden}
         if self.gated.last == self.layers[0]:
             decoder.set_input_tensor(self._restored(decoder.input_tensor, carrier))
         return None
-
-    def _rotary(self, local: LocalPlan) -> Tensor | None:
-        if self.gpt.position_embedding_type != "rope":
-            return None
-        # get_emb returns the whole table, not this context rank's slice of it. That is needed,
-        # because kept slots are divided over context ranks anew.
-        table = self.gpt.rotary_pos_emb.get_emb(local.plan.num_tokens)
-        return table[:, 0, 0][local.rotary_position].unsqueeze(2)
 
     def _gathered(self, hidden: Tensor, carrier: Carrier) -> Tensor:
         local = carrier.local

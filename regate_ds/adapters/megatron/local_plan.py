@@ -57,6 +57,9 @@ class LocalPlan:
     """int64 [S, B]: original positions of this context rank's kept slots. Ragged rows have the
     slots of all context ranks, of which Megatron takes this rank's part."""
 
+    source: Tensor
+    """int64 [S, B]: where these slots lie in the micro-batch [B, T], flat; 0 at padding."""
+
     packing: Packing | None
     """Bounds of the samples in ragged rows; None for padded rows, or if no
     row moves."""
@@ -117,6 +120,7 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         gather=gather,
         elided_N=_elided(gather, num_rows * num_tokens // place.cut.size, place),
         rotary_position=_rotary_position(plan, place, ragged),
+        source=_source(plan, place, ragged),
         packing=_packing(ragged) if elides and ragged is not None else None,
         padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
         head=head,
@@ -214,6 +218,18 @@ def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) ->
     position_P = torch.zeros(sum(ragged.lengths), dtype=torch.long)
     position_P[ragged.index_R] = plan.position_R - first_R
     return position_P[:, None]
+
+
+def _source(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
+    """Return where each kept slot lies in the micro-batch, flat; 0 at padding."""
+    if ragged is None:
+        source_N = torch.zeros(plan.kept_BK.numel(), dtype=torch.long)
+        source_N[plan.slot_R] = plan.position_R
+        held_K = SequenceCut(place.context_size).held(plan.num_slots)[place.context_rank]
+        return source_N.view(plan.kept_BK.shape)[:, held_K].T.contiguous()
+    source_P = torch.zeros(sum(ragged.lengths), dtype=torch.long)
+    source_P[ragged.index_R] = plan.position_R
+    return source_P[:, None]
 
 
 def _packing(ragged: _Ragged) -> Packing:

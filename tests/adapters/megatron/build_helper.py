@@ -30,6 +30,19 @@ from tests.adapters.megatron.cases_helper import (
 )
 from tests.adapters.megatron.llava_helper import llava
 
+MROPE_SECTION = (2, 1, 1)
+"""Pairs of values of a head that time, height and width turn."""
+
+YARN: dict[str, Any] = {
+    "yarn_rotary_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 16,
+    "yarn_beta_fast": 2.0,
+    "yarn_beta_slow": 0.25,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}
+
 
 def join(case: Case) -> None:
     """Megatron's groups for the case; WORLD exists already."""
@@ -65,7 +78,7 @@ def host_config(case: Case, **more: Any) -> TransformerConfig:
         },
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     }[case.recompute]
-    return TransformerConfig(
+    config = TransformerConfig(
         **{
             "num_layers": case.num_layers,
             "hidden_size": HIDDEN,
@@ -96,11 +109,15 @@ def host_config(case: Case, **more: Any) -> TransformerConfig:
             "use_cpu_initialization": True,
             "calculate_per_token_loss": True,
             "finalize_model_grads_func": finalize_model_grads,
+            **({"mrope_section": list(MROPE_SECTION)} if case.positions == "mrope" else {}),
             **experts,
             **recompute,
             **more,
         }
     )
+    # Megatron-LM puts these there, from its own arguments.
+    vars(config).update(YARN if case.positions == "yarn" else {})
+    return config
 
 
 def build(case: Case, **more: Any) -> list[nn.Module]:
@@ -131,7 +148,7 @@ def gpt(case: Case, config: TransformerConfig, vp_stage: int | None) -> GPTModel
         64,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        position_embedding_type="rope",
+        position_embedding_type=case.positions,
         share_embeddings_and_output_weights=case.model == "tied",
         vp_stage=vp_stage,
     )

@@ -35,6 +35,9 @@ class Case:
     model: str = "gpt"
     """gpt, tied, moe, llava"""
 
+    positions: str = "rope"
+    """rope, yarn, mrope"""
+
     num_layers: int = 4
     num_micro: int = 4
     rows: int = 2
@@ -119,6 +122,16 @@ def items(case: Case, data_rank: int) -> list[Item]:
             tokens = made_up_images(tokens)
         made.append(_named(Item(ids, tokens), f"rank{data_rank}-{number}"))
     return made
+
+
+def positions_of(case: Case, item: Item) -> Tensor:
+    """Positions [3, B, T] of three axes, which differ from row to row and are no order."""
+    num_rows, num_tokens = item.ids_BT.shape
+    where = torch.arange(num_tokens).expand(3, num_rows, -1)
+    if case.positions != "mrope":
+        return where
+    scale = torch.tensor([1, 2, 3])[:, None, None] * (1 + torch.arange(num_rows)[:, None])
+    return (7 * where * scale + item.ids_BT) % torch.tensor([11, 13, 17])[:, None, None]
 
 
 def _named(item: Item, name: str) -> Item:

@@ -21,7 +21,7 @@ from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.values import Stores
 from tests.adapters.megatron.build_helper import build, fill, host_config, join, named, shard
-from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case, Item, items
+from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case, Item, items, positions_of
 from tests.adapters.megatron.llava_helper import ImageItem, PlainVision
 from tests.adapters.megatron.plain_gpt_helper import PlainModel, balance_loss, batch_losses
 from tests.support.stores import RandomReference, index_of
@@ -60,6 +60,8 @@ def forward_step(case: Case) -> Any:
             longest = int(lengths.max())
             packed = PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
+        if case.positions == "mrope":
+            positions = positions_of(case, item)
         if isinstance(item, ImageItem):
             output, _ = model(item.images, ids, positions, None)
             return output, None

@@ -46,6 +46,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP4, last_layer 3": {"pp": 4, "last_layer": 3},
     "TP2 PP2, last_layer 3": {"tp": 2, "pp": 2, "sp": True, "last_layer": 3},
     "LLaVAModel PP2, last_layer 3": {"model": "llava", "pp": 2, "last_layer": 3},
+    "yarn, TP2 SP": {"positions": "yarn", "tp": 2, "sp": True},
+    "mrope": {"positions": "mrope"},
+    "mrope, PP2 VPP2": {"positions": "mrope", "pp": 2, "vpp": 2},
+    "mrope, CP2 TP2 SP (own attention)": {"positions": "mrope", "cp": 2, "tp": 2, "sp": True},
     "TP2 PP2 DP2": {"tp": 2, "pp": 2, "dp": 2, "sp": True},
 }
 
@@ -55,8 +59,8 @@ def cases() -> list[tuple[str, Case]]:
     for (name, sizes), rows, first, recompute in itertools.product(
         LAYOUTS.items(), ("padded", "ragged"), (0, 1), ("none", "full", "selective")
     ):
-        # What is recomputed inside a layer is far from the restore.
-        if "last_layer" in sizes and recompute == "selective":
+        # What is recomputed inside a layer is far from the restore, and takes any angles.
+        if ("last_layer" in sizes or "positions" in sizes) and recompute == "selective":
             continue
         share = 0.5 if (rows == "padded") == (first == 1) else 1.0
         fields = {"row_format": rows, "first_layer": first, "image_share": share}

@@ -2,7 +2,8 @@
 
 Nothing here is shared with the fast path but names and shapes of weights. Double precision.
 
-Shapes: T tokens of a sample, K kept ones, H hidden, N heads, D size of a head.
+Shapes: T tokens of a sample, K kept ones, H hidden, N heads, D size of a head. Positions have
+three axes, which are equal but for mrope.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.algorithm.plan import ElisionPlan
-from tests.adapters.megatron.build_helper import full_weight
+from tests.adapters.megatron.build_helper import MROPE_SECTION, YARN, full_weight
 from tests.adapters.megatron.cases_helper import (
     EXPERTS,
     FFN,
@@ -25,6 +26,7 @@ from tests.adapters.megatron.cases_helper import (
     VOCABULARY,
     Case,
     Item,
+    positions_of,
 )
 from tests.adapters.megatron.llava_helper import IMAGE_AT, ImageItem, PlainVision
 
@@ -56,13 +58,17 @@ class PlainModel:
 
 
 def sample_losses(
-    model: PlainModel, embedded_TH: Tensor, kept: list[int], targets: dict[int, int]
+    model: PlainModel,
+    embedded_TH: Tensor,
+    where_3T: Tensor,
+    kept: list[int],
+    targets: dict[int, int],
 ) -> dict[int, Tensor]:
     """Loss of each kept target of one sample, by position."""
     x_TH = embedded_TH
     for number in range(model.case.num_layers):
         at = kept if number in model.gated else list(range(len(x_TH)))
-        y_KH = _layer(model, number, x_TH[at], torch.tensor(at))
+        y_KH = _layer(model, number, x_TH[at], where_3T[:, at])
         x_TH = x_TH.index_copy(0, torch.tensor(at), y_KH)
     norm = model.weight("decoder.final_layernorm.weight", HIDDEN)
     head = _head(model)
@@ -100,7 +106,7 @@ def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
         assert scored <= real
     else:
         scored = real
-    num_tokens = embedded_BTH.shape[1]
+    num_tokens, where_3BT = embedded_BTH.shape[1], positions_of(model.case, item)
     found: list[Tensor] = []
     for r, row in enumerate(batch.segment_BT.tolist()):
         for s in range(max(row) + 1):
@@ -109,7 +115,10 @@ def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
             labels = batch.labels_BT[r, positions].tolist()
             at = [i for i in kept if r * num_tokens + positions[i] in scored]
             targets = {i: labels[i] for i in at if labels[i] != IGNORE}
-            losses = sample_losses(model, embedded_BTH[r, positions], kept, targets)
+            x_TH, where_3T = embedded_BTH[r, positions], where_3BT[:, r, positions]
+            if model.case.positions != "mrope":
+                where_3T = torch.arange(len(positions)).expand(3, -1)
+            losses = sample_losses(model, x_TH, where_3T, kept, targets)
             found += [losses[i] for i in sorted(losses)]
     return torch.stack(found) if found else torch.zeros(0, dtype=model.dtype)
 
@@ -139,10 +148,10 @@ def _normed(x: Tensor, weight_H: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight_H
 
 
-def _layer(model: PlainModel, number: int, x_KH: Tensor, at_K: Tensor) -> Tensor:
+def _layer(model: PlainModel, number: int, x_KH: Tensor, where_3K: Tensor) -> Tensor:
     name = f"decoder.layers.{number}"
     x_KH = x_KH + _attention(
-        model, name, _normed(x_KH, model.weight(f"{name}.input_layernorm.weight", HIDDEN)), at_K
+        model, name, _normed(x_KH, model.weight(f"{name}.input_layernorm.weight", HIDDEN)), where_3K
     )
     h_KH = _normed(x_KH, model.weight(f"{name}.pre_mlp_layernorm.weight", HIDDEN))
     if model.case.model == "moe":
@@ -176,7 +185,7 @@ def _experts(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _attention(model: PlainModel, name: str, h_KH: Tensor, at_K: Tensor) -> Tensor:
+def _attention(model: PlainModel, name: str, h_KH: Tensor, where_3K: Tensor) -> Tensor:
     per_group = HEADS // GROUPS
     qkv = model.weight(
         f"{name}.self_attention.linear_qkv.weight", GROUPS * (per_group + 2) * SIZE, HIDDEN
@@ -185,21 +194,43 @@ def _attention(model: PlainModel, name: str, h_KH: Tensor, at_K: Tensor) -> Tens
     later = torch.ones(len(h_KH), len(h_KH), dtype=torch.bool).triu(1)
     heads = []
     for group in range(GROUPS):
-        key = _rotate(mixed[:, group, per_group], at_K)
+        key = _rotate(model.case, mixed[:, group, per_group], where_3K)
         value = mixed[:, group, per_group + 1]
         for head in range(per_group):
-            query = _rotate(mixed[:, group, head], at_K)
+            query = _rotate(model.case, mixed[:, group, head], where_3K)
             scores = (query @ key.T / math.sqrt(SIZE)).masked_fill(later, -math.inf)
             heads.append(scores.softmax(-1) @ value)
     projection = model.weight(f"{name}.self_attention.linear_proj.weight", HIDDEN, HIDDEN)
     return torch.cat(heads, dim=-1) @ projection.T
 
 
-def _rotate(x_KD: Tensor, at_K: Tensor) -> Tensor:
-    # As Megatron: frequencies in single precision.
-    frequency = 1.0 / (10000 ** (torch.arange(0, SIZE, 2, dtype=torch.float32) / SIZE))
-    angle = torch.outer(at_K.float(), frequency)
+def _rotate(case: Case, x_KD: Tensor, where_3K: Tensor) -> Tensor:
+    axis, frequency, factor = _turning(case)
+    angle = where_3K.float()[axis].T * frequency
     angle = torch.cat([angle, angle], dim=-1)
     first, second = x_KD.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x_KD * angle.cos().to(x_KD.dtype) + turned * angle.sin().to(x_KD.dtype)
+    return factor * (x_KD * angle.cos().to(x_KD.dtype) + turned * angle.sin().to(x_KD.dtype))
+
+
+def _turning(case: Case) -> tuple[list[int], Tensor, float]:
+    """Axis and frequency of each pair of values of a head; and the factor of sine and cosine."""
+    # As Megatron: frequencies in single precision.
+    frequency = 1.0 / (10000 ** (torch.arange(0, SIZE, 2, dtype=torch.float32) / SIZE))
+    if case.positions == "mrope":
+        return [n for n in range(3) for _ in range(MROPE_SECTION[n])], frequency, 1.0
+    if case.positions == "rope":
+        return [0] * (SIZE // 2), frequency, 1.0
+    scale = YARN["yarn_rotary_scaling_factor"]
+    longest = YARN["yarn_original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:
+        """The pair, counted from 0, that turns so often over the positions trained before."""
+        return SIZE * math.log(longest / (2 * math.pi * turns)) / (2 * math.log(10000))
+
+    # Pairs that turn fast stay as they are, slow ones are stretched, those between are mixed.
+    low = max(math.floor(pair(YARN["yarn_beta_fast"])), 0)
+    high = min(math.ceil(pair(YARN["yarn_beta_slow"])), SIZE - 1)
+    stretched = ((torch.arange(SIZE // 2) - low) / (high - low)).clamp(0, 1)
+    frequency = frequency * (1 - stretched) + frequency / scale * stretched
+    return [0] * (SIZE // 2), frequency, 0.1 * math.log(scale) + 1.0

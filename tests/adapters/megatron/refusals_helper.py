@@ -86,7 +86,11 @@ def check_attach(case: Case) -> None:
             fp8 = changed(gpt.config, "fp8", "hybrid" if "fp8" in name else None)
             with fp8, changed(gpt.config, name, value), refused(ValueError, name):
                 tried()
-    with changed(gpt, "position_embedding_type", "mrope"), refused(ValueError, "mrope"):
+    learned = changed(gpt, "position_embedding_type", "learned_absolute")
+    with learned, refused(ValueError, "'learned_absolute'"):
+        tried()
+    other = changed(gpt, "rotary_pos_emb", nn.Identity())
+    with other, refused(ValueError, "rotary_pos_emb is of class Identity, whose angles"):
         tried()
     gathering = changed(gpt.config, "moe_token_dispatcher_type", "allgather")
     with changed(gpt.config, "num_moe_experts", 4), gathering, refused(ValueError, "'alltoall'"):
@@ -152,6 +156,17 @@ def check_attached(case: Case, chunks: list[Any], tried: Callable[..., Any]) -> 
     with refused(RuntimeError, "no step is planned"):
         regate.step(applied=True)
     regate.remove()
+
+
+def check_positions(case: Case) -> None:
+    """Of a model with three axes of positions."""
+    join(case)
+    chunks = build(case)
+    schedule = attached(case, chunks).wrap(get_forward_backward_func())
+    what = r"position_ids \(2, 24\), but position_embedding_type='mrope' needs \(3, 2, 24\)"
+    with refused(ValueError, what):
+        run_chunks(case, chunks, schedule, forward_step(replace(case, positions="rope")))
+    dismantle(chunks)
 
 
 def check_virtual_range(case: Case) -> None:

@@ -42,6 +42,18 @@ CASES = [
 ]
 """Each pair of tensor, context, pipeline and data parallelism stands together somewhere."""
 
+POSITIONS = [
+    Case(positions="yarn", rows=3, image_share=0.5),
+    Case(positions="yarn", tp=2, sp=True, row_format="ragged"),
+    Case(positions="mrope", rows=3, first_layer=0, image_share=0.5, recompute="full"),
+    Case(positions="mrope", row_format="ragged", packed=True, image_share=0.5),
+    Case(positions="mrope", pp=2, vpp=2, recompute="selective"),
+    Case(positions="mrope", tp=2, cp=2, sp=True, image_share=0.3),
+    Case(positions="mrope", pp=2, cp=2, row_format="ragged", last_layer=3),
+    Case(positions="yarn", cp=2, row_format="ragged", image_share=0.5),
+]
+"""Other positions than one axis of plain frequencies."""
+
 METHODS = [
     Case(execution="loss_only", row_format="ragged", packed=True),
     Case(pp=2, execution="loss_only", last_layer=3),
@@ -64,8 +76,11 @@ WEIGHTED = [
 """Every label has a loss, with a weight."""
 
 
+ALL = sorted(CASES + POSITIONS + METHODS + WEIGHTED, key=lambda case: case.world)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sorted(CASES + METHODS + WEIGHTED, key=lambda c: c.world), ids=str)
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
     pool.run(case.world, check, case)
 

@@ -17,6 +17,11 @@ def test_a_model_that_does_not_fit_is_refused_by_name_and_left_alone(pool: Pool)
 
 
 @pytest.mark.slow
+def test_positions_of_one_axis_for_a_model_of_three_are_refused(pool: Pool):
+    pool.run(1, refusals.check_positions, Case(positions="mrope"))
+
+
+@pytest.mark.slow
 def test_with_interleaving_the_gather_must_be_in_the_first_chunk(pool: Pool):
     pool.run(2, refusals.check_virtual_range, Case(pp=2, vpp=2, num_layers=8))
 
