@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.megatron.groups import group_device
-from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.adapters.megatron.local.plan import LocalPlan
 from regate_ds.parallel.collectives import gather_integers
 from regate_ds.parallel.layout import own_group, replicas
 

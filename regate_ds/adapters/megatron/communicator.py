@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch.distributed import ProcessGroup
 
-from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.adapters.megatron.local.plan import LocalPlan
 
 Shape = tuple[int, int, int]
 """[S, B, H] of one transfer."""

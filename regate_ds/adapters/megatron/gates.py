@@ -25,8 +25,8 @@ from torch.distributed import ProcessGroup
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
 from regate_ds.adapters.megatron.entropy import EntropyTap
-from regate_ds.adapters.megatron.local_plan import LocalPlan
-from regate_ds.adapters.megatron.rotary import kept_angles, require_axes
+from regate_ds.adapters.megatron.local.plan import LocalPlan
+from regate_ds.adapters.megatron.local.rotary import kept_angles, require_axes
 from regate_ds.parallel.resharding import move_rows
 
 

@@ -13,7 +13,7 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
 
-from regate_ds.adapters.megatron.place import Place
+from regate_ds.adapters.megatron.local.place import Place
 from regate_ds.adapters.plan_wire import Replica
 from regate_ds.parallel.collectives import gather_integers
 from regate_ds.parallel.layout import cpu_group, replicas

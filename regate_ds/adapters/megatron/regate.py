@@ -15,8 +15,8 @@ from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.chunks import require_finalized, require_schedule
 from regate_ds.adapters.megatron.gates import ChunkGate
 from regate_ds.adapters.megatron.groups import Axes
-from regate_ds.adapters.megatron.local_plan import LocalPlan, localise
-from regate_ds.adapters.megatron.place import Place, require_cut
+from regate_ds.adapters.megatron.local.place import Place, require_cut
+from regate_ds.adapters.megatron.local.plan import LocalPlan, localise
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.samples import read_tokens
 from regate_ds.adapters.megatron.schedule import StepRun

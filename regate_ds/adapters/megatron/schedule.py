@@ -19,7 +19,7 @@ from regate_ds.adapters.megatron.communicator import (
 )
 from regate_ds.adapters.megatron.gates import ChunkGate
 from regate_ds.adapters.megatron.groups import Axes, schedule_groups
-from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.adapters.megatron.local.plan import LocalPlan
 
 
 class StepRun:

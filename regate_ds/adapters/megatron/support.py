@@ -9,7 +9,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import nn
 
-from regate_ds.adapters.megatron.rotary import TABLES
+from regate_ds.adapters.megatron.local.rotary import TABLES
 from regate_ds.config import RegateConfig
 
 _UNEVEN = (

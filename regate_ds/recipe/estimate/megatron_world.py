@@ -24,8 +24,8 @@ from megatron.core import parallel_state as mpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from regate_ds.adapters.megatron.groups import Axes, Table, find_axes
-from regate_ds.adapters.megatron.local_plan import LocalPlan, localise
-from regate_ds.adapters.megatron.place import Place
+from regate_ds.adapters.megatron.local.place import Place
+from regate_ds.adapters.megatron.local.plan import LocalPlan, localise
 from regate_ds.adapters.plan_wire import encode
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.plan import StepPlan

@@ -14,8 +14,8 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
 from regate_ds.adapters.megatron.groups import row_multiple
-from regate_ds.adapters.megatron.local_plan import localise
-from regate_ds.adapters.megatron.place import Place, require_cut
+from regate_ds.adapters.megatron.local.place import Place, require_cut
+from regate_ds.adapters.megatron.local.plan import localise
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.counts import COUNTS
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, plan_loss

@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from regate_ds.adapters.megatron.place import Place
+from regate_ds.adapters.megatron.local.place import Place
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regate_ds.adapters.megatron.local_plan import LocalPlan
+from regate_ds.adapters.megatron.local.plan import LocalPlan
 
 
 class _Alone:
