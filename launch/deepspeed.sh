@@ -45,7 +45,14 @@ for line in "${lines[@]}"; do
 done
 twice=$(printf '%s\n' "${lines[@]}" | awk 'seen[$1]++ { print $1; exit }')
 [[ -z $twice ]] || fail "$hostfile names $twice twice: give it one line, with all its slots"
+for line in "${lines[@]}"; do
+    read -r node _ <<<"$line"
+    [[ $node != *:* ]] ||
+        fail "$hostfile: '$node' names a port; write '${node%:*}', and set DS_OPTIONS='--ssh_port ${node##*:}'"
+done
 read -r first _ <<<"${lines[0]}"
+# me@node tells ssh who logs in; the ranks look for the node itself.
+first=${first##*@}
 if [[ -n ${NODE_RANK:-} ]]; then
     [[ $NODE_RANK =~ ^(0|[1-9][0-9]*)$ && $NODE_RANK -lt ${#lines[@]} ]] ||
         fail "NODE_RANK=$NODE_RANK: number the ${#lines[@]} nodes of $hostfile from 0"
@@ -55,6 +62,7 @@ fi
 logs=$(realpath -m "${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}")
 { mkdir -p "$logs" 2>/dev/null && [[ -w $logs ]]; } ||
     fail "LOGS=$logs: cannot be written; set LOGS to a folder that can be"
+regate=(regate_ds.cli "$@")
 if [[ -n ${NODE_RANK:-} ]]; then
     place=(--no_ssh --node_rank "$NODE_RANK")
 else
@@ -62,16 +70,27 @@ else
     # pdsh passes no variables on; deepspeed exports those in this file.
     forward=${FORWARD:-^(NCCL|GLOO|OMP|MKL|HF|TOKENIZERS|TORCH|TRITON|PYTORCH|CUDA|DS|DEEPSPEED)_}
     export DS_ENV_FILE=$logs/environment
-    env | grep -E "$forward" | grep -v '^DS_ENV_FILE=' >"$DS_ENV_FILE" || true
+    # The nodes' shells read what stands there, so that it is quoted for them.
+    for name in $(compgen -e | grep -E "$forward" | grep -v '^DS_ENV_FILE$'); do
+        printf '%s=%q\n' "$name" "${!name}"
+    done >"$DS_ENV_FILE"
+    for path in "$logs" "$PWD" "$python"; do
+        [[ $path =~ ^[A-Za-z0-9_./+@:,=-]*$ ]] ||
+            fail "$path: deepspeed passes it to the nodes' shells unquoted; use a path without spaces and signs"
+    done
     place=(--launcher pdsh)
+    # Through pdsh, words would be split and expanded by the nodes' shells.
+    printf '%s\0' "$@" >"$logs/arguments"
+    regate=(regate_ds.job.arguments_file "$logs/arguments")
 fi
 read -ra more <<<"${DS_OPTIONS:-}"
 command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" "${place[@]}"
     --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}"
     --no_local_rank --enable_each_rank_log "$logs" ${more[@]+"${more[@]}"}
-    --module regate_ds.cli "$@")
+    --module "${regate[@]}")
 printf '%s: on %s:' "$0" "$(hostname)" >&2
 printf ' %q' "${command[@]}" >&2
+[[ ${regate[0]} == regate_ds.cli ]] || { printf ', which holds:' && printf ' %q' "$@"; } >&2
 echo >&2
 # deepspeed ignores USR1; the ranks take it as a request to save and end.
 trap '' USR1

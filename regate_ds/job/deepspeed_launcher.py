@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import IO
 
 
@@ -28,8 +27,9 @@ def launch(
     """
     port = os.environ.get("MASTER_PORT") or str(free_port())
     options = ["--num_gpus", str(ranks), "--master_port", port, "--no_local_rank"]
-    program = str(Path(sys.executable).with_name("deepspeed"))
-    command = [program, *options, "--log_level", "warning"]
+    # Not the command `deepspeed`, which may lie elsewhere, or belong to another Python.
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
+    command += ["--log_level", "warning"]
     command += ["--module", "regate_ds.cli", *arguments]
     print(" ".join(command), file=sys.stderr, flush=True)
     # Children inherit this: deepspeed's own ignore SIGUSR1; ranks then listen for it themselves.

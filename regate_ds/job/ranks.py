@@ -3,6 +3,7 @@
 RANK ...                set by torchrun and deepspeed, and read by the rest of the package
 SLURM_PROCID ...        a task of srun
 OMPI_COMM_WORLD_RANK    a task of Open MPI's mpirun
+PMI_RANK ...            a task of mpiexec, of MPICH and what comes from it (Intel MPI, PALS)
 
 torchrun and deepspeed may run inside such a task, one on each node. Two announcements that
 contradict each other are an error.
@@ -13,12 +14,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from regate_ds.job.tasks import Place, integer, task_of
 
-_OPENMPI = ("RANK", "SIZE", "LOCAL_RANK")
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 """Range of a SLURM job's port; it lies below the ports that Linux gives out by itself."""
@@ -29,8 +30,8 @@ class Ranks:
     """The place of this process among those of the job."""
 
     launcher: str
-    """Source of the announcement: "deepspeed", "torchrun", "srun", "mpirun", "environment" or
-    "none"."""
+    """Source of the announcement: "deepspeed", "torchrun", "srun", "mpirun", "mpiexec",
+    "environment" or "none"."""
 
     rank: int = 0
     world_size: int = 1
@@ -43,24 +44,9 @@ class Ranks:
     """Port where the first rank listens; None for a single process, which may take any."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One announcement: number ``index`` of ``size``, read from the variables of these names."""
-
-    launcher: str
-    index: int
-    size: int
-    local_rank: int
-    index_name: str
-    size_name: str
-
-    def __str__(self) -> str:
-        return f"{self.index_name}={self.index}, {self.size_name}={self.size}"
-
-
 def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Find this process's place. ValueError if announcements are incomplete or contradictory."""
-    outer = _task(environment)
+    outer = task_of(environment)
     if "RANK" in environment:
         return _announced(environment, outer)
     if outer is None or outer.size == 1:
@@ -78,9 +64,9 @@ def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
-    """Discover, and for a task of srun or mpirun also set RANK and its siblings."""
+    """Discover, and for a task of srun or of MPI also set RANK and its siblings."""
     ranks = discover(environment)
-    if ranks.launcher in ("srun", "mpirun"):
+    if ranks.launcher in ("srun", "mpirun", "mpiexec"):
         values = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.address, ranks.port)
         environment.update(zip(RANK_NAMES, map(str, values)))
     return ranks
@@ -88,16 +74,16 @@ def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
 
 def ranks_on_node(ranks: Ranks) -> int:
     """Return the number of ranks on this node as its launcher announced it, or 1."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
     return int(tasks) if ranks.launcher == "srun" and tasks.isdigit() else 1
 
 
-def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
+def _announced(environment: Mapping[str, str], outer: Place | None) -> Ranks:
     """Read RANK and its siblings, which torchrun, deepspeed or the user's own script has set."""
-    rank, world_size = _integer(environment, "RANK"), _integer(environment, "WORLD_SIZE", "1")
+    rank, world_size = integer(environment, "RANK"), integer(environment, "WORLD_SIZE", "1")
     missing = [name for name in RANK_NAMES if name not in environment and name != "RANK"]
     if world_size == 1 or outer is not None:
         missing = [name for name in missing if name != "LOCAL_RANK"]
@@ -110,7 +96,7 @@ def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
         raise ValueError(f"RANK={rank}, but WORLD_SIZE={world_size}: ranks count from 0; lower it")
     agent = _agent(environment)
     _require_agreement(environment, agent, outer)
-    local_rank = _integer(environment, "LOCAL_RANK", str(outer.local_rank if outer else 0))
+    local_rank = integer(environment, "LOCAL_RANK", str(outer.local_rank if outer else 0))
     return Ranks(
         agent.launcher if agent else "environment",
         rank,
@@ -118,12 +104,12 @@ def _announced(environment: Mapping[str, str], outer: _Place | None) -> Ranks:
         local_rank,
         str(agent.index) if agent else _node(environment),
         environment["MASTER_ADDR"],
-        _integer(environment, "MASTER_PORT"),
+        integer(environment, "MASTER_PORT"),
     )
 
 
 def _require_agreement(
-    environment: Mapping[str, str], agent: _Place | None, outer: _Place | None
+    environment: Mapping[str, str], agent: Place | None, outer: Place | None
 ) -> None:
     if outer is None:
         return
@@ -143,51 +129,19 @@ def _require_agreement(
         )
 
 
-def _agent(environment: Mapping[str, str]) -> _Place | None:
+def _agent(environment: Mapping[str, str]) -> Place | None:
     """Return the announcement of torchrun or deepspeed: the number of this node among the nodes."""
     for launcher, index, size in (
         ("torchrun", "GROUP_RANK", "GROUP_WORLD_SIZE"),
         ("deepspeed", "CROSS_RANK", "CROSS_SIZE"),
     ):
         if index in environment and size in environment:
-            number, count = _integer(environment, index), _integer(environment, size)
-            return _Place(launcher, number, count, 0, index, size)
+            number, count = integer(environment, index), integer(environment, size)
+            return Place(launcher, number, count, 0, index, size)
     return None
 
 
-def _task(environment: Mapping[str, str]) -> _Place | None:
-    """Return the task of mpirun or srun that this process is, or runs in; None if there is none."""
-    srun, mpirun = _srun(environment), _mpirun(environment)
-    if srun is None or mpirun is None:
-        return mpirun or srun
-    # mpirun starts a helper by srun on each node, so there may be fewer tasks, not more.
-    if srun.size > mpirun.size:
-        raise ValueError(
-            f"srun says {srun}, mpirun says {mpirun}: start one mpirun, not one in each task"
-        )
-    return mpirun
-
-
-def _mpirun(environment: Mapping[str, str]) -> _Place | None:
-    if "OMPI_COMM_WORLD_RANK" not in environment:
-        return None
-    return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in _OPENMPI])
-
-
-def _srun(environment: Mapping[str, str]) -> _Place | None:
-    """Return the task of srun. None in a batch script, which has SLURM_PROCID but is no task."""
-    if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
-        return None
-    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    return _place(environment, "srun", ["SLURM_PROCID", size, "SLURM_LOCALID"])
-
-
-def _place(environment: Mapping[str, str], launcher: str, names: Sequence[str]) -> _Place:
-    index, size, local_rank = (_integer(environment, name) for name in names)
-    return _Place(launcher, index, size, local_rank, names[0], names[1])
-
-
-def _refuse_batch_script(environment: Mapping[str, str], outer: _Place | None) -> None:
+def _refuse_batch_script(environment: Mapping[str, str], outer: Place | None) -> None:
     tasks = environment.get("SLURM_NTASKS", "1")
     if outer is None and tasks != "1":
         raise ValueError(
@@ -200,16 +154,23 @@ def _node(environment: Mapping[str, str]) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _address(environment: Mapping[str, str], outer: _Place) -> str:
+def _address(environment: Mapping[str, str], outer: Place) -> str:
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"]
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise ValueError(
             f"{outer.launcher} says {outer}, but MASTER_ADDR is not set: give all ranks the first "
-            "rank's node, as by mpirun -x MASTER_ADDR=NODE -x MASTER_PORT=29500"
+            f"rank's node, as by {_given(outer, 'MASTER_ADDR=NODE', 'MASTER_PORT=29500')}"
         )
     return first_host(nodes)
+
+
+def _given(outer: Place, *values: str) -> str:
+    """Return the command by which a launcher gives its tasks these variables."""
+    if outer.launcher == "mpiexec":
+        return " ".join(["mpiexec", *(f"-genv {value.replace('=', ' ')}" for value in values)])
+    return " ".join(["mpirun", *(f"-x {value}" for value in values)])
 
 
 def first_host(nodes: str) -> str:
@@ -220,27 +181,20 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
 
 
-def _port(environment: Mapping[str, str], outer: _Place) -> int:
+def _port(environment: Mapping[str, str], outer: Place) -> int:
     if "MASTER_PORT" in environment:
-        return _integer(environment, "MASTER_PORT")
+        return integer(environment, "MASTER_PORT")
     if "SLURM_JOB_ID" not in environment:
         raise ValueError(
             f"{outer.launcher} says {outer}, but MASTER_PORT is not set: give all ranks one port, "
-            "as by mpirun -x MASTER_PORT=29500"
+            f"as by {_given(outer, 'MASTER_PORT=29500')}"
         )
-    return job_port(_integer(environment, "SLURM_JOB_ID"))
+    return job_port(integer(environment, "SLURM_JOB_ID"))
 
 
 def job_port(job: int) -> int:
     """Return a SLURM job's port, as launch/ does; steps that run at once must set MASTER_PORT."""
     return _FIRST_PORT + job % _NUM_PORTS
-
-
-def _integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
-    text = environment.get(name, default)
-    if text is None or not re.fullmatch(r"[0-9]+", text):
-        raise ValueError(f"{name}={text}: must be a whole number, as launchers set it")
-    return int(text)
 
 
 def is_first_rank() -> bool:

@@ -30,7 +30,7 @@ def fail():
 
 rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
 _, _, module = " ".join(sys.orig_argv).partition(" -m ")
-if rank == os.environ.get("FAILING_RANK") and module.startswith("regate_ds.cli "):
+if rank == os.environ.get("FAILING_RANK") and module.startswith(("regate_ds.cli ", "regate_ds.job.")):
     if "FAILS_AFTER" in os.environ:
         threading.Thread(target=fail, daemon=True).start()
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from regate_ds.job.arguments_file import read_arguments
 from tests.support.paths import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -38,7 +39,11 @@ SLURM = {
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a script of launch/ from another folder."""
-    programs = {"python": PYTHON, **{k: f"#!/bin/bash\n{v}\n" for k, v in SLURM.items()}}
+    programs = {
+        "python": PYTHON,
+        "pdsh": "#!/bin/false\n",
+        **{k: f"#!/bin/bash\n{v}\n" for k, v in SLURM.items()},
+    }
     (tmp_path / "bin").mkdir()
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)
@@ -100,6 +105,18 @@ def test_the_scripts_can_be_started():
         ("deepspeed.sh", ["empty", "train"], {}, "empty names no node; write a line 'NODE slots"),
         ("deepspeed.sh", ["bad", "train"], {}, "bad: 'n1 slots=two' is not 'NODE slots=N'"),
         ("deepspeed.sh", ["twice", "train"], {}, "twice names n1 twice"),
+        (
+            "deepspeed.sh",
+            ["port", "train"],
+            {},
+            "'n1:2222' names a port; write 'n1', and set DS_OPT",
+        ),
+        (
+            "deepspeed.sh",
+            ["one", "train"],
+            {"LOGS": "my logs"},
+            "my logs: deepspeed passes it to the",
+        ),
         ("deepspeed.sh", ["one", "train"], {"NODE_RANK": "1"}, "NODE_RANK=1: number the 1 nodes"),
         ("deepspeed.sh", ["one", "train"], {"NODE_RANK": "x"}, "NODE_RANK=x: number the 1 nodes"),
         ("deepspeed.sh", ["one", "train"], NOWHERE, "LOGS=/dev/null/logs: cannot be written"),
@@ -119,6 +136,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, script, arguments, variabl
         "empty": "# n1 slots=8\n\n",
         "one": "n1 slots=8  # fast\n",
         "bad": "n1 slots=two\n",
+        "port": "n1:2222 slots=4\n",
     }
     for name, text in {**hostfiles, "twice": "n1 slots=1\nn1 slots=2\n"}.items():
         Path(name).write_text(text)
@@ -140,6 +158,33 @@ def test_arguments_and_the_exit_code_are_passed_through(run, script):
     end = "".join(f"<{one}>" for one in ARGUMENTS)
     assert done.stdout.endswith(f"<regate_ds.cli>{end}\n")
     assert " train run.yaml run.deepspeed=" in done.stderr
+
+
+HARD = ["train", "a b", "<|im_start|>user", "It costs $HOME `date` %n %h.", "'\"\\", "", "ü\n"]
+"""What a shell or pdsh would change."""
+
+
+def test_through_pdsh_arguments_and_variables_reach_the_nodes_as_they_are(run):
+    Path("hosts").write_text("me@n1 slots=2\nn2 slots=2\n")
+    done = run("deepspeed.sh", "hosts", *HARD, LOGS="logs", HF_NOTE="a b; $HOME\n'", OTHER="no")
+    assert done.returncode == 0, done.stderr
+    assert "<--launcher><pdsh><--master_addr><n1><" in done.stdout
+    assert done.stdout.endswith(
+        f"<regate_ds.job.arguments_file><{Path('logs').resolve()}/arguments>\n"
+    )
+    assert read_arguments(Path("logs/arguments")) == HARD
+    # As deepspeed puts it before the command that a node's shell reads.
+    exports = "".join(
+        f"export {line}; " for line in Path("logs/environment").read_text().splitlines()
+    )
+    shell = subprocess.run(
+        ["bash", "-c", f'{exports} printf %s "$HF_NOTE"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shell.stdout == "a b; $HOME\n'"
+    assert "OTHER" not in exports
 
 
 def test_settings_come_from_the_file_in_this_folder_or_the_one_that_is_named(run):

@@ -8,7 +8,7 @@ from regate_ds.job import deepspeed_launcher as launcher
 
 
 def test_the_error_of_a_rank_is_found_in_what_the_launcher_says(tmp_path, monkeypatch, capfd):
-    fake = tmp_path / "deepspeed"
+    fake = tmp_path / "python"
     fake.write_text(
         f"#!{sys.executable}\nimport sys\n"
         "sys.stderr.write('bar 1%\\rregate train: no such key\\nTraceback\\n'\n"
@@ -32,7 +32,7 @@ def test_a_signal_reaches_the_ranks_as_a_request_and_passes_by_the_launchers(
         f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\n"
         "time.sleep(60)\n"
     )
-    fake = tmp_path / "deepspeed"
+    fake = tmp_path / "python"
     fake.write_text(
         f"#!{sys.executable}\nimport subprocess, sys\n"
         f"sys.exit(subprocess.run([sys.executable, '-c', {rank!r}]).returncode)\n"

@@ -78,9 +78,46 @@ def test_mpirun_inside_a_slurm_job_has_its_own_ranks_and_the_jobs_address():
     assert (found.rank, found.world_size, found.address) == (3, 8, "gpu03")
 
 
+PMI = {"PMI_RANK": "3", "PMI_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    "local", ["MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MV2_COMM_WORLD_LOCAL_RANK"]
+)
+def test_tasks_of_mpiexec_are_ranks(local):
+    environment = PMI | GROUP | {local: "1"}
+    found = announce(environment)
+    assert (found.launcher, found.rank, found.world_size, found.local_rank) == ("mpiexec", 3, 8, 1)
+    assert (environment["RANK"], environment["LOCAL_RANK"]) == ("3", "1")
+
+
+def test_srun_that_speaks_pmi_is_srun_and_a_single_task_of_mpiexec_runs_alone():
+    found = discover(srun(3, 8) | PMI)
+    assert (found.launcher, found.rank, found.world_size) == ("srun", 3, 8)
+    assert discover({"PMI_RANK": "0", "PMI_SIZE": "1"}).world_size == 1
+
+
+def test_mpiexec_inside_a_slurm_job_has_its_own_ranks_and_the_jobs_address():
+    found = discover(srun(1, 2) | PMI | {"MPI_LOCALRANKID": "1"})
+    assert (found.launcher, found.rank, found.world_size, found.address) == (
+        "mpiexec",
+        3,
+        8,
+        "gpu03",
+    )
+    assert found.local_rank == 1
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
+        (PMI | GROUP, "PMI_RANK=3, PMI_SIZE=8, but none of MPI_LOCALRANKID, .* is set"),
+        (
+            PMI | {"MPI_LOCALRANKID": "0"},
+            "mpiexec says .*, but MASTER_ADDR is not set: .*mpiexec -g",
+        ),
+        ({"PMI_RANK": "1"}, "PMI_SIZE=None: must be a whole number"),
+        (srun(3, 16) | PMI | {"MPI_LOCALRANKID": "0"}, "srun says .*, mpiexec says PMI_RANK=3"),
         (srun(3, 8) | TORCHRUN, "torchrun says GROUP_RANK=1, GROUP_WORLD_SIZE=4, srun says SLURM"),
         (srun(3, 8) | DEEPSPEED, "deepspeed says CROSS_RANK=1, CROSS_SIZE=4, srun says SLURM_PROC"),
         (srun(2, 8) | RANK, "RANK=3, WORLD_SIZE=8, but srun says SLURM_PROCID=2, SLURM_STEP_NUM_"),
