@@ -126,7 +126,7 @@ def items(case: Case, data_rank: int) -> list[Item]:
 
 def positions_of(case: Case, item: Item) -> Tensor:
     """Positions [3, B, T] of three axes, which differ from row to row and are no order."""
-    num_rows, num_tokens = item.ids_BT.shape
+    num_rows, num_tokens = item.tokens.labels_BT.shape
     where = torch.arange(num_tokens).expand(3, num_rows, -1)
     if case.positions != "mrope":
         return where
