@@ -22,6 +22,7 @@ CASES = [
     Case(model="moe", aux=0.5, first_layer=0, rows=3),
     Case(model="llava", first_layer=0),
     Case(model="llava", pp=2, recompute="full", image_share=0.5),
+    Case(model="llava", tp=2, pp=2, row_format="ragged", first_layer=0, image_share=0.5),
     Case(tp=2, dp=2, first_layer=2),
     Case(tp=2, sp=True, one_slice=True, rows=1, image_share=0.3),
     Case(tp=2, sp=True, row_format="ragged", first_layer=0),
