@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
 from regate_ds.adapters.megatron.entropy import EntropyTap
+from regate_ds.adapters.megatron.local.bounds import require_same_samples
 from regate_ds.adapters.megatron.local.plan import LocalPlan
 from regate_ds.adapters.megatron.local.rotary import kept_angles, require_axes
 from regate_ds.parallel.resharding import move_rows
@@ -92,6 +93,8 @@ class ChunkGate:
         self.pending: LocalPlan | None = None
         self.entropy: EntropyTap | None = None
         """Set on the chunk that has the head, if the score asks for entropies."""
+        self._has_looked = False
+        """Whether a call's samples have been read once."""
         self._signature = inspect.signature(type(gpt).forward)
         self._register(attachment)
 
@@ -130,6 +133,9 @@ class ChunkGate:
                 f"are not supported with context_parallel_size={gpt.config.context_parallel_size}; "
                 "give one sample a row"
             )
+        has_mask = arguments.get("attention_mask") is not None
+        require_same_samples(local.plan, host, has_mask=has_mask, looks=not self._has_looked)
+        self._has_looked = True
         carrier = carry(local, host)
         carrier.position_ids = arguments.get("position_ids")
         require_axes(gpt, local, carrier.position_ids)

@@ -57,9 +57,10 @@ def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) ->
             f"a batch has no {', '.join(missing)}; wrap the data set in Keyed, or give "
             "`tokens` to attach"
         )
-    if item.get("cu_seqlens") is not None:
+    packed = [name for name in ("cu_seqlens", "cu_lengths") if item.get(name) is not None]
+    if packed:
         raise ValueError(
-            "a batch has cu_seqlens, so its rows hold several samples, whose keys Megatron does "
+            f"a batch has {packed[0]}, so its rows hold several samples, whose keys Megatron does "
             "not pass on; give `tokens` to attach, or one sample a row"
         )
     mask_BT = item["loss_mask"].cpu()

@@ -169,6 +169,31 @@ def check_positions(case: Case) -> None:
     dismantle(chunks)
 
 
+def check_samples(case: Case) -> None:
+    """Of a plan whose samples are not those of the model's call."""
+    join(case)
+    chunks = build(case)
+    schedule = attached(case, chunks).wrap(get_forward_backward_func())
+    what = r"plan has 3 samples in 1 rows, but the model is called without packed_seq_params"
+    with refused(ValueError, what):
+        run_chunks(case, chunks, schedule, forward_step(replace(case, packed=False)))
+    step = forward_step(case)
+
+    def other(iterator: Any, model: Any) -> Any:
+        """Joins the first two samples of the row, as where the bounds are of another batch."""
+
+        def call(*told: Any, packed_seq_params: Any, **named: Any) -> Any:
+            packed_seq_params.cu_seqlens_q = packed_seq_params.cu_seqlens_q[[0, 2, 3]]
+            return model(*told, packed_seq_params=packed_seq_params, **named)
+
+        return step(iterator, call)
+
+    what = r"samples have the bounds \[0, \d+, 24\] .* those of the plan start at \[0, \d+, \d+\]"
+    with refused(ValueError, what):
+        run_chunks(case, chunks, schedule, other)
+    dismantle(chunks)
+
+
 def check_virtual_range(case: Case) -> None:
     join(case)
     chunks = build(case)

@@ -294,8 +294,9 @@ def test_what_a_batch_lacks_is_named():
     batch = collated([1])
     with pytest.raises(ValueError, match=KEY):
         read_tokens({k: v for k, v in batch.items() if k != KEY})
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        read_tokens({**batch, "cu_seqlens": torch.tensor([0, 4])})
+    for name in ("cu_seqlens", "cu_lengths"):
+        with pytest.raises(ValueError, match=f"a batch has {name}, so its rows hold several"):
+            read_tokens({**batch, name: torch.tensor([0, 4])})
 
 
 def test_weights_of_targets_are_refused():

@@ -22,6 +22,11 @@ def test_positions_of_one_axis_for_a_model_of_three_are_refused(pool: Pool):
 
 
 @pytest.mark.slow
+def test_samples_that_the_host_cuts_otherwise_than_the_plan_are_refused(pool: Pool):
+    pool.run(1, refusals.check_samples, Case(row_format="ragged", packed=True))
+
+
+@pytest.mark.slow
 def test_with_interleaving_the_gather_must_be_in_the_first_chunk(pool: Pool):
     pool.run(2, refusals.check_virtual_range, Case(pp=2, vpp=2, num_layers=8))
 

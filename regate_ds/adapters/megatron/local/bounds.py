@@ -1,0 +1,52 @@
+"""Hold the samples of a plan against those that the host's attention keeps apart.
+
+A plan that takes a packed row for one sample, or the other way round, would be carried out without
+an error, and samples would see each other in some layers and not in others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from regate_ds.algorithm.plan import ElisionPlan
+
+
+def require_same_samples(plan: ElisionPlan, packed: Any, *, has_mask: bool, looks: bool) -> None:
+    """Refuse, by ValueError, a model call whose rows hold other samples than the plan.
+
+    packed: the host's PackedSeqParams, or None. has_mask: whether the call has an attention mask,
+    which may keep samples apart too. looks: whether bounds on a GPU are read, which waits for it;
+    else only their number is compared.
+    """
+    starts = _starts(plan)
+    if getattr(packed, "qkv_format", None) != "thd":
+        if not has_mask and any(start % plan.num_tokens for start in starts):
+            raise ValueError(
+                f"the plan has {len(starts)} samples in {len(plan.kept_BK)} rows, but the model is "
+                "called without packed_seq_params, so that they would see each other; give it the "
+                "samples' bounds (qkv_format='thd'), or plan one sample a row"
+            )
+        return
+    bounds: Tensor = packed.cu_seqlens_q
+    if bounds.is_cpu or looks:
+        host = bounds.tolist()
+        # Behind the last sample the host may count padding as one more.
+        last = int(plan.position_R.max())
+        is_same = set(starts) <= set(host) and not {b for b in host if b <= last} - set(starts)
+        shown = f"[{', '.join(map(str, host[:8]))}{', ...' if len(host) > 8 else ''}]"
+    else:
+        is_same, shown = len(bounds) - 1 - len(starts) in (0, 1), f"{len(bounds) - 1} samples"
+    if not is_same:
+        raise ValueError(
+            f"the model is called with packed rows whose samples have the bounds {shown} "
+            f"(packed_seq_params), but those of the plan start at {starts[:8]}; make `tokens` tell "
+            "the same samples"
+        )
+
+
+def _starts(plan: ElisionPlan) -> list[int]:
+    """Return where each sample starts in the micro-batch: its first position is always kept."""
+    lengths_S = plan.sample_lengths
+    return plan.position_R[lengths_S.cumsum(0) - lengths_S].tolist()
