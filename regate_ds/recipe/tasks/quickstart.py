@@ -34,7 +34,7 @@ from regate_ds.recipe.tasks.task import StudentFields, Task
 ROOT = Path("runs/quickstart")
 RANKS = 2
 
-RECORDED, ARM = Path("docs/learning"), "window_fill_tenth"
+RECORDED, ARM = Path("docs/learning"), "quickstart"
 """Where the learning benchmark's results are, and its arm with this run's setting."""
 
 MARGIN = 0.04
