@@ -81,7 +81,8 @@ else
     place=(--launcher pdsh)
     # Through pdsh, words would be split and expanded by the nodes' shells.
     printf '%s\0' "$@" >"$logs/arguments"
-    regate=(regate_ds.job.arguments_file "$logs/arguments")
+    regate=(regate_ds.cli --arguments-file "$logs/arguments")
+    told=" (the file holds:$(printf ' %q' "$@"))"
 fi
 read -ra more <<<"${DS_OPTIONS:-}"
 command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" "${place[@]}"
@@ -90,8 +91,7 @@ command=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" "${place[
     --module "${regate[@]}")
 printf '%s: on %s:' "$0" "$(hostname)" >&2
 printf ' %q' "${command[@]}" >&2
-[[ ${regate[0]} == regate_ds.cli ]] || { printf ', which holds:' && printf ' %q' "$@"; } >&2
-echo >&2
+echo "${told:-}" >&2
 # deepspeed ignores USR1; the ranks take it as a request to save and end.
 trap '' USR1
 code=0

@@ -1,6 +1,4 @@
-"""Run a regate command whose arguments lie in a file, for launchers that pass them by a shell.
-
-    python -m regate_ds.job.arguments_file FILE
+"""Arguments of a command that lie in a file, for launchers that pass them by a shell.
 
 pdsh joins a command's words for the shell of each node, which would split and expand them, and
 replaces %n, %h and %u itself. launch/deepspeed.sh therefore writes the arguments into the folder
@@ -9,10 +7,19 @@ that all nodes share, each with a zero byte after it.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from regate_ds.cli import main
+OPTION = "--arguments-file"
+
+
+def from_file(given: Sequence[str]) -> list[str]:
+    """Return the arguments that a file holds if that is what is given, else those given."""
+    match given:
+        case [option, path] if option == OPTION:
+            return read_arguments(Path(path))
+        case _:
+            return list(given)
 
 
 def read_arguments(path: Path) -> list[str]:
@@ -20,7 +27,3 @@ def read_arguments(path: Path) -> list[str]:
     *arguments, rest = path.read_bytes().split(b"\0")
     assert not rest, f"{path} was not written to its end"
     return [argument.decode("utf-8", "surrogateescape") for argument in arguments]
-
-
-if __name__ == "__main__":
-    sys.exit(main(read_arguments(Path(sys.argv[1]))))

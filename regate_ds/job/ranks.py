@@ -17,7 +17,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from regate_ds.job.tasks import Place, integer, task_of
+from regate_ds.job.tasks import Announcement, integer, task_of
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -81,7 +81,7 @@ def ranks_on_node(ranks: Ranks) -> int:
     return int(tasks) if ranks.launcher == "srun" and tasks.isdigit() else 1
 
 
-def _announced(environment: Mapping[str, str], outer: Place | None) -> Ranks:
+def _announced(environment: Mapping[str, str], outer: Announcement | None) -> Ranks:
     """Read RANK and its siblings, which torchrun, deepspeed or the user's own script has set."""
     rank, world_size = integer(environment, "RANK"), integer(environment, "WORLD_SIZE", "1")
     missing = [name for name in RANK_NAMES if name not in environment and name != "RANK"]
@@ -109,7 +109,7 @@ def _announced(environment: Mapping[str, str], outer: Place | None) -> Ranks:
 
 
 def _require_agreement(
-    environment: Mapping[str, str], agent: Place | None, outer: Place | None
+    environment: Mapping[str, str], agent: Announcement | None, outer: Announcement | None
 ) -> None:
     if outer is None:
         return
@@ -129,7 +129,7 @@ def _require_agreement(
         )
 
 
-def _agent(environment: Mapping[str, str]) -> Place | None:
+def _agent(environment: Mapping[str, str]) -> Announcement | None:
     """Return the announcement of torchrun or deepspeed: the number of this node among the nodes."""
     for launcher, index, size in (
         ("torchrun", "GROUP_RANK", "GROUP_WORLD_SIZE"),
@@ -137,11 +137,11 @@ def _agent(environment: Mapping[str, str]) -> Place | None:
     ):
         if index in environment and size in environment:
             number, count = integer(environment, index), integer(environment, size)
-            return Place(launcher, number, count, 0, index, size)
+            return Announcement(launcher, number, count, 0, index, size)
     return None
 
 
-def _refuse_batch_script(environment: Mapping[str, str], outer: Place | None) -> None:
+def _refuse_batch_script(environment: Mapping[str, str], outer: Announcement | None) -> None:
     tasks = environment.get("SLURM_NTASKS", "1")
     if outer is None and tasks != "1":
         raise ValueError(
@@ -154,7 +154,7 @@ def _node(environment: Mapping[str, str]) -> str:
     return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _address(environment: Mapping[str, str], outer: Place) -> str:
+def _address(environment: Mapping[str, str], outer: Announcement) -> str:
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"]
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
@@ -166,7 +166,7 @@ def _address(environment: Mapping[str, str], outer: Place) -> str:
     return first_host(nodes)
 
 
-def _given(outer: Place, *values: str) -> str:
+def _given(outer: Announcement, *values: str) -> str:
     """Return the command by which a launcher gives its tasks these variables."""
     if outer.launcher == "mpiexec":
         return " ".join(["mpiexec", *(f"-genv {value.replace('=', ' ')}" for value in values)])
@@ -181,7 +181,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
 
 
-def _port(environment: Mapping[str, str], outer: Place) -> int:
+def _port(environment: Mapping[str, str], outer: Announcement) -> int:
     if "MASTER_PORT" in environment:
         return integer(environment, "MASTER_PORT")
     if "SLURM_JOB_ID" not in environment:

@@ -18,7 +18,7 @@ _PMI_LOCAL = ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MV2_COM
 
 
 @dataclass(frozen=True)
-class Place:
+class Announcement:
     """One announcement: number ``index`` of ``size``, read from the variables of these names."""
 
     launcher: str
@@ -32,7 +32,7 @@ class Place:
         return f"{self.index_name}={self.index}, {self.size_name}={self.size}"
 
 
-def task_of(environment: Mapping[str, str]) -> Place | None:
+def task_of(environment: Mapping[str, str]) -> Announcement | None:
     """Return the task of MPI or srun that this process is, or runs in; None if there is none."""
     srun = _srun(environment)
     mpi = _mpirun(environment) or _mpiexec(environment, srun)
@@ -47,13 +47,13 @@ def task_of(environment: Mapping[str, str]) -> Place | None:
     return mpi
 
 
-def _mpirun(environment: Mapping[str, str]) -> Place | None:
+def _mpirun(environment: Mapping[str, str]) -> Announcement | None:
     if "OMPI_COMM_WORLD_RANK" not in environment:
         return None
     return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in _OPENMPI])
 
 
-def _mpiexec(environment: Mapping[str, str], srun: Place | None) -> Place | None:
+def _mpiexec(environment: Mapping[str, str], srun: Announcement | None) -> Announcement | None:
     if "PMI_RANK" not in environment:
         return None
     index, size = (integer(environment, name) for name in ("PMI_RANK", "PMI_SIZE"))
@@ -68,10 +68,10 @@ def _mpiexec(environment: Mapping[str, str], srun: Place | None) -> Place | None
             "deepspeed or srun"
         )
     local_rank = 0 if local is None else integer(environment, local)
-    return Place("mpiexec", index, size, local_rank, "PMI_RANK", "PMI_SIZE")
+    return Announcement("mpiexec", index, size, local_rank, "PMI_RANK", "PMI_SIZE")
 
 
-def _srun(environment: Mapping[str, str]) -> Place | None:
+def _srun(environment: Mapping[str, str]) -> Announcement | None:
     """Return the task of srun. None in a batch script, which has SLURM_PROCID but is no task."""
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
@@ -79,9 +79,9 @@ def _srun(environment: Mapping[str, str]) -> Place | None:
     return _place(environment, "srun", ["SLURM_PROCID", size, "SLURM_LOCALID"])
 
 
-def _place(environment: Mapping[str, str], launcher: str, names: Sequence[str]) -> Place:
+def _place(environment: Mapping[str, str], launcher: str, names: Sequence[str]) -> Announcement:
     index, size, local_rank = (integer(environment, name) for name in names)
-    return Place(launcher, index, size, local_rank, names[0], names[1])
+    return Announcement(launcher, index, size, local_rank, names[0], names[1])
 
 
 def integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:

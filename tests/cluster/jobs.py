@@ -30,8 +30,7 @@ def fail():
 
 rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
 _, _, module = " ".join(sys.orig_argv).partition(" -m ")
-ours = module.startswith(("regate_ds.cli ", "regate_ds.job."))
-if ours and rank == os.environ.get("FAILING_RANK"):
+if rank == os.environ.get("FAILING_RANK") and module.startswith("regate_ds.cli "):
     if "FAILS_AFTER" in os.environ:
         threading.Thread(target=fail, daemon=True).start()
     else:

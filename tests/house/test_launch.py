@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from regate_ds.job.arguments_file import read_arguments
+from regate_ds.job.arguments_file import from_file
 from tests.support.paths import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -170,9 +170,9 @@ def test_through_pdsh_arguments_and_variables_reach_the_nodes_as_they_are(run):
     assert done.returncode == 0, done.stderr
     assert "<--launcher><pdsh><--master_addr><n1><" in done.stdout
     assert done.stdout.endswith(
-        f"<regate_ds.job.arguments_file><{Path('logs').resolve()}/arguments>\n"
+        f"<regate_ds.cli><--arguments-file><{Path('logs').resolve()}/arguments>\n"
     )
-    assert read_arguments(Path("logs/arguments")) == HARD
+    assert from_file(["--arguments-file", "logs/arguments"]) == HARD
     # As deepspeed puts it before the command that a node's shell reads.
     exports = "".join(
         f"export {line}; " for line in Path("logs/environment").read_text().splitlines()

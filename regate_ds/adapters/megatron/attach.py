@@ -80,7 +80,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     host: Any = chunks[0].config
     last = host.num_layers if config.last_layer is None else config.last_layer
     ends_early = last < host.num_layers
-    require_free(chunks, lambda hook: isinstance(getattr(hook, "__self__", None), ChunkGate))
+    require_free(chunks, lambda method: isinstance(getattr(method, "__self__", None), ChunkGate))
     ragged = row_format == "ragged"
     require_supported_chunks(chunks, config, ragged=ragged, ends_early=ends_early)
     require_execution(config.execution, "megatron")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -31,9 +32,10 @@ def find_chunks(models: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def require_free(chunks: Sequence[nn.Module], is_ours: Callable[[Any], bool]) -> None:
-    """Refuse chunks that have a hook of regate already: RuntimeError."""
+    """Refuse chunks whose forward call is regate's already: RuntimeError."""
     for gpt in chunks:
-        if any(is_ours(hook) for hook in gpt._forward_pre_hooks.values()):
+        replaced = vars(gpt).get("forward")
+        if isinstance(replaced, partial) and is_ours(replaced.func):
             raise RuntimeError(
                 f"regate is already attached to this {type(gpt).__name__}; remove() the other "
                 "attachment first"

@@ -14,51 +14,21 @@ attention takes.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
+from regate_ds.adapters.megatron.carrier import Carrier, bounds_of, carry, eliding
 from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.local.bounds import require_same_samples
 from regate_ds.adapters.megatron.local.plan import LocalPlan
 from regate_ds.adapters.megatron.local.rotary import kept_angles, require_axes
 from regate_ds.parallel.resharding import move_rows
-
-
-@dataclass
-class Carrier(PackedSeqParams):
-    """A micro-batch's plan, in the form in which it passes through one model chunk."""
-
-    local: LocalPlan | None = None
-    host: PackedSeqParams | None = None
-    """The parameters that the host would give to attention; None if it gives none."""
-
-    position_ids: Tensor | None = None
-    """Those that the model was called with."""
-
-    rotary: Tensor | None = None
-    """Rotary angles at the kept positions."""
-
-    bypass: Bypass | None = None
-    """The elided rows, if the gated range ends before the decoder does; else None."""
-
-
-def carry(local: LocalPlan, host: PackedSeqParams | None) -> Carrier:
-    """Make the carrier of a plan, with the values of the host's parameters if there are any.
-
-    Without them it has the values that make the host build rotary tables of full length.
-    """
-    length = local.plan.num_tokens
-    values = {"qkv_format": "sbhd", "max_seqlen_q": length, "max_seqlen_kv": length}
-    if host is not None:
-        values = {f.name: getattr(host, f.name) for f in fields(PackedSeqParams)}
-    return Carrier(**values, local=local, host=host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +75,8 @@ class ChunkGate:
         def after(module: nn.Module, hook: Any) -> None:
             attachment.add_hook(module.register_forward_hook(hook, with_kwargs=True))
 
-        before(self.gpt, self._enter)
+        # Not a hook: models around a GPTModel may call its forward itself, past all hooks.
+        attachment.rebind_forward(self.gpt, self._forward)
         before(self.gpt.decoder, self._before_decoder)
         if self.gpt.post_process:
             after(self.gpt.decoder, self._after_decoder)
@@ -119,11 +90,16 @@ class ChunkGate:
             if number == self.gated.last - 1 and self.gated.last in self.layers:
                 after(layer, self._restore_output)
 
-    def _enter(self, gpt: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Put the pending plan into the arguments of the model's forward call."""
+    def _forward(self, host_forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward call, with the pending plan in its arguments."""
         local, self.pending = self.pending, None
         if local is None:
-            return None
+            return host_forward(*args, **kwargs)
+        return host_forward(**self._entered(local, args, kwargs))
+
+    def _entered(self, local: LocalPlan, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of a forward call with the plan among them."""
+        gpt: Any = self.gpt
         arguments = self._signature.bind(gpt, *args, **kwargs).arguments
         arguments = {name: value for name, value in arguments.items() if name != "self"}
         host = arguments.get("packed_seq_params")
@@ -145,13 +121,13 @@ class ChunkGate:
         if gpt.post_process:
             # The host's labels are of the full sequence; the plan has the labels of its own rows.
             arguments |= {"labels": local.targets_P[None], "loss_mask": None}
-        return (), arguments
+        return arguments
 
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: Any) -> Any:
         carrier = kwargs.get("packed_seq_params")
         if isinstance(carrier, Carrier) and self.gpt.pre_process:
             _require_planned(kwargs["hidden_states"], carrier.local)
-        if (carrier := _eliding(kwargs)) is None:
+        if (carrier := eliding(kwargs)) is None:
             return None
         carrier.rotary = kept_angles(self.gpt, carrier.local, carrier.position_ids)
         if self.gated.first == 0 and self.gpt.pre_process:
@@ -173,19 +149,19 @@ class ChunkGate:
         return carrier.bypass.join(full)
 
     def _gather_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if (carrier := _eliding(kwargs)) is None:
+        if (carrier := eliding(kwargs)) is None:
             return None
         hidden, *rest = output
         return (self._gathered(hidden, carrier), *rest)
 
     def _restore_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if (carrier := _eliding(kwargs)) is None:
+        if (carrier := eliding(kwargs)) is None:
             return None
         hidden, *rest = output
         return (self._restored(hidden, carrier), *rest)
 
     def _enter_gated(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = _eliding(kwargs)
+        carrier = eliding(kwargs)
         if carrier is None or "padding_mask" not in kwargs:
             return None
         return args, {**kwargs, "padding_mask": carrier.local.padding_BK}
@@ -197,14 +173,14 @@ class ChunkGate:
         return args, {**kwargs, "packed_seq_params": carrier.host}
 
     def _before_gated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
-        if (carrier := _eliding(kwargs)) is None:
+        if (carrier := eliding(kwargs)) is None:
             return self._before_ungated(attention, args, kwargs)
         return args, {
             **kwargs,
             "rotary_pos_emb": carrier.rotary,
             # Causal attention needs no mask, because padding comes after all real slots.
             "attention_mask": None,
-            "packed_seq_params": _bounds(carrier.local),
+            "packed_seq_params": bounds_of(carrier.local),
         }
 
     def _after_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -218,12 +194,6 @@ class ChunkGate:
         return move_rows(output, local.head, (num_rows, 1), self.gated.sequence)
 
 
-def _eliding(kwargs: dict[str, Any]) -> Any:
-    """Return the ``Carrier`` of a micro-batch with elided tokens, else ``None``."""
-    carrier = kwargs.get("packed_seq_params")
-    return carrier if isinstance(carrier, Carrier) and carrier.local.moves_rows else None
-
-
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:
     """Refuse an input whose shape is not the plan's, because other rows would be gathered."""
     found = tuple(hidden.shape[:2])
@@ -233,17 +203,3 @@ def _require_planned(hidden: Tensor, local: LocalPlan) -> None:
             f"{local.full_shape}; make `tokens` give a label for every position that the decoder "
             "sees, positions of images included"
         )
-
-
-def _bounds(local: LocalPlan) -> PackedSeqParams | None:
-    """Return the bounds of samples in ragged rows for the host's attention; None if padded."""
-    packing = local.packing
-    if packing is None:
-        return None
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=packing.cumulative,
-        cu_seqlens_kv=packing.cumulative,
-        max_seqlen_q=packing.longest,
-        max_seqlen_kv=packing.longest,
-    )

@@ -19,6 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron_on_cpu.modules import Norm, layer_spec
+from tests.adapters.megatron.around_helper import Around
 from tests.adapters.megatron.cases_helper import (
     EXPERTS,
     FFN,
@@ -126,8 +127,9 @@ def build(case: Case, **more: Any) -> list[nn.Module]:
     for number in range(case.vpp):
         config = host_config(case, **more)
         stage = number if case.vpp > 1 else None
-        chunk = llava(case, config) if case.model == "llava" else gpt(case, config, stage)
+        chunk: Any = llava(case, config) if case.model == "llava" else gpt(case, config, stage)
         chunk.model_type = None
+        chunk = Around(chunk) if case.model == "around" else chunk
         fill(chunk)
         chunks.append(wrapped(case, config, chunk))
     return chunks
@@ -150,6 +152,7 @@ def gpt(case: Case, config: TransformerConfig, vp_stage: int | None) -> GPTModel
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         position_embedding_type=case.positions,
         share_embeddings_and_output_weights=case.model == "tied",
+        scatter_embedding_sequence_parallel=case.model != "around",
         vp_stage=vp_stage,
     )
 

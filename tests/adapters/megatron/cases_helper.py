@@ -33,7 +33,7 @@ class Case:
     """none, full, selective"""
 
     model: str = "gpt"
-    """gpt, tied, moe, llava"""
+    """gpt, tied, moe, llava, around (a model that calls a GPTModel as Megatron-Bridge does)"""
 
     positions: str = "rope"
     """rope, yarn, mrope"""

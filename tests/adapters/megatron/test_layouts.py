@@ -51,6 +51,8 @@ POSITIONS = [
     Case(positions="mrope", pp=2, vpp=2, recompute="selective"),
     Case(positions="mrope", tp=2, cp=2, sp=True, image_share=0.3),
     Case(positions="mrope", pp=2, cp=2, row_format="ragged", last_layer=3),
+    Case(positions="mrope", model="around", pp=2, image_share=0.5),
+    Case(positions="mrope", model="around", tp=2, sp=True, first_layer=0, image_share=0.5),
     Case(positions="yarn", cp=2, row_format="ragged", image_share=0.5),
 ]
 """Other positions than one axis of plain frequencies."""
