@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from regate_ds.data.llava.encode import VisionInputs
+from regate_ds.data.interfaces import VisionInputs
 
 
 class StudentVision(VisionInputs, Protocol):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.records import Record, SampleError
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.teacher.scoring import ScoredSample
@@ -55,7 +55,7 @@ class TwiceWritten:
 class OtherTokenizer:
     """Writes records in both tokenizers' tokens."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Any, *, pad_id: int) -> None:
+    def __init__(self, encoder: RecordEncoder, tokenizer: Any, *, pad_id: int) -> None:
         """Set up for a student's ``encoder`` and a teacher's fast ``tokenizer`` with an eos."""
         _require_fast(tokenizer)
         self._student, self._uncut_student = encoder, encoder.uncut()
