@@ -22,7 +22,7 @@ def rules_of(tokenizer: Any) -> str:
     return json.dumps({**rules, "padding": None, "truncation": None}, sort_keys=True)
 
 
-def require_plain(record: Record, special: re.Pattern[str]) -> None:
+def require_no_special(record: Record, special: re.Pattern[str]) -> None:
     """Refuse, by SampleError, text that the tokenizer would read as a special token."""
     texts = {"system text": record.system or ""}
     for number, turn in enumerate(record.turns, 1):

@@ -158,8 +158,19 @@ def _gemma3(**fields: Any) -> Any:
         pad_token="<pad>",
         extra_special_tokens=names,
     )
-    images = _images("Gemma3ImageProcessor")(size={"height": 16, "width": 16}, **fields)
-    return _made("Gemma3Processor", "gemma", images, tokens, image_seq_length=4)
+    images = _images("Gemma3ImageProcessor")(size={"height": 16, "width": 16})
+    made = _made("Gemma3Processor", "gemma", images, tokens, image_seq_length=4)
+    # The class's own settings win over those of its image processor.
+    made.images_kwargs = {**made.images_kwargs, **fields}
+    return made
+
+
+def _gemma3_with_crops() -> Any:
+    return _gemma3(
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=8,
+        pan_and_scan_min_ratio_to_activate=1.2,
+    )
 
 
 def _pixtral() -> Any:
@@ -205,7 +216,7 @@ MAKERS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "llava_onevision": (_onevision, "onevision", "<image>"),
     "internvl": (_internvl, "internvl", "<IMG_CONTEXT>"),
     "gemma3": (_gemma3, "gemma", "<image_soft_token>"),
-    "gemma3, crops": (lambda: _gemma3(do_pan_and_scan=True), "gemma", "<image_soft_token>"),
+    "gemma3, crops": (_gemma3_with_crops, "gemma", "<image_soft_token>"),
     "mistral3": (_pixtral, "pixtral", "[IMG]"),
     "idefics3": (_idefics3, "idefics", "<image>"),
     "aya_vision": (_aya_vision, "cohere", "<|IMG_PATCH|>"),

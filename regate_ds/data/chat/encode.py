@@ -15,14 +15,14 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.chat.image_text import ImageWriter, OtherPatches, Size
-from regate_ds.data.chat.label import label, number_images
+from regate_ds.data.chat.label import label, number_patches
 from regate_ds.data.chat.messages import Messages
 from regate_ds.data.chat.render import ChatTemplate, Rendered, dated
 from regate_ds.data.chat.write import Written, write
 from regate_ds.data.llava.images import sizes_of
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 from regate_ds.data.llava.sample import EncodedSample
-from regate_ds.data.tokens import require_plain, rules_of, special_tokens
+from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
 
 IMAGE = "\ue001"
 """Stands for an image in a template of texts. No text holds this character of private use."""
@@ -152,7 +152,7 @@ class ChatEncoder:
         written: list[Written | SampleError] = []
         for record, rendered in zip(records, self._template.render_all(records)):
             try:
-                require_plain(record, self._special)
+                require_no_special(record, self._special)
                 if isinstance(rendered, SampleError):
                     raise rendered
                 sizes = [size for _, size in sizes_of(record)]
@@ -220,7 +220,7 @@ class ChatEncoder:
         self, record: Record, written: Written, ids_S: np.ndarray, places_S2: np.ndarray
     ) -> np.ndarray:
         try:
-            return number_images(written, ids_S, places_S2, self._patch_id)
+            return number_patches(written, ids_S, places_S2, self._patch_id)
         except ValueError as error:
             raise bad_record(describe(record, str(error))) from error
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.chat.render import Answer
+from regate_ds.data.chat.render import AnswerPlace
 from regate_ds.data.chat.write import Written
 from regate_ds.data.llava.records import Turn
 from regate_ds.data.llava.sample import CharSpan
 
 
-def number_images(
+def number_patches(
     written: Written, ids_S: np.ndarray, places_S2: np.ndarray, patch_id: int
 ) -> np.ndarray:
     """Return int64 [S]: the image of each patch, -1 elsewhere: at separators too.
@@ -63,7 +63,7 @@ def label(
     return labels_S, spans
 
 
-def _spans(turn: int, answer: Answer, places_N2: np.ndarray) -> list[CharSpan]:
+def _spans(turn: int, answer: AnswerPlace, places_N2: np.ndarray) -> list[CharSpan]:
     """Return each token's place in the characters of its answer; the last one is its end."""
     places = (places_N2 - answer.start).clip(0, answer.end - answer.start) + answer.lead
     spans: list[CharSpan] = [(turn, start, end) for start, end in places.tolist()]

@@ -31,7 +31,7 @@ _PROBE = "\ue002"
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerPlace:
     """Where an answer lies in a rendered text; [start, end) counts characters."""
 
     start: int
@@ -53,7 +53,7 @@ class Rendered:
     """A record's text; each image is still one placeholder."""
 
     text: str
-    answers: tuple[Answer, ...]
+    answers: tuple[AnswerPlace, ...]
 
 
 class ChatTemplate:
@@ -135,7 +135,7 @@ class ChatTemplate:
     def _join(self, record: Record, prompts: list[str], wholes: Iterable[str]) -> Rendered:
         """Return the record's text, of which each prompt and each shorter text is a part."""
         closed = [whole for whole, _ in zip(wholes, prompts)]
-        answers: list[Answer] = []
+        answers: list[AnswerPlace] = []
         for number, (prompt, whole, turn) in enumerate(zip(prompts, closed, record.turns), 1):
             if not whole.startswith(prompt) or not closed[-1].startswith(whole):
                 raise _Changed(
@@ -165,7 +165,7 @@ def dated(source: str) -> str:
 
 def _find(
     prompt: str, whole: str, answer: str, special: re.Pattern[str], number: int = 1
-) -> Answer:
+) -> AnswerPlace:
     """Find an answer behind its prompt. ``_Changed`` if it is not there, or nothing ends it."""
     behind = whole[len(prompt) :]
     bare = answer.strip()
@@ -185,7 +185,7 @@ def _find(
             "special token ends, so that a model would not learn to stop; set data.template"
         )
     lead = 0 if text == answer else len(answer) - len(answer.lstrip())
-    return Answer(start, end, token.end(), lead, len(answer))
+    return AnswerPlace(start, end, token.end(), lead, len(answer))
 
 
 def _short(text: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from regate_ds.data.chat.image_text import ImageWriter, Size
-from regate_ds.data.chat.render import Answer, Rendered
+from regate_ds.data.chat.render import AnswerPlace, Rendered
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Written:
     patches: list[int]
     """Number of each image's patches."""
 
-    answers: list[Answer]
+    answers: list[AnswerPlace]
     sizes: list[Size]
 
 

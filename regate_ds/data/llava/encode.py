@@ -19,7 +19,7 @@ from regate_ds.data.llava.records import Record, SampleError, bad_record, descri
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.llava.tape import Tape, Tokens
 from regate_ds.data.llava.template import Template, prompt, require_no_image, text_segments
-from regate_ds.data.tokens import require_plain, rules_of, special_tokens
+from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
 
 _PROBED = (8, 28, 60, 224, 336, 448, 500, 1000, 2048, 5000)
 """Widths and heights by which one rule for an image's tokens is told from another."""
@@ -133,7 +133,7 @@ class Encoder:
         return sample
 
     def _write(self, record: Record, tokens_of: Callable[[str], Tokens]) -> Tape:
-        require_plain(record, self._special)
+        require_no_special(record, self._special)
         tape = Tape()
         if self._bos_id is not None:
             tape.add([self._bos_id])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,50 @@ from regate_ds.data.chat.image_text import ImageText
 from regate_ds.data.chat.messages import Messages
 from regate_ds.data.chat.render import ChatTemplate, dated
 from regate_ds.data.tokens import special_tokens
-from regate_ds.families.family import Family, transformers_class
+from regate_ds.families.family import transformers_class
+from regate_ds.families.table import PROCESSORS
 
 _CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Return whether a model's folder has a chat template, of its processor or its tokenizer."""
-    if any((folder / name).is_file() for name in _TEMPLATES):
-        return True
-    return any("chat_template" in _read(folder / name) for name in _CONFIGS)
+def names_a_template(folder: Path) -> bool:
+    """Return whether a model's folder names its processor, and has a chat template."""
+    if named_processor(folder) is None:
+        return False
+    is_own = any((folder / name).is_file() for name in _TEMPLATES)
+    return is_own or any("chat_template" in _read(folder / name) for name in _CONFIGS)
 
 
-def load_processor(folder: Path, family: Family) -> Any:
+def load_processor(folder: Path, model_type: str) -> Any:
     """Load the processor of a folder that has a chat template.
 
-    ValueError if no test has proven that its samples can be written here as it writes them, or if
-    it has no chat template.
+    ValueError if no test has shown that its samples are written here as it writes them.
     """
-    name = named_processor(folder) or family.processor
-    if family.processor is None or name != family.processor:
+    name = named_processor(folder)
+    if name is None or name != PROCESSORS.get(model_type):
         raise ValueError(
-            f"{folder} has a chat template, and samples of a {family.model_type} model are not yet "
-            f"written by its {name or 'processor'} (docs/chat_templates.md); set data.template to "
-            "write them by the package's own template"
+            f"{folder} has the chat template of a {name} over a {model_type} model, which samples "
+            "are not written by yet; use another model (docs/chat_templates.md), or set "
+            "data.template to write them by the package's own template"
         )
     load = images_alone(transformers_class(name)).from_pretrained
     processor = load(folder, local_files_only=True)
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
+    _require_plain_call(folder, processor)
     return processor
+
+
+def _require_plain_call(folder: Path, processor: Any) -> None:
+    """Refuse a processor whose settings cut samples, or add tokens to them, without a word."""
+    given = {**getattr(processor, "text_kwargs", {}), **processor.tokenizer.init_kwargs}
+    for name in ("truncation", "add_special_tokens"):
+        if given.get(name) not in (None, False, "do_not_truncate"):
+            raise ValueError(
+                f"the processor in {folder} has {name}={given[name]!r}, which changes samples "
+                "without a word; take it out of its tokenizer_config.json"
+            )
 
 
 def named_processor(folder: Path) -> str | None:
@@ -54,15 +67,29 @@ def named_processor(folder: Path) -> str | None:
     return next((name for name in found if name), None)
 
 
+@cache
 def images_alone(processor_class: Any) -> Any:
     """Return the class of processor; where torchvision, which reads videos, is missing, without
     its part for videos."""
     if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
         return processor_class
-    attributes = [name for name in processor_class.get_attributes() if name != "video_processor"]
-    made = type(processor_class.__name__, (processor_class,), {})
-    made.get_attributes = classmethod(lambda _: list(attributes))
-    made.__module__ = __name__
+    name = processor_class.__name__
+    attributes = [each for each in processor_class.get_attributes() if each != "video_processor"]
+    return type(
+        name,
+        (processor_class,),
+        {
+            "get_attributes": classmethod(lambda _: list(attributes)),
+            # A class that is made here has no name that a worker could load it by.
+            "__reduce__": lambda self: (_rebuilt, (name, vars(self))),
+        },
+    )
+
+
+def _rebuilt(name: str, state: dict[str, Any]) -> Any:
+    processor_class = images_alone(transformers_class(name))
+    made = processor_class.__new__(processor_class)
+    vars(made).update(state)
     return made
 
 
