@@ -94,7 +94,7 @@ def _llava() -> Any:
         [*ends, "<image>"], "bos", bos_token=ends[0], eos_token=ends[1], pad_token=ends[1]
     )
     images = _images("CLIPImageProcessor")(
-        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
     )
     fields = {"patch_size": 8, "vision_feature_select_strategy": "default"}
     return _made("LlavaProcessor", "llama", images, tokens, num_additional_image_tokens=1, **fields)
@@ -105,16 +105,17 @@ def _mistral(*more: str) -> PreTrainedTokenizerFast:
     return tokenizer([*ends, *more], "spaces", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-_PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
+PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
+"""Sizes of the large pictures that are cut into tiles."""
 
 
 def _llava_next() -> Any:
     images = _images("LlavaNextImageProcessor")(
         size={"shortest_edge": 16},
         crop_size={"height": 16, "width": 16},
-        image_grid_pinpoints=_PINPOINTS,
+        image_grid_pinpoints=PINPOINTS,
     )
-    fields = {"patch_size": 4, "vision_feature_select_strategy": "default"}
+    fields = {"patch_size": 8, "vision_feature_select_strategy": "default"}
     tokens = _mistral("<image>")
     return _made(
         "LlavaNextProcessor", "llava_next", images, tokens, num_additional_image_tokens=1, **fields
@@ -123,10 +124,10 @@ def _llava_next() -> Any:
 
 def _onevision() -> Any:
     images = _images("LlavaOnevisionImageProcessor")(
-        size={"height": 16, "width": 16}, image_grid_pinpoints=_PINPOINTS
+        size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
     )
     tokens = _chatml("<image>", "<video>")
-    fields = {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}
+    fields = {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
     return _made("LlavaOnevisionProcessor", "onevision", images, tokens, **fields)
 
 
@@ -138,7 +139,7 @@ def _internvl() -> Any:
         "video_token": "<video>",
     }
     images = _images("GotOcr2ImageProcessor")(
-        size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=4, min_patches=1
+        size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4, min_patches=1
     )
     return _made("InternVLProcessor", "internvl", images, _chatml(**names), image_seq_length=4)
 
@@ -175,10 +176,10 @@ def _gemma3_with_crops() -> Any:
 
 def _pixtral() -> Any:
     images = _images("PixtralImageProcessor")(
-        size={"longest_edge": 64}, patch_size={"height": 4, "width": 4}
+        size={"longest_edge": 64}, patch_size={"height": 8, "width": 8}
     )
     tokens = _mistral("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    return _made("PixtralProcessor", "pixtral", images, tokens, patch_size=4, spatial_merge_size=2)
+    return _made("PixtralProcessor", "pixtral", images, tokens, patch_size=8, spatial_merge_size=2)
 
 
 def _idefics3() -> Any:
@@ -187,7 +188,7 @@ def _idefics3() -> Any:
         "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows
     )
     images = _images("Idefics3ImageProcessor")(
-        size={"longest_edge": 48}, max_image_size={"longest_edge": 16}
+        size={"longest_edge": 96}, max_image_size={"longest_edge": 32}
     )
     return _made("Idefics3Processor", "idefics", images, tokens, image_seq_len=4)
 
@@ -203,8 +204,16 @@ def _aya_vision() -> Any:
         eos_token="<|END_OF_TURN_TOKEN|>",
         pad_token="<PAD>",
     )
-    images = _images("GotOcr2ImageProcessor")(size={"height": 16, "width": 16}, max_patches=4)
-    return _made("AyaVisionProcessor", "cohere", images, tokens, patch_size=4, img_size=16)
+    images = _images("GotOcr2ImageProcessor")(size={"height": 32, "width": 32}, max_patches=4)
+    return _made(
+        "AyaVisionProcessor",
+        "cohere",
+        images,
+        tokens,
+        patch_size=8,
+        img_size=32,
+        downsample_factor=2,
+    )
 
 
 MAKERS: dict[str, tuple[Callable[[], Any], str, str]] = {
