@@ -32,6 +32,7 @@ PROCESSORS = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
     "qwen3_vl_moe": "Qwen3VLProcessor",
+    "smolvlm": "SmolVLMProcessor",
 }
 """By ``model_type``: the class of processor whose chat template the recipe trains by. Tests show
 that samples are those of the processor's own call."""

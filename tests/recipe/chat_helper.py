@@ -1,5 +1,5 @@
-"""``python -m tests.recipe.chat_helper FOLDER NAME...``: score, train and evaluate tiny students that
-have processors; each command in a process of its own."""
+"""``python -m tests.recipe.chat_helper FOLDER NAME...``: score, train and evaluate tiny students
+that have processors; each command in a process of its own."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "mistral3": {"decoder": "mistral", "text": {"sliding_window": None}},
     "idefics3": {"scale_factor": 2, "vision": {"image_size": 32}},
+    "smolvlm": {"scale_factor": 2, "vision": {"image_size": 32}},
     "aya_vision": {"vision": {"image_size": 32}},
 }
 """By ``model_type``: what its tiny config has beyond the usual."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import is_torchvision_available
 
 from regate_ds.recipe.students.processor import images_alone
 from tests.support.chat_templates import MARKED, unmarked
@@ -70,6 +72,7 @@ def _made(name: str, template: str, *parts: Any, **fields: Any) -> Any:
     if "video_processor" in wanted:
         kind = "InternVLVideoProcessor" if name == "InternVLProcessor" else "Qwen2VLVideoProcessor"
         kind = "LlavaOnevisionVideoProcessor" if "Onevision" in name else kind
+        kind = "SmolVLMVideoProcessor" if "SmolVLM" in name else kind
         given["video_processor"] = getattr(transformers, kind)()
     return made(**given, chat_template=unmarked(MARKED[template]), **fields)
 
@@ -85,7 +88,7 @@ def _qwen(name: str, template: str) -> Any:
 
 
 def _images(name: str) -> Any:
-    return getattr(transformers, f"{name}Pil")
+    return getattr(transformers, name if is_torchvision_available() else f"{name}Pil")
 
 
 def _llava() -> Any:
@@ -182,15 +185,13 @@ def _pixtral() -> Any:
     return _made("PixtralProcessor", "pixtral", images, tokens, patch_size=8, spatial_merge_size=2)
 
 
-def _idefics3() -> Any:
+def _idefics(name: str) -> Any:
     rows = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
-    tokens = _chatml(
-        "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows
-    )
-    images = _images("Idefics3ImageProcessor")(
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    images = _images(f"{name}ImageProcessor")(
         size={"longest_edge": 96}, max_image_size={"longest_edge": 32}
     )
-    return _made("Idefics3Processor", "idefics", images, tokens, image_seq_len=4)
+    return _made(f"{name}Processor", "idefics", images, _chatml(*marks, *rows), image_seq_len=4)
 
 
 def _aya_vision() -> Any:
@@ -227,7 +228,8 @@ MAKERS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "gemma3": (_gemma3, "gemma", "<image_soft_token>"),
     "gemma3, crops": (_gemma3_with_crops, "gemma", "<image_soft_token>"),
     "mistral3": (_pixtral, "pixtral", "[IMG]"),
-    "idefics3": (_idefics3, "idefics", "<image>"),
+    "idefics3": (lambda: _idefics("Idefics3"), "idefics", "<image>"),
+    "smolvlm": (lambda: _idefics("SmolVLM"), "idefics", "<image>"),
     "aya_vision": (_aya_vision, "cohere", "<|IMG_PATCH|>"),
 }
 """By name: makes the processor; its template's name; the token of an image's patch."""
@@ -236,3 +238,10 @@ MAKERS: dict[str, tuple[Callable[[], Any], str, str]] = {
 @cache
 def processor(name: str) -> Any:
     return MAKERS[name][0]()
+
+
+def can_make(name: str) -> bool:
+    """Return whether the packages are there that a processor's class cannot be loaded without."""
+    if name not in ("mistral3", "smolvlm"):
+        return True
+    return is_torchvision_available() and (name != "smolvlm" or find_spec("num2words") is not None)

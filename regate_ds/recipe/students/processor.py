@@ -46,8 +46,16 @@ def load_processor(folder: Path, model_type: str) -> Any:
     processor = load(folder, local_files_only=True)
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
+    if not hasattr(processor, "video_processor") and (videos := _video_settings(folder)):
+        # It is not used here, but the trained model's folder has to have it.
+        processor.video_processor = videos
     _require_plain_call(folder, processor)
     return processor
+
+
+def _video_settings(folder: Path) -> dict[str, Any]:
+    own = _read(folder / "processor_config.json").get("video_processor")
+    return own or _read(folder / "video_preprocessor_config.json")
 
 
 def _require_plain_call(folder: Path, processor: Any) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.utils import is_torchvision_available
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.chat.encode import ChatEncoder
@@ -18,13 +17,11 @@ from regate_ds.data.llava.records import Record
 from regate_ds.recipe.students.processor import chat_encoder
 from tests.support.chat_templates import MARKED
 from tests.support.conversations import pictures_of, random_record, said
-from tests.support.processors import MAKERS, processor
+from tests.support.processors import MAKERS, can_make, processor
 
 NUM_RECORDS = 12
 
-# Its class cannot be loaded without torchvision.
-NAMES = [n for n in MAKERS if n != "mistral3" or is_torchvision_available()]
-each_processor = pytest.mark.parametrize("name", NAMES)
+each_processor = pytest.mark.parametrize("name", [name for name in MAKERS if can_make(name)])
 
 
 def encoder_of(name: str) -> ChatEncoder:
