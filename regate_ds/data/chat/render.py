@@ -94,7 +94,7 @@ class ChatTemplate:
                 prompt += head
             found = _find(prompt, whole, _PROBE, self._special)
         except Exception as error:  # noqa: BLE001 (a template may raise anything)
-            raise ValueError(f"its chat template cannot be used for training ({error})") from error
+            raise ValueError(f"a chat template cannot be used for training ({error})") from error
         return whole[found.end : found.closed], head
 
     def prompt(self, record: Record, turn: int) -> str:
