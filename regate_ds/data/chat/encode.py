@@ -172,8 +172,9 @@ class ChatEncoder:
         """Return ids [S] and places [S, 2] in the characters, as the processor's call has them."""
         if not texts:
             return []
-        # A template that writes the bos itself gets no second one.
-        adds = self._bos is None or not texts[0].startswith(self._bos)
+        # A processor adds a bos to a template that writes none, a tokenizer does not.
+        writes_bos = self._bos is not None and texts[0].startswith(self._bos)
+        adds = self._template.placeholder is None and not writes_bos
         found = self._tokenizer(
             texts,
             add_special_tokens=adds,

@@ -36,7 +36,6 @@ def records_of(name: str, num_images: int | None = None) -> list[Record]:
 def own_call(name: str, records: list[Record]) -> Any:
     """Call the processor itself, by the template with its markers."""
     own = processor(name)
-    own.tokenizer.padding_side = "right"
     return own.apply_chat_template(
         [said(record) for record in records],
         chat_template=MARKED[MAKERS[name][1]],
@@ -44,7 +43,7 @@ def own_call(name: str, records: list[Record]) -> Any:
         return_dict=True,
         return_tensors="pt",
         return_assistant_tokens_mask=True,
-        processor_kwargs={"padding": True},
+        processor_kwargs={"padding": True, "padding_side": "right"},
     )
 
 
