@@ -1,9 +1,9 @@
 """Write a record's text by a chat template, and find its answers in the text.
 
-Few released templates mark their answers. So a record is rendered twice for each turn: up to its
-question, with the prompt for an answer, and up to its answer. Each of these texts must begin the
-next one; what the longer one has more is the answer. What is learnt of it is its text and the
-special token right after that, which ends it: nothing before, and nothing after.
+Few released templates mark their answers. So a record is rendered up to each of its questions, with
+the prompt for an answer, and once as a whole. The whole must begin with each of the others, and go
+on with the answer's own text, perhaps after white space, and a special token, which ends it. What
+is learnt is that text and that token: nothing before, and nothing after.
 
 Some templates write another prompt for an answer than they write before one that is there. Then
 the text up to the question is rendered without, and what they write before an answer is found once.
@@ -12,7 +12,7 @@ the text up to the question is rendered without, and what they write before an a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from regate_ds.data.chat.messages import Messages, messages_of
@@ -114,42 +114,35 @@ class ChatTemplate:
         return [each for record in records for each in self.render_all([record])]
 
     def _render(self, records: Sequence[Record]) -> list[Rendered]:
-        asked: list[Messages] = []
-        told: list[Messages] = []
-        for record in records:
-            said = messages_of(record, placeholder=self.placeholder)
-            first = len(said) - 2 * len(record.turns)
-            for number in range(len(record.turns)):
-                asked.append(said[: first + 2 * number + 1])
-                told.append(said[: first + 2 * number + 2])
+        said = [messages_of(record, placeholder=self.placeholder) for record in records]
+        wholes = self._apply(said, False)
+        asked = [
+            messages[: len(messages) - 2 * left + 1]
+            for messages, record in zip(said, records)
+            for left in range(len(record.turns), 0, -1)
+        ]
         prompts = iter(self._apply(asked, self._head is None))
-        wholes = iter(self._apply(told, False))
-        found: list[Rendered] = []
-        for record in records:
-            turns = range(len(record.turns))
-            found.append(
-                self._join(record, [next(prompts) + (self._head or "") for _ in turns], wholes)
-            )
-        return found
+        return [self._found(*found, prompts) for found in zip(records, wholes)]
 
-    def _join(self, record: Record, prompts: list[str], wholes: Iterable[str]) -> Rendered:
-        """Return the record's text, of which each prompt and each shorter text is a part."""
-        closed = [whole for whole, _ in zip(wholes, prompts)]
+    def _found(self, record: Record, whole: str, prompts: Iterator[str]) -> Rendered:
+        """Return the record's text with the places of its answers; it takes a prompt for each."""
         answers: list[AnswerPlace] = []
-        for number, (prompt, whole, turn) in enumerate(zip(prompts, closed, record.turns), 1):
-            if not whole.startswith(prompt) or not closed[-1].startswith(whole):
+        starts = [f"{next(prompts)}{self._head or ''}" for _ in record.turns]
+        for number, (start, turn) in enumerate(zip(starts, record.turns), 1):
+            if not whole.startswith(start):
                 raise _Changed(
                     f"the chat template changes what it wrote before answer {number} once more is "
                     "said, so that no text holds all answers as they are given; give each answer a "
                     "record of its own, or set data.template"
                 )
-            answers.append(_find(prompt, whole, turn.answer, self._special, number))
-        if _DAY in closed[-1]:
+            end = len(starts[number]) if number < len(starts) else len(whole)
+            answers.append(_find(start, whole[:end], turn.answer, self._special, number))
+        if _DAY in whole:
             raise _Changed(
                 "the chat template writes the day's date, so that its tokens would change from day "
                 "to day; give the record a system text, or set data.template"
             )
-        return Rendered(closed[-1], tuple(answers))
+        return Rendered(whole, tuple(answers))
 
 
 class _Changed(ValueError):
@@ -168,15 +161,15 @@ def _find(
 ) -> AnswerPlace:
     """Find an answer behind its prompt. ``_Changed`` if it is not there, or nothing ends it."""
     behind = whole[len(prompt) :]
-    bare = answer.strip()
-    text = answer if answer in behind else bare
-    offset = behind.find(text)
-    if offset < 0 or behind[:offset].strip():
+    places = {text: behind.find(text) for text in (answer, answer.strip())}
+    texts = [text for text, at in places.items() if at >= 0 and not behind[:at].strip()]
+    if not texts:
         raise _Changed(
             f"the chat template writes {_short(behind)} for answer {number}, {_short(answer)}; "
             "correct the answer, or set data.template"
         )
-    start = len(prompt) + offset
+    text = texts[0]
+    start = len(prompt) + places[text]
     end = start + len(text)
     token = special.match(whole, end)
     if token is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torchvision_available
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.image_text import ImageText
@@ -111,7 +112,7 @@ def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
     source = source["default"] if isinstance(source, dict) else source
     images = ImageText(processor, patch)
     special = special_tokens(processor.tokenizer, images.placeholder, patch)
-    apply = partial(_apply, processor, dated(source))
+    apply = partial(_apply, processor.tokenizer, dated(source))
     return ChatEncoder(
         processor.tokenizer,
         template=ChatTemplate(source, apply, special),
@@ -120,10 +121,15 @@ def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
     )
 
 
-def _apply(processor: Any, source: str, conversations: Sequence[Messages], asks: bool) -> list[str]:
-    return processor.apply_chat_template(
-        list(conversations), chat_template=source, add_generation_prompt=asks, tokenize=False
+def _apply(tokenizer: Any, source: str, said: Sequence[Messages], asks: bool) -> list[str]:
+    """Render conversations as ``apply_chat_template`` does, which also looks for files in them."""
+    texts, _ = render_jinja_template(
+        conversations=list(said),
+        chat_template=source,
+        add_generation_prompt=asks,
+        **tokenizer.special_tokens_map,
     )
+    return texts
 
 
 def _read(path: Path) -> dict[str, Any]:

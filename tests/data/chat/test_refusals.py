@@ -107,11 +107,11 @@ TEXT = "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}"
         # As Qwen3 drops the thoughts of earlier turns.
         (
             _change(TEXT, "{%- if not loop.last -%}gone{%- else -%}" + TEXT + "{%- endif -%}"),
-            "changes what it wrote before answer 1 once more is said",
+            "writes 'gone<.im_end.>.n.*' for answer 1, 'this'",
         ),
         (
             _change(TEXT, TEXT.replace("part['text']", "part['text'] | upper")),
-            "writes 'THIS<.im_end.>.n' for answer 1, 'this'; correct the answer, or set",
+            "writes 'THIS<.im_end.>.n.*' for answer 1, 'this'; correct the answer, or set",
         ),
     ],
 )
