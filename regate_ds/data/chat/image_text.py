@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from PIL import Image
 
-Size = tuple[int, int]
-"""Width and height of an image file."""
+from regate_ds.data.chat.counting import COUNTS, Size
 
+_CUTS_ONE_ALONE = ("LlavaOnevisionProcessor",)
+"""Processors that cut an image into tiles only where its sample has no other."""
 
-def _patches_alone(processor: Any, size: Size) -> str:
-    """Return one token for each patch, without any around them."""
-    width, height = size
-    found = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-    return processor.image_token * found["num_image_tokens"][0]
-
-
-_COUNTED: dict[str, Callable[[Any, Size], str]] = {
-    "Qwen2VLProcessor": _patches_alone,
-    "Qwen2_5_VLProcessor": _patches_alone,
-    "Qwen3VLProcessor": _patches_alone,
-}
-"""Processors that can count the tokens of an image without one, as tests show."""
+_COMPARED = 3
+"""Number of sizes for which counting and asking are compared, before counting is relied on."""
 
 
 class ImageWriter(Protocol):
@@ -46,22 +36,26 @@ class ImageWriter(Protocol):
 
 
 class ImageText:
-    """Writes images as one processor does. It asks the processor once for each distinct size."""
+    """Writes images as one processor does.
+
+    It counts where that is right, else it asks the processor once for each distinct size.
+    """
 
     def __init__(self, processor: Any, patch: str) -> None:
         """patch: the token that the model puts an image's features in the place of."""
         self.placeholder: str = processor.image_token
         self.patch = patch
         self._processor = processor
-        self._count = _COUNTED.get(type(processor).__name__)
-        self._known: dict[tuple[Size, bool], str] = {}
+        self._count = COUNTS.get(type(processor).__name__)
+        self._num_compared = 0
+        self._cuts_one_alone = type(processor).__name__ in _CUTS_ONE_ALONE
+        self._known: dict[Size | None, str] = {}
 
     def texts(self, sizes: Sequence[Size]) -> list[str]:
         """Return what stands for each image of a sample.
 
         ValueError, from the processor, for a size that it does not take.
         """
-        # LLaVA-OneVision cuts an image into tiles only where a sample has no other.
         return [self._text(size, len(sizes) == 1) for size in sizes]
 
     def num_patches(self, size: Size) -> int:
@@ -78,11 +72,31 @@ class ImageText:
         }
 
     def _text(self, size: Size, is_alone: bool) -> str:
-        key = (size, is_alone)
+        # What an image among others is, its size does not matter to those that cut one alone.
+        key = size if is_alone or not self._cuts_one_alone else None
         if key not in self._known:
-            count = self._count
-            self._known[key] = count(self._processor, size) if count else self._asked(*key)
+            self._known[key] = self._asked(size, False) if key is None else self._counted(size)
         return self._known[key]
+
+    def _counted(self, size: Size) -> str:
+        """Count, or ask if there is no count, or it is wrong with this processor's settings."""
+        if self._count is None:
+            return self._asked(size, True)
+        if self._num_compared < _COMPARED:
+            asked = self._asked(size, True)
+            self._num_compared += 1
+            if not self._agrees(size, asked):
+                self._count = None
+            return asked
+        return self._count(self._processor, size)
+
+    def _agrees(self, size: Size, asked: str) -> bool:
+        assert self._count is not None
+        try:
+            return self._count(self._processor, size) == asked
+        except (AttributeError, KeyError, TypeError):
+            # The arithmetic of some classes needs settings that an image processor may lack.
+            return False
 
     def _asked(self, size: Size, is_alone: bool) -> str:
         """Return what the processor's own call writes for a blank image."""

@@ -9,16 +9,14 @@ from random import Random
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from regate_ds.data.chat.encode import ChatEncoder
-from regate_ds.data.chat.image_text import ImageText
 from regate_ds.data.llava.media import VideoFrame
 from regate_ds.data.llava.records import Record, SampleError, Turn
 from regate_ds.recipe.students.processor import chat_encoder
 from tests.support.chat_templates import MARKED, unmarked
 from tests.support.conversations import random_record
-from tests.support.processors import MAKERS, processor
+from tests.support.processors import MAKERS
 
 QWEN = unmarked(MARKED["qwen"])
 
@@ -182,29 +180,3 @@ def test_a_patch_that_is_no_special_token():
     made._patch_id += 1
     with_image = record(("what <image>", "this"), num_images=1)
     refused(made, with_image, "the tokenizer reads the .* patches of image 1 as 0 tokens")
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_counting_an_images_tokens_is_asking_the_processor(name: str):
-    own, random = processor(name), Random(name)
-    images = ImageText(own, MAKERS[name][2])
-    for _ in range(60):
-        size = (random.randint(4, 150), random.randint(4, 150))
-        assert images.texts([size]) == [images._asked(size, True)], size
-
-
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "idefics3"])
-def test_an_image_is_written_by_its_size_alone_and_whether_it_is_alone(name: str):
-    """The oracle asks the processor for all images of a sample at once."""
-    own, random = processor(name), Random(name)
-    images = ImageText(own, MAKERS[name][2])
-    for count in (1, 2, 3, 5):
-        sizes = [(random.randint(9, 80), random.randint(9, 80)) for _ in range(count)]
-        pictures = [Image.new("RGB", size, "red") for size in sizes]
-        found = own(
-            images=[pictures],
-            text=[images.placeholder * count],
-            return_text_replacement_offsets=True,
-        )
-        wanted = [each["replacement"] for each in found["text_replacement_offsets"][0]]
-        assert images.texts(sizes) == wanted
