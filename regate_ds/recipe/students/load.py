@@ -56,6 +56,7 @@ def load_student(
             f"{folder} is a {config.model_type} model, which is trained by its processor's chat "
             f"template alone; {_MISSING[own_template]}, or take one of {sorted(STUDENTS)}"
         )
+    own = load_processor(folder, config.model_type) if has_template else None
     model_class = family.load_class()
     if weights:
         with readable_weights(folder):
@@ -64,10 +65,9 @@ def load_student(
             )
     else:
         model = fresh_model(model_class, config, seed=None)
-    if has_template:
-        processor = load_processor(folder, config.model_type)
-        patch = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
-        return Student(model, processor.tokenizer, ProcessorVision(processor, patch))
+    if own is not None:
+        patch = own.tokenizer.convert_ids_to_tokens(config.image_token_id)
+        return Student(model, own.tokenizer, ProcessorVision(own, patch))
     assert family.vision_inputs is not None
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache, partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,18 @@ def load_processor(folder: Path, model_type: str) -> Any:
             "are not written by yet; use another model (docs/chat_templates.md), or set "
             "data.template to write them by the package's own template"
         )
-    load = images_alone(transformers_class(name)).from_pretrained
-    processor = load(folder, local_files_only=True)
+    try:
+        load = images_alone(transformers_class(name)).from_pretrained
+        processor = load(folder, local_files_only=True)
+    except ImportError as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"the {name} in {folder} lacks a package ({cause}); install it") from error
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
     if not hasattr(processor, "video_processor") and (videos := _video_settings(folder)):
         # It is not used here, but the trained model's folder has to have it.
         processor.video_processor = videos
-    _require_plain_call(folder, processor)
+    _require_usable(folder, processor)
     return processor
 
 
@@ -59,15 +64,19 @@ def _video_settings(folder: Path) -> dict[str, Any]:
     return own or _read(folder / "video_preprocessor_config.json")
 
 
-def _require_plain_call(folder: Path, processor: Any) -> None:
-    """Refuse a processor whose settings cut samples, or add tokens to them, without a word."""
+def _require_usable(folder: Path, processor: Any) -> None:
+    """Refuse a slow tokenizer, and one whose settings cut samples without a word."""
+    if getattr(processor.tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"the {type(processor.tokenizer).__name__} in {folder} is a slow tokenizer, which does "
+            "not give the characters of its tokens; put a tokenizer.json into the folder"
+        )
     given = {**getattr(processor, "text_kwargs", {}), **processor.tokenizer.init_kwargs}
-    for name in ("truncation", "add_special_tokens"):
-        if given.get(name) not in (None, False, "do_not_truncate"):
-            raise ValueError(
-                f"the processor in {folder} has {name}={given[name]!r}, which changes samples "
-                "without a word; take it out of its tokenizer_config.json"
-            )
+    if given.get("truncation") not in (None, False, "do_not_truncate"):
+        raise ValueError(
+            f"the processor in {folder} has truncation={given['truncation']!r}, which cuts samples "
+            "without a word; take it out of its tokenizer_config.json, and set data.max_length"
+        )
 
 
 def named_processor(folder: Path) -> str | None:
@@ -80,9 +89,11 @@ def named_processor(folder: Path) -> str | None:
 def images_alone(processor_class: Any) -> Any:
     """Return the class of processor; where torchvision, which reads videos, is missing, without
     its part for videos."""
+    name = processor_class.__name__
     if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
         return processor_class
-    name = processor_class.__name__
+    if signature(processor_class).parameters["video_processor"].default is Parameter.empty:
+        raise ImportError(f"{name} requires torchvision, also where no video is read")
     attributes = [each for each in processor_class.get_attributes() if each != "video_processor"]
     return type(
         name,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import is_torchvision_available
 
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.vision import ProcessorVision
@@ -148,5 +149,18 @@ def test_a_processor_that_is_not_in_the_table_is_refused(tmp_path: Path, name: s
 def test_a_processor_that_cuts_samples_without_a_word_is_refused(tmp_path: Path):
     save("llava", tmp_path)
     write(tmp_path / "tokenizer_config.json", truncation=True, max_length=9)
-    with pytest.raises(ValueError, match="has truncation=True, which changes samples without a wo"):
+    with pytest.raises(ValueError, match="has truncation=True, which cuts samples without a word"):
         load_student(tmp_path)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("smolvlm", "SmolVLMProcessor"), ("mistral3", "PixtralProcessor")]
+)
+def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path, model_type: str, name: str):
+    save("idefics3", tmp_path)
+    write(tmp_path / "config.json", model_type=model_type)
+    write(tmp_path / "processor_config.json", processor_class=name)
+    with pytest.raises(ValueError, match=f"the {name} in .* lacks a package .*orchvision") as one:
+        load_student(tmp_path)
+    assert "\n" not in str(one.value)
