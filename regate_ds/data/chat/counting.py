@@ -39,7 +39,7 @@ def _cut(processor: Any, size: Size) -> Any:
     return processor.image_processor.get_number_of_image_patches(height, width, settings)
 
 
-COUNTS: dict[str, Count] = {
+IMAGE_COUNTS: dict[str, Count] = {
     "AyaVisionProcessor": _tiles,
     "Idefics3Processor": _rows,
     "InternVLProcessor": _tiles,

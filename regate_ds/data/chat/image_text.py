@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from regate_ds.data.chat.counting import COUNTS, Size
+from regate_ds.data.chat.counting import IMAGE_COUNTS, Size
 
 _CUTS_ONE_ALONE = ("LlavaOnevisionProcessor",)
 """Processors that cut an image into tiles only where its sample has no other."""
@@ -46,7 +46,7 @@ class ImageText:
         self.placeholder: str = processor.image_token
         self.patch = patch
         self._processor = processor
-        self._count = COUNTS.get(type(processor).__name__)
+        self._count = IMAGE_COUNTS.get(type(processor).__name__)
         self._num_compared = 0
         self._cuts_one_alone = type(processor).__name__ in _CUTS_ONE_ALONE
         self._known: dict[Size | None, str] = {}

@@ -7,12 +7,12 @@ from random import Random
 import pytest
 from PIL import Image
 
-from regate_ds.data.chat.counting import COUNTS
+from regate_ds.data.chat.counting import IMAGE_COUNTS
 from regate_ds.data.chat.image_text import ImageText
 from tests.support.processors import MAKERS, can_make, processor
 
 NAMES = [name for name in MAKERS if can_make(name)]
-COUNTED = [name for name in NAMES if type(processor(name)).__name__ in COUNTS]
+COUNTED = [name for name in NAMES if type(processor(name)).__name__ in IMAGE_COUNTS]
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -49,6 +49,6 @@ def test_a_count_that_is_wrong_for_a_processors_settings_is_not_relied_on():
     for _ in range(10):
         size = (random.randint(9, 80), random.randint(9, 80))
         assert images.texts([size]) == [images._asked(size, True)]
-        wrong += COUNTS["LlavaNextProcessor"](own, size) != images.texts([size])[0]
+        wrong += IMAGE_COUNTS["LlavaNextProcessor"](own, size) != images.texts([size])[0]
     assert wrong > 0
     assert images._count is None
