@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.chat.image_text import ImageWriter, OtherPatches, Size
-from regate_ds.data.chat.label import label, number_patches
+from regate_ds.data.chat.label import PlacedTokens, label, repeat_patches
 from regate_ds.data.chat.messages import Messages
 from regate_ds.data.chat.render import ChatTemplate, Rendered, dated
 from regate_ds.data.chat.write import Written, write
@@ -31,8 +31,8 @@ IMAGE = "\ue001"
 class ChatEncoder:
     """Writes records as tokens by a chat template, with a fast tokenizer.
 
-    The whole text of a sample is tokenised at once, as the processor does it. Samples are cut at
-    ``max_length`` tokens.
+    The whole text of a sample is tokenised at once, as the processor does it, so that what is
+    merged at an answer's border is merged here. Samples are cut at ``max_length`` tokens.
     """
 
     def __init__(
@@ -47,7 +47,14 @@ class ChatEncoder:
         """Set up for one model.
 
         other_ending: what ends an answer in the place of the template's own token.
+
+        ValueError if the token of a patch is none that the tokenizer reads by itself.
         """
+        if images.patch not in tokenizer.get_added_vocab():
+            raise ValueError(
+                f"the tokenizer has {images.patch!r}, which stands for a patch of an image, not "
+                "among its added tokens; add it as a special token"
+            )
         self._tokenizer = tokenizer
         self._bos = tokenizer.bos_token
         self._template, self._images = template, images
@@ -85,9 +92,9 @@ class ChatEncoder:
         num_images = text.count(self._images.placeholder)
         shown = [size for _, size in sizes_of(record)][:num_images]
         written = self._expand(record, Rendered(text, ()), shown)
-        ((ids_S, places_S2),) = self._tokenize([written.text])
-        image_S = self._number_images(record, written, ids_S, places_S2)
-        return torch.from_numpy(ids_S), torch.from_numpy(image_S)
+        (found,) = self._tokenize([written.text])
+        tokens = self._repeat(record, written, *found)
+        return torch.from_numpy(tokens.ids_S), torch.from_numpy(tokens.image_S)
 
     def uncut(self, tokenizer: Any = None, *, placeholder_id: int | None = None) -> ChatEncoder:
         """Make an encoder of the same record without ``max_length``.
@@ -143,7 +150,8 @@ class ChatEncoder:
                 samples.append(text)
                 continue
             try:
-                samples.append(self._sample(record, text, *next(found), with_spans=with_spans))
+                tokens = self._repeat(record, text, *next(found))
+                samples.append(self._sample(record, text, tokens, with_spans=with_spans))
             except SampleError as error:
                 samples.append(error)
         return samples
@@ -169,7 +177,7 @@ class ChatEncoder:
             raise bad_record(describe(record, cause)) from error
 
     def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return ids [S] and places [S, 2] in the characters, as the processor's call has them."""
+        """Return ids and their places [start, end) in the characters, as the processor's call."""
         if not texts:
             return []
         # A processor adds a bos to a template that writes none, a tokenizer does not.
@@ -190,21 +198,13 @@ class ChatEncoder:
         ]
 
     def _sample(
-        self,
-        record: Record,
-        written: Written,
-        ids_S: np.ndarray,
-        places_S2: np.ndarray,
-        *,
-        with_spans: bool,
+        self, record: Record, written: Written, tokens: PlacedTokens, *, with_spans: bool
     ) -> EncodedSample:
-        image_S = self._number_images(record, written, ids_S, places_S2)
+        ids_S, image_S = tokens.ids_S, tokens.image_S
         length = min(len(ids_S), self._max_length)
         if (image_S[length:] >= 0).any():
             raise self._too_long(record, len(ids_S), "would cut an image's placeholders off")
-        labels_S, spans = label(
-            written, record.turns, ids_S[:length], places_S2[:length], with_spans=with_spans
-        )
+        labels_S, spans = label(written, record.turns, tokens, length, with_spans=with_spans)
         if not (labels_S != IGNORE).any():
             raise self._too_long(record, len(ids_S), "leaves no answer token to learn from")
         return EncodedSample(
@@ -217,11 +217,11 @@ class ChatEncoder:
             image_sizes=tuple(written.sizes),
         )
 
-    def _number_images(
+    def _repeat(
         self, record: Record, written: Written, ids_S: np.ndarray, places_S2: np.ndarray
-    ) -> np.ndarray:
+    ) -> PlacedTokens:
         try:
-            return number_patches(written, ids_S, places_S2, self._patch_id)
+            return repeat_patches(written, ids_S, places_S2, self._patch_id)
         except ValueError as error:
             raise bad_record(describe(record, str(error))) from error
 

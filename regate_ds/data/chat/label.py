@@ -6,6 +6,7 @@ Shapes: S positions of one sample, N label positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,39 +17,50 @@ from regate_ds.data.llava.records import Turn
 from regate_ds.data.llava.sample import CharSpan
 
 
-def number_patches(
+@dataclass(frozen=True)
+class PlacedTokens:
+    """The tokens of a text."""
+
+    ids_S: np.ndarray
+    places_S2: np.ndarray
+    """int64: each one's place [start, end) in the characters of the text."""
+
+    image_S: np.ndarray
+    """int64: the image of each patch, -1 elsewhere: at separators too."""
+
+
+def repeat_patches(
     written: Written, ids_S: np.ndarray, places_S2: np.ndarray, patch_id: int
-) -> np.ndarray:
-    """Return int64 [S]: the image of each patch, -1 elsewhere: at separators too.
+) -> PlacedTokens:
+    """Put all patches of a run in the place of the one that the tokenizer has read.
 
     ValueError if the tokenizer does not read each patch as one token.
     """
     image_S = np.full(len(ids_S), -1, dtype=np.int64)
-    for number, ((start, end), wanted) in enumerate(zip(written.images, written.patches)):
+    times_S = np.ones(len(ids_S), dtype=np.int64)
+    for number, ((start, end), runs) in enumerate(zip(written.images, written.runs)):
         is_in_S = (places_S2[:, 0] >= start) & (places_S2[:, 1] <= end)
         is_in_S &= (ids_S == patch_id) & (places_S2[:, 1] > places_S2[:, 0])
-        image_S[is_in_S] = number
-        if int(is_in_S.sum()) != wanted:
+        if int(is_in_S.sum()) != len(runs):
             raise ValueError(
-                f"the tokenizer reads the {wanted} patches of image {number + 1} as "
+                f"the tokenizer reads the {len(runs)} runs of patches of image {number + 1} as "
                 f"{int(is_in_S.sum())} tokens of id {patch_id}; make the image token a special one"
             )
-    return image_S
+        image_S[is_in_S] = number
+        times_S[is_in_S] = runs
+    each_S = np.repeat(np.arange(len(ids_S)), times_S)
+    return PlacedTokens(ids_S[each_S], places_S2[each_S], image_S[each_S])
 
 
 def label(
-    written: Written,
-    turns: Sequence[Turn],
-    ids_S: np.ndarray,
-    places_S2: np.ndarray,
-    *,
-    with_spans: bool,
+    written: Written, turns: Sequence[Turn], tokens: PlacedTokens, length: int, *, with_spans: bool
 ) -> tuple[np.ndarray, list[CharSpan]]:
-    """Return the labels [S] of the answers that are learnt, and their tokens' places in them.
+    """Return the labels of the answers that are learnt, and their tokens' places in them.
 
-    A token belongs to an answer if it has any character of it, or ends it. Samples may be longer
-    than [S]: the places of the first S tokens say which of them are labelled.
+    A token belongs to an answer if it has any character of it, or ends it. PlacedTokens beyond ``length``
+    are cut off.
     """
+    ids_S, places_S2 = tokens.ids_S[:length], tokens.places_S2[:length]
     labels_S = np.full(len(ids_S), IGNORE, dtype=np.int64)
     spans: list[CharSpan] = []
     for number, (answer, turn) in enumerate(zip(written.answers, turns)):

@@ -1,14 +1,18 @@
 """Put images into a rendered text, and keep track of its answers.
 
-All places count characters.
+A run of patches is one token of text, and repeated behind the tokenizer, which reads each special
+token by itself: the tokens are the same, and an image may have thousands. All places count
+characters.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from regate_ds.data.chat.image_text import ImageWriter, Size
 from regate_ds.data.chat.render import AnswerPlace, Rendered
@@ -22,8 +26,8 @@ class Written:
     images: list[tuple[int, int]]
     """Place [start, end) of what stands for each image."""
 
-    patches: list[int]
-    """Number of each image's patches."""
+    runs: list[tuple[int, ...]]
+    """For each image the number of patches of each run, which is one token in the text."""
 
     answers: list[AnswerPlace]
     sizes: list[Size]
@@ -43,8 +47,9 @@ def write(
             f"the chat template writes {len(pieces) - 1} images of its {len(sizes)}; set "
             "data.template"
         )
-    texts, changes, place = images.texts(sizes), [], 0
-    for piece, text in zip(pieces, texts):
+    shortened = [_shortened(text, images.patch) for text in images.texts(sizes)]
+    changes, place = [], 0
+    for piece, (text, _) in zip(pieces, shortened):
         start = place + len(piece)
         place = start + len(images.placeholder)
         changes.append((start, place, text))
@@ -59,13 +64,21 @@ def write(
     return Written(
         text=text,
         images=[(moved(start), moved(end)) for start, end, _ in changes[:shown]],
-        patches=[own.count(images.patch) for own in texts],
+        runs=[runs for _, runs in shortened],
         answers=[
             replace(a, start=moved(a.start), end=moved(a.end), closed=moved(a.closed))
             for a in rendered.answers
         ],
         sizes=sizes,
     )
+
+
+@lru_cache(maxsize=4096)
+def _shortened(text: str, patch: str) -> tuple[str, tuple[int, ...]]:
+    """Return a text with each run of patches as one, and the length of each run."""
+    one = re.escape(patch)
+    runs = [len(run.group()) // len(patch) for run in re.finditer(f"(?:{one})+", text)]
+    return re.sub(f"(?:{one})+", lambda _: patch, text), tuple(runs)
 
 
 def _change(

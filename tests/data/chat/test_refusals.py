@@ -179,4 +179,10 @@ def test_a_patch_that_is_no_special_token():
     made = encoder()
     made._patch_id += 1
     with_image = record(("what <image>", "this"), num_images=1)
-    refused(made, with_image, "the tokenizer reads the .* patches of image 1 as 0 tokens")
+    refused(made, with_image, "the tokenizer reads the .* of patches of image 1 as 0 tokens")
+
+
+def test_a_patch_that_is_a_usual_word_of_the_tokenizer():
+    own = MAKERS["qwen2_5_vl"][0]()
+    with pytest.raises(ValueError, match="has 'a', which .* not among its added tokens"):
+        chat_encoder(own, "a", max_length=9)
