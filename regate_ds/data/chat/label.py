@@ -57,7 +57,7 @@ def label(
 ) -> tuple[np.ndarray, list[CharSpan]]:
     """Return the labels of the answers that are learnt, and their tokens' places in them.
 
-    A token belongs to an answer if it has any character of it, or ends it. PlacedTokens beyond ``length``
+    A token belongs to an answer if it has any character of it, or ends it. Tokens beyond ``length``
     are cut off.
     """
     ids_S, places_S2 = tokens.ids_S[:length], tokens.places_S2[:length]
