@@ -170,17 +170,11 @@ def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
         print(f"data.skip_bad left out {len(corpus.bad)} bad records:")
         print("\n".join(f"  {bad}" for bad in corpus.bad), flush=True)
     if is_first_rank():
-        print(_described(corpus.student), flush=True)
+        if corpus.student.has_chat_template:
+            name = type(corpus.student.vision.processor).__name__
+            print(f"samples are written by the chat template of the model's {name}", flush=True)
         report_cut(corpus, config.data.max_length)
     return corpus
-
-
-def _described(student: Student) -> str:
-    """Return a line that says what writes the samples."""
-    if not student.has_chat_template:
-        return "samples are written by data.template"
-    name = type(student.vision.processor).__name__
-    return f"samples are written by the chat template of the model's {name}"
 
 
 def report_cut(corpus: Corpus | DataSet, max_length: int) -> None:
