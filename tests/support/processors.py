@@ -37,6 +37,7 @@ def tokenizer(special: list[str], kind: str = "bytes", **names: Any) -> PreTrain
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         )
     else:
+        bpe.normalizer = normalizers.NFC()
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(

@@ -67,7 +67,7 @@ class ChatEncoder:
     def end_ids(self) -> list[int]:
         """Ids of the token that ends an answer, and of the tokenizer's eos."""
         ids = [
-            self._tokenizer.convert_tokens_to_ids(self._template.ending),
+            self._tokenizer.convert_tokens_to_ids(self._template.ending.strip()),
             self._tokenizer.eos_token_id,
         ]
         return list(dict.fromkeys(one for one in ids if one is not None))

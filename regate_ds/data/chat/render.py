@@ -2,8 +2,9 @@
 
 Few released templates mark their answers. So a record is rendered up to each of its questions, with
 the prompt for an answer, and once as a whole. The whole must begin with each of the others, and go
-on with the answer's own text, perhaps after white space, and a special token, which ends it. What
-is learnt is that text and that token: nothing before, and nothing after.
+on with the answer's own text, perhaps after white space, and a special token, which ends it, again
+perhaps after white space. What is learnt is that text and that token: nothing before, and nothing
+after.
 
 Some templates write another prompt for an answer than they write before one that is there. Then
 the text up to the question is rendered without, and what they write before an answer is found once.
@@ -71,13 +72,13 @@ class ChatTemplate:
         ValueError if the template cannot be used for training.
         """
         self.source, self.placeholder = source, placeholder
-        self._apply, self._special = apply, special
+        self._apply, self._special = apply, re.compile(rf"\s*(?:{special.pattern})")
 
         self.ending, self._head = self._probe()
 
     def _probe(self) -> tuple[str, str | None]:
-        """Return the special token that ends an answer, and what stands before an answer if that is
-        not the prompt for one.
+        """Return what ends an answer, a special token at its end, and what stands before an answer
+        if that is not the prompt for one.
 
         ValueError if the template cannot be used for training, with the cause.
         """
@@ -136,7 +137,14 @@ class ChatTemplate:
                     "record of its own, or set data.template"
                 )
             end = len(starts[number]) if number < len(starts) else len(whole)
-            answers.append(_find(start, whole[:end], turn.answer, self._special, number))
+            found = _find(start, whole[:end], turn.answer, self._special, number)
+            if whole[found.end : found.closed] != self.ending:
+                raise _Changed(
+                    f"the chat template writes {_short(whole[found.end : found.closed])} behind "
+                    f"answer {number}, and {self.ending!r} behind one that is the last; give each "
+                    "answer a record of its own, or set data.template"
+                )
+            answers.append(found)
         if _DAY in whole:
             raise _Changed(
                 "the chat template writes the day's date, so that its tokens would change from day "

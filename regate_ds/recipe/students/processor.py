@@ -120,6 +120,11 @@ def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
     template cannot be used for training.
     """
     source = processor.chat_template
+    if isinstance(source, dict) and "default" not in source:
+        raise ValueError(
+            f"the processor has the chat templates {sorted(source)}, none of which is 'default'; "
+            "give its folder one chat_template.jinja"
+        )
     source = source["default"] if isinstance(source, dict) else source
     images = ImageText(processor, patch)
     special = special_tokens(processor.tokenizer, images.placeholder, patch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from random import Random
 from typing import Any
+from unicodedata import combining, normalize
 
 import pytest
 import torch
@@ -152,11 +153,13 @@ def test_each_label_has_its_characters(name: str):
                 continue
             *text, last = of_turn
             assert last == (encoder.end_ids[0], len(turn.answer), len(turn.answer))
-            covered = sorted({i for _, start, end in text for i in range(start, end)})
+            covered = {i for _, start, end in text for i in range(start, end)}
             bare = turn.answer.strip()
             lead = turn.answer.index(bare)
-            assert set(range(lead, lead + len(bare))) <= set(covered)
-            assert bare in tokens.decode([label for label, _, _ in text])
+            # A tokenizer that composes what it reads leaves accents out of its places.
+            assert {lead + i for i, char in enumerate(bare) if not combining(char)} <= covered
+            told = tokens.decode([label for label, _, _ in text])
+            assert normalize("NFC", bare) in normalize("NFC", told)
 
 
 @each_processor

@@ -123,6 +123,25 @@ def test_a_template_that_writes_before_an_answer_what_it_does_not_ask_by():
         encoder(_change(TEXT, "<think></think>" + TEXT)())
 
 
+def test_a_template_that_ends_only_the_last_answer():
+    end = "{{ '<|im_end|>' }}"
+    assert end in QWEN
+    template = QWEN.replace(end, "{%- if loop.last -%}" + end + "{%- endif -%}")
+    cause = "writes '.n<.im_start.>' behind answer 1, and '<.im_end.>' behind one that is the last"
+    refused(encoder(template), record(("what", "this"), ("and", "that")), cause)
+
+
+def test_white_space_before_the_end_of_an_answer_is_learnt_with_it():
+    end = "{{ '<|im_end|>' }}"
+    spaced = encoder(QWEN.replace(end, "{{ ' <|im_end|>' }}"))
+    one = record(("what", "this"), ("and", "that"))
+    sample, tokens = spaced.encode(one), MAKERS["qwen2_5_vl"][0]().tokenizer
+    learnt = tokens.decode(sample.labels_S[sample.labels_S != -100])
+    assert learnt == "this <|im_end|>that <|im_end|>"
+    assert spaced.end_ids == encoder().end_ids
+    assert [span for span in sample.char_spans if span[1] == 4] == [(0, 4, 4)] * 2 + [(1, 4, 4)] * 2
+
+
 def test_a_template_that_ends_no_answer():
     with pytest.raises(ValueError, match="no special token ends, .* set data.template"):
         encoder(QWEN.replace("{{ '<|im_end|>' }}", ""))
