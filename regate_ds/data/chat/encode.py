@@ -137,7 +137,8 @@ class ChatEncoder:
     def begins_with_answer(self, record: Record) -> bool:
         """Return whether the sample's first token is an answer's, so that no token predicts it."""
         (rendered,) = self._template.render_all([record])
-        return isinstance(rendered, Rendered) and not rendered.answers[0].start and not self._bos
+        first = rendered.answers[0] if isinstance(rendered, Rendered) else None
+        return first is not None and first.start == 0 and self._bos is None
 
     def _encode(
         self, records: Sequence[Record], *, with_spans: bool

@@ -64,7 +64,7 @@ def label(
     labels_S = np.full(len(ids_S), IGNORE, dtype=np.int64)
     spans: list[CharSpan] = []
     for number, (answer, turn) in enumerate(zip(written.answers, turns)):
-        if not turn.learn:
+        if answer is None or not turn.learn:
             continue
         is_in_S = (places_S2[:, 0] < answer.closed) & (places_S2[:, 1] > answer.start)
         at_N = is_in_S.nonzero()[0]

@@ -54,7 +54,8 @@ class Rendered:
     """A record's text; each image is still one placeholder."""
 
     text: str
-    answers: tuple[AnswerPlace, ...]
+    answers: tuple[AnswerPlace | None, ...]
+    """None for an answer that is not learnt, and that the template writes otherwise."""
 
 
 class ChatTemplate:
@@ -127,30 +128,40 @@ class ChatTemplate:
 
     def _found(self, record: Record, whole: str, prompts: Iterator[str]) -> Rendered:
         """Return the record's text with the places of its answers; it takes a prompt for each."""
-        answers: list[AnswerPlace] = []
-        starts = [f"{next(prompts)}{self._head or ''}" for _ in record.turns]
-        for number, (start, turn) in enumerate(zip(starts, record.turns), 1):
-            if not whole.startswith(start):
-                raise _Changed(
-                    f"the chat template changes what it wrote before answer {number} once more is "
-                    "said, so that no text holds all answers as they are given; give each answer a "
-                    "record of its own, or set data.template"
-                )
-            end = len(starts[number]) if number < len(starts) else len(whole)
-            found = _find(start, whole[:end], turn.answer, self._special, number)
-            if whole[found.end : found.closed] != self.ending:
-                raise _Changed(
-                    f"the chat template writes {_short(whole[found.end : found.closed])} behind "
-                    f"answer {number}, and {self.ending!r} behind one that is the last; give each "
-                    "answer a record of its own, or set data.template"
-                )
-            answers.append(found)
         if _DAY in whole:
             raise _Changed(
                 "the chat template writes the day's date, so that its tokens would change from day "
                 "to day; give the record a system text, or set data.template"
             )
+        starts = [f"{next(prompts)}{self._head or ''}" for _ in record.turns]
+        answers: list[AnswerPlace | None] = []
+        for number, turn in enumerate(record.turns):
+            try:
+                answers.append(self._place(whole, starts[number:], turn.answer, number + 1))
+            except _Changed:
+                if turn.learn:
+                    raise
+                answers.append(None)
         return Rendered(whole, tuple(answers))
+
+    def _place(self, whole: str, starts: list[str], answer: str, number: int) -> AnswerPlace:
+        """Find an answer. starts: the texts before it, and before each of those that follow."""
+        if not whole.startswith(starts[0]):
+            raise _Changed(
+                f"the chat template changes what it wrote before answer {number} once more is "
+                "said; give each answer a record of its own in which those before it have the loss 0, or "
+                "set data.template"
+            )
+        ends_next = len(starts) > 1 and whole.startswith(starts[1])
+        end = len(starts[1]) if ends_next else len(whole)
+        found = _find(starts[0], whole[:end], answer, self._special, number)
+        if whole[found.end : found.closed] != self.ending:
+            raise _Changed(
+                f"the chat template writes {_short(whole[found.end : found.closed])} behind answer "
+                f"{number}, and {self.ending!r} behind one that is the last; give each answer a "
+                "record of its own in which those before it have the loss 0, or set data.template"
+            )
+        return found
 
 
 class _Changed(ValueError):

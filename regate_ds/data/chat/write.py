@@ -29,7 +29,7 @@ class Written:
     runs: list[tuple[int, ...]]
     """For each image the number of patches of each run, which is one token in the text."""
 
-    answers: list[AnswerPlace]
+    answers: list[AnswerPlace | None]
     sizes: list[Size]
 
 
@@ -55,7 +55,7 @@ def write(
         changes.append((start, place, text))
     shown = len(changes)
     if ending is not None:
-        changes += [(answer.end, answer.closed, ending) for answer in rendered.answers]
+        changes += [(one.end, one.closed, ending) for one in rendered.answers if one is not None]
     text, moves = _change(rendered.text, sorted(changes))
 
     def moved(place: int) -> int:
@@ -66,7 +66,7 @@ def write(
         images=[(moved(start), moved(end)) for start, end, _ in changes[:shown]],
         runs=[runs for _, runs in shortened],
         answers=[
-            replace(a, start=moved(a.start), end=moved(a.end), closed=moved(a.closed))
+            a and replace(a, start=moved(a.start), end=moved(a.end), closed=moved(a.closed))
             for a in rendered.answers
         ],
         sizes=sizes,

@@ -108,6 +108,10 @@ TEXT = "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}"
             "writes 'gone<.im_end.>.n.*' for answer 1, 'this'",
         ),
         (
+            lambda: "{%- if messages | length > 3 -%}long{%- endif -%}" + QWEN,
+            "changes what it wrote before answer 1 once more is said; give each answer a record",
+        ),
+        (
             _change(TEXT, TEXT.replace("part['text']", "part['text'] | upper")),
             "writes 'THIS<.im_end.>.n.*' for answer 1, 'this'; correct the answer, or set",
         ),
@@ -116,6 +120,15 @@ TEXT = "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}"
 def test_a_template_that_changes_answers(template: Callable[[], str], cause: str):
     turns = [("what", "this"), ("and", "that")]
     refused(encoder(template()), record(*turns), cause, (Turn("what", "7"),))
+
+
+def test_an_answer_that_is_not_learnt_may_be_changed():
+    template = QWEN.replace(TEXT, "{%- if loop.last -%}" + TEXT + "{%- endif -%}")
+    said = (Turn("what", "this", learn=False), Turn("and", "that"))
+    sample = encoder(template).encode(replace(record(), turns=said))
+    tokens = MAKERS["qwen2_5_vl"][0]().tokenizer
+    assert "this" not in tokens.decode(sample.input_ids_S)
+    assert tokens.decode(sample.labels_S[sample.labels_S != -100]) == "that<|im_end|>"
 
 
 def test_a_template_that_writes_before_an_answer_what_it_does_not_ask_by():
