@@ -149,8 +149,8 @@ class ChatTemplate:
         if not whole.startswith(starts[0]):
             raise _Changed(
                 f"the chat template changes what it wrote before answer {number} once more is "
-                "said; give each answer a record of its own in which those before it have the loss 0, or "
-                "set data.template"
+                "said; give each answer a record of its own in which those before it have the loss "
+                "0, or set data.template"
             )
         ends_next = len(starts) > 1 and whole.startswith(starts[1])
         end = len(starts[1]) if ends_next else len(whole)
