@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.data.llava.encode import Encoder, VisionInputs
+from regate_ds.data.interfaces import RecordEncoder, VisionInputs
 from regate_ds.data.llava.images import images_of
 from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.data.llava.sample import EncodedSample
@@ -76,7 +76,7 @@ class SampleDataset(Dataset[LoadedSample]):
     """A data set of records, which encodes a record and decodes its images in ``__getitem__``."""
 
     def __init__(
-        self, records: Sequence[Record], encoder: Encoder, indexed: Indexed | None = None
+        self, records: Sequence[Record], encoder: RecordEncoder, indexed: Indexed | None = None
     ) -> None:
         """indexed: what each sample must be as; None takes them as they come."""
         self._records = records
@@ -159,16 +159,16 @@ class Collator:
     def _vision_inputs(
         self, rows: list[list[LoadedSample]], ids_BT: Tensor, is_placeholder_BT: Tensor
     ) -> dict[str, Tensor]:
-        images = [image for row in rows for sample in row for image in sample.images]
+        images = [list(sample.images) for row in rows for sample in row if sample.images]
         if self._vision is None:
             if images:
                 raise ValueError(
-                    f"{len(images)} images for a model without a vision tower; use a multimodal "
-                    "student, or data without images"
+                    f"{sum(map(len, images))} images for a model without a vision tower; use a "
+                    "multimodal student, or data without images"
                 )
             return {}
         extra = self._vision.extra_inputs(ids_BT, is_placeholder_BT)
-        return extra | (self._vision.pixels(images) if images else {})
+        return extra | (self._vision.sample_pixels(images) if images else {})
 
 
 def first_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:

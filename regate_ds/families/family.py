@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regate_ds.data.llava.encode import VisionInputs
+from regate_ds.data.interfaces import VisionInputs
 
 ImageLengths = Callable[[Any, Mapping[str, Any]], Mapping[int, Sequence[int]]]
 """Returns for each id of a placeholder how many of them each image of a micro-batch has, in reading

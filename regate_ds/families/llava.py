@@ -50,6 +50,9 @@ class LlavaVision:
         """Make ``pixel_values`` [I, 3, H, W] of RGB images."""
         return {"pixel_values": self.processor(list(images), return_tensors="pt")["pixel_values"]}
 
+    def sample_pixels(self, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        return self.pixels([image for images in samples for image in images])
+
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
         return {}
 

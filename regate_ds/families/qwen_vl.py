@@ -52,6 +52,9 @@ class Qwen2VLVision:
         """Make ``pixel_values`` [P, 3 * frames * patch^2] and ``image_grid_thw`` [I, 3]."""
         return dict(self.processor(list(images), return_tensors="pt"))
 
+    def sample_pixels(self, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
+        return self.pixels([image for images in samples for image in images])
+
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
         """Mark text (0) and image (1) positions: the model derives its three axes from the marks.
 

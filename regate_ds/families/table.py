@@ -17,6 +17,27 @@ FAMILIES: dict[str, Family] = {
 }
 
 STUDENTS = tuple(name for name, family in FAMILIES.items() if family.vision_inputs is not None)
+"""The ``model_type`` of each family that the recipe can train by the package's own template."""
+
+PROCESSORS = {
+    "aya_vision": "AyaVisionProcessor",
+    "gemma3": "Gemma3Processor",
+    "idefics3": "Idefics3Processor",
+    "internvl": "InternVLProcessor",
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+    "mistral3": "PixtralProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+    "qwen3_vl_moe": "Qwen3VLProcessor",
+    "smolvlm": "SmolVLMProcessor",
+}
+"""By ``model_type``: the class of processor whose chat template the recipe trains by. Tests show
+that samples are those of the processor's own call."""
+
+ALL_STUDENTS = tuple(sorted({*STUDENTS, *PROCESSORS}))
 """The ``model_type`` of each family that the recipe can train."""
 
 

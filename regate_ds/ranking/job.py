@@ -138,8 +138,18 @@ class RankJob:
         return ImageOrderWriter(self.store)
 
     def read_batch(self, batch: UnitBatch) -> PictureInputs:
-        """Return the model inputs of a batch's pictures."""
+        """Return the model inputs of a batch's pictures.
+
+        ValueError if they cannot be joined, as where pictures are cut into tiles.
+        """
         parts = [self.read(unit) for unit in batch]
+        for name in parts[0]:
+            shapes = {tuple(part[name].shape[1:]) for part in parts}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"{name} of several pictures have the shapes {sorted(shapes)} and cannot be "
+                    "joined; set rank.batch=1, or use images.ranking=random or stride"
+                )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def rank(self, batch: UnitBatch, inputs: PictureInputs) -> list[Tensor]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
+from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.raw import CACHE_NAME
 from regate_ds.data.llava.records import BadRecord, Record, bad_record
 from regate_ds.data.llava.tables import folder_of
+from regate_ds.data.llava.template import Template
 from regate_ds.families.table import family_of
 from regate_ds.job.ranks import is_first_rank
 from regate_ds.recipe.cache.entry import DataSet, open_data
@@ -20,6 +22,7 @@ from regate_ds.recipe.config.sections import DataConfig
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.evaluation.words import HeldOut
 from regate_ds.recipe.students.load import make_student
+from regate_ds.recipe.students.processor import chat_encoder
 from regate_ds.recipe.students.student import Student
 from regate_ds.stores.answer_index import AnswerIndex
 
@@ -31,7 +34,7 @@ class Corpus:
     student: Student
     train_set: DataSet
     test_set: DataSet | None
-    encoder: Encoder
+    encoder: RecordEncoder
     collator: Collator
     bad: list[BadRecord]
     """Records of both sets that `data.skip_bad` left out."""
@@ -64,7 +67,7 @@ def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     Without ``weights`` the student is on "meta": it has shapes, but cannot run. Without
     `data.skip_bad` the first bad record is an error.
     """
-    student = make_student(config.model, seed=config.run.seed if weights else None)
+    student = corpus_student(config, weights=weights)
     family = family_of(student.model)
     if config.data.pack_length is not None and not family.packs:
         raise ValueError(
@@ -83,18 +86,27 @@ def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     return Corpus(student, sets[0], sets[1] if sets[1:] else None, encoder, collator, bad)
 
 
-def corpus_encoder(student: Student, data: DataConfig) -> Encoder:
+def corpus_student(config: RunConfig, *, weights: bool = True) -> Student:
+    """Load or make the student for samples as `data.template` has them."""
+    seed, own = config.run.seed if weights else None, config.data.template is not None
+    return make_student(config.model, seed=seed, own_template=own)
+
+
+def corpus_encoder(student: Student, data: DataConfig) -> RecordEncoder:
     """Return what writes the records as the student's tokens."""
+    if student.has_chat_template:
+        processor = student.vision.processor
+        return chat_encoder(processor, student.image_token, max_length=data.max_length)
     return Encoder(
         student.tokenizer,
         image_token=student.image_token,
         num_image_tokens=student.vision.num_tokens,
         max_length=data.max_length,
-        template=data.template,
+        template=data.template or Template(),
     )
 
 
-def sources_of(data: DataConfig, encoder: Encoder) -> list[Source]:
+def sources_of(data: DataConfig, encoder: RecordEncoder) -> list[Source]:
     """Return the training set and, if there is one, the held-out set."""
     sets = [(data.train, data.name), *([(data.test, "test")] if data.test else [])]
     return [Source(path, name, data.image_root, encoder, data.video_frames) for path, name in sets]
@@ -158,6 +170,9 @@ def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
         print(f"data.skip_bad left out {len(corpus.bad)} bad records:")
         print("\n".join(f"  {bad}" for bad in corpus.bad), flush=True)
     if is_first_rank():
+        if corpus.student.has_chat_template:
+            name = type(corpus.student.vision.processor).__name__
+            print(f"samples are written by the chat template of the model's {name}", flush=True)
         report_cut(corpus, config.data.max_length)
     return corpus
 

@@ -18,8 +18,8 @@ from regate_ds.ranking.api import require_stored
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config
 from regate_ds.recipe.config.megatron_limits import require_packages, require_ranks, require_student
 from regate_ds.recipe.config.tree import RunConfig, load_config
+from regate_ds.recipe.corpus import corpus_student
 from regate_ds.recipe.run_folder import RunFolder, leaves
-from regate_ds.recipe.students.load import make_student
 from regate_ds.settings.section import plain_values
 from regate_ds.teacher.loading import load_teacher_config
 
@@ -63,7 +63,7 @@ def judge_run(config: RunConfig) -> None:
 
 def _require_student(config: RunConfig) -> None:
     """Refuse a student that cannot be cut as `parallel` says, by its shapes without weights."""
-    model: Any = make_student(config.model, seed=None).model
+    model: Any = corpus_student(config, weights=False).model
     require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
 
 

@@ -21,7 +21,6 @@ from regate_ds.teacher.tokenizers.other import (
     OtherTokenizer,
     TwiceWritten,
     score_twice_written,
-    tokenizer_id,
 )
 from regate_ds.teacher.tokenizers.same import choose_pad_id, require_same_tokens
 
@@ -54,9 +53,7 @@ class TeacherText:
 
     def name(self, teacher_id: str) -> str:
         """Return the teacher's name, with the id of its own tokenizer: that changes the losses."""
-        return (
-            teacher_id if self.tokenizer is None else f"{teacher_id}-{tokenizer_id(self.tokenizer)}"
-        )
+        return teacher_id if self.tokenizer is None else f"{teacher_id}-{self.writer.id}"
 
 
 def teacher_text(config: TeacherConfig, corpus: Corpus) -> TeacherText:

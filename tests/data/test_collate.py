@@ -32,6 +32,9 @@ class Vision:
     def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
         return {"pixel_values": torch.tensor([image.getpixel((0, 0))[0] for image in images])}  # type: ignore[index]
 
+    def sample_pixels(self, samples: list[list[Image.Image]]) -> dict[str, Tensor]:
+        return self.pixels([image for images in samples for image in images])
+
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
         return {"kinds": is_placeholder_BT.long()}
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,13 @@ def test_a_ranking_that_gives_no_order_is_named_with_the_image(tmp_path):
 
     with pytest.raises(ValueError, match=r"^image \d of sample 'set' record \d+: the ranking gave"):
         rank_pictures(make_job(tmp_path / "store", ranking=Broken()))
+
+
+def test_pictures_that_cannot_be_joined_are_refused_by_their_shapes(tmp_path):
+    def read_tiles(unit: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": torch.zeros(1, 2 + unit % 2, 3)}
+
+    job = replace(make_job(tmp_path / "store", batch=3), read=read_tiles)
+    with pytest.raises(ValueError, match=r"have the shapes .*2, 3.*3, 3.* set rank.batch=1"):
+        job.read_batch([0, 1])
+    assert job.read_batch([0, 2])["pixel_values"].shape == (2, 2, 3)

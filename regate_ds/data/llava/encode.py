@@ -5,44 +5,21 @@ Shapes: S positions of one sample, B rows, T positions of a row.
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.llava.images import sizes_of
 from regate_ds.data.llava.media import ImageSource
-from regate_ds.data.llava.records import MARKER, Record, SampleError, Turn, bad_record, describe
+from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.llava.tape import Tape, Tokens
 from regate_ds.data.llava.template import Template, prompt, require_no_image, text_segments
-
-
-class VisionInputs(Protocol):
-    """Makes the image inputs of one family of students."""
-
-    def num_tokens(self, size: tuple[int, int]) -> int:
-        """Return the number of placeholders of one image of (width, height)."""
-        ...
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of the placeholders of one image of (width, height)."""
-        ...
-
-    def pixels(self, images: list[Image.Image]) -> dict[str, Tensor]:
-        """Make the model inputs of a micro-batch's RGB images, at least one, in reading order."""
-        ...
-
-    def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
-        """Make further model inputs that follow from the tokens; by default there are none."""
-        return {}
-
+from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
 
 _PROBED = (8, 28, 60, 224, 336, 448, 500, 1000, 2048, 5000)
 """Widths and heights by which one rule for an image's tokens is told from another."""
@@ -78,7 +55,8 @@ class Encoder:
         # The tokenizer looks its ids up anew each time.
         self._bos_id, self._eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._image_id = _image_id(tokenizer, image_token, template)
-        self._special = _special_tokens(tokenizer, image_token)
+        more = (image_token,) if isinstance(image_token, str) else ()
+        self._special = special_tokens(tokenizer, *more)
         self._num_image_tokens = num_image_tokens
         self._max_length = max_length
         self._template = template
@@ -100,6 +78,16 @@ class Encoder:
             except SampleError as error:
                 yield error
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Id of the eos, which ends each answer."""
+        return [self._eos_id]
+
+    def prompt(self, record: Record, sample: EncodedSample, turn: int) -> tuple[Tensor, Tensor]:
+        """Return ids [S] and image numbers [S] of what a model reads before it answers a turn."""
+        length = sample.answer_start(turn)
+        return sample.input_ids_S[:length], sample.image_S[:length]
+
     def uncut(self, tokenizer: Any = None, *, placeholder_id: int | None = None) -> Encoder:
         """Make an encoder of the same text without ``max_length``.
 
@@ -119,7 +107,7 @@ class Encoder:
         The rule that counts an image's tokens is told by its results for some sizes.
         """
         return {
-            "tokenizer": _rules_of(self._tokenizer),
+            "tokenizer": rules_of(self._tokenizer),
             "ids": [self._bos_id, self._eos_id, self._image_id],
             "special": self._special.pattern,
             "max_length": self._max_length,
@@ -145,6 +133,7 @@ class Encoder:
         return sample
 
     def _write(self, record: Record, tokens_of: Callable[[str], Tokens]) -> Tape:
+        require_no_special(record, self._special)
         tape = Tape()
         if self._bos_id is not None:
             tape.add([self._bos_id])
@@ -157,7 +146,6 @@ class Encoder:
                 tape.add(tokens_of(text)[0])
 
         for number, turn in enumerate(record.turns):
-            self._require_plain(record, number, turn)
             first, *others = prompt(record, number, self._template)
             add_text(first)
             for text in others:
@@ -173,18 +161,6 @@ class Encoder:
             else:
                 tape.add([*tokens[0], self._eos_id])
         return tape
-
-    def _require_plain(self, record: Record, number: int, turn: Turn) -> None:
-        """Refuse, by SampleError, text that the tokenizer would read as a special token."""
-        texts = {
-            f"question {number + 1}": MARKER.sub("\n", turn.question),
-            f"answer {number + 1}": turn.answer,
-            "system text": (record.system or "") if number == 0 else "",
-        }
-        for where, text in texts.items():
-            if found := self._special.search(text):
-                cause = f"its {where} holds {found.group()!r}, a special token's text"
-                raise bad_record(describe(record, cause))
 
     def _count(self, record: Record, source: ImageSource, size: tuple[int, int], tape: Tape) -> int:
         """Return an image's number of placeholders, and note its size."""
@@ -232,17 +208,3 @@ def _image_id(tokenizer: Any, image_token: str | int, template: Template) -> int
         )
     require_no_image(template, image_token)
     return tokenizer.convert_tokens_to_ids(image_token)
-
-
-def _special_tokens(tokenizer: Any, image_token: str | int) -> re.Pattern[str]:
-    """Return a pattern that finds the tokenizer's special tokens anywhere in a text."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special)}
-    special |= {image_token} if isinstance(image_token, str) else set()
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
-
-
-def _rules_of(tokenizer: Any) -> str:
-    """Return a tokenizer's rules as JSON, without padding and truncation, which its calls set."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**rules, "padding": None, "truncation": None}, sort_keys=True)

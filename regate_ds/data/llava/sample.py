@@ -45,5 +45,10 @@ class EncodedSample:
         """bool: True at image positions."""
         return self.image_S >= 0
 
+    def answer_start(self, turn: int) -> int:
+        """Return the position of the first token of a turn's answer, by ``char_spans``."""
+        first = next(n for n, (of, _, _) in enumerate(self.char_spans) if of == turn)
+        return int((self.labels_S >= 0).nonzero()[first, 0]) + 1
+
     def __len__(self) -> int:
         return self.input_ids_S.numel()

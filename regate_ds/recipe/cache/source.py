@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.raw import data_files, image_root_of
 
@@ -29,7 +29,7 @@ class Source:
     image_root: Path | None
     """Folder that image names are relative to; None is the folder of the data."""
 
-    encoder: Encoder
+    encoder: RecordEncoder
     video_frames: int | None = None
     """Number of frames to take from a video that is a file; None refuses such files."""
 

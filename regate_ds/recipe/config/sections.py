@@ -6,7 +6,7 @@ sections are refused in tree.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +35,9 @@ class DataConfig:
     max_length: int = 2048
     """Longer samples are cut to this many tokens, image tokens included."""
 
-    template: Template = field(default_factory=Template)
-    """Text around the turns of a conversation (see `data.template.*`)."""
+    template: Template | None = None
+    """Text around the turns of a conversation (see `data.template.*`); null takes the chat template
+    of the model's own processor, and the defaults where its folder has none."""
 
     skip_bad: bool = False
     """True leaves bad records out and reports them; false stops at the first one."""

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from regate_ds.adapters.huggingface.support import require_known_config
 from regate_ds.families.hosts import Supported, supported_as
-from regate_ds.families.table import FAMILIES, STUDENTS
+from regate_ds.families.table import ALL_STUDENTS, FAMILIES
 from regate_ds.recipe.doctor.check import Check
 
 _SLOW_CONV3D = "2.9."
@@ -92,9 +92,9 @@ def _images(config: Any) -> list[Check]:
 
 
 def _recipe(model_type: str) -> list[Check]:
-    if model_type in STUDENTS:
+    if model_type in ALL_STUDENTS:
         return []
-    advice = f"it trains {', '.join(STUDENTS)}; attach() takes this one in a loop of your own"
+    advice = f"it trains {', '.join(ALL_STUDENTS)}; attach() takes this one in a loop of your own"
     return [Check("regate train", "not possible", False, True, advice)]
 
 

@@ -40,10 +40,10 @@ class Needs:
 
 def estimate(config: RunConfig, num_ranks: int) -> Needs:
     """Estimate the needs of a run on ``num_ranks`` ranks; the student is made without weights."""
-    from regate_ds.recipe.students.load import make_student
+    from regate_ds.recipe.corpus import corpus_student
     from regate_ds.recipe.students.trainable import trainable
 
-    student = make_student(config.model, seed=None)
+    student = corpus_student(config, weights=False)
     model = trainable(student, config.model, seed=0)
     is_bf16, parts = config.run.precision == "bf16", 1
     weights, gradients, optimizer = (2, 2, 12) if is_bf16 else (4, 4, 8)

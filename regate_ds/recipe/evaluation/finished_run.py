@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regate_ds.data.llava.template import Template
 from regate_ds.job.supervise import join_job
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import held_out, open_corpus
@@ -32,8 +33,12 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             "samples there"
         )
     model = replace(config.model, path=run.model, text={}, vision={}, tokenizer=None, lora=None)
+    data = config.data
+    if config.model.path is None and data.template is None:
+        # Its tokenizer may have brought a chat template, which the run did not use.
+        data = replace(data, template=Template())
     with join_job("eval") as process:
-        corpus = open_corpus(replace(config, model=model))
+        corpus = open_corpus(replace(config, model=model, data=data))
         student = corpus.student.model.to(process.device)  # type: ignore[arg-type]
         questions = held_out(corpus, config)
         return {

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from regate_ds.data.collate import LoadedSample, SampleDataset
-from regate_ds.data.llava.records import Turn
+from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
@@ -53,11 +51,10 @@ def evaluate_generated(
     with dense_inference(model):
         for numbers, is_counted in share_of_process(has_images, process, few.batch_size):
             samples = [dataset[i] for i in numbers]
-            for number, sample, text in zip(
-                numbers, samples, _answers(model, few, samples, process)
-            ):
-                turns = few.records[number].turns
-                right, words = match_gold_words(turns, sample.encoded, text)
+            asked = [few.records[number] for number in numbers]
+            answers = _answers(model, few, asked, samples, process)
+            for record, sample, text in zip(asked, samples, answers):
+                right, words = match_gold_words(record.turns, sample.encoded, text)
                 num_right += right * is_counted
                 num_words += words * is_counted
     num_right, num_words = sum_over([num_right, num_words], process.group, process.device)
@@ -100,29 +97,35 @@ def _in_common(wanted: Sequence[str], given: Sequence[str]) -> list[bool]:
 
 
 def _answers(
-    model: Any, held_out: HeldOut, samples: list[LoadedSample], process: Process
+    model: Any,
+    held_out: HeldOut,
+    records: list[Record],
+    samples: list[LoadedSample],
+    process: Process,
 ) -> list[str]:
-    prompts = [prompt_length(sample.encoded) for sample in samples]
-    rests = [len(sample.encoded) - length for sample, length in zip(samples, prompts)]
+    encoded = [sample.encoded for sample in samples]
+    prompts = [
+        held_out.encoder.prompt(record, sample, _last_turn(sample))
+        for record, sample in zip(records, encoded)
+    ]
+    rests = [len(sample) - prompt_length(sample) for sample in encoded]
     inputs = _left_padded(held_out, samples, prompts)
     ids_BT = model.generate(
         **{name: x.to(process.device) for name, x in inputs.items()},
         do_sample=False,
         max_new_tokens=max(rests) + _SPARE_TOKENS,
-        eos_token_id=held_out.tokenizer.eos_token_id,
+        eos_token_id=held_out.encoder.end_ids,
         pad_token_id=held_out.pad_id,
         # Under ZeRO-3 a rank whose answers are done must go on gathering weights with the others.
         synced_gpus=process.world_size > 1,
     )
-    new_BT = ids_BT[:, max(prompts) :]
+    new_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
     return held_out.tokenizer.batch_decode(new_BT, skip_special_tokens=True)
 
 
 def prompt_length(sample: EncodedSample) -> int:
     """Return the number of tokens before the first one of the last answer."""
-    last = _last_turn(sample)
-    first = next(n for n, (turn, _, _) in enumerate(sample.char_spans) if turn == last)
-    return int((sample.labels_S >= 0).nonzero()[first, 0]) + 1
+    return sample.answer_start(_last_turn(sample))
 
 
 def _last_turn(sample: EncodedSample) -> int:
@@ -130,34 +133,26 @@ def _last_turn(sample: EncodedSample) -> int:
     return sample.char_spans[-1][0]
 
 
-def _images_of(held_out: HeldOut, sample: LoadedSample, length: int) -> list[Image.Image]:
-    """Return the images that stand in the first ``length`` tokens."""
-    if held_out.vision is None:
-        return list(sample.images)
-    num_placeholders = int(sample.encoded.is_placeholder_S[:length].sum())
-    ends = accumulate(held_out.vision.num_tokens(image.size) for image in sample.images)
-    return [image for image, end in zip(sample.images, ends) if end <= num_placeholders]
-
-
 def _left_padded(
-    held_out: HeldOut, samples: list[LoadedSample], prompts: list[int]
+    held_out: HeldOut, samples: list[LoadedSample], prompts: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """Return inputs of ``generate``: rows end together, with masked padding before them."""
-    shape = (len(samples), max(prompts))
+    shape = (len(samples), max(len(ids_S) for ids_S, _ in prompts))
     ids_BT = torch.full(shape, held_out.pad_id)
     mask_BT = torch.zeros(shape, dtype=torch.int64)
     is_image_BT = torch.zeros(shape, dtype=torch.bool)
-    for row, (sample, length) in enumerate(zip(samples, prompts)):
-        ids_BT[row, -length:] = sample.encoded.input_ids_S[:length]
-        mask_BT[row, -length:] = 1
-        is_image_BT[row, -length:] = sample.encoded.is_placeholder_S[:length]
+    for row, (ids_S, image_S) in enumerate(prompts):
+        ids_BT[row, -len(ids_S) :] = ids_S
+        mask_BT[row, -len(ids_S) :] = 1
+        is_image_BT[row, -len(ids_S) :] = image_S >= 0
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    # Images that stand behind the prompt belong to later turns.
     images = [
-        image
-        for sample, length in zip(samples, prompts)
-        for image in _images_of(held_out, sample, length)
+        list(sample.images[: int(image_S.max()) + 1])
+        for sample, (_, image_S) in zip(samples, prompts)
     ]
     if held_out.vision is not None:
+        shown = [each for each in images if each]
         inputs |= held_out.vision.extra_inputs(ids_BT, is_image_BT)
-        inputs |= held_out.vision.pixels(images) if images else {}
+        inputs |= held_out.vision.sample_pixels(shown) if shown else {}
     return inputs

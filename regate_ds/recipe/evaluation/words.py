@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch, Collator, Indexed, LoadedSample, SampleDataset
-from regate_ds.data.llava.encode import Encoder, VisionInputs
+from regate_ds.data.interfaces import RecordEncoder, VisionInputs
 from regate_ds.data.llava.records import Record, Turn
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.preemption import leave_to_parent
@@ -37,7 +37,7 @@ class HeldOut:
     """Questions with known answers, and how they become micro-batches of one sample a row."""
 
     records: Sequence[Record]
-    encoder: Encoder
+    encoder: RecordEncoder
     tokenizer: Any
     vision: VisionInputs | None
     batch_size: int = 16

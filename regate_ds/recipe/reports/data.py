@@ -13,8 +13,13 @@ from regate_ds.recipe.cache.build import build
 from regate_ds.recipe.cache.entry import DataSet, open_data, read_entry, way_out
 from regate_ds.recipe.cache.source import Source
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.corpus import cache_folders, corpus_encoder, report_cut, sources_of
-from regate_ds.recipe.students.load import make_student
+from regate_ds.recipe.corpus import (
+    cache_folders,
+    corpus_encoder,
+    corpus_student,
+    report_cut,
+    sources_of,
+)
 from regate_ds.stores.answer_index import spans
 
 _MOST_NAMED = 10
@@ -30,7 +35,7 @@ def check_data(config: RunConfig, *, content: bool) -> bool:
     Returns whether a run can train on the data: it has samples, no bad records unless
     `data.skip_bad`, and nothing has changed since it was indexed.
     """
-    encoder = corpus_encoder(make_student(config.model, seed=None), config.data)
+    encoder = corpus_encoder(corpus_student(config, weights=False), config.data)
     is_good = True
     for number, source in enumerate(sources_of(config.data, encoder)):
         found = open_data(source, cache_folders(config, source.path))

@@ -11,7 +11,7 @@ from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.data.collate import Collator, LoadedSample
-from regate_ds.data.llava.encode import VisionInputs
+from regate_ds.data.interfaces import VisionInputs
 from regate_ds.data.llava.images import load_rgb
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import RunConfig

@@ -13,10 +13,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from regate_ds.families.table import FAMILIES, STUDENTS
+from regate_ds.data.chat.vision import ProcessorVision
+from regate_ds.families.table import ALL_STUDENTS, FAMILIES, STUDENTS
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.recipe.students.internvl import build_internvl
 from regate_ds.recipe.students.llava import build_llava
+from regate_ds.recipe.students.processor import load_processor, names_a_template
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.teacher.loading import readable_weights
@@ -28,10 +30,13 @@ def load_student(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     weights: bool = True,
+    own_template: bool = False,
 ) -> Student:
     """Load what ``save_student`` or the model's publisher wrote; nothing is downloaded.
 
-    Without ``weights`` the model is on "meta": it has shapes, but cannot run.
+    Without ``weights`` the model is on "meta": it has shapes, but cannot run. Its image inputs are
+    made by the folder's own processor if that has a chat template, unless samples are written by
+    our ``own_template``.
 
     Raises:
         ValueError: the folder holds no model, or one of an unsupported type.
@@ -40,11 +45,18 @@ def load_student(
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
     family = FAMILIES.get(config.model_type)
-    if family is None or family.vision_inputs is None:
+    if family is None or config.model_type not in ALL_STUDENTS:
         raise ValueError(
-            f"{folder} is a {config.model_type} model; students are one of {sorted(STUDENTS)}, "
+            f"{folder} is a {config.model_type} model; students are one of {list(ALL_STUDENTS)}, "
             "give the folder of one"
         )
+    has_template = not own_template and names_a_template(folder)
+    if not has_template and family.vision_inputs is None:
+        raise ValueError(
+            f"{folder} is a {config.model_type} model, which is trained by its processor's chat "
+            f"template alone; {_MISSING[own_template]}, or take one of {sorted(STUDENTS)}"
+        )
+    own = load_processor(folder, config.model_type) if has_template else None
     model_class = family.load_class()
     if weights:
         with readable_weights(folder):
@@ -53,11 +65,21 @@ def load_student(
             )
     else:
         model = fresh_model(model_class, config, seed=None)
+    if own is not None:
+        patch = own.tokenizer.convert_ids_to_tokens(config.image_token_id)
+        return Student(model, own.tokenizer, ProcessorVision(own, patch))
+    assert family.vision_inputs is not None
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     vision: Any = family.vision_inputs(config, processor)
     return Student(model, tokenizer, vision)
 
+
+_MISSING = {
+    True: "set data.template=null",
+    False: "put its processor_config.json and chat_template.jinja into the folder",
+}
+"""What makes a chat template be used, by whether data.template is given."""
 
 _BUILDERS = {"llava": build_llava, "qwen2_vl": build_qwen2_vl, "internvl": build_internvl}
 
@@ -73,14 +95,20 @@ _TRANSFORMERS_ERRORS = (
 """Errors of transformers where a value of the user's own config dicts is of a wrong kind."""
 
 
-def make_student(config: ModelConfig, *, seed: int | None) -> Student:
+def make_student(config: ModelConfig, *, seed: int | None, own_template: bool = False) -> Student:
     """Load the student from a directory, or make it from `text` and `vision` with fresh weights.
 
-    With ``seed`` None the model is on "meta", without weights.
+    With ``seed`` None the model is on "meta", without weights. own_template: as in
+    ``load_student``.
     """
     if config.path is not None:
         attention = config.attn_implementation
-        return load_student(config.path, attention=attention, weights=seed is not None)
+        return load_student(
+            config.path,
+            attention=attention,
+            weights=seed is not None,
+            own_template=own_template,
+        )
     if config.tokenizer is None:
         raise ValueError(
             "model.tokenizer=None: a student made from `text` and `vision` needs one; name a "

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from regate_ds.data.llava.encode import VisionInputs
+from regate_ds.data.chat.vision import ProcessorVision
+from regate_ds.data.interfaces import VisionInputs
 
 
 class StudentVision(VisionInputs, Protocol):
@@ -35,6 +36,11 @@ class Student:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     vision: StudentVision
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether samples are written by the model's own chat template."""
+        return isinstance(self.vision, ProcessorVision)
 
     @property
     def image_token(self) -> str:

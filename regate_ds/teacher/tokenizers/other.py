@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey
-from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.records import Record, SampleError
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.teacher.scoring import ScoredSample
@@ -55,11 +55,18 @@ class TwiceWritten:
 class OtherTokenizer:
     """Writes records in both tokenizers' tokens."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Any, *, pad_id: int) -> None:
+    def __init__(self, encoder: RecordEncoder, tokenizer: Any, *, pad_id: int) -> None:
         """Set up for a student's ``encoder`` and a teacher's fast ``tokenizer`` with an eos."""
         _require_fast(tokenizer)
         self._student, self._uncut_student = encoder, encoder.uncut()
-        self._teacher = encoder.uncut(tokenizer, placeholder_id=pad_id)
+        try:
+            self._teacher = encoder.uncut(tokenizer, placeholder_id=pad_id)
+        except ValueError as error:
+            raise ValueError(
+                f"the teacher's tokenizer cannot write the samples: {error}; use another teacher"
+            ) from error
+        # A chat template decides what the teacher reads as much as the tokenizer does.
+        self.id = tokenizer_id(tokenizer, self._teacher.settings().get("chat_template", ""))
 
     def write(self, record: Record) -> TwiceWritten:
         """Encode a record twice. ValueError names one that the teacher's tokenizer cannot write."""
@@ -98,9 +105,9 @@ def score_twice_written(
     return torch.cat(shared)
 
 
-def tokenizer_id(tokenizer: Any) -> str:
-    """Name a fast tokenizer by a hash over its rules, its bos and its eos."""
-    rules = tokenizer.backend_tokenizer.to_str()
+def tokenizer_id(tokenizer: Any, chat_template: str = "") -> str:
+    """Name a fast tokenizer by a hash over its rules, its bos, its eos and the chat template."""
+    rules = tokenizer.backend_tokenizer.to_str() + chat_template
     around = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id}"
     return hashlib.sha256(f"{around} {rules}".encode()).hexdigest()[:8]
 

@@ -43,7 +43,6 @@ def found(folder: Path) -> dict[str, str]:
             {
                 "packed rows": "without images only",
                 "flash_attention_2": "not possible",
-                "regate train": "not possible",
             },
         ),
         (

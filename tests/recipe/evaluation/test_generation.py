@@ -65,7 +65,8 @@ def test_images_after_the_prompt_are_not_handed_on(tmp_path):
     held_out.encoder._max_length = prompt_length(whole)
     [sample] = [SampleDataset([record], held_out.encoder)[0]]
     assert (len(sample.images), sample.encoded.char_spans[-1][0]) == (2, 0)
-    inputs = _left_padded(held_out, [sample], [prompt_length(sample.encoded)])
+    prompt = held_out.encoder.prompt(record, sample.encoded, 0)
+    inputs = _left_padded(held_out, [sample], [prompt])
     assert len(inputs["pixel_values"]) == 1
 
 
@@ -94,10 +95,15 @@ def test_answers_do_not_depend_on_the_other_rows_of_the_batch(make, tmp_path):
     student = make()
     held_out = make_held_out(student, make_records(tmp_path))
     dataset = SampleDataset(held_out.records, held_out.encoder)
-    samples = [dataset[i] for i in (0, 1, 3, 4)]
+    numbers = (0, 1, 3, 4)
+    samples = [dataset[i] for i in numbers]
+    records = [held_out.records[i] for i in numbers]
     student.model.eval()
-    together = _answers(student.model, held_out, samples, ALONE)
-    apart = [_answers(student.model, held_out, [sample], ALONE)[0] for sample in samples]
+    together = _answers(student.model, held_out, records, samples, ALONE)
+    apart = [
+        _answers(student.model, held_out, [record], [sample], ALONE)[0]
+        for record, sample in zip(records, samples)
+    ]
     # A batch gives every row the spare tokens of its longest answer.
     assert all(t.startswith(a) for t, a in zip(together, apart))
     assert len(set(apart)) > 1

@@ -1,0 +1,244 @@
+"""Turn a record into the tokens of its model's own processor, and mark its images and answers.
+
+Shapes: S positions of one sample, N label positions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_ds.algorithm.batch import IGNORE
+from regate_ds.data.chat.image_text import ImageWriter, OtherPatches, Size
+from regate_ds.data.chat.label import PlacedTokens, label, repeat_patches
+from regate_ds.data.chat.messages import Messages
+from regate_ds.data.chat.render import ChatTemplate, Rendered, dated
+from regate_ds.data.chat.write import Written, write
+from regate_ds.data.llava.images import sizes_of
+from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
+from regate_ds.data.llava.sample import EncodedSample
+from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
+
+IMAGE = "\ue001"
+"""Stands for an image in a template of texts. No text holds this character of private use."""
+
+
+class ChatEncoder:
+    """Writes records as tokens by a chat template, with a fast tokenizer.
+
+    The whole text of a sample is tokenised at once, as the processor does it, so that what is
+    merged at an answer's border is merged here. Samples are cut at ``max_length`` tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template: ChatTemplate,
+        images: ImageWriter,
+        max_length: int,
+        other_ending: str | None = None,
+    ) -> None:
+        """Set up for one model.
+
+        other_ending: what ends an answer in the place of the template's own token.
+
+        ValueError if the token of a patch is none that the tokenizer reads by itself.
+        """
+        if images.patch not in tokenizer.get_added_vocab():
+            raise ValueError(
+                f"the tokenizer has {images.patch!r}, which stands for a patch of an image, not "
+                "among its added tokens; add it as a special token"
+            )
+        self._tokenizer = tokenizer
+        self._bos = tokenizer.bos_token
+        self._template, self._images = template, images
+        self._patch_id = tokenizer.convert_tokens_to_ids(images.patch)
+        self._max_length = max_length
+        self._other_ending = other_ending
+        self._special = special_tokens(tokenizer, images.placeholder, images.patch)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids of the token that ends an answer, and of the tokenizer's eos."""
+        ids = [
+            self._tokenizer.convert_tokens_to_ids(self._template.ending.strip()),
+            self._tokenizer.eos_token_id,
+        ]
+        return list(dict.fromkeys(one for one in ids if one is not None))
+
+    def encode(self, record: Record) -> EncodedSample:
+        """Encode one record; only the sizes of its images are read. SampleError if it is bad."""
+        (sample,) = self._encode([record], with_spans=True)
+        if isinstance(sample, SampleError):
+            raise sample
+        return sample
+
+    def encode_all(self, records: Sequence[Record]) -> Iterator[EncodedSample | SampleError]:
+        """Yield each record encoded, or its error; all their texts are tokenised in one call.
+
+        This is for an index of the samples: ``char_spans`` are left empty.
+        """
+        yield from self._encode(records, with_spans=False)
+
+    def prompt(self, record: Record, sample: EncodedSample, turn: int) -> tuple[Tensor, Tensor]:
+        """Return ids [S] and image numbers [S] of what a model reads before it answers a turn."""
+        text = self._template.prompt(record, turn)
+        num_images = text.count(self._images.placeholder)
+        shown = [size for _, size in sizes_of(record)][:num_images]
+        written = self._expand(record, Rendered(text, ()), shown)
+        (found,) = self._tokenize([written.text])
+        tokens = self._repeat(record, written, *found)
+        return torch.from_numpy(tokens.ids_S), torch.from_numpy(tokens.image_S)
+
+    def uncut(self, tokenizer: Any = None, *, placeholder_id: int | None = None) -> ChatEncoder:
+        """Make an encoder of the same record without ``max_length``.
+
+        A tokenizer with a chat template of its own writes the record by that; another one writes
+        the text of this encoder's, with its own eos behind each answer.
+        """
+        if tokenizer is None:
+            return ChatEncoder(
+                self._tokenizer,
+                template=self._template,
+                images=self._images,
+                max_length=sys.maxsize,
+            )
+        patch, own = tokenizer.convert_ids_to_tokens(placeholder_id), tokenizer.chat_template
+        placeholder = self._images.placeholder if own is None else IMAGE
+        return ChatEncoder(
+            tokenizer,
+            template=self._template if own is None else template_of_texts(tokenizer),
+            images=OtherPatches(self._images, placeholder=placeholder, patch=patch),
+            max_length=sys.maxsize,
+            other_ending=tokenizer.eos_token if own is None else None,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the tokens of a record, as JSON can hold it."""
+        return {
+            "tokenizer": rules_of(self._tokenizer),
+            "ids": [self._patch_id, *self.end_ids],
+            "special": self._special.pattern,
+            "max_length": self._max_length,
+            "chat_template": self._template.source,
+            "processor": self._images.settings(),
+        }
+
+    def is_cut(self, sample: EncodedSample) -> bool:
+        """Return whether ``max_length`` may have cut the sample's end off."""
+        return len(sample) >= self._max_length
+
+    def begins_with_answer(self, record: Record) -> bool:
+        """Return whether the sample's first token is an answer's, so that no token predicts it."""
+        (rendered,) = self._template.render_all([record])
+        first = rendered.answers[0] if isinstance(rendered, Rendered) else None
+        return first is not None and first.start == 0 and self._bos is None
+
+    def _encode(
+        self, records: Sequence[Record], *, with_spans: bool
+    ) -> list[EncodedSample | SampleError]:
+        texts = self._write(records)
+        found = iter(self._tokenize([one.text for one in texts if isinstance(one, Written)]))
+        samples: list[EncodedSample | SampleError] = []
+        for record, text in zip(records, texts):
+            if isinstance(text, SampleError):
+                samples.append(text)
+                continue
+            try:
+                tokens = self._repeat(record, text, *next(found))
+                samples.append(self._sample(record, text, tokens, with_spans=with_spans))
+            except SampleError as error:
+                samples.append(error)
+        return samples
+
+    def _write(self, records: Sequence[Record]) -> list[Written | SampleError]:
+        written: list[Written | SampleError] = []
+        for record, rendered in zip(records, self._template.render_all(records)):
+            try:
+                require_no_special(record, self._special)
+                if isinstance(rendered, SampleError):
+                    raise rendered
+                sizes = [size for _, size in sizes_of(record)]
+                written.append(self._expand(record, rendered, sizes))
+            except SampleError as error:
+                written.append(error)
+        return written
+
+    def _expand(self, record: Record, rendered: Rendered, sizes: list[Size]) -> Written:
+        try:
+            return write(rendered, self._images, sizes, ending=self._other_ending)
+        except ValueError as error:
+            cause = f"its images do not suit the model ({error})"
+            raise bad_record(describe(record, cause)) from error
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return ids and their places [start, end) in the characters, as the processor's call."""
+        if not texts:
+            return []
+        # A processor adds a bos to a template that writes none, a tokenizer does not.
+        writes_bos = self._bos is not None and texts[0].startswith(self._bos)
+        adds = self._template.placeholder is None and not writes_bos
+        found = self._tokenizer(
+            texts,
+            add_special_tokens=adds,
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return [
+            (np.array(ids, dtype=np.int64), np.array(places, dtype=np.int64).reshape(-1, 2))
+            for ids, places in zip(found["input_ids"], found["offset_mapping"])
+        ]
+
+    def _sample(
+        self, record: Record, written: Written, tokens: PlacedTokens, *, with_spans: bool
+    ) -> EncodedSample:
+        ids_S, image_S = tokens.ids_S, tokens.image_S
+        length = min(len(ids_S), self._max_length)
+        if (image_S[length:] >= 0).any():
+            raise self._too_long(record, len(ids_S), "would cut an image's placeholders off")
+        labels_S, spans = label(written, record.turns, tokens, length, with_spans=with_spans)
+        if not (labels_S != IGNORE).any():
+            raise self._too_long(record, len(ids_S), "leaves no answer token to learn from")
+        return EncodedSample(
+            key=record.key,
+            input_ids_S=torch.from_numpy(ids_S[:length]),
+            labels_S=torch.from_numpy(labels_S),
+            image_S=torch.from_numpy(image_S[:length]),
+            char_spans=tuple(spans),
+            images=record.images,
+            image_sizes=tuple(written.sizes),
+        )
+
+    def _repeat(
+        self, record: Record, written: Written, ids_S: np.ndarray, places_S2: np.ndarray
+    ) -> PlacedTokens:
+        try:
+            return repeat_patches(written, ids_S, places_S2, self._patch_id)
+        except ValueError as error:
+            raise bad_record(describe(record, str(error))) from error
+
+    def _too_long(self, record: Record, length: int, what: str) -> SampleError:
+        cause = f"cutting its {length} tokens at data.max_length={self._max_length} {what}"
+        return bad_record(describe(record, f"{cause}; raise data.max_length"))
+
+
+def template_of_texts(tokenizer: Any) -> ChatTemplate:
+    """Return a tokenizer's own chat template, whose contents are texts."""
+    source = tokenizer.chat_template
+    found = source["default"] if isinstance(source, dict) else source
+
+    def apply(conversations: list[Messages], asks: bool) -> list[str]:
+        return tokenizer.apply_chat_template(
+            conversations, chat_template=dated(found), add_generation_prompt=asks, tokenize=False
+        )
+
+    return ChatTemplate(found, apply, special_tokens(tokenizer), placeholder=IMAGE)

@@ -1,0 +1,152 @@
+"""Load a model's own processor, with its chat template, from the model's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache, partial
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import is_torchvision_available
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from regate_ds.data.chat.encode import ChatEncoder
+from regate_ds.data.chat.image_text import ImageText
+from regate_ds.data.chat.messages import Messages
+from regate_ds.data.chat.render import ChatTemplate, dated
+from regate_ds.data.tokens import special_tokens
+from regate_ds.families.family import transformers_class
+from regate_ds.families.table import PROCESSORS
+
+_CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def names_a_template(folder: Path) -> bool:
+    """Return whether a model's folder names its processor, and has a chat template."""
+    if named_processor(folder) is None:
+        return False
+    is_own = any((folder / name).is_file() for name in _TEMPLATES)
+    return is_own or any("chat_template" in _read(folder / name) for name in _CONFIGS)
+
+
+def load_processor(folder: Path, model_type: str) -> Any:
+    """Load the processor of a folder that has a chat template.
+
+    ValueError if no test has shown that its samples are written here as it writes them.
+    """
+    name = named_processor(folder)
+    if name is None or name != PROCESSORS.get(model_type):
+        raise ValueError(
+            f"{folder} has the chat template of a {name} over a {model_type} model, which samples "
+            "are not written by yet; use another model (docs/chat_templates.md), or set "
+            "data.template to write them by the package's own template"
+        )
+    try:
+        load = images_alone(transformers_class(name)).from_pretrained
+        processor = load(folder, local_files_only=True)
+    except ImportError as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"the {name} in {folder} lacks a package ({cause}); install it") from error
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    if not hasattr(processor, "video_processor") and (videos := _video_settings(folder)):
+        # It is not used here, but the trained model's folder has to have it.
+        processor.video_processor = videos
+    _require_usable(folder, processor)
+    return processor
+
+
+def _video_settings(folder: Path) -> dict[str, Any]:
+    own = _read(folder / "processor_config.json").get("video_processor")
+    return own or _read(folder / "video_preprocessor_config.json")
+
+
+def _require_usable(folder: Path, processor: Any) -> None:
+    """Refuse a slow tokenizer, and one whose settings cut samples without a word."""
+    if getattr(processor.tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"the {type(processor.tokenizer).__name__} in {folder} is a slow tokenizer, which does "
+            "not give the characters of its tokens; put a tokenizer.json into the folder"
+        )
+    given = {**getattr(processor, "text_kwargs", {}), **processor.tokenizer.init_kwargs}
+    if given.get("truncation") not in (None, False, "do_not_truncate"):
+        raise ValueError(
+            f"the processor in {folder} has truncation={given['truncation']!r}, which cuts samples "
+            "without a word; take it out of its tokenizer_config.json, and set data.max_length"
+        )
+
+
+def named_processor(folder: Path) -> str | None:
+    """Return the class of processor that a model's folder names."""
+    found = (_read(folder / name).get("processor_class") for name in _CONFIGS)
+    return next((name for name in found if name), None)
+
+
+@cache
+def images_alone(processor_class: Any) -> Any:
+    """Return the class of processor; where torchvision, which reads videos, is missing, without
+    its part for videos."""
+    name = processor_class.__name__
+    if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
+        return processor_class
+    if signature(processor_class).parameters["video_processor"].default is Parameter.empty:
+        raise ImportError(f"{name} requires torchvision, also where no video is read")
+    attributes = [each for each in processor_class.get_attributes() if each != "video_processor"]
+    return type(
+        name,
+        (processor_class,),
+        {
+            "get_attributes": classmethod(lambda _: list(attributes)),
+            # A class that is made here has no name that a worker could load it by.
+            "__reduce__": lambda self: (_rebuilt, (name, vars(self))),
+        },
+    )
+
+
+def _rebuilt(name: str, state: dict[str, Any]) -> Any:
+    processor_class = images_alone(transformers_class(name))
+    made = processor_class.__new__(processor_class)
+    vars(made).update(state)
+    return made
+
+
+def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
+    """Return what writes records as a processor does.
+
+    patch: the token that the model puts an image's features in the place of. ValueError if the
+    template cannot be used for training.
+    """
+    source = processor.chat_template
+    if isinstance(source, dict) and "default" not in source:
+        raise ValueError(
+            f"the processor has the chat templates {sorted(source)}, none of which is 'default'; "
+            "give its folder one chat_template.jinja"
+        )
+    source = source["default"] if isinstance(source, dict) else source
+    images = ImageText(processor, patch)
+    special = special_tokens(processor.tokenizer, images.placeholder, patch)
+    apply = partial(_apply, processor.tokenizer, dated(source))
+    return ChatEncoder(
+        processor.tokenizer,
+        template=ChatTemplate(source, apply, special),
+        images=images,
+        max_length=max_length,
+    )
+
+
+def _apply(tokenizer: Any, source: str, said: Sequence[Messages], asks: bool) -> list[str]:
+    """Render conversations as ``apply_chat_template`` does, which also looks for files in them."""
+    texts, _ = render_jinja_template(
+        conversations=list(said),
+        chat_template=source,
+        add_generation_prompt=asks,
+        **tokenizer.special_tokens_map,
+    )
+    return texts
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
