@@ -8,7 +8,7 @@ from regate_ds.recipe.learning.files import Arm, LearningTask, read_file, settin
 from regate_ds.recipe.learning.recorded import recorded_line
 from regate_ds.recipe.learning.result import write_result
 from regate_ds.recipe.tasks.digits.task import DIGITS_TASK
-from regate_ds.recipe.tasks.quickstart import ARM
+from regate_ds.recipe.tasks.quickstart import ARM, DENSE_ARM
 from regate_ds.settings.yaml import read_yaml
 from tests.recipe.learning.test_table import run
 from tests.support.paths import ROOT
@@ -56,12 +56,16 @@ def test_another_student_of_the_seed_is_no_pair(tmp_path: Path):
     assert line(tmp_path) is None
 
 
-def test_the_arm_that_the_quickstart_names_has_its_setting():
+def test_the_arms_that_the_quickstart_names_have_its_settings():
     task = read_file(LearningTask, FILES / "tasks", "digits")
-    arm = read_file(Arm, FILES / "arms", ARM)
-    elision = settings_of(task, arm)["elision"]
+    ours, dense = (
+        settings_of(task, read_file(Arm, FILES / "arms", arm)) for arm in (ARM, DENSE_ARM)
+    )
     quickstart = read_yaml((ROOT / DIGITS_TASK.config).read_text())
-    assert elision == quickstart["elision"]
+    assert ours["elision"] == quickstart["elision"]
+    assert dense["elision"]["execution"] == "none"
+    rates = {run["optimizer"]["lr"] for run in (ours, dense, quickstart)}
+    assert len(rates) == 1
     assert task.steps == quickstart["run"]["steps"]
 
 
