@@ -21,7 +21,7 @@ $(READY): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "$(PYTHON) is Python %d.%d; 3.11 or newer is needed: set PYTHON=..." % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e '.[recipe,gguf,trainer,megatron,datasets,video,test]'
+	$(BIN)/python -m pip install --quiet -e '.[recipe,gguf,trainer,trl,megatron,datasets,video,test]'
 	@touch $@
 
 test: check

@@ -57,6 +57,7 @@ def summed_loss(  # noqa: PLR0913 (a head in three parts)
     change: LogitChange = UNCHANGED,
     *,
     with_entropy: bool = False,
+    top1_L: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the sum of the targets' losses in nats, the losses [L] and the entropies [L] of the
     student's distributions there, both detached. At least fp32.
@@ -64,12 +65,13 @@ def summed_loss(  # noqa: PLR0913 (a head in three parts)
     share_L: weight of each target in the sum; None is 1 for all.
     change: what the model does to its logits.
     with_entropy: False gives None for the entropies. The losses are the same bit for bit.
+    top1_L: bool, to be filled: whether no token is likelier than the target; None leaves it out.
 
     The weights are known, so the gradient is known before the backward pass up to one scalar.
     It is computed here, chunk by chunk, while the logits exist; the backward pass only scales it,
     and can run once.
     """
-    how = (change, torch.is_grad_enabled(), with_entropy)
+    how = (change, torch.is_grad_enabled(), with_entropy, top1_L)
     return _SummedLoss.apply(hidden_LH, weight_VH, bias_V, targets_L, share_L, how)
 
 
@@ -127,9 +129,9 @@ class _SummedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_L: Tensor,
         share_L: Tensor | None,
-        how: tuple[LogitChange, bool, bool],
+        how: tuple[LogitChange, bool, bool, Tensor | None],
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        change, with_grad, with_entropy = how
+        change, with_grad, with_entropy, top1_L = how
         wants = [with_grad and wanted for wanted in ctx.needs_input_grad[:3]]
         sums = _Gradients(hidden_LH, weight_VH, bias_V, wants)
         losses, entropies = [], []
@@ -141,6 +143,8 @@ class _SummedLoss(torch.autograd.Function):
             losses.append(normaliser_C - at_target_C)
             if with_entropy:
                 entropies.append(entropy_of(logits_CV))
+            if top1_L is not None:
+                top1_L[start : start + CHUNK] = at_target_C >= logits_CV.amax(dim=1)
             if any(wants):
                 slope_CV = change.slope(logits_CV)
                 residual_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()

@@ -39,6 +39,11 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel | HostText:
             f"{type(model).__name__} has adapters of low rank, which are no part of the teacher; "
             "make the teacher before they are added"
         )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is quantized, and a teacher of its weights would read codes "
+            "for numbers; load the teacher by itself (open_teacher)"
+        )
     change = supported(model).change
     view = _causal_form(model, change)
     if view is None:

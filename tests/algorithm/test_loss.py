@@ -87,13 +87,26 @@ def test_entropies_are_those_of_log_softmax_on_all_logits(num_targets: int, chan
         assert torch.allclose(found, wanted, rtol=1e-12)
 
 
+@pytest.mark.parametrize("num_targets", [0, 5, CHUNK + 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_target_is_on_top_where_no_logit_is_larger(num_targets: int, change: LogitChange):
+    head = Head(num_targets, bias=True)
+    likeliest = F.linear(head.hidden, head.weight, head.bias).argmax(1)
+    targets = torch.where(torch.arange(num_targets) % 3 == 0, likeliest, head.targets)
+    found = torch.zeros(num_targets, dtype=torch.bool)
+    summed_loss(*head.inputs[:3], targets, change=change, top1_L=found)
+    assert torch.equal(found, likeliest == targets)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_losses_and_gradients_are_the_same_bit_for_bit_with_and_without_entropies(change):
     found = []
     for with_entropy in (False, True):
         head = Head(CHUNK + 3, bias=True, dtype=torch.float32)
         weights = torch.rand(CHUNK + 3, generator=torch.Generator().manual_seed(1))
-        total, losses, _ = summed_loss(*head.inputs, weights, change, with_entropy=with_entropy)
+        seen = {"with_entropy": with_entropy}
+        seen["top1_L"] = torch.zeros(CHUNK + 3, dtype=torch.bool) if with_entropy else None
+        total, losses, _ = summed_loss(*head.inputs, weights, change, **seen)
         own, _ = token_losses(*head.inputs, change, with_entropy=with_entropy)
         gradients = [torch.autograd.grad(x, head.leaves) for x in (total, (own * weights).sum())]
         found.append([total, losses, own, *gradients[0], *gradients[1]])

@@ -55,6 +55,12 @@ RUN_BY = {
         "quota=PerWindow(": "tests/house/test_docs.py",
     },
     "streams.md": {"shards = wds.WebDataset(": "tests/data/test_streams.py"},
+    "peft.md": {
+        "model = get_peft_model(": "tests/adapters/huggingface/test_lora.py",
+    },
+    "trl.md": {
+        "+    regate=config,": "tests/adapters/trainers/trl_page_helper.py",
+    },
     "torch_loop.md": {
         "+    for window in regate.windows(": LOOPS_RUN,
         "ddp = DistributedDataParallel(model)": LOOPS_RUN,
@@ -66,6 +72,7 @@ RUN_BY = {
     "accelerate_loop.md": {
         "+    for window in regate.windows(": LOOPS_RUN,
         "accelerator.register_for_checkpointing(regate)": LOOPS_RUN,
+        "accelerator.log(": "tests/adapters/trainers/test_trackers.py",
     },
     "images.md": {
         "images=ImagesConfig(keep_share=0.25)": "tests/recipe/config/test_elision.py",

@@ -9,6 +9,7 @@ Shapes: B rows, T positions, K kept positions, H hidden, N heads, D size of a he
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +36,33 @@ def oracle_loss(
     ``rotary_B``: for models whose positions are not 0, 1, 2... in each sample; one sample a row
     then.
     """
+    total = embedded_BTH.new_zeros(())
+    for sample in _samples(embedded_BTH, batch, plan, rotary_B):
+        total = total + sample_loss(host, sample, gated)
+    return total
+
+
+def oracle_logits(
+    host: nn.Module, embedded_BTH: Tensor, batch: TokenBatch, plan: ElisionPlan, gated: range
+) -> list[tuple[Tensor, int]]:
+    """The logits [V] at each kept target of a micro-batch, and the target."""
+    return [
+        (logits_V, target)
+        for sample in _samples(embedded_BTH, batch, plan)
+        for _, logits_V, target in sample_logits(host, sample, gated)
+    ]
+
+
+def _samples(
+    embedded_BTH: Tensor,
+    batch: TokenBatch,
+    plan: ElisionPlan,
+    rotary_B: list[Rotary] | None = None,
+) -> Iterator[Sample]:
     scored = plan.label_position_L.tolist()
     weights = [1.0] * len(scored) if plan.weight_L is None else plan.weight_L.tolist()
     real, weight_of = set(plan.position_R.tolist()), dict(zip(scored, weights, strict=True))
     num_tokens = batch.labels_BT.shape[1]
-    total = embedded_BTH.new_zeros(())
     for r, row in enumerate(batch.segment_BT.tolist()):
         for s in range(max(row) + 1):
             positions = [t for t in range(num_tokens) if row[t] == s]
@@ -49,15 +72,13 @@ def oracle_loss(
                 i: y for i, y in labels.items() if r * num_tokens + positions[i] in weight_of
             }
             assert IGNORE not in targets.values()
-            sample = Sample(
+            yield Sample(
                 embedded_BTH[r, positions],
                 kept,
                 targets,
                 None if rotary_B is None else rotary_B[r],
                 {i: weight_of[r * num_tokens + positions[i]] for i in targets},
             )
-            total = total + sample_loss(host, sample, gated)
-    return total
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,17 @@ class Sample:
 
 def sample_loss(host: nn.Module, sample: Sample, gated: range) -> Tensor:
     """Summed loss of one sample's kept targets, each times its weight."""
+    total = sample.embedded_TH.new_zeros(())
+    for position, logits_V, target in sample_logits(host, sample, gated):
+        loss = logits_V.logsumexp(0) - logits_V[target]
+        total = total + sample.weights.get(position, 1.0) * loss
+    return total
+
+
+def sample_logits(
+    host: nn.Module, sample: Sample, gated: range
+) -> Iterator[tuple[int, Tensor, int]]:
+    """The position, the logits [V] and the target of each of a sample's kept targets."""
     decoder = host.get_decoder()
     x_TH = sample.embedded_TH
     cos_TD, sin_TD = sample.rotary or _rotary(decoder, len(x_TH), x_TH.dtype)
@@ -86,12 +118,8 @@ def sample_loss(host: nn.Module, sample: Sample, gated: range) -> Tensor:
         for slot, position in enumerate(positions):
             rows[position] = y_KH[slot]
         x_TH = torch.stack(rows)
-    total = x_TH.new_zeros(())
     for position, target in sample.targets.items():
-        logits_V = host.get_output_embeddings()(decoder.norm(x_TH[position]))
-        loss = logits_V.logsumexp(0) - logits_V[target]
-        total = total + sample.weights.get(position, 1.0) * loss
-    return total
+        yield position, host.get_output_embeddings()(decoder.norm(x_TH[position])), target
 
 
 def _rotary(decoder: nn.Module, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,13 @@ def test_a_student_with_adapters_is_refused_in_one_line():
             text_backbone(student)
 
 
+def test_a_quantized_student_is_refused_in_one_line():
+    host = host_of("llama")
+    host.hf_quantizer = object()  # as from_pretrained leaves one
+    with pytest.raises(ValueError, match="is quantized, and a teacher of its weights would read"):
+        text_backbone(host)
+
+
 def test_a_host_that_was_cast_has_a_teacher_with_an_exact_rotary_table():
     host = host_of("qwen3_vl")
     table = host.get_decoder().rotary_emb.inv_freq.clone()

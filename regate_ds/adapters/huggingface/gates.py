@@ -39,12 +39,14 @@ from regate_ds.adapters.huggingface.empty_image import forward_with_tower, has_t
 from regate_ds.adapters.huggingface.head import HeadGate, head_forward
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
 from regate_ds.adapters.huggingface.layers import LayerGate, layer_forward
+from regate_ds.adapters.huggingface.prompt import behind_virtual_tokens, num_virtual_tokens
 from regate_ds.adapters.huggingface.support import (
     require_host,
     require_keys_within,
     require_span,
 )
 from regate_ds.adapters.huggingface.tower_calls import Calls
+from regate_ds.adapters.huggingface.wishes import NO_WISHES, Wishes
 from regate_ds.algorithm.executions.after_forward import narrowed
 from regate_ds.algorithm.executions.execution import joined_span
 from regate_ds.algorithm.executions.table import require_execution
@@ -71,7 +73,11 @@ class ElidedOutput(ModelOutput):
 
     entropy: Tensor | None = None
     """Entropy of the student's distribution at each kept target [L], without gradient; None where
-    the score does not ask for it."""
+    neither the score nor the host asks for it."""
+
+    is_top1: Tensor | None = None
+    """Whether no token is likelier than the kept target, bool [L]; None where the host does not ask
+    for it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,9 @@ class _ModelGate:
     gathers: bool
     """Whether gated layers see kept rows only, in a step that elides."""
 
+    num_virtual: int
+    """Number of tokens that peft's prompt learning puts before each row."""
+
     packed_at_end: bool
     """Whether the decoder's output holds kept slots only, in a step that elides."""
 
@@ -95,6 +104,7 @@ def attach_model(
     *,
     own_loss: bool = False,
     run_tower_without_image: bool = False,
+    wishes: Wishes = NO_WISHES,
 ) -> Attachment:
     """Make ``model(..., regate_plan=plan)`` follow plans of the configuration's execution.
 
@@ -105,13 +115,14 @@ def attach_model(
     run_tower_without_image: makes a micro-batch without an image run an empty one through the
         vision tower, times zero, because ranks of one ZeRO group must all reduce the same
         parameters.
+    wishes: what the host asks for beyond that.
 
     ValueError names what is not supported; RuntimeError if the model is already attached.
     """
     host: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = RegateConfig() if config is None else config
     require_config("config", config)
-    support = require_host(model, host)
+    support, num_virtual = require_host(model, host), num_virtual_tokens(model, host)
     decoder = host.get_decoder()
     depth = len(decoder.layers)
     last_layer = depth if config.last_layer is None else config.last_layer
@@ -125,12 +136,13 @@ def attach_model(
     inner = gate_inside(attachment, decoder, span, config.token_multiple)
     gathers = span is not None and span.part == "layer"
     packed_at_end = gathers and last_layer == depth and not is_apart
-    gate = _ModelGate(host, support, current, depth, gathers, packed_at_end)
-    attachment.rebind_forward(host, _model_forward, gate=gate)
+    gate = _ModelGate(host, support, current, depth, gathers, num_virtual, packed_at_end)
+    attachment.displace_forward(host, _model_forward, is_known=wishes.may_displace, gate=gate)
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, forward_with_tower, host=host)
     head = host.get_output_embeddings()
-    head_gate = HeadGate(support.change, own_loss, config.records("entropy"), config.score)
+    with_entropy = wishes.observes or config.records("entropy")
+    head_gate = HeadGate(support.change, own_loss, with_entropy, wishes.observes, config.score)
     attachment.rebind_forward(head, head_forward, gate=head_gate)
     if support.deepstack:
         attachment.rebind(decoder, METHOD, add_at_kept, current=current)
@@ -162,6 +174,9 @@ def _model_forward(
     host, plan = gate.host, regate_plan
     require_marks(host, kwargs, gate.support.marks)
     require_samples_apart(host, plan, kwargs, gate.support)
+    asked = plan
+    if gate.num_virtual:
+        plan = behind_virtual_tokens(plan, gate.num_virtual)
     within = ForwardPass(plan, host, gate.support, gathers=gate.gathers, tower=regate_tower)
     gate.current.value = within
     try:
@@ -174,10 +189,15 @@ def _model_forward(
     require_passed_through(host, hidden, num_rows, within.num_seen, gate.num_layers)
     rows_L = plan.label_slot_L if is_packed else plan.label_position_L
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
-    found = host.get_output_embeddings()(hidden_LH, regate_plan=plan)
-    loss_sum, losses_L, entropy_L, chosen_C = found
-    plan = plan if chosen_C is None else narrowed(plan, chosen_C)
+    found = host.get_output_embeddings()(hidden_LH, regate_plan=asked)
+    loss_sum, losses_L, entropy_L, top1_L, chosen_C = found
+    plan = asked if chosen_C is None else narrowed(asked, chosen_C)
     aux_loss = getattr(outputs, "aux_loss", None)
     return ElidedOutput(
-        loss_sum=loss_sum, losses=losses_L, aux_loss=aux_loss, plan=plan, entropy=entropy_L
+        loss_sum=loss_sum,
+        losses=losses_L,
+        aux_loss=aux_loss,
+        plan=plan,
+        entropy=entropy_L,
+        is_top1=top1_L,
     )

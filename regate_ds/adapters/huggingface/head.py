@@ -24,6 +24,7 @@ class HeadGate:
     change: LogitChange
     own_loss: bool
     with_entropy: bool
+    with_top1: bool
     score: Score
     """What chooses among the targets, where a plan leaves the choice to the forward pass."""
 
@@ -35,8 +36,9 @@ def head_forward(
     gate: HeadGate,
     regate_plan: ElisionPlan | None = None,
 ) -> Any:
-    """Return the sum of the losses, the losses, the entropies or None, and the targets chosen after
-    the forward pass or None. Without a plan, return the host's logits.
+    """Return the sum of the losses, the losses, the entropies or None, whether each target is the
+    likeliest token or None, and the targets chosen after the forward pass or None. Without a plan,
+    return the host's logits.
 
     This happens inside the head's own call, because ZeRO-3 has its weight here and nowhere else.
     """
@@ -48,11 +50,14 @@ def head_forward(
         hidden, plan = hidden.index_select(0, chosen_C), narrowed(plan, chosen_C)
     weight_L, given = plan.weight_L, (hidden, head.weight, head.bias, plan.targets_L)
     if not gate.own_loss:
-        found = summed_loss(*given, weight_L, gate.change, with_entropy=gate.with_entropy)
-        return *found, chosen_C
+        top1_L = torch.zeros_like(plan.targets_L, dtype=torch.bool) if gate.with_top1 else None
+        found = summed_loss(
+            *given, weight_L, gate.change, with_entropy=gate.with_entropy, top1_L=top1_L
+        )
+        return *found, top1_L, chosen_C
     losses_L, entropy_L = token_losses(*given, gate.change, with_entropy=gate.with_entropy)
     loss_sum = (losses_L if weight_L is None else losses_L * weight_L).sum()
-    return loss_sum, losses_L, entropy_L, chosen_C
+    return loss_sum, losses_L, entropy_L, None, chosen_C
 
 
 @torch.no_grad()

@@ -28,7 +28,11 @@ from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported
 
-_KNOWN = ("attention_mask", "position_ids", "position_embeddings", *BOUNDARIES)
+_UNUSED = ("position_ids", "cache_position", "mm_token_type_ids")
+"""What layers are given and no layer needs: rotary positions are computed already, a plan has no
+cache, and images have their places. transformers 5.24 gives the first alone."""
+
+_KNOWN = ("attention_mask", "position_embeddings", *_UNUSED, *BOUNDARIES)
 
 
 class ForwardPass:
@@ -100,8 +104,9 @@ class ForwardPass:
         inputs = {name: value for name, value in given.items() if name not in BOUNDARIES}
         if "position_embeddings" in given:
             inputs["position_embeddings"] = self._rotary(given["position_embeddings"])
-        if given.get("position_ids") is not None:
-            inputs["position_ids"] = None
+        for name in _UNUSED:
+            if given.get(name) is not None:
+                inputs[name] = None
         for name in self._support.token_inputs:
             if given.get(name) is not None:
                 inputs[name] = _tokens_at_kept(given[name], self.plan)

@@ -27,12 +27,6 @@ def require_language_model(model: nn.Module, host: Any) -> None:
     if hasattr(host, "gradient_accumulation_steps"):
         raise ValueError(f"{name} is an engine; attach to the model before deepspeed.initialize")
     require_unwrapped(model)
-    config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"{type(config).__name__} puts tokens of its own before the samples, which a plan does "
-            "not count; use LoRA, or train all weights"
-        )
     is_host = callable(getattr(host, "get_decoder", None)) and hasattr(host, "base_model")
     if not is_host or hasattr(host, "_orig_mod"):  # what torch.compile returns
         raise ValueError(
@@ -83,7 +77,32 @@ def require_host(model: nn.Module, host: Any) -> Supported:
         )
     require_known_config(support, config)
     require_plain_head(host)
+    require_one_device(host)
     return support
+
+
+def require_one_device(host: nn.Module) -> None:
+    """Refuse a model whose parts accelerate has put on several devices, or off all of them."""
+    hooks = [hook for module in host.modules() for hook in _hooks_of(module)]
+    devices = {str(hook.execution_device) for hook in hooks if hook.execution_device is not None}
+    if any(hook.offload for hook in hooks):
+        raise ValueError(
+            "parts of the model are offloaded, by device_map, and have no weights but while they "
+            "run; load it on one device: device_map={'': device}"
+        )
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model lies on {len(devices)} devices of one process "
+            f"({', '.join(sorted(devices))}) by device_map, and a plan on one; load it with "
+            "device_map={'': device}, and use ZeRO-3 or FSDP2 if it does not fit"
+        )
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    """Return what accelerate runs around a module."""
+    hook = getattr(module, "_hf_hook", None)
+    found = getattr(hook, "hooks", [hook])  # of several
+    return [one for one in found if hasattr(one, "execution_device")]
 
 
 def require_known_config(support: Supported, config: Any) -> None:

@@ -9,6 +9,7 @@ from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.adapters.huggingface.empty_image import has_tower
 from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.adapters.huggingface.tower_calls import tower_calls_of
+from regate_ds.adapters.huggingface.wishes import NO_WISHES, Wishes
 from regate_ds.adapters.torch.checks import LoopOptions, warn_if_never_sparse
 from regate_ds.adapters.torch.loop import LoopRegate
 from regate_ds.config import RegateConfig, require_config, require_steps
@@ -27,6 +28,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     reference: Reference | None = None,
     orders: ImageOrderStore | None = None,
     own_loss: bool = False,
+    wishes: Wishes = NO_WISHES,
 ) -> LoopRegate:
     """Make the model accept plans. Call it before the host wraps the model: before
     ``deepspeed.initialize``, ``accelerator.prepare``, ``DistributedDataParallel`` or
@@ -37,6 +39,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         them while training; only scores that read it need it.
     orders: the orders of the training set's image tokens; only rankings that read them need them.
     own_loss: allows ``token_losses``, for users who weigh the losses themselves.
+    wishes: what the adapter of a trainer asks for; not for users.
 
     ValueError names what is not supported. With enabled=False the model is not changed.
     """
@@ -52,7 +55,11 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     attachment, several_ranks = Attachment(), num_ranks() > 1
     if config.enabled:
         attachment = attach_model(
-            model, config, own_loss=own_loss, run_tower_without_image=several_ranks
+            model,
+            config,
+            own_loss=own_loss,
+            run_tower_without_image=several_ranks,
+            wishes=wishes,
         )
     family = find_family(model)
     # On several ranks such a model runs its tower on an empty image where a micro-batch has none.

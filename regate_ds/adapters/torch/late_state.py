@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regate_ds.adapters.session_state import Opened
+from regate_ds.adapters.session_state import Opened, read_state
+from regate_ds.config import RegateConfig
 
 _NAME = "regate"
 """The one entry of a state dict."""
@@ -55,3 +56,51 @@ def require_packed(state: Mapping[str, Any]) -> bytes:
             "saved after the first window, with enabled=True"
         )
     return packed
+
+
+class Stateful:
+    """A run that saves and loads its state."""
+
+    config: RegateConfig
+    _state: LateState
+
+    def save(self, checkpoint_dir: str | Path) -> None:
+        """Write schedule and difficulty into a checkpoint folder. Every data rank must call it."""
+        if self.config.enabled:
+            self._require_opened().save(checkpoint_dir)
+
+    def load(self, checkpoint_dir: str | Path) -> None:
+        """Load what ``save`` wrote; the number of data ranks may differ from the saved one.
+
+        Before the host is known the checkpoint is only looked at, and loaded with the first
+        window. Every data rank must call it.
+        """
+        if self.config.enabled:
+            read_state(checkpoint_dir)
+            self._state.load(checkpoint_dir)
+
+    def state_dict(self) -> dict[str, bytes]:
+        """Return what ``save`` writes, the same on every data rank; ``{}`` with enabled=False.
+
+        It serves torch.distributed.checkpoint and ``accelerator.register_for_checkpointing``; the
+        number of data ranks may differ at loading. Every data rank must call it.
+        """
+        return self._state.packed() if self.config.enabled else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what ``state_dict`` returned, as ``load`` does. Every data rank must call it."""
+        if self.config.enabled:
+            self._state.load(require_packed(state))
+
+    @property
+    def _opened(self) -> Opened | None:
+        return self._state.opened
+
+    def _require_opened(self) -> Opened:
+        if self._opened is None:
+            raise RuntimeError(
+                f"no engine is known yet (enabled={self.config.enabled}): first iterate over "
+                "regate.windows(loader, engine), by an Accelerator or a Loop if there is no "
+                "engine, with enabled=True in RegateConfig"
+            )
+        return self._opened

@@ -14,9 +14,8 @@ A window is the micro-batches of one optimizer step, which are planned together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,13 +23,14 @@ from torch import Tensor
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.computed import Computed
+from regate_ds.adapters.figures import Figures
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.run import metrics_of
-from regate_ds.adapters.session_state import Opened, open_session, read_state
+from regate_ds.adapters.session_state import open_session
 from regate_ds.adapters.torch.checks import LoopOptions, record_output, require_loop_ranks
 from regate_ds.adapters.torch.host import LoopHost, averaged, gradient_scale
 from regate_ds.adapters.torch.hosts import host_of
-from regate_ds.adapters.torch.late_state import LateState, require_packed
+from regate_ds.adapters.torch.late_state import LateState, Stateful
 from regate_ds.adapters.window import Window, in_steps, require_collated, window_tokens
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig, require_steps
@@ -39,7 +39,7 @@ from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.teacher.online import OnlineReference
 
 
-class LoopRegate:
+class LoopRegate(Stateful):
     """The plan, the loss and the state of one training run; made by ``attach``."""
 
     def __init__(
@@ -56,7 +56,7 @@ class LoopRegate:
         self.plan: StepPlan | None = None
         """The plan of the current step, or of the last one."""
         self._computed, self._attachment, self._options = computed, attachment, options
-        self._state = LateState()
+        self._state, self._figures = LateState(), Figures()
         self._host: LoopHost | None = None
         self._teacher_seconds = 0.0
 
@@ -152,34 +152,7 @@ class LoopRegate:
         """
         if self._opened is not None:
             self._opened.session.finish_step(applied=applied)
-
-    def save(self, checkpoint_dir: str | Path) -> None:
-        """Write schedule and difficulty into a checkpoint folder. Every data rank must call it."""
-        if self.config.enabled:
-            self._require_opened().save(checkpoint_dir)
-
-    def load(self, checkpoint_dir: str | Path) -> None:
-        """Load what ``save`` wrote; the number of data ranks may differ from the saved one.
-
-        Before the host is known the checkpoint is only looked at, and loaded with the first
-        window. Every data rank must call it.
-        """
-        if self.config.enabled:
-            read_state(checkpoint_dir)
-            self._state.load(checkpoint_dir)
-
-    def state_dict(self) -> dict[str, bytes]:
-        """Return what ``save`` writes, the same on every data rank; ``{}`` with enabled=False.
-
-        It serves torch.distributed.checkpoint and ``accelerator.register_for_checkpointing``; the
-        number of data ranks may differ at loading. Every data rank must call it.
-        """
-        return self._state.packed() if self.config.enabled else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what ``state_dict`` returned, as ``load`` does. Every data rank must call it."""
-        if self.config.enabled:
-            self._state.load(require_packed(state))
+            self._figures.end(self.metrics())
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of the step planned last, over all data ranks (see ``metrics_of``).
@@ -189,6 +162,12 @@ class LoopRegate:
         """
         cost = {} if self._online is None else {"teacher_seconds": self._teacher_seconds}
         return metrics_of(self) | cost
+
+    def figures(self) -> dict[str, float]:
+        """Return shares and seconds of the step that ended last, for any logger: see ``Figures``;
+        empty before, and with enabled=False. Add them to ``metrics``.
+        """
+        return self._figures.last
 
     def remove(self) -> None:
         """Leave the model as it was before ``attach``: what follows is the host's own run."""
@@ -213,10 +192,6 @@ class LoopRegate:
         self._state.open(open_session(self.config, self._computed, layout, total_steps=total_steps))
 
     @property
-    def _opened(self) -> Opened | None:
-        return self._state.opened
-
-    @property
     def _online(self) -> OnlineReference | None:
         """The online teacher; None without one, or if the score needs no reference."""
         found = self._computed.reference if self.config.needs_reference else None
@@ -227,21 +202,13 @@ class LoopRegate:
         assert host is not None
         if not self.config.enabled:
             return Window(micro, [None] * len(micro), host.device)
+        self._figures.begin()
         if self._online is not None:
             self._teacher_seconds = self._online.seconds
         session, calls = self._require_opened().session, self._options.calls_under(host)
         self.plan = session.plan_step(lambda: window_tokens(micro), lambda: calls.tally(micro))
         agreed = calls.agreed(self.plan.tallies, host.num_ranks)
         return Window(micro, self.plan.micro, host.device, agreed)
-
-    def _require_opened(self) -> Opened:
-        if self._opened is None:
-            raise RuntimeError(
-                f"no engine is known yet (enabled={self.config.enabled}): first iterate over "
-                "regate.windows(loader, engine), by an Accelerator or a Loop if there is no "
-                "engine, with enabled=True in RegateConfig"
-            )
-        return self._opened
 
     def _scale(self) -> float:
         """Return the factor by which the sum of a micro-batch's losses is multiplied."""

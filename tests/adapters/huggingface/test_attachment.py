@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.huggingface.wishes import Wishes
 from tests.adapters.huggingface.gated_cases_helper import text_case
 from tests.adapters.huggingface.test_lora import ALL_LINEAR, with_lora
 from tests.support.models import causal_lm, llava, qwen2_vl
@@ -98,6 +100,31 @@ def test_a_failed_attachment_takes_off_what_it_had_put_on():
     with pytest.raises(RuntimeError, match="LlamaDecoderLayer.forward is already replaced"):
         attach(model)
     assert [m for m in model.modules() if "forward" in vars(m)] == [last]
+
+
+def test_a_forward_that_the_host_has_put_there_is_displaced_and_put_back():
+    model, case = causal_lm(), text_case([[20], [9]])
+    asked = []
+
+    def of_the_host(self: nn.Module, *args: object, **kwargs: object) -> object:
+        asked.append(kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    model.forward = own = MethodType(of_the_host, model)
+    attachment = gate_layers(model, wishes=Wishes(may_displace=lambda forward: forward is own))
+    case.run(model)
+    assert not asked
+    model(input_ids=PROMPT)
+    assert len(asked) == 1
+    attachment.remove()
+    assert vars(model)["forward"] is own
+
+
+def test_another_forward_than_the_hosts_is_not_displaced():
+    model = causal_lm()
+    model.forward = MethodType(type(model).forward, model)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM.forward is already replaced"):
+        gate_layers(model, wishes=Wishes(may_displace=lambda forward: False))
 
 
 def test_after_removing_it_can_be_attached_again():

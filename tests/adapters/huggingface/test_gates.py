@@ -227,3 +227,20 @@ def test_a_window_that_no_layer_uses_is_no_obstacle():
     model.config.layer_types = ["full_attention"] * 3
     gate_layers(model)
     text_case([[20], [9]]).run(model)
+
+
+def test_what_older_hosts_give_their_layers_and_none_reads_changes_nothing():
+    """Older transformers (seen: 5.0) tells layers where a cache would be, and where images are."""
+    model, case = causal_lm(), text_case([[20], [13]])
+    older = copy.deepcopy(model)
+    length = case.input_ids.shape[1]
+    more = {"cache_position": torch.arange(length), "mm_token_type_ids": case.input_ids * 0}
+    for layer in older.model.layers:
+        layer.register_forward_pre_hook(
+            lambda m, args, kw: (args, {**kw, **more}), with_kwargs=True
+        )
+    for each in (model, older):
+        gate_layers(each)
+        case.run(each).loss_sum.backward()
+    found, wanted = gradients(older), gradients(model)
+    assert all(torch.equal(found[name], grad) for name, grad in wanted.items())

@@ -7,11 +7,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from regate_ds import Keyed, Loop, attach
 from tests.adapters.huggingface.gated_cases_helper import assert_exact, text_case
 from tests.adapters.huggingface.test_oracle_images import embed_llava, llava_case
+from tests.adapters.torch.runs_helper import Items, collate, reference
+from tests.house.test_docs import blocks
 from tests.support.measure import gradients
 from tests.support.models import causal_lm, llava
-from tests.support.planning import gate_layers
+from tests.support.paths import ROOT
+from tests.support.planning import config_of, gate_layers
 
 ATTENTION = ["q_proj", "v_proj"]
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,6 +60,21 @@ def test_a_projector_trained_beside_the_adapters_is_exact():
     assert_exact(model, case, range(1, 3), embed=embed_llava)
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_bias": True},
+        {"modules_to_save": ["embed_tokens", "norm"]},
+        {"trainable_token_indices": {"embed_tokens": [3, 5, 7]}},
+    ],
+    ids=lambda knobs: " ".join(knobs),
+)
+@pytest.mark.parametrize("rows", [[[20], [13]], [[9, 11], [13]]])
+def test_other_adapters_and_weights_trained_beside_them_are_exact(knobs: dict, rows: list):
+    assert_exact(with_lora(causal_lm(), ALL_LINEAR, **knobs), text_case(rows), range(1, 3))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_changes_no_bit_of_the_adapters_gradients(use_reentrant: bool):
     results = []
@@ -78,3 +97,22 @@ def test_adapters_on_the_head_are_refused(knobs: dict):
     model = with_lora(causal_lm(), **knobs)
     with pytest.raises(ValueError, match="leave lm_head out of quantisation, and of LoRA"):
         gate_layers(model)
+
+
+def test_the_page_on_peft_runs_as_it_stands():
+    (block,) = (block for block, _ in blocks(ROOT / "docs" / "peft.md"))
+    names = {
+        **{"get_peft_model": get_peft_model, "LoraConfig": LoraConfig, "attach": attach},
+        **{"torch": torch, "model": causal_lm(), "T": 100, "reference": reference()},
+        "config": config_of(warmup=0, final_dense_share=0.0),
+    }
+    exec(block, names)
+    regate, model, loader = names["regate"], names["model"], Keyed(Items(2), "mine")
+    batches = [regate.collate(collate)([loader[n]]) for n in range(2)]
+    (window,) = regate.windows(batches, Loop(accumulation=2))
+    for batch in window:
+        regate.loss(model(**batch)).backward()
+    names["optimizer"].step()
+    regate.step(applied=True)
+    assert not regate.metrics()["dense"]
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

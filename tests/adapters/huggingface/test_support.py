@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from tests.adapters.huggingface.gated_cases_helper import text_case
-from tests.support.models import causal_lm, text_config
+from tests.support.models import causal_lm, llava, text_config
 from tests.support.planning import gate_layers
 
 CASE = text_case([[20], [13]])
@@ -34,6 +34,10 @@ def tuned(config) -> nn.Module:
 
 PREFIX = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+OTHER_TASK = PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+CONTEXT = CPTConfig(
+    task_type="CAUSAL_LM", cpt_token_ids=[3, 5], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 4]
+)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +45,13 @@ PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     [
         (lambda: ScaledLogits(text_config()), "ScaledLogits.forward is defined in .*test_support"),
         (hooked, "the output head has forward hooks"),
-        (lambda: tuned(PREFIX), "PrefixTuningConfig puts tokens of its own before the samples"),
-        (lambda: tuned(PROMPT), "PromptTuningConfig puts tokens of its own before the samples"),
+        (lambda: tuned(PREFIX), "PrefixTuningConfig puts its tokens into a cache, or computes a"),
+        (
+            lambda: tuned(CONTEXT),
+            "CPTConfig puts its tokens into a cache, or computes a loss",
+        ),
+        (lambda: tuned(OTHER_TASK), "PromptTuningConfig has task_type=FEATURE_EXTRACTION"),
+        (lambda: get_peft_model(llava(), PROMPT), "rows with images of a LlavaForConditionalGen"),
         (lambda: LlamaModel(text_config()), "LlamaModel has no language modelling head"),
         (lambda: LlamaForSequenceClassification(text_config()), "has no language modelling head"),
         (lambda: nn.Linear(2, 2), "Linear is not a Hugging Face language model"),

@@ -22,6 +22,7 @@ from tests.adapters.deepspeed.zero_cases_helper import IMAGES_ELIDED, RANKS, Zer
 from tests.adapters.deepspeed.zero_checks_helper import TOLERANCE, joint_gradients, reference_of
 from tests.adapters.torch.loops_helper import UNREACHED, whole
 from tests.adapters.torch.runs_helper import Items, collate, reference
+from tests.adapters.trainers.trl_helper import Watching, check_ranks
 from tests.support.measure import Gradients, assert_gradients_equal
 from tests.support.models import causal_lm
 from tests.support.planning import config_of
@@ -79,6 +80,10 @@ class GivenOnFsdp2(OnFsdp2, Given):
 
 class OnFsdp1(OnFsdp2, RegateTrainer):
     version = 1
+
+
+class WatchingOnFsdp2(OnFsdp2, Watching):
+    layers = ("LlamaDecoderLayer", "CLIPEncoderLayer")
 
 
 class PlainOnFsdp2(OnFsdp2, Trainer):
@@ -261,6 +266,8 @@ def of_ranks() -> Iterator[tuple[str, Callable[[int, Path], None]]]:
     for what, run in RUNS.items():
         yield f"DDP, {what}", run
     yield "a setting that is refused", check_refused
+    for name, trl in (("DistributedDataParallel", Watching), ("FSDP", WatchingOnFsdp2)):
+        yield f"TRL's SFTTrainer, {name}", partial(check_ranks, kind=trl, wrapped=name)
     yield "FSDP2, off", partial(check_disabled, plain=PlainOnFsdp2, kind=RegateOnFsdp2)
     yield "FSDP2, resumed", partial(check_resumed, kind=RegateOnFsdp2)
 

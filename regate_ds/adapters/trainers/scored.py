@@ -1,0 +1,61 @@
+"""The teacher's losses of a data set that a trainer has prepared itself.
+
+A trainer that tokenizes, cuts and packs the samples leaves nothing that a teacher could read
+beforehand; so the teacher reads them when the trainer is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.api import Teacher, score_dataset
+from regate_ds.teacher.backbone import text_backbone
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Give it as ``reference``: a teacher scores the trainer's samples once, into a folder.
+
+    A second start with the same data and teacher finds them there.
+    """
+
+    store: str | Path
+    """The folder of the losses."""
+
+    teacher: Teacher | None = None
+    """None is the student's own decoder and head, as they are before training."""
+
+    def compute(
+        self, trainer: Any, data: Any, collate_fn: Any, group: ProcessGroup | None
+    ) -> ReferenceStore:
+        """Score what is not scored yet, and open the store. Collective over the group.
+
+        ValueError if the student cannot be its own teacher, or as ``score_dataset``.
+        """
+        teacher = self.teacher or _own_teacher(trainer)
+        done = score_dataset(data, collate_fn, teacher, self.store, group)
+        trainer.since_log.add_once("teacher_store_seconds", done.seconds)
+        return ReferenceStore(self.store)
+
+
+def _own_teacher(trainer: Any) -> Teacher:
+    model, given = trainer.model, trainer.processing_class
+    tokenizer = getattr(given, "tokenizer", given)
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise ValueError(
+            "Scored(store) makes a teacher of the student, and needs its padding token: give "
+            "processing_class, or Scored(store, Teacher(...))"
+        )
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise ValueError(
+            "Scored(store) makes a teacher of the student, whose weights ZeRO-3 has cut: give "
+            "Scored(store, open_teacher(...))"
+        )
+    image_token_id = getattr(model.config, "image_token_id", None)
+    teacher = Teacher(model=text_backbone(model), pad_id=tokenizer.pad_token_id)
+    return replace(teacher, image_token_id=image_token_id)
