@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 
 from regate_ds.job.deepspeed_launcher import launch, report
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.learning.recorded import recorded_line
+from regate_ds.recipe.learning.result import student_of
 from regate_ds.recipe.reports.compare import compare_runs
 from regate_ds.recipe.reports.cost import cost_line
 from regate_ds.recipe.reports.sample import picture_sample
@@ -63,22 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         student = task.make_student(
             ROOT / "data" / "train.json", ROOT / "cache", 0, StudentFields()
         )
-    overrides = _overrides(student)
+    _put_in_place(student)
     with _timed("teacher"):
-        _launch(["teacher", str(task.config), *overrides])
+        _launch(["teacher", str(task.config)])
     for run, settings in RUNS.items():
         with _timed(f"training, {run}"):
             out = ROOT / run
             shutil.rmtree(out, ignore_errors=True)
-            _launch(["train", str(task.config), *overrides, *settings, f"run.out={out}"])
-    picture_sample(load_config(task.config, overrides), ROOT / "sample.png")
+            _launch(["train", str(task.config), *settings, f"run.out={out}"])
+    picture_sample(load_config(task.config), ROOT / "sample.png")
     print(f"\n{compare_runs([ROOT / run for run in RUNS], out=ROOT)}")
     pictures = ", ".join(sorted(path.name for path in ROOT.glob("*.png")))
     print(f"\n{ROOT}: compare.json, {pictures}")
     found = _judged(task)
     print(f"judged by {task.judged_by}: {', '.join(f'{n} {v:.3f}' for n, v in found.items())}")
     print(cost_line(RunFolder(ROOT / "dense"), RunFolder(ROOT / "regate")))
-    steps = load_config(task.config, overrides).run.steps
+    steps = load_config(task.config).run.steps
     if beside := recorded_line(RECORDED, name, ARM, against=DENSE_ARM, steps=steps):
         print(beside)
     print(f"quickstart: {time.monotonic() - begin:.0f} s")
@@ -109,14 +109,13 @@ def _verdict(dense: float, regate: float) -> int:
     return 1
 
 
-def _overrides(student: Path) -> list[str]:
-    values = {
-        "model.path": student,
-        "data.train": ROOT / "data" / "train.json",
-        "data.test": ROOT / "data" / "test.json",
-        "teacher.store": ROOT / "reference" / student.name,
-    }
-    return [f"{key}={yaml.safe_dump(str(value)).splitlines()[0]}" for key, value in values.items()]
+def _put_in_place(student: Path) -> None:
+    """Copy a student to where the configurations have it; losses for another one are deleted."""
+    place = ROOT / "student"
+    if not place.is_dir() or student_of(place) != student_of(student):
+        shutil.rmtree(ROOT / "reference", ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(student, place)
 
 
 def _launch(arguments: list[str]) -> None:
