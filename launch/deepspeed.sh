@@ -70,9 +70,17 @@ else
     # pdsh passes no variables on; deepspeed exports those in this file.
     forward=${FORWARD:-^(NCCL|GLOO|OMP|MKL|HF|TOKENIZERS|TORCH|TRITON|PYTORCH|CUDA|DS|DEEPSPEED)_}
     export DS_ENV_FILE=$logs/environment
-    # The nodes' shells read what stands there, so that it is quoted for them.
+    # The nodes' shells read what stands there. Around a value that is not plain deepspeed puts double
+    # quotes; those here end them, so that it is quoted for the shell alone. pdsh replaces %h.
     for name in $(compgen -e | grep -E "$forward" | grep -v '^DS_ENV_FILE$'); do
-        printf '%s=%q\n' "$name" "${!name}"
+        value=${!name}
+        if [[ ! $value =~ ^[A-Za-z0-9_@+=:,./-]*$ ]]; then
+            printf -v value %q "$value"
+            percent="\$'\x25'"
+            [[ $value != \$\'* ]] || percent='\x25'
+            value="\"${value//%/"$percent"}\""
+        fi
+        printf '%s=%s\n' "$name" "$value"
     done >"$DS_ENV_FILE"
     for path in "$logs" "$PWD" "$python"; do
         [[ $path =~ ^[A-Za-z0-9_./+@:,=-]*$ ]] ||

@@ -1,6 +1,7 @@
 """The scripts in launch/, with stand-ins for Python and SLURM; tests/cluster has the real ones."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from regate_ds.job.arguments_file import from_file
 from tests.support.paths import ROOT
@@ -166,25 +168,39 @@ HARD = ["train", "a b", "<|im_start|>user", "It costs $HOME `date` %n %h.", "'\"
 
 def test_through_pdsh_arguments_and_variables_reach_the_nodes_as_they_are(run):
     Path("hosts").write_text("me@n1 slots=2\nn2 slots=2\n")
-    done = run("deepspeed.sh", "hosts", *HARD, LOGS="logs", HF_NOTE="a b; $HOME\n'", OTHER="no")
+    variables = {
+        "HF_NOTE": " a b; $HOME\n'\"\\",
+        "HF_SHARE": "50%h 100%n",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+        "OMP_PLACES": "{0}:4",
+        "NCCL_DEBUG_FILE": "/logs/%h.txt",
+        "TORCH_EMPTY": "",
+    }
+    done = run("deepspeed.sh", "hosts", *HARD, LOGS="logs", OTHER="no", **variables)
     assert done.returncode == 0, done.stderr
     assert "<--launcher><pdsh><--master_addr><n1><" in done.stdout
     assert done.stdout.endswith(
         f"<regate_ds.cli><--arguments-file><{Path('logs').resolve()}/arguments>\n"
     )
     assert from_file(["--arguments-file", "logs/arguments"]) == HARD
-    # As deepspeed puts it before the command that a node's shell reads.
-    exports = "".join(
-        f"export {line}; " for line in Path("logs/environment").read_text().splitlines()
-    )
-    shell = subprocess.run(
-        ["bash", "-c", f'{exports} printf %s "$HF_NOTE"'],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert shell.stdout == "a b; $HOME\n'"
+    exports = exported(Path("logs/environment"))
+    # pdsh replaces these.
+    assert not re.search("%[hnu%]", exports)
     assert "OTHER" not in exports
+    names = " ".join(f'"${name}"' for name in variables)
+    shell = subprocess.run(
+        ["bash", "-c", f"{exports} printf '%s\\0' {names}"], capture_output=True, text=True, check=True
+    )
+    assert dict(zip(variables, shell.stdout.split("\0"))) == variables
+
+
+def exported(file: Path) -> str:
+    """What deepspeed puts before the command that a node's shell reads."""
+    runner = object.__new__(PDSHRunner)
+    runner.exports = {}
+    for line in file.read_text().splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))
+    return " ".join(f"export {name}={value};" for name, value in runner.exports.items())
 
 
 def test_settings_come_from_the_file_in_this_folder_or_the_one_that_is_named(run):
