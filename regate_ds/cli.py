@@ -18,7 +18,7 @@ from regate_ds.commands.rank import add_rank
 from regate_ds.commands.store import add_store
 from regate_ds.commands.teacher import add_teacher
 from regate_ds.commands.train import add_train
-from regate_ds.job.arguments_file import from_file
+from regate_ds.job.arguments_file import OPTION, from_file
 from regate_ds.job.errors import USER_ERRORS, print_error
 from regate_ds.job.preemption import EXIT_CODE, Preempted, restore_signals
 
@@ -43,7 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     to end and has saved, 130 an interrupt from the keyboard.
     """
     restore_signals()
-    args, rest = _parse(_without_local_rank(from_file(sys.argv[1:] if argv is None else argv)))
+    try:
+        given = from_file(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print_error(OPTION, error)
+        return 1
+    args, rest = _parse(_without_local_rank(given))
     try:
         return args.run(args, rest)
     except KeyboardInterrupt:

@@ -12,9 +12,14 @@ from pathlib import Path
 
 OPTION = "--arguments-file"
 
+_SHARE = "set LOGS to a folder that all nodes share"
+
 
 def from_file(given: Sequence[str]) -> list[str]:
-    """Return the arguments that a file holds if that is what is given, else those given."""
+    """Return the arguments that a file holds if that is what is given, else those given.
+
+    ValueError if this node does not see the whole file.
+    """
     match given:
         case [option, path] if option == OPTION:
             return read_arguments(Path(path))
@@ -23,7 +28,12 @@ def from_file(given: Sequence[str]) -> list[str]:
 
 
 def read_arguments(path: Path) -> list[str]:
-    """Return the arguments, byte for byte as they were written."""
-    *arguments, rest = path.read_bytes().split(b"\0")
-    assert not rest, f"{path} was not written to its end"
+    """Return the arguments, byte for byte as they were written. ValueError if one is missing."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {_SHARE}") from error
+    *arguments, rest = content.split(b"\0")
+    if rest or not arguments:
+        raise ValueError(f"{path} does not end as it was written; {_SHARE}")
     return [argument.decode("utf-8", "surrogateescape") for argument in arguments]

@@ -165,3 +165,16 @@ def test_the_doctor_fails_only_if_something_required_is_missing(lacks, code, mon
     monkeypatch.setattr(doctor, "examine", lambda _: [check])
     assert cli.main(["doctor", "--json"]) == code
     assert json.loads(capsys.readouterr().out)[0]["name"] == "torch"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"train\0run.y"])
+def test_a_file_of_arguments_that_this_node_does_not_see_whole_is_an_error_in_one_line(
+    tmp_path, capsys, content
+):
+    path = tmp_path / "arguments"
+    if content is not None:
+        path.write_bytes(content)
+    assert cli.main(["--arguments-file", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"regate --arguments-file: {path} ")
+    assert line.endswith("set LOGS to a folder that all nodes share")
