@@ -24,8 +24,8 @@ from regate_ds.data.llava.records import Record, SampleError, bad_record, descri
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
 
-IMAGE = "\ue001"
-"""Stands for an image in a template of texts. No text holds this character of private use."""
+IMAGE = "\ufdd1"
+"""Stands for an image in a template of texts. Unicode keeps this code out of texts."""
 
 
 class ChatEncoder:

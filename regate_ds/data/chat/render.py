@@ -22,12 +22,12 @@ from regate_ds.data.llava.records import Record, SampleError, bad_record, descri
 Apply = Callable[[list[Messages], bool], list[str]]
 """Renders conversations; the flag adds the prompt for an answer."""
 
-_DAY = "\ue000"
-"""Stands for the date in a rendered text. No text holds this character of private use."""
+_DAY = "\ufdd0"
+"""Stands for the date in a rendered text. Unicode keeps this code out of texts."""
 
 _DATE = "strftime_now"
 
-_PROBE = "\ue002"
+_PROBE = "\ufdd2"
 """An answer that a template cannot hold itself."""
 
 
@@ -154,14 +154,17 @@ class ChatTemplate:
             )
         ends_next = len(starts) > 1 and whole.startswith(starts[1])
         end = len(starts[1]) if ends_next else len(whole)
+        start = len(starts[0])
+        for text in (answer, answer.strip()):
+            at = whole.find(text + self.ending, start, end)
+            if at >= 0 and not whole[start:at].strip():
+                return _placed(answer, text, at, at + len(text) + len(self.ending))
         found = _find(starts[0], whole[:end], answer, self._special, number)
-        if whole[found.end : found.closed] != self.ending:
-            raise _Changed(
-                f"the chat template writes {_short(whole[found.end : found.closed])} behind answer "
-                f"{number}, and {self.ending!r} behind one that is the last; give each answer a "
-                "record of its own in which those before it have the loss 0, or set data.template"
-            )
-        return found
+        raise _Changed(
+            f"the chat template writes {_short(whole[found.end : found.closed])} behind answer "
+            f"{number}, and {self.ending!r} behind one that is the last; give each answer a "
+            "record of its own in which those before it have the loss 0, or set data.template"
+        )
 
 
 class _Changed(ValueError):
@@ -169,7 +172,7 @@ class _Changed(ValueError):
 
 
 def dated(source: str) -> str:
-    """Return a template that writes one character of private use where it would write a date."""
+    """Return a template that writes ``_DAY`` where it would write a date."""
     if _DATE not in source:
         return source
     return f"{{%- macro {_DATE}(form) -%}}{_DAY}{{%- endmacro -%}}{source}"
@@ -187,17 +190,21 @@ def _find(
             f"the chat template writes {_short(behind)} for answer {number}, {_short(answer)}; "
             "correct the answer, or set data.template"
         )
-    text = texts[0]
-    start = len(prompt) + places[text]
-    end = start + len(text)
+    start = len(prompt) + places[texts[0]]
+    end = start + len(texts[0])
     token = special.match(whole, end)
     if token is None:
         raise _Changed(
             f"the chat template writes {_short(whole[end:])} behind answer {number}, which no "
             "special token ends, so that a model would not learn to stop; set data.template"
         )
+    return _placed(answer, texts[0], start, token.end())
+
+
+def _placed(answer: str, text: str, start: int, closed: int) -> AnswerPlace:
+    """Return the place of an answer's ``text``, which the template may have stripped."""
     lead = 0 if text == answer else len(answer) - len(answer.lstrip())
-    return AnswerPlace(start, end, token.end(), lead, len(answer))
+    return AnswerPlace(start, start + len(text), closed, lead, len(answer))
 
 
 def _short(text: str) -> str:

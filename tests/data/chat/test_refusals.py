@@ -155,6 +155,22 @@ def test_white_space_before_the_end_of_an_answer_is_learnt_with_it():
     assert [span for span in sample.char_spans if span[1] == 4] == [(0, 4, 4)] * 2 + [(1, 4, 4)] * 2
 
 
+@pytest.mark.parametrize("answer", ["this", "this\n", " this ", "this \n\n"])
+def test_white_space_that_a_template_moves_before_the_end_is_no_reason_to_refuse(answer: str):
+    trimmed = TEXT.replace("part['text']", "part['text'] | trim") + "{{ '\\n' }}"
+    made, tokens = encoder(_change(TEXT, trimmed)()), MAKERS["qwen2_5_vl"][0]().tokenizer
+    sample = made.encode(record(("what", answer), ("and", "that")))
+    learnt = tokens.decode(sample.labels_S[sample.labels_S != -100])
+    assert learnt == "this\n<|im_end|>that\n<|im_end|>"
+    assert sample.char_spans[0][1] == answer.index("this")
+
+
+def test_characters_of_private_use_are_text_as_any_other():
+    sample = encoder().encode(record(("\ue000 \ue001", "\ue002\ue000")))
+    tokens = MAKERS["qwen2_5_vl"][0]().tokenizer
+    assert tokens.decode(sample.labels_S[sample.labels_S != -100]) == "\ue002\ue000<|im_end|>"
+
+
 def test_a_template_that_ends_no_answer():
     with pytest.raises(ValueError, match="no special token ends, .* set data.template"):
         encoder(QWEN.replace("{{ '<|im_end|>' }}", ""))
