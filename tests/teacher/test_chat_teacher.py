@@ -129,3 +129,15 @@ def test_the_name_of_its_losses_follows_its_chat_template():
 def test_a_chat_template_that_cannot_be_used_is_the_teachers():
     with pytest.raises(ValueError, match="teacher's tokenizer cannot write .* use another teacher"):
         writer("qwen2_5_vl", "{{ messages[0]['content'] }}")
+
+
+def test_a_teacher_without_a_default_template_or_an_end_is_refused():
+    encoder, teacher = chat_encoder(processor("llava"), "<image>", max_length=99), make_teacher(None)
+    teacher.chat_template = {"tool_use": unmarked(MARKED)}
+    with pytest.raises(ValueError, match=r"has the chat templates \['tool_use'\], none of which is"):
+        OtherTokenizer(encoder, teacher, pad_id=0)
+    teacher.chat_template = {"default": unmarked(MARKED), "tool_use": ""}
+    assert OtherTokenizer(encoder, teacher, pad_id=0).id == writer("llava", unmarked(MARKED))[0].id
+    teacher.chat_template, teacher.eos_token = None, None
+    with pytest.raises(ValueError, match="has neither a chat template nor an eos token"):
+        OtherTokenizer(encoder, teacher, pad_id=0)

@@ -16,16 +16,13 @@ from torch import Tensor
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.chat.image_text import ImageWriter, OtherPatches, Size
 from regate_ds.data.chat.label import PlacedTokens, label, repeat_patches
-from regate_ds.data.chat.messages import Messages
-from regate_ds.data.chat.render import ChatTemplate, Rendered, dated
+from regate_ds.data.chat.render import ChatTemplate, Rendered
+from regate_ds.data.chat.texts import IMAGE, eos_of, template_of_texts
 from regate_ds.data.chat.write import Written, write
 from regate_ds.data.llava.images import sizes_of
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
-
-IMAGE = "\ufdd1"
-"""Stands for an image in a template of texts. Unicode keeps this code out of texts."""
 
 
 class ChatEncoder:
@@ -100,7 +97,8 @@ class ChatEncoder:
         """Make an encoder of the same record without ``max_length``.
 
         A tokenizer with a chat template of its own writes the record by that; another one writes
-        the text of this encoder's, with its own eos behind each answer.
+        the text of this encoder's, with its own eos behind each answer. ValueError if it has none,
+        or if its template cannot be used.
         """
         if tokenizer is None:
             return ChatEncoder(
@@ -108,6 +106,7 @@ class ChatEncoder:
                 template=self._template,
                 images=self._images,
                 max_length=sys.maxsize,
+                other_ending=self._other_ending,
             )
         patch, own = tokenizer.convert_ids_to_tokens(placeholder_id), tokenizer.chat_template
         placeholder = self._images.placeholder if own is None else IMAGE
@@ -116,7 +115,7 @@ class ChatEncoder:
             template=self._template if own is None else template_of_texts(tokenizer),
             images=OtherPatches(self._images, placeholder=placeholder, patch=patch),
             max_length=sys.maxsize,
-            other_ending=tokenizer.eos_token if own is None else None,
+            other_ending=eos_of(tokenizer) if own is None else None,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -124,6 +123,7 @@ class ChatEncoder:
         return {
             "tokenizer": rules_of(self._tokenizer),
             "ids": [self._patch_id, *self.end_ids],
+            "named": {name: str(text) for name, text in self._tokenizer.special_tokens_map.items()},
             "special": self._special.pattern,
             "max_length": self._max_length,
             "chat_template": self._template.source,
@@ -181,9 +181,11 @@ class ChatEncoder:
         """Return ids and their places [start, end) in the characters, as the processor's call."""
         if not texts:
             return []
-        # A processor adds a bos to a template that writes none, a tokenizer does not.
-        writes_bos = self._bos is not None and texts[0].startswith(self._bos)
-        adds = self._template.placeholder is None and not writes_bos
+        writes_bos = {self._bos is not None and text.startswith(self._bos) for text in texts}
+        if len(writes_bos) > 1:
+            return [found for text in texts for found in self._tokenize([text])]
+        # A processor adds a bos to a text that has none, a tokenizer does not.
+        adds = self._template.placeholder is None and writes_bos == {False}
         found = self._tokenizer(
             texts,
             add_special_tokens=adds,
@@ -229,16 +231,3 @@ class ChatEncoder:
     def _too_long(self, record: Record, length: int, what: str) -> SampleError:
         cause = f"cutting its {length} tokens at data.max_length={self._max_length} {what}"
         return bad_record(describe(record, f"{cause}; raise data.max_length"))
-
-
-def template_of_texts(tokenizer: Any) -> ChatTemplate:
-    """Return a tokenizer's own chat template, whose contents are texts."""
-    source = tokenizer.chat_template
-    found = source["default"] if isinstance(source, dict) else source
-
-    def apply(conversations: list[Messages], asks: bool) -> list[str]:
-        return tokenizer.apply_chat_template(
-            conversations, chat_template=dated(found), add_generation_prompt=asks, tokenize=False
-        )
-
-    return ChatTemplate(found, apply, special_tokens(tokenizer), placeholder=IMAGE)

@@ -178,6 +178,18 @@ def dated(source: str) -> str:
     return f"{{%- macro {_DATE}(form) -%}}{_DAY}{{%- endmacro -%}}{source}"
 
 
+def default_of(source: str | dict[str, str], owner: str) -> str:
+    """Return a chat template, or the one named "default" of several. ValueError if none is."""
+    if isinstance(source, str):
+        return source
+    if "default" not in source:
+        raise ValueError(
+            f"{owner} has the chat templates {sorted(source)}, none of which is 'default'; give "
+            "its folder one chat_template.jinja"
+        )
+    return source["default"]
+
+
 def _find(
     prompt: str, whole: str, answer: str, special: re.Pattern[str], number: int = 1
 ) -> AnswerPlace:

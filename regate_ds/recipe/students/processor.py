@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.image_text import ImageText
 from regate_ds.data.chat.messages import Messages
-from regate_ds.data.chat.render import ChatTemplate, dated
+from regate_ds.data.chat.render import ChatTemplate, dated, default_of
 from regate_ds.data.tokens import special_tokens
 from regate_ds.families.family import transformers_class
 from regate_ds.families.table import PROCESSORS
@@ -29,7 +29,7 @@ def names_a_template(folder: Path) -> bool:
     if named_processor(folder) is None:
         return False
     is_own = any((folder / name).is_file() for name in _TEMPLATES)
-    return is_own or any("chat_template" in _read(folder / name) for name in _CONFIGS)
+    return is_own or any(_read(folder / name).get("chat_template") for name in _CONFIGS)
 
 
 def load_processor(folder: Path, model_type: str) -> Any:
@@ -65,11 +65,17 @@ def _video_settings(folder: Path) -> dict[str, Any]:
 
 
 def _require_usable(folder: Path, processor: Any) -> None:
-    """Refuse a slow tokenizer, and one whose settings cut samples without a word."""
+    """Refuse a slow tokenizer, one without padding, and one whose settings cut samples without a
+    word."""
     if getattr(processor.tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
             f"the {type(processor.tokenizer).__name__} in {folder} is a slow tokenizer, which does "
             "not give the characters of its tokens; put a tokenizer.json into the folder"
+        )
+    if processor.tokenizer.pad_token is None:
+        raise ValueError(
+            f"the {type(processor.tokenizer).__name__} in {folder} has no pad token, by which the "
+            "processor pads samples with images; set pad_token in its tokenizer_config.json"
         )
     given = {**getattr(processor, "text_kwargs", {}), **processor.tokenizer.init_kwargs}
     if given.get("truncation") not in (None, False, "do_not_truncate"):
@@ -119,13 +125,7 @@ def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
     patch: the token that the model puts an image's features in the place of. ValueError if the
     template cannot be used for training.
     """
-    source = processor.chat_template
-    if isinstance(source, dict) and "default" not in source:
-        raise ValueError(
-            f"the processor has the chat templates {sorted(source)}, none of which is 'default'; "
-            "give its folder one chat_template.jinja"
-        )
-    source = source["default"] if isinstance(source, dict) else source
+    source = default_of(processor.chat_template, "the processor")
     images = ImageText(processor, patch)
     special = special_tokens(processor.tokenizer, images.placeholder, patch)
     apply = partial(_apply, processor.tokenizer, dated(source))

@@ -234,3 +234,16 @@ def test_a_patch_that_is_a_usual_word_of_the_tokenizer():
     own = MAKERS["qwen2_5_vl"][0]()
     with pytest.raises(ValueError, match="has 'a', which .* not among its added tokens"):
         chat_encoder(own, "a", max_length=9)
+
+
+def test_a_bos_that_a_template_writes_for_some_records_is_no_other_records_matter():
+    own = MAKERS["llava"][0]()
+    bos = "{%- if messages[0]['role'] == 'system' -%}{{ bos_token }}{%- endif -%}"
+    own.chat_template = own.chat_template.replace("{{ bos_token }}", bos)
+    made = chat_encoder(own, "<image>", max_length=99)
+    pair = [record(("what", "this"), system="Look."), record(("what", "this"))]
+    for records in (pair, pair[::-1]):
+        for one, found in zip(records, made.encode_all(records), strict=True):
+            assert not isinstance(found, SampleError)
+            assert found.input_ids_S.equal(made.encode(one).input_ids_S)
+            assert found.input_ids_S.tolist().count(own.tokenizer.bos_token_id) == 1

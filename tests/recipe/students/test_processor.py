@@ -117,6 +117,9 @@ def test_settings_tell_another_template_or_processor(qwen: Path):
     assert corpus_encoder(student, DATA).settings() != before
     student.vision.processor.chat_template = before["chat_template"]
     assert corpus_encoder(student, DATA).settings() == before
+    student.tokenizer.pad_token = "<|im_start|>"
+    assert corpus_encoder(student, DATA).settings() != before, "a template may write any of them"
+    student.tokenizer.pad_token = "<|endoftext|>"
     student.vision.processor.image_processor.merge_size = 4
     assert corpus_encoder(student, DATA).settings() != before
     json.dumps(before)
@@ -144,6 +147,20 @@ def test_a_processor_that_is_not_in_the_table_is_refused(tmp_path: Path, name: s
         cause = "chat template of a FuyuProcessor over a llava model, .* or set data.template"
     with pytest.raises(ValueError, match=cause):
         load_student(tmp_path)
+
+
+def test_a_processor_that_cannot_pad_is_refused_at_the_start(tmp_path: Path):
+    save("qwen2_vl", tmp_path)
+    write(tmp_path / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(ValueError, match="has no pad token, .* set pad_token in its tokenizer_con"):
+        load_student(tmp_path)
+
+
+def test_a_chat_template_of_null_is_none(tmp_path: Path):
+    save("qwen2_vl", tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    write(tmp_path / "tokenizer_config.json", chat_template=None)
+    assert not load_student(tmp_path).has_chat_template
 
 
 def test_a_processor_that_cuts_samples_without_a_word_is_refused(tmp_path: Path):
