@@ -6,14 +6,15 @@ micro-batch. Shapes: B rows of one sample each, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Sized
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regate_ds.algorithm.batch import TokenBatch, shift_labels
+from regate_ds.algorithm.batch import SampleKey, TokenBatch, shift_labels
 from regate_ds.data.collate import Batch
 
 KEY = "regate_key"
@@ -96,15 +97,15 @@ class KeyedCollate:
         """
         self._collate_fn, self._number_images = collate_fn, number_images
 
-    def __call__(self, items: list[dict[str, Any]]) -> Batch:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         """Return the micro-batch of these items.
+
+        The tensors that the host's collate function returns may lie on a device.
 
         ValueError if an item has no key, the batch no label tensor, or a row padding on the left,
         or if its images cannot be told apart where they must be.
         """
-        if any(KEY not in item for item in items):
-            raise ValueError(f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name)")
-        keys = tuple((tuple(item[KEY]),) for item in items)
+        keys = tuple((_key_of(item),) for item in items)
         inputs = self._collate_fn([_without_key(item) for item in items])
         labels_BT = inputs.get("labels")
         if not isinstance(labels_BT, Tensor):
@@ -118,7 +119,8 @@ class KeyedCollate:
                 f"{len(items)} samples; elision tells samples by their rows: use one that pads "
                 "them, not one that joins them (padding-free, packing)"
             )
-        mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool()
+        labels_BT = labels_BT.cpu()
+        mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool().cpu()
         _require_right_padding(mask_BT, inputs.get("input_ids"))
         segment_BT = torch.where(mask_BT, 0, -1)
         image_BT = self._images(inputs, labels_BT)
@@ -129,11 +131,12 @@ class KeyedCollate:
         """Return the numbers that the batch has itself, or else those of ``number_images``."""
         image_BT = inputs.get(IMAGES)
         if image_BT is None:
-            return None if self._number_images is None else self._number_images(inputs)
+            found_BT = None if self._number_images is None else self._number_images(inputs)
+            return found_BT if found_BT is None else found_BT.cpu()
         found = type(image_BT).__name__
         if isinstance(image_BT, Tensor):
             if image_BT.shape == labels_BT.shape and image_BT.dtype in _INTEGERS:
-                return image_BT.long()
+                return image_BT.long().cpu()
             found = f"{image_BT.dtype} {tuple(image_BT.shape)}"
         raise ValueError(
             f"the collated batch has {IMAGES} {found}; give whole numbers of the labels' shape "
@@ -152,6 +155,23 @@ class PlainCollate:
         if isinstance(batch, Mapping) and IMAGES in batch:
             return {k: v for k, v in batch.items() if k != IMAGES}
         return batch
+
+
+def _key_of(item: Any) -> SampleKey:
+    """Return an item's key. ValueError if it has none, or one that no store can hold."""
+    if not isinstance(item, Mapping) or KEY not in item:
+        raise ValueError(
+            f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name), or make a "
+            "stream's items dicts with a key by stream_key, one sample each"
+        )
+    match item[KEY]:
+        case [str(name), SupportsIndex() as number] if -(2**63) <= index(number) < 2**63:
+            return name, index(number)
+        case key:
+            raise ValueError(
+                f"an item's {KEY!r} is {key!r}; make it the data set's name and a whole number of "
+                "64 bits, as stream_key does, for one sample"
+            )
 
 
 def _require_right_padding(mask_BT: Tensor, ids_BT: Any) -> None:

@@ -54,7 +54,10 @@ class SpooledSample:
 
 
 def write_spool(folder: Path, samples: Iterable[IndexedSample]) -> None:
-    """Write the samples into an empty folder, as they come."""
+    """Write the samples into an empty folder, as they come.
+
+    ValueError for a token id that takes more than 32 bits, or if there is no sample.
+    """
     columns = {name: ColumnWriter(folder, name, dtype) for name, dtype in _COLUMNS.items()}
     names: dict[str, int] = {}
     end = 0
@@ -66,15 +69,30 @@ def write_spool(folder: Path, samples: Iterable[IndexedSample]) -> None:
             "starts": [end],
             "name_numbers": [names.setdefault(name, len(names))],
             "record_numbers": [number],
-            "ids": sample.input_ids_S.numpy(),
-            "labels": sample.labels_S.numpy(),
-            "placeholders": sample.is_placeholder_S.numpy(),
+            "ids": _as_int32(sample.input_ids_S, sample.key),
+            "labels": _as_int32(sample.labels_S, sample.key),
+            "placeholders": sample.is_placeholder_S.numpy(force=True),
         }
         for column, row in rows.items():
             columns[column].append(np.asarray(row))
     for column in columns.values():
         column.close()
+    if not names:
+        raise ValueError(
+            "the stream gave no item; give one that has not been read to its end, or set its epochs"
+        )
     (folder / SPOOL_NAMES).write_text(json.dumps(list(names)), encoding="utf-8")
+
+
+def _as_int32(ids_S: Tensor, key: SampleKey) -> np.ndarray:
+    ids = ids_S.numpy(force=True)
+    narrow = ids.astype(np.int32)
+    if not np.array_equal(narrow, ids):
+        raise ValueError(
+            f"sample {key[0]!r} record {key[1]} has the token {ids[narrow != ids][0]}; give ids "
+            "and labels below 2,147,483,648"
+        )
+    return narrow
 
 
 class Spool:
@@ -111,21 +129,22 @@ def spooled(
     """Let the first rank write the samples, and delete them when all ranks leave the block.
 
     What a killed job left in the folder is written anew. All ranks of ``group`` make this call;
-    ``device`` is where its backend wants tensors. ValueError if there is no sample.
+    ``device`` is where its backend wants tensors. If the first rank cannot write the samples, it
+    deletes what it has and raises, and so do the others.
     """
 
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
-        write_spool(folder, samples)
+        try:
+            write_spool(folder, samples)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
 
     on_first(write, group, device)
     await_store(folder, file=SPOOL_NAMES)
     spool = Spool(folder)
-    if len(spool) == 0:
-        raise ValueError(
-            "the stream gave no item; give one that has not been read to its end, or set its epochs"
-        )
     yield spool
     del spool
     on_first(partial(shutil.rmtree, folder), group, device)

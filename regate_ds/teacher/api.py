@@ -6,7 +6,7 @@ Start with ``open_teacher``, then ``score_dataset`` or ``Teacher.online``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,15 +111,25 @@ def score_dataset(
     collate, store = KeyedCollate(collate_fn), Path(store)
 
     def encode(item: Mapping[str, Any]) -> EncodedSample:
-        (sample,) = samples_of(collate([dict(item)]), teacher.image_token_id)
+        (sample,) = samples_of(collate([item]), teacher.image_token_id)
         return sample
+
+    def read_stream() -> Iterator[EncodedSample]:
+        # Only the rank that reads it may ask for its iterator: a loader's workers then begin.
+        for item in data:
+            if not isinstance(item, Mapping):
+                raise ValueError(
+                    f"the stream gave a {type(item).__name__}; make it give dicts, one for each "
+                    "sample"
+                )
+            yield encode(item)
 
     score = partial(_score, teacher=teacher, store=store, group=group)
     if isinstance(data, Keyed):
         index = AnswerIndex.build(encode(data[number]) for number in range(len(data)))
         return score(index, lambda number: encode(data[number]))
     folder = store.absolute().with_name(f"{store.name}.spool")
-    with spooled(folder, map(encode, data), group, teacher.device) as spool:
+    with spooled(folder, read_stream(), group, teacher.device) as spool:
         return score(AnswerIndex.build(spool), spool.read)
 
 

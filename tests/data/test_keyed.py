@@ -97,6 +97,11 @@ def test_without_elision_the_host_gets_its_items_and_gives_what_it_likes():
     ("items", "message"),
     [
         ([item(0), {"input_ids": [1], "labels": [1]}], "an item has no 'regate_key'; wrap the"),
+        (["a text"], "an item has no 'regate_key'; .* make a stream's items dicts with a key"),
+        *(
+            ([{**item(0), "regate_key": key}], r"^an item's 'regate_key' is .*64 bits, as stream_k")
+            for key in ("mine", None, ("mine", 1.5), ("mine", 2**63), ("mine", "0"), (0, "mine"))
+        ),
         ([{"input_ids": [1], "regate_key": ("mine", 0)}], "the collated batch has labels NoneType"),
         ([item(0, attention_mask=[0, 1, 1])], "padding before tokens; set padding_side='right'"),
         (
@@ -142,3 +147,31 @@ def test_items_that_are_not_dicts_are_refused():
 def test_labels_that_are_no_tensor_are_refused(labels):
     with pytest.raises(ValueError, match=f"has labels {type(labels).__name__}, not a tensor"):
         KeyedCollate(lambda items: {**stack(items), "labels": labels})([item(3)])
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a device: it meets none in CPU memory until it is brought there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        assert all(type(each) is cls for each in args if isinstance(each, torch.Tensor)), func
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("images", [{}, {"regate_images": [0, -1, -1]}])
+def test_a_collate_function_may_put_its_batch_on_a_device(images: dict):
+    def on_device(items: list[dict]) -> dict[str, torch.Tensor]:
+        return {name: each.as_subclass(OnDevice) for name, each in stack(items).items()}
+
+    def number(inputs: Any) -> torch.Tensor:
+        return inputs["input_ids"] - 6
+
+    items = [item(0, attention_mask=[1, 1, 0], labels=[5, 6, -100], **images)]
+    found, wanted = (KeyedCollate(made, number)(items) for made in (on_device, stack))
+    assert isinstance(found.inputs["input_ids"], OnDevice)
+    for name in ("segment_BT", "labels_BT", "image_BT"):
+        ours = getattr(found.tokens, name)
+        assert type(ours) is torch.Tensor
+        assert ours.equal(getattr(wanted.tokens, name))

@@ -102,6 +102,24 @@ def test_a_stream_that_cannot_be_used_is_refused_in_a_line(tmp_path: Path):
         score({"input_ids": i["input_ids"], "labels": i["labels"]} for i in stream())
     with pytest.raises(ValueError, match="^sample 'mine' record 0 is in the data twice"):
         score([*stream(2), *stream(2)])
+    with pytest.raises(ValueError, match="^the stream gave a tuple; .* dicts, one for each sample"):
+        score([("a", "b")])
+    with pytest.raises(ValueError, match=r"^an item's 'regate_key' is \[\('mine',\), tensor"):
+        score(DataLoader(list(stream(2))))
+    with pytest.raises(
+        ValueError, match="^sample 'mine' record 1 has the token 21474836.*; give ids and labels"
+    ):
+        score(dict(item, labels=item["labels"] + n * 2**31) for n, item in enumerate(stream(2)))
+
+
+def test_a_stream_that_breaks_off_leaves_nothing_behind(tmp_path: Path):
+    def broken() -> Iterator[dict[str, Any]]:
+        yield from stream(3)
+        raise OSError("the network is gone")
+
+    with pytest.raises(OSError, match="the network is gone"):
+        score_dataset(broken(), collate, teacher_of(), tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
 
 
 def write_shards(folder: Path) -> list[str]:
@@ -178,12 +196,14 @@ def test_the_page_trains_as_a_run_over_numbered_samples(tmp_path: Path, monkeypa
 
 
 def check_two_ranks(rank: int, folder: str) -> None:
-    def refused() -> Iterator[dict[str, Any]]:
-        raise AssertionError("only the first rank reads the stream")
-        yield
+    class Refused:
+        """As a loader, whose workers begin to read once it is asked for an iterator."""
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            raise AssertionError("only the first rank reads the stream")
 
     group: Any = torch.distributed.group.WORLD
-    items = stream() if rank == 0 else refused()
+    items = stream() if rank == 0 else Refused()
     score_dataset(items, collate, teacher_of(), Path(folder) / "two", group)
     fails = (1 / 0 for _ in range(3))
     error: Any = ZeroDivisionError if rank == 0 else RuntimeError

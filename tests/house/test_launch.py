@@ -189,7 +189,10 @@ def test_through_pdsh_arguments_and_variables_reach_the_nodes_as_they_are(run):
     assert "OTHER" not in exports
     names = " ".join(f'"${name}"' for name in variables)
     shell = subprocess.run(
-        ["bash", "-c", f"{exports} printf '%s\\0' {names}"], capture_output=True, text=True, check=True
+        ["bash", "-c", f"{exports} printf '%s\\0' {names}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert dict(zip(variables, shell.stdout.split("\0"))) == variables
 
