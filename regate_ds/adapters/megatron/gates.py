@@ -100,8 +100,7 @@ class ChunkGate:
     def _entered(self, local: LocalPlan, args: Any, kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a forward call with the plan among them."""
         gpt: Any = self.gpt
-        arguments = self._signature.bind(gpt, *args, **kwargs).arguments
-        arguments = {name: value for name, value in arguments.items() if name != "self"}
+        arguments = by_name(self._signature, gpt, args, kwargs)
         host = arguments.get("packed_seq_params")
         if getattr(host, "qkv_format", None) == "thd" and gpt.config.context_parallel_size > 1:
             raise ValueError(
@@ -192,6 +191,16 @@ class ChunkGate:
         if self.gated.sequence is not None:
             num_rows //= torch.distributed.get_world_size(self.gated.sequence)
         return move_rows(output, local.head, (num_rows, 1), self.gated.sequence)
+
+
+def by_name(signature: inspect.Signature, module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a method's call by their names, without the module."""
+    _, *given = signature.bind(module, *args, **kwargs).arguments.items()
+    named = dict(given)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:

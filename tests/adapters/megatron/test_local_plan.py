@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from inspect import signature
 from itertools import accumulate
 from types import SimpleNamespace
 
@@ -13,7 +15,9 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.adapters import plan_wire as wire
 from regate_ds.adapters.megatron.communicator import micro_order
+from regate_ds.adapters.megatron.gates import by_name
 from regate_ds.adapters.megatron.groups import row_multiple
+from regate_ds.adapters.megatron.local.bounds import require_same_samples
 from regate_ds.adapters.megatron.local.place import Place, require_cut
 from regate_ds.adapters.megatron.local.plan import localise
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
@@ -209,3 +213,55 @@ def test_with_interleaving_the_first_stage_hears_nothing_for_its_first_chunk():
     arriving, returning = micro_order(4, 0, 2, 2, 2)
     assert arriving == [0, 1, 2, 3]
     assert returning == [0, 1, 0, 1, 2, 3, 2, 3]
+
+
+class OnDevice(list):
+    """Bounds that are not in CPU memory; reading them is noted."""
+
+    is_cpu = False
+    reads = 0
+
+    def tolist(self) -> list[int]:
+        self.reads += 1
+        return list(self)
+
+
+def packed(bounds: list[int], padded: list[int] | None = None) -> SimpleNamespace:
+    given = None if padded is None else OnDevice(padded)
+    return SimpleNamespace(
+        qkv_format="thd", cu_seqlens_q=OnDevice(bounds), cu_seqlens_q_padded=given
+    )
+
+
+def test_the_bounds_of_a_rows_samples_are_those_that_it_lies_at():
+    (plan, *_) = plans([[9, 7, 12]])
+    hold = partial(require_same_samples, plan, has_mask=False, looks=True)
+    for good in ([0, 9, 16, 28], [0, 9, 16, 28, 32]):
+        hold(packed(good))
+        # The host's own samples are shorter where it fills each one up.
+        hold(packed([0, 8, 13, 24], padded=good))
+    for bad in ([0, 16, 28], [0, 9, 12, 16, 28], [0, 8, 16, 28]):
+        with pytest.raises(ValueError, match=r"bounds .* those of the plan start at \[0, 9, 16\]"):
+            hold(packed(bad))
+        with pytest.raises(ValueError, match="bounds .* those of the plan start at"):
+            hold(packed([0, 9, 16, 28], padded=bad))
+
+
+def test_bounds_on_a_device_are_read_where_their_number_does_not_tell():
+    (plan, *_) = plans([[9, 7, 12]])
+    hold = partial(require_same_samples, plan, has_mask=False, looks=False)
+    counted = packed([0, 9, 16, 28])
+    hold(counted)
+    assert counted.cu_seqlens_q.reads == 0
+    # As hosts fill them up to a fixed length.
+    hold(packed([0, 9, 16, 28, 32, 32, 32]))
+    with pytest.raises(ValueError, match=r"bounds \[0, 16, 28\]"):
+        hold(packed([0, 16, 28]))
+
+
+def test_a_model_call_is_repeated_argument_by_argument():
+    class Model:
+        def forward(self, ids: int, mask: int = 0, *, labels: int = 0, **more: int) -> None: ...
+
+    found = by_name(signature(Model.forward), Model(), (1,), {"labels": 3, "extra": 4})
+    assert found == {"ids": 1, "labels": 3, "extra": 4}

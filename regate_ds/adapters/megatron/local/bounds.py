@@ -18,7 +18,7 @@ def require_same_samples(plan: ElisionPlan, packed: Any, *, has_mask: bool, look
 
     packed: the host's PackedSeqParams, or None. has_mask: whether the call has an attention mask,
     which may keep samples apart too. looks: whether bounds on a GPU are read, which waits for it;
-    else only their number is compared.
+    else they are only counted, and read where their number is another.
     """
     starts = _starts(plan)
     if getattr(packed, "qkv_format", None) != "thd":
@@ -29,16 +29,17 @@ def require_same_samples(plan: ElisionPlan, packed: Any, *, has_mask: bool, look
                 "samples' bounds (qkv_format='thd'), or plan one sample a row"
             )
         return
-    bounds: Tensor = packed.cu_seqlens_q
-    if bounds.is_cpu or looks:
-        host = bounds.tolist()
-        # Behind the last sample the host may count padding as one more.
-        last = int(plan.position_R.max())
-        is_same = set(starts) <= set(host) and not {b for b in host if b <= last} - set(starts)
-        shown = f"[{', '.join(map(str, host[:8]))}{', ...' if len(host) > 8 else ''}]"
-    else:
-        is_same, shown = len(bounds) - 1 - len(starts) in (0, 1), f"{len(bounds) - 1} samples"
+    # Where the host fills samples up, these are their places, and cu_seqlens_q tells their lengths.
+    padded: Tensor | None = packed.cu_seqlens_q_padded
+    bounds: Tensor = packed.cu_seqlens_q if padded is None else padded
+    if not (bounds.is_cpu or looks) and len(bounds) - 1 - len(starts) in (0, 1):
+        return
+    host = bounds.tolist()
+    # Behind the last sample the host may count padding as one more.
+    last = int(plan.position_R.max())
+    is_same = set(starts) <= set(host) and not {b for b in host if b <= last} - set(starts)
     if not is_same:
+        shown = f"[{', '.join(map(str, host[:8]))}{', ...' if len(host) > 8 else ''}]"
         raise ValueError(
             f"the model is called with packed rows whose samples have the bounds {shown} "
             f"(packed_seq_params), but those of the plan start at {starts[:8]}; make `tokens` tell "
