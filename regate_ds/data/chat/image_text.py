@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from PIL import Image
@@ -67,6 +68,8 @@ class ImageText:
         own = json.loads(self._processor.to_json_string())
         return {
             "class": type(self._processor).__name__,
+            # Its arithmetic may be another in another version.
+            "transformers": version("transformers"),
             "images": json.loads(self._processor.image_processor.to_json_string()),
             "own": {name: own[name] for name in sorted(own) if not isinstance(own[name], dict)},
         }

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from PIL import Image
 
+from regate_ds.data.chat import image_text
 from regate_ds.data.chat.counting import IMAGE_COUNTS
 from regate_ds.data.chat.image_text import ImageText
 from tests.support.processors import MAKERS, can_make, processor
@@ -52,3 +53,9 @@ def test_a_count_that_is_wrong_for_a_processors_settings_is_not_relied_on():
         wrong += IMAGE_COUNTS["LlavaNextProcessor"](own, size) != images.texts([size])[0]
     assert wrong > 0
     assert images._count is None
+
+
+def test_settings_tell_another_version_of_transformers(monkeypatch: pytest.MonkeyPatch):
+    before = ImageText(processor("qwen2_vl"), "<|image_pad|>").settings()
+    monkeypatch.setattr(image_text, "version", lambda name: f"another {name}")
+    assert ImageText(processor("qwen2_vl"), "<|image_pad|>").settings() != before
