@@ -13,7 +13,9 @@ def special_tokens(tokenizer: Any, *more: str) -> re.Pattern[str]:
     """Return a pattern that finds the tokenizer's special tokens, and ``more``, in a text."""
     added = tokenizer.added_tokens_decoder.values()
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special), *more}
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    texts = map(re.escape, sorted(special, key=len, reverse=True))
+    # Without any the pattern finds nothing, where an empty one would be found everywhere.
+    return re.compile("|".join(texts) or "(?!)")
 
 
 def rules_of(tokenizer: Any) -> str:

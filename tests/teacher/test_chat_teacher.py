@@ -142,3 +142,12 @@ def test_a_teacher_without_a_default_template_or_an_end_is_refused():
     teacher.chat_template, teacher.eos_token = None, None
     with pytest.raises(ValueError, match="has neither a chat template nor an eos token"):
         OtherTokenizer(encoder, teacher, pad_id=0)
+
+
+def test_a_teacher_without_special_tokens_ends_no_answer():
+    encoder = chat_encoder(processor("llava"), "<image>", max_length=99)
+    bare = tokenizer([], "bytes")
+    bare.add_tokens(["<pad>"])
+    bare.chat_template = unmarked(MARKED)
+    with pytest.raises(ValueError, match="no special token ends, .* use another teacher"):
+        OtherTokenizer(encoder, bare, pad_id=bare.convert_tokens_to_ids("<pad>"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -78,7 +79,9 @@ class ImageText:
         # What an image among others is, its size does not matter to those that cut one alone.
         key = size if is_alone or not self._cuts_one_alone else None
         if key not in self._known:
-            self._known[key] = self._asked(size, False) if key is None else self._counted(size)
+            text = self._asked(size, False) if key is None else self._counted(size)
+            # Thousands of sizes may have one text, and a text thousands of patches.
+            self._known[key] = sys.intern(text)
         return self._known[key]
 
     def _counted(self, size: Size) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from regate_ds.data.chat.messages import Messages
@@ -15,13 +16,14 @@ IMAGE = "\ufdd1"
 def template_of_texts(tokenizer: Any) -> ChatTemplate:
     """Return a tokenizer's own chat template. ValueError if it cannot be used for training."""
     source = default_of(tokenizer.chat_template, "the tokenizer")
-
-    def apply(conversations: list[Messages], asks: bool) -> list[str]:
-        return tokenizer.apply_chat_template(
-            conversations, chat_template=dated(source), add_generation_prompt=asks, tokenize=False
-        )
-
+    apply = partial(_apply, tokenizer, dated(source))
     return ChatTemplate(source, apply, special_tokens(tokenizer), placeholder=IMAGE)
+
+
+def _apply(tokenizer: Any, source: str, said: list[Messages], asks: bool) -> list[str]:
+    return tokenizer.apply_chat_template(
+        said, chat_template=source, add_generation_prompt=asks, tokenize=False
+    )
 
 
 def eos_of(tokenizer: Any) -> str:

@@ -59,3 +59,9 @@ def test_settings_tell_another_version_of_transformers(monkeypatch: pytest.Monke
     before = ImageText(processor("qwen2_vl"), "<|image_pad|>").settings()
     monkeypatch.setattr(image_text, "version", lambda name: f"another {name}")
     assert ImageText(processor("qwen2_vl"), "<|image_pad|>").settings() != before
+
+
+def test_sizes_of_one_text_share_its_memory():
+    images = ImageText(processor("llava"), "<image>")
+    texts = [images.texts([(40, 30 + number)])[0] for number in range(8)]
+    assert len(set(map(id, texts))) == len(set(texts)) == 1
