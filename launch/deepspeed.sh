@@ -43,7 +43,7 @@ for line in "${lines[@]}"; do
     [[ $line =~ ^[[:space:]]*[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
         fail "$hostfile: '$line' is not 'NODE slots=N'; $line_form"
 done
-twice=$(printf '%s\n' "${lines[@]}" | awk 'seen[$1]++ { print $1; exit }')
+twice=$(printf '%s\n' "${lines[@]}" | awk '{ sub(/^.*@/, "", $1) } seen[$1]++ { print $1; exit }')
 [[ -z $twice ]] || fail "$hostfile names $twice twice: give it one line, with all its slots"
 for line in "${lines[@]}"; do
     read -r node _ <<<"$line"

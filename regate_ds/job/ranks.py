@@ -21,6 +21,16 @@ from regate_ds.job.tasks import Announcement, integer, task_of
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+_ON_NODE = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "PMI_LOCAL_SIZE",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+"""Names under which launchers announce the number of ranks on this node."""
+
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 """Range of a SLURM job's port; it lies below the ports that Linux gives out by itself."""
 
@@ -74,7 +84,7 @@ def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
 
 def ranks_on_node(ranks: Ranks) -> int:
     """Return the number of ranks on this node as its launcher announced it, or 1."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"):
+    for name in _ON_NODE:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]

@@ -107,6 +107,7 @@ def test_the_scripts_can_be_started():
         ("deepspeed.sh", ["empty", "train"], {}, "empty names no node; write a line 'NODE slots"),
         ("deepspeed.sh", ["bad", "train"], {}, "bad: 'n1 slots=two' is not 'NODE slots=N'"),
         ("deepspeed.sh", ["twice", "train"], {}, "twice names n1 twice"),
+        ("deepspeed.sh", ["me", "train"], {}, "me names n1 twice"),
         (
             "deepspeed.sh",
             ["port", "train"],
@@ -139,6 +140,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, script, arguments, variabl
         "one": "n1 slots=8  # fast\n",
         "bad": "n1 slots=two\n",
         "port": "n1:2222 slots=4\n",
+        "me": "me@n1 slots=1\nn1 slots=2\n",
     }
     for name, text in {**hostfiles, "twice": "n1 slots=1\nn1 slots=2\n"}.items():
         Path(name).write_text(text)
