@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey
-from regate_ds.parallel.layout import ProcessGroup
+from regate_ds.parallel.layout import ProcessGroup, rank_in
 from regate_ds.stores.atomic_file import make_folder
 from regate_ds.stores.digests import IndexedSample
 from regate_ds.stores.index_files import ColumnWriter, map_column
@@ -129,22 +129,21 @@ def spooled(
     """Let the first rank write the samples, and delete them when all ranks leave the block.
 
     What a killed job left in the folder is written anew. All ranks of ``group`` make this call;
-    ``device`` is where its backend wants tensors. If the first rank cannot write the samples, it
-    deletes what it has and raises, and so do the others.
+    ``device`` is where its backend wants tensors. An error of the first rank, here or in the
+    block, deletes the samples too; one of writing them is raised on all ranks.
     """
 
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         make_folder(folder)
-        try:
-            write_spool(folder, samples)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+        write_spool(folder, samples)
 
-    on_first(write, group, device)
-    await_store(folder, file=SPOOL_NAMES)
-    spool = Spool(folder)
-    yield spool
-    del spool
+    try:
+        on_first(write, group, device)
+        await_store(folder, file=SPOOL_NAMES)
+        yield Spool(folder)
+    except BaseException:
+        if rank_in(group) == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     on_first(partial(shutil.rmtree, folder), group, device)

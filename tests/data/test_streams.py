@@ -119,6 +119,8 @@ def test_a_stream_that_breaks_off_leaves_nothing_behind(tmp_path: Path):
 
     with pytest.raises(OSError, match="the network is gone"):
         score_dataset(broken(), collate, teacher_of(), tmp_path / "store")
+    with pytest.raises(ValueError, match="is in the data twice"):
+        score_dataset([*stream(2), *stream(2)], collate, teacher_of(), tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
 
 
