@@ -44,7 +44,8 @@ class Done:
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"the checkpoint was written for data with fingerprint {self.fingerprint}, but "
-                f"this job's data has {fingerprint}; resume with the same data and image files"
+                f"this job's data has {fingerprint}; resume with the same data, images and chat "
+                "template"
             )
 
 

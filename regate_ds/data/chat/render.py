@@ -155,7 +155,7 @@ class ChatTemplate:
         ends_next = len(starts) > 1 and whole.startswith(starts[1])
         end = len(starts[1]) if ends_next else len(whole)
         start = len(starts[0])
-        for text in (answer, answer.strip()):
+        for text in (answer, answer.rstrip(), answer.lstrip(), answer.strip()):
             at = whole.find(text + self.ending, start, end)
             if at >= 0 and not whole[start:at].strip():
                 return _placed(answer, text, at, at + len(text) + len(self.ending))
@@ -215,8 +215,7 @@ def _find(
 
 def _placed(answer: str, text: str, start: int, closed: int) -> AnswerPlace:
     """Return the place of an answer's ``text``, which the template may have stripped."""
-    lead = 0 if text == answer else len(answer) - len(answer.lstrip())
-    return AnswerPlace(start, start + len(text), closed, lead, len(answer))
+    return AnswerPlace(start, start + len(text), closed, answer.find(text), len(answer))
 
 
 def _short(text: str) -> str:

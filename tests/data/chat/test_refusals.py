@@ -165,6 +165,17 @@ def test_white_space_that_a_template_moves_before_the_end_is_no_reason_to_refuse
     assert sample.char_spans[0][1] == answer.index("this")
 
 
+@pytest.mark.parametrize(
+    ("strip", "learnt", "first"), [("lstrip", "this \n", 2), ("rstrip", "\n this", 0)]
+)
+def test_white_space_that_a_template_keeps_is_learnt(strip: str, learnt: str, first: int):
+    one_side = TEXT.replace("part['text']", f"part['text'].{strip}()")
+    made, tokens = encoder(_change(TEXT, one_side)()), MAKERS["qwen2_5_vl"][0]().tokenizer
+    sample = made.encode(record(("what", "\n this \n")))
+    assert tokens.decode(sample.labels_S[sample.labels_S != -100]) == learnt + "<|im_end|>"
+    assert sample.char_spans[0][1] == first
+
+
 def test_characters_of_private_use_are_text_as_any_other():
     sample = encoder().encode(record(("\ue000 \ue001", "\ue002\ue000")))
     tokens = MAKERS["qwen2_5_vl"][0]().tokenizer

@@ -92,9 +92,7 @@ def test_the_disk_of_a_folder_to_come_is_that_of_the_one_above_it(tmp_path):
     assert existing(Path()) == Path().absolute()
 
 
-@pytest.mark.parametrize(
-    "name", ["MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
-)
+@pytest.mark.parametrize("name", ["MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"])
 def test_tasks_of_mpiexec_share_their_nodes_memory(monkeypatch, name: str):
     monkeypatch.setenv(name, "4")
     assert ranks_on_node(Ranks("mpiexec", 0, 8)) == 4
