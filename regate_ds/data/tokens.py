@@ -13,7 +13,9 @@ def special_tokens(tokenizer: Any, *more: str) -> re.Pattern[str]:
     """Return a pattern that finds the tokenizer's special tokens, and ``more``, in a text."""
     added = tokenizer.added_tokens_decoder.values()
     special = {*tokenizer.all_special_tokens, *(t.content for t in added if t.special), *more}
-    texts = map(re.escape, sorted(special, key=len, reverse=True))
+    # Longer ones first, and those of one length by their text: the pattern is a part of the name of
+    # an index, and the order of a set differs from process to process.
+    texts = map(re.escape, sorted(special, key=lambda text: (-len(text), text)))
     # Without any the pattern finds nothing, where an empty one would be found everywhere.
     return re.compile("|".join(texts) or "(?!)")
 

@@ -23,7 +23,9 @@ class InternVLVision(LlavaVision):
         if getattr(processor, "crop_to_patches", False):
             raise ValueError(
                 f"{type(processor).__name__} has crop_to_patches=true, so that large pictures "
-                "become several tiles; set it to false in preprocessor_config.json"
+                "become several tiles; set it to false in the model's processor_config.json or "
+                "preprocessor_config.json, or set data.template=null where the folder has a chat "
+                "template: that writes tiles"
             )
         fixed_size(processor)
         vision, shrink = config.vision_config, config.downsample_ratio

@@ -170,11 +170,16 @@ def open_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
         print(f"data.skip_bad left out {len(corpus.bad)} bad records:")
         print("\n".join(f"  {bad}" for bad in corpus.bad), flush=True)
     if is_first_rank():
-        if corpus.student.has_chat_template:
-            name = type(corpus.student.vision.processor).__name__
-            print(f"samples are written by the chat template of the model's {name}", flush=True)
+        report_writer(corpus.student)
         report_cut(corpus, config.data.max_length)
     return corpus
+
+
+def report_writer(student: Student) -> None:
+    """Print what writes the samples, where it is not the package's own template."""
+    if student.has_chat_template:
+        name = type(student.vision.processor).__name__
+        print(f"samples are written by the chat template of the model's {name}", flush=True)
 
 
 def report_cut(corpus: Corpus | DataSet, max_length: int) -> None:

@@ -15,6 +15,7 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.llava.encode import Encoder
 from regate_ds.data.llava.records import Record, SampleError, Turn
 from regate_ds.data.llava.template import Template, text_segments
+from regate_ds.data.tokens import special_tokens
 
 IMAGE, BOS, EOS = 1, 2, 3
 
@@ -255,3 +256,10 @@ def test_text_segments_are_the_texts_that_the_tokenizer_gets(tmp_path: Path, own
     build(Listening(), **template).encode(record)
     settings = replace(Template(), user="U:", assistant=" A:", separator=" ", **template)
     assert sorted(text_segments(record, settings)) == sorted(asked)
+
+
+def test_the_pattern_of_special_tokens_has_one_order_in_every_process():
+    marks = [f"<{letter}>" for letter in "hcafbgde"]
+    tokenizer = SimpleNamespace(all_special_tokens=marks, added_tokens_decoder={})
+    found = special_tokens(tokenizer, "<longer>")
+    assert found.pattern.split("|") == ["<longer>", *sorted(marks)]

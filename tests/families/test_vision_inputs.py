@@ -93,5 +93,6 @@ def test_a_processor_that_makes_tiles_is_refused_for_internvl():
     student = make_internvl()
     assert student.vision.num_tokens((32, 32)) == student.vision.num_tokens((64, 8)) == 4
     student.vision.processor.crop_to_patches = True
-    with pytest.raises(ValueError, match="GotOcr2ImageProcessorPil has crop_to_patches=true"):
+    cause = "GotOcr2ImageProcessorPil has crop_to_patches=true.* or set data.template=null where"
+    with pytest.raises(ValueError, match=cause):
         InternVLVision.of(student.model.config, student.vision.processor)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
+from regate_ds.recipe.reports.data import check_data
 from regate_ds.recipe.students.load import load_student
 from tests.support.paths import ROOT
 
@@ -58,3 +59,11 @@ def test_the_trained_folder_writes_the_same_samples(folder: Path, name: str):
     after = load_corpus(config, weights=False)
     assert after.index.fingerprint == before.index.fingerprint
     assert load_student(config.model.path, weights=False).has_chat_template  # type: ignore[arg-type]
+
+
+def test_a_check_of_the_data_says_what_writes_the_samples(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert check_data(load_config(folder / "internvl" / "run.yaml"), content=False)
+    told = "samples are written by the chat template of the model's InternVLProcessor"
+    assert capsys.readouterr().out.splitlines()[0] == told

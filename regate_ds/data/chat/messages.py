@@ -9,6 +9,9 @@ from regate_ds.data.llava.records import MARKER, Record, bad_record, describe
 
 Messages = list[dict[str, Any]]
 
+OWN_TEMPLATE = "set data.template (internvl, llava and qwen2_vl alone)"
+"""The way out that only students of these types have."""
+
 
 def messages_of(record: Record, *, placeholder: str | None = None) -> Messages:
     """Return the record's system text, and its questions and answers in turn.
@@ -44,7 +47,7 @@ def _require_no_video(record: Record) -> None:
     is_named = any("<video>" in turn.question for turn in record.turns)
     if is_clip or is_named or any(count != 1 for count in record.images_per_marker):
         cause = (
-            "has a video, which is not written by the model's chat template yet; set data.template "
-            "to encode its frames as images"
+            "has a video, which is not written by the model's chat template yet; give it as "
+            f"images, or {OWN_TEMPLATE} to encode its frames as images"
         )
         raise bad_record(describe(record, cause))

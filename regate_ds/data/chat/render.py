@@ -16,11 +16,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from regate_ds.data.chat.messages import Messages, messages_of
+from regate_ds.data.chat.messages import OWN_TEMPLATE, Messages, messages_of
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 
 Apply = Callable[[list[Messages], bool], list[str]]
 """Renders conversations; the flag adds the prompt for an answer."""
+
+_CHANGE = f"change the model's chat template, or {OWN_TEMPLATE}"
 
 _DAY = "\ufdd0"
 """Stands for the date in a rendered text. Unicode keeps this code out of texts."""
@@ -131,7 +133,7 @@ class ChatTemplate:
         if _DAY in whole:
             raise _Changed(
                 "the chat template writes the day's date, so that its tokens would change from day "
-                "to day; give the record a system text, or set data.template"
+                f"to day; give the record a system text, or {_CHANGE}"
             )
         starts = [f"{next(prompts)}{self._head or ''}" for _ in record.turns]
         answers: list[AnswerPlace | None] = []
@@ -150,7 +152,7 @@ class ChatTemplate:
             raise _Changed(
                 f"the chat template changes what it wrote before answer {number} once more is "
                 "said; give each answer a record of its own in which those before it have the loss "
-                "0, or set data.template"
+                f"0, or {_CHANGE}"
             )
         ends_next = len(starts) > 1 and whole.startswith(starts[1])
         end = len(starts[1]) if ends_next else len(whole)
@@ -163,7 +165,7 @@ class ChatTemplate:
         raise _Changed(
             f"the chat template writes {_short(whole[found.end : found.closed])} behind answer "
             f"{number}, and {self.ending!r} behind one that is the last; give each answer a "
-            "record of its own in which those before it have the loss 0, or set data.template"
+            f"record of its own in which those before it have the loss 0, or {_CHANGE}"
         )
 
 
@@ -200,7 +202,7 @@ def _find(
     if not texts:
         raise _Changed(
             f"the chat template writes {_short(behind)} for answer {number}, {_short(answer)}; "
-            "correct the answer, or set data.template"
+            f"correct the answer, or {_CHANGE}"
         )
     start = len(prompt) + places[texts[0]]
     end = start + len(texts[0])
@@ -208,7 +210,7 @@ def _find(
     if token is None:
         raise _Changed(
             f"the chat template writes {_short(whole[end:])} behind answer {number}, which no "
-            "special token ends, so that a model would not learn to stop; set data.template"
+            f"special token ends, so that a model would not learn to stop; {_CHANGE}"
         )
     return _placed(answer, texts[0], start, token.end())
 

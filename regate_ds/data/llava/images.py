@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame, by_file
 from regate_ds.data.llava.records import Record, bad_record, describe
@@ -86,8 +86,13 @@ def images_of(record: Record) -> tuple[Image.Image, ...]:
 
 
 def _broken(source: ImageSource, error: Exception) -> str:
-    """Describe an image that cannot be read."""
-    return f"{_kind(source)} file {source} is broken ({error})"
+    """Describe an image that cannot be read, in the same words each time."""
+    cause = f"{error}"
+    if isinstance(error, UnidentifiedImageError):
+        # Pillow names the place in memory of bytes that lie in a record.
+        is_empty = isinstance(source, InlineImage) and not source.content
+        cause = "it is empty" if is_empty else "it is of no format that Pillow knows"
+    return f"{_kind(source)} file {source} is broken ({cause})"
 
 
 def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:

@@ -13,6 +13,7 @@ from regate_ds.adapters.huggingface.support import require_known_config
 from regate_ds.families.hosts import Supported, supported_as
 from regate_ds.families.table import ALL_STUDENTS, FAMILIES
 from regate_ds.recipe.doctor.check import Check
+from regate_ds.recipe.students.processor import chat_encoder, load_processor, names_a_template
 
 _SLOW_CONV3D = "2.9."
 """Versions of torch whose Conv3d makes some towers 10 to 20 times slower."""
@@ -51,7 +52,7 @@ def examine_model(folder: Path) -> list[Check]:
         Check("model", f"{name} over {text.model_type}", True, True),
         *_rows(name, support),
         *_images(config),
-        *_recipe(config.model_type),
+        *_recipe(folder, config),
         *_speed(config, support),
     ]
 
@@ -91,11 +92,23 @@ def _images(config: Any) -> list[Check]:
     return checks
 
 
-def _recipe(model_type: str) -> list[Check]:
-    if model_type in ALL_STUDENTS:
-        return []
-    advice = f"it trains {', '.join(ALL_STUDENTS)}; attach() takes this one in a loop of your own"
-    return [Check("regate train", "not possible", False, True, advice)]
+def _recipe(folder: Path, config: Any) -> list[Check]:
+    if config.model_type not in ALL_STUDENTS:
+        students = ", ".join(ALL_STUDENTS)
+        advice = f"it trains {students}; attach() takes this one in a loop of your own"
+        return [Check("regate train", "not possible", False, True, advice)]
+    return [_chat_template(folder, config)] if names_a_template(folder) else []
+
+
+def _chat_template(folder: Path, config: Any) -> Check:
+    """Load the folder's processor, and write a sample by it."""
+    try:
+        processor = load_processor(folder, config.model_type)
+        patch = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
+        chat_encoder(processor, patch, max_length=1)
+    except (OSError, ValueError) as error:
+        return Check("chat template", "not usable", False, False, " ".join(str(error).split()))
+    return Check("chat template", f"that of its {type(processor).__name__}", False, True)
 
 
 def _speed(config: Any, support: Supported) -> list[Check]:

@@ -18,6 +18,7 @@ from regate_ds.recipe.corpus import (
     corpus_encoder,
     corpus_student,
     report_cut,
+    report_writer,
     sources_of,
 )
 from regate_ds.stores.answer_index import spans
@@ -35,7 +36,9 @@ def check_data(config: RunConfig, *, content: bool) -> bool:
     Returns whether a run can train on the data: it has samples, no bad records unless
     `data.skip_bad`, and nothing has changed since it was indexed.
     """
-    encoder = corpus_encoder(corpus_student(config, weights=False), config.data)
+    student = corpus_student(config, weights=False)
+    report_writer(student)
+    encoder = corpus_encoder(student, config.data)
     is_good = True
     for number, source in enumerate(sources_of(config.data, encoder)):
         found = open_data(source, cache_folders(config, source.path))

@@ -18,7 +18,7 @@ from regate_ds.data.chat.messages import Messages
 from regate_ds.data.chat.render import ChatTemplate, dated, default_of
 from regate_ds.data.tokens import special_tokens
 from regate_ds.families.family import transformers_class
-from regate_ds.families.table import PROCESSORS
+from regate_ds.families.table import PROCESSORS, STUDENTS
 
 _CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -42,7 +42,7 @@ def load_processor(folder: Path, model_type: str) -> Any:
         raise ValueError(
             f"{folder} has the chat template of a {name} over a {model_type} model, which samples "
             "are not written by yet; use another model (docs/chat_templates.md), or set "
-            "data.template to write them by the package's own template"
+            f"data.template ({', '.join(STUDENTS)} alone)"
         )
     try:
         load = images_alone(transformers_class(name)).from_pretrained

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from regate_ds.data.chat.encode import ChatEncoder
+from regate_ds.data.chat.messages import OWN_TEMPLATE
 from regate_ds.data.llava.media import VideoFrame
 from regate_ds.data.llava.records import Record, SampleError, Turn
+from regate_ds.families.table import STUDENTS
 from regate_ds.recipe.students.processor import chat_encoder
 from tests.support.chat_templates import MARKED, unmarked
 from tests.support.conversations import random_record
@@ -113,7 +115,7 @@ TEXT = "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}"
         ),
         (
             _change(TEXT, TEXT.replace("part['text']", "part['text'] | upper")),
-            "writes 'THIS<.im_end.>.n.*' for answer 1, 'this'; correct the answer, or set",
+            "writes 'THIS<.im_end.>.n.*' for answer 1, 'this'; correct the answer, or change",
         ),
     ],
 )
@@ -183,8 +185,14 @@ def test_characters_of_private_use_are_text_as_any_other():
 
 
 def test_a_template_that_ends_no_answer():
-    with pytest.raises(ValueError, match="no special token ends, .* set data.template"):
+    cause = "no special token ends, .* change the model's chat template, or set data.template"
+    with pytest.raises(ValueError, match=cause):
         encoder(QWEN.replace("{{ '<|im_end|>' }}", ""))
+
+
+def test_the_package_s_own_template_is_offered_to_the_students_that_can_take_it():
+    first, second, third = sorted(STUDENTS)
+    assert f"({first}, {second} and {third} alone)" in OWN_TEMPLATE
 
 
 def test_a_template_that_cannot_be_rendered():

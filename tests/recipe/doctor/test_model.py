@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from regate_ds.recipe.doctor.model import examine_model
+from tests.support.chat_students import save
 
 
 def checkpoint(folder: Path, model_type: str, architecture: str) -> Path:
@@ -107,3 +108,13 @@ def test_what_attach_would_refuse_of_a_configuration_is_said(tmp_path):
     (check,) = examine_model(folder)
     assert not check.is_fine
     assert check.advice.startswith("output_router_logits=True asks for")
+
+
+def test_the_chat_template_of_the_model_s_processor(tmp_path: Path):
+    save("qwen2_5_vl", tmp_path)
+    assert found(tmp_path)["chat template"] == "that of its Qwen2_5_VLProcessor"
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", ""))
+    (check,) = [each for each in examine_model(tmp_path) if each.name == "chat template"]
+    assert (check.found, check.is_fine) == ("not usable", False)
+    assert "no special token ends" in check.advice
