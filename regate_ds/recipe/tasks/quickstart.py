@@ -34,7 +34,7 @@ from regate_ds.recipe.tasks.task import StudentFields, Task
 ROOT = Path("runs/quickstart")
 RANKS = 2
 
-RECORDED, ARM, DENSE_ARM = Path("docs/learning"), "quickstart", "dense_lr_2"
+RECORDED, ARM, DENSE_ARM = Path("docs/learning"), "quickstart", "dense"
 """Where the learning benchmark's results are, and its arms with the settings of these runs."""
 
 MARGIN = 0.04
