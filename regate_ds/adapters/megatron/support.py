@@ -9,7 +9,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import nn
 
-from regate_ds.adapters.megatron.local.rotary import TABLES
+from regate_ds.adapters.megatron.local.rotary import KINDS
 from regate_ds.config import RegateConfig
 
 _UNEVEN = (
@@ -58,14 +58,14 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
             "set it False",
         ),
         (
-            not kinds <= {*TABLES, "none"},
+            not kinds <= {*KINDS, "none"},
             f"position_embedding_type={sorted(kinds)} is not supported; use one of "
-            f"{sorted(TABLES)} or 'none'",
+            f"{sorted(KINDS)} or 'none'",
         ),
         (
             bool(unknown := _unknown_tables(chunks)),
             f"rotary_pos_emb is of class {', '.join(unknown)}, whose angles are not known here; "
-            f"use Megatron-core's own ({', '.join(sorted(TABLES.values()))})",
+            f"use Megatron-core's own ({', '.join(sorted(kind.table for kind in KINDS.values()))})",
         ),
         (
             host.apply_rope_fusion,
@@ -98,8 +98,11 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
 
 def _unknown_tables(chunks: Sequence[nn.Module]) -> list[str]:
     """Return the classes of rotary tables that are not the ones of their kind of positions."""
-    kinds = [(gpt, TABLES.get(gpt.position_embedding_type)) for gpt in chunks]
-    found = {(type(gpt.rotary_pos_emb).__name__, known) for gpt, known in kinds if known}
+    found = {
+        (type(gpt.rotary_pos_emb).__name__, KINDS[gpt.position_embedding_type].table)
+        for gpt in chunks
+        if gpt.position_embedding_type in KINDS
+    }
     return sorted(name for name, known in found if name != known)
 
 

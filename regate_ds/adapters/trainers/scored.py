@@ -6,7 +6,7 @@ beforehand; so the teacher reads them when the trainer is made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +57,6 @@ def _own_teacher(trainer: Any) -> Teacher:
             "Scored(store, open_teacher(...))"
         )
     image_token_id = getattr(model.config, "image_token_id", None)
-    teacher = Teacher(model=text_backbone(model), pad_id=tokenizer.pad_token_id)
-    return replace(teacher, image_token_id=image_token_id)
+    return Teacher(
+        model=text_backbone(model), pad_id=tokenizer.pad_token_id, image_token_id=image_token_id
+    )

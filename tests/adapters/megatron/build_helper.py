@@ -58,27 +58,32 @@ def join(case: Case) -> None:
     model_parallel_cuda_manual_seed(1)
 
 
+def _experts(case: Case) -> dict[str, Any]:
+    if case.model != "moe":
+        return {}
+    return {
+        "num_moe_experts": EXPERTS,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "aux_loss" if case.aux else "none",
+        "moe_aux_loss_coeff": case.aux,
+        "expert_model_parallel_size": case.ep,
+        "moe_ffn_hidden_size": FFN,
+    }
+
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+}
+
+
 def host_config(case: Case, **more: Any) -> TransformerConfig:
-    experts: dict[str, Any] = {}
-    if case.model == "moe":
-        experts = {
-            "num_moe_experts": EXPERTS,
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_router_topk": 2,
-            "moe_router_load_balancing_type": "aux_loss" if case.aux else "none",
-            "moe_aux_loss_coeff": case.aux,
-            "expert_model_parallel_size": case.ep,
-            "moe_ffn_hidden_size": FFN,
-        }
-    recompute: dict[str, Any] = {
-        "none": {},
-        "full": {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        },
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    }[case.recompute]
     config = TransformerConfig(
         **{
             "num_layers": case.num_layers,
@@ -111,8 +116,8 @@ def host_config(case: Case, **more: Any) -> TransformerConfig:
             "calculate_per_token_loss": True,
             "finalize_model_grads_func": finalize_model_grads,
             **({"mrope_section": list(MROPE_SECTION)} if case.positions == "mrope" else {}),
-            **experts,
-            **recompute,
+            **_experts(case),
+            **RECOMPUTE[case.recompute],
             **more,
         }
     )

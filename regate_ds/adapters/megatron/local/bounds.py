@@ -20,15 +20,15 @@ def require_same_samples(plan: ElisionPlan, packed: Any, *, has_mask: bool, look
     which may keep samples apart too. looks: whether bounds on a GPU are read, which waits for it;
     else they are only counted, and read where their number is another.
     """
-    starts = _starts(plan)
     if getattr(packed, "qkv_format", None) != "thd":
-        if not has_mask and any(start % plan.num_tokens for start in starts):
+        if not has_mask and plan.is_packed:
             raise ValueError(
-                f"the plan has {len(starts)} samples in {len(plan.kept_BK)} rows, but the model is "
-                "called without packed_seq_params, so that they would see each other; give it the "
-                "samples' bounds (qkv_format='thd'), or plan one sample a row"
+                f"the plan has {len(plan.sample_lengths)} samples in {len(plan.kept_BK)} rows, but "
+                "the model is called without packed_seq_params, so that they would see each other; "
+                "give it the samples' bounds (qkv_format='thd'), or plan one sample a row"
             )
         return
+    starts = _starts(plan)
     # Where the host fills samples up, these are their places, and cu_seqlens_q tells their lengths.
     padded: Tensor | None = packed.cu_seqlens_q_padded
     bounds: Tensor = packed.cu_seqlens_q if padded is None else padded

@@ -9,6 +9,7 @@ Shapes: B rows, T positions, S slots of this context rank, D values of an angle.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -56,18 +57,23 @@ def require_axes(gpt: Any, local: LocalPlan, position_ids: Tensor | None) -> Non
         )
 
 
-KINDS: dict[str, Callable[[Any, LocalPlan, Tensor | None], Tensor]] = {
-    "rope": _by_position,
-    "yarn": _by_scaled_position,
-    "mrope": _by_axes,
-}
+@dataclass(frozen=True)
+class Positions:
+    """One kind of positions."""
 
-TABLES = {
-    "rope": "RotaryEmbedding",
-    "yarn": "YarnRotaryEmbedding",
-    "mrope": "MultimodalRotaryEmbedding",
+    table: str
+    """Megatron-core's class of the rotary table; another one may mean something else by it."""
+
+    angles: Callable[[Any, LocalPlan, Tensor | None], Tensor]
+    """Returns the angles [S, B, D] of kept slots."""
+
+
+KINDS = {
+    "rope": Positions("RotaryEmbedding", _by_position),
+    "yarn": Positions("YarnRotaryEmbedding", _by_scaled_position),
+    "mrope": Positions("MultimodalRotaryEmbedding", _by_axes),
 }
-"""Megatron-core's class of each kind's table; another one may mean something else by it."""
+"""By ``position_embedding_type``."""
 
 
 def kept_angles(gpt: Any, local: LocalPlan, position_ids: Tensor | None) -> Tensor | None:
@@ -77,4 +83,4 @@ def kept_angles(gpt: Any, local: LocalPlan, position_ids: Tensor | None) -> Tens
     position_ids: what the model was called with.
     """
     kind = KINDS.get(gpt.position_embedding_type)
-    return None if kind is None else kind(gpt, local, position_ids).unsqueeze(2)
+    return None if kind is None else kind.angles(gpt, local, position_ids).unsqueeze(2)
