@@ -24,6 +24,9 @@ from regate_ds.settings.section import plain_values
 from regate_ds.teacher.loading import load_teacher_config
 
 MAY_CHANGE = {
+    # Their product with the number of data ranks stays: see saving/contents.py.
+    "run.micro_batch",
+    "run.accumulation",
     "run.resume",
     "run.grace_seconds",
     "run.save_every",

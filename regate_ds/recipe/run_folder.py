@@ -7,7 +7,7 @@ metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, ans
                  time to score this step's samples, which happens one step before
 evals.jsonl      step, accuracies, and the totals of all steps so far
 summary.json     the final figures
-checkpoints/     see checkpoint.py; model/ is the trained student
+checkpoints/     see saving/checkpoint.py; model/ is the trained student
 """
 
 from __future__ import annotations

@@ -17,13 +17,6 @@ from regate_ds.job.progress import progress
 from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
 from regate_ds.parallel.collectives import sum_over
-from regate_ds.recipe.checkpoint import (
-    Done,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    save_model,
-)
 from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
@@ -35,6 +28,14 @@ from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
+from regate_ds.recipe.saving.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from regate_ds.recipe.saving.contents import Checkpoint, Done
+from regate_ds.recipe.saving.model import save_model
 from regate_ds.recipe.step_figures import StepFigures, gated_share, peak_memory, shown
 
 
@@ -58,6 +59,7 @@ class Trainer:
         self.order = make_order(config, len(corpus.train_records), self.data)
         judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
+        self._saved = self._find_saved()
         self.computed = open_computed(config, corpus, process)
         self._gated_share = gated_share(corpus.student.model, config.elision)
         self.engine = make_engine(
@@ -68,6 +70,7 @@ class Trainer:
                 data=self.data,
                 total_steps=self.order.total_steps,
                 computed=self.computed,
+                saved=self._saved,
             )
         )
         self._figures = StepFigures(self.engine, process, self.data)
@@ -78,7 +81,7 @@ class Trainer:
             total = self.order.total_steps
             print(describe_run(self.config, total, origin_of(self.computed)), flush=True)
         torch.manual_seed(self.config.run.seed * 1_000 + self.data.rank)
-        start = self._resume() if self.folder.resumes(self.config.run.resume) else self._begin()
+        start = self._begin() if self._saved is None else self._resume(self._saved)
         total, show = self.order.total_steps, self.process.is_first
         name = self.config.run.out.name
         bar = progress(total, desc=name, unit="step", start=start, show=show)
@@ -152,15 +155,27 @@ class Trainer:
 
     def _save(self, done: int) -> None:
         checkpoints = self.folder.checkpoints
-        state = Done(done, self.corpus.index.fingerprint)
+        state = Done(
+            step=done,
+            fingerprint=self.corpus.index.fingerprint,
+            samples_per_step=self.order.samples_per_step,
+            num_ranks=self.process.world_size,
+        )
         save_checkpoint(checkpoints, state, self.engine, self.process)
         if self.process.is_first:
             prune_checkpoints(checkpoints, self.config.run.keep_checkpoints)
 
-    def _resume(self) -> int:
-        found = load_checkpoint(self.folder.checkpoints, self.engine, self.process)
-        found.require(self.corpus.index.fingerprint)
-        done = found.step
+    def _find_saved(self) -> Checkpoint | None:
+        """Return what the run goes on from, which must be of the same samples in the same steps."""
+        if not self.folder.resumes(self.config.run.resume):
+            return None
+        saved = newest_checkpoint(self.folder.checkpoints)
+        saved.done.require(self.corpus.index.fingerprint, self.order.samples_per_step)
+        return saved
+
+    def _resume(self, saved: Checkpoint) -> int:
+        load_checkpoint(saved, self.engine, self.process)
+        done = saved.done.step
         lacks_eval = False
         if self.process.is_first:
             self.folder.forget_after(done)

@@ -198,6 +198,28 @@ def check_a_run_that_is_asked_to_end_resumes(root: Path) -> None:
     assert_same_run(root, "whole", "asked")
 
 
+def check_half_under_zero_3(rank: int, folder: str) -> None:
+    """Ends in the middle; it is gone on with on another number of ranks."""
+    with pytest.raises(Killed):
+        run(Path(folder), "half", STAGE_3, trainer=KilledTrainer)
+
+
+def check_resume_on_one_rank(rank: int, folder: str) -> None:
+    """It is the run of two ranks, but for sums in another order."""
+    root = Path(folder)
+    with pytest.raises(ValueError, match="of 8 samples a step, but .* is 4 here; set run.accum"):
+        run(root, "half", STAGE_3, "run.resume=true")
+    run(root, "half", STAGE_3, "run.accumulation=4", "run.resume=true")
+    for mine, whole in zip(rows(root, "half"), rows(root, "whole"), strict=True):
+        loss, norm = (pytest.approx(whole[key], rel=1e-5) for key in ("loss", "grad_norm"))
+        assert mine == {**whole, "loss": loss, "grad_norm": norm}
+    saved = root / "half" / "checkpoints"
+    left = {path.name for path in saved.rglob("*")}
+    assert not left & {"universal", "latest_universal"}
+
+
+STAGE_3 = "run.deepspeed={zero_optimization: {stage: 3}}"
+
 ONLINE = ["teacher.mode=online", "teacher.store=null", "teacher.tokens_per_batch=1"]
 """Each sample is scored by itself, so that sums are the store's to the last digit."""
 

@@ -1,3 +1,4 @@
+import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,15 @@ import torch
 import torch.distributed as dist
 
 from regate_ds.job.process import Process
-from regate_ds.recipe.checkpoint import (
-    COMPLETE,
-    Done,
+from regate_ds.recipe.engines.deepspeed import ZeroEngine
+from regate_ds.recipe.saving.checkpoint import (
     latest,
     load_checkpoint,
+    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
-from regate_ds.recipe.engines.deepspeed import ZeroEngine
+from regate_ds.recipe.saving.contents import COMPLETE, Contents, Done
 from tests.support.power import Disk, PowerFailure, copy_of
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -84,32 +85,9 @@ def test_those_beyond_the_newest_do_not_displace_it(tmp_path):
 REGATE: Any = SimpleNamespace(save=lambda _: None, load=lambda *_: None)
 
 
-def host(stage, loads=None):
-    made: Any = SimpleNamespace(
-        zero_optimization_stage=lambda: stage, load_checkpoint=lambda *_, **__: loads
-    )
-    return ZeroEngine(made, REGATE, ALONE)
-
-
-def test_another_number_of_ranks_is_refused_where_the_optimizer_is_cut_by_rank(tmp_path):
-    write(tmp_path, 5)
-    point_to(tmp_path, 5)
-    for rank in (0, 1):
-        (tmp_path / "step-000005" / f"random-{rank}.pt").touch()
-    with pytest.raises(ValueError, match="by 2 ranks under ZeRO stage 1, but this job has 1"):
-        load_checkpoint(tmp_path, host(1), ALONE)
-
-
-def test_a_checkpoint_without_the_engines_files_is_named(tmp_path):
-    write(tmp_path, 5)
-    point_to(tmp_path, 5)
-    with pytest.raises(ValueError, match="step-000005 cannot be read .* lacks the files of DeepS"):
-        load_checkpoint(tmp_path, host(0, (None, None)), ALONE)
-
-
 def test_without_a_checkpoint_the_way_out_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no complete checkpoint; to start anew, delete"):
-        load_checkpoint(tmp_path, host(0), ALONE)
+        newest_checkpoint(tmp_path)
 
 
 @pytest.fixture
@@ -119,12 +97,25 @@ def alone(monkeypatch):
     engine: Any = SimpleNamespace(
         zero_optimization_stage=lambda: 0,
         save_checkpoint=lambda folder, tag, **_: (Path(folder) / tag).mkdir(parents=True),
-        load_checkpoint=lambda folder, tag: (folder, {"step": int(tag[5:]), "fingerprint": "ab"}),
+        load_checkpoint=lambda folder, tag: (folder, {}),
     )
     return ZeroEngine(engine, REGATE, ALONE)
 
 
-DONE = Done(5, "ab")
+DONE = Done(step=5, fingerprint="ab", samples_per_step=8, num_ranks=1)
+
+
+def resume(folder, engine, process=ALONE):
+    saved = newest_checkpoint(folder)
+    load_checkpoint(saved, engine, process)
+    return saved.done
+
+
+def test_a_checkpoint_without_the_engines_files_is_named(tmp_path, alone):
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    alone.engine.load_checkpoint = lambda *_, **__: (None, None)
+    with pytest.raises(ValueError, match="step-000005 cannot be read .* lacks the files of DeepS"):
+        resume(tmp_path, alone)
 
 
 def test_nothing_is_left_of_a_step_that_was_saved_before(tmp_path, alone):
@@ -135,22 +126,59 @@ def test_nothing_is_left_of_a_step_that_was_saved_before(tmp_path, alone):
     assert latest(tmp_path) == "step-000005"
 
 
-def test_a_rank_that_the_saved_run_did_not_have_keeps_its_random_state(tmp_path, alone):
+def test_a_rank_that_the_saved_run_did_not_have_keeps_its_random_state(
+    tmp_path, alone, monkeypatch
+):
     save_checkpoint(tmp_path, DONE, alone, ALONE)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert load_checkpoint(tmp_path, alone, Process(1, 2, torch.device("cpu"))) == DONE
+    with monkeypatch.context() as patch:  # two ranks would share the reading
+        patch.setattr(Contents, "require_whole", lambda *_: None)
+        resume(tmp_path, alone, Process(1, 2, torch.device("cpu")))
     assert torch.equal(torch.get_rng_state(), before)
-    load_checkpoint(tmp_path, alone, ALONE)
+    assert resume(tmp_path, alone) == DONE
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"no pickle"])
-def test_a_damaged_random_file_is_named_with_its_checkpoint(tmp_path, alone, content):
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"no pickle", None])
+def test_a_changed_or_missing_file_is_named(tmp_path, alone, content):
     save_checkpoint(tmp_path, DONE, alone, ALONE)
-    (tmp_path / "step-000005" / "random-0.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="step-000005 cannot be read .* name an earlier"):
-        load_checkpoint(tmp_path, alone, ALONE)
+    path = tmp_path / "step-000005" / "random-0.pt"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"random-0.pt is missing or not what was saved; name an "):
+        resume(tmp_path, alone)
+
+
+def test_no_changed_bit_goes_unseen(tmp_path, alone):
+    """In any byte of any file of a checkpoint, its own record too."""
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    for path in sorted((tmp_path / "step-000005").iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 200)):
+            changed = bytearray(content)
+            changed[place] ^= 1 << place % 8
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=path.name):
+                resume(tmp_path, alone)
+        path.write_bytes(content)
+    assert resume(tmp_path, alone) == DONE
+
+
+def test_a_record_of_another_version_is_named(tmp_path):
+    write(tmp_path, 5)
+    point_to(tmp_path, 5)
+    with pytest.raises(ValueError, match="complete cannot be read .* name an earlier checkpoint"):
+        newest_checkpoint(tmp_path)
+
+
+def test_the_record_names_every_other_file(tmp_path, alone):
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    folder = tmp_path / "step-000005"
+    content = json.loads((folder / COMPLETE).read_text().splitlines()[0])
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert set(content["checksums"]) == names - {COMPLETE}
 
 
 def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path, alone):
@@ -166,9 +194,14 @@ def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path
 
 
 def test_a_run_goes_on_with_its_own_data_only():
-    DONE.require("ab")
+    DONE.require("ab", 8)
     with pytest.raises(ValueError, match="with fingerprint ab, but this job's data has cd"):
-        DONE.require("cd")
+        DONE.require("cd", 8)
+
+
+def test_a_run_goes_on_with_as_many_samples_a_step_only():
+    with pytest.raises(ValueError, match=r"of 8 samples a step, but .* is 12 here; set run.accum"):
+        DONE.require("ab", 12)
 
 
 def test_the_newest_checkpoint_is_whole_after_a_power_failure_at_any_step(

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 from regate_ds.stores.reference.reader import ReferenceStore
-from tests.recipe.recipe_helper import check_online, check_recipe
+from tests.recipe.recipe_helper import (
+    check_half_under_zero_3,
+    check_online,
+    check_recipe,
+    check_resume_on_one_rank,
+)
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.small_corpus import make_corpus
@@ -35,6 +40,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_repeats_resumes_and_can_be_switched_off(corpus: Path):
     run_ranks(check_recipe, 2, str(corpus))
+    run_ranks(check_half_under_zero_3, 2, str(corpus))
+    run_ranks(check_resume_on_one_rank, 1, str(corpus))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -37,6 +37,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return _without_auto(merged)
 
 
+def zero_stage(settings: Mapping[str, Any]) -> int:
+    """Return the stage of merged settings; DeepSpeed's own default is 0."""
+    return settings.get("zero_optimization", {}).get("stage", 0)
+
+
 def _run_settings(config: RunConfig, world_size: int) -> list[Setting]:
     run, clip = config.run, config.optimizer.grad_clip
     samples = run.micro_batch * run.accumulation * world_size

@@ -15,6 +15,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
+from regate_ds.recipe.saving.contents import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,14 @@ class Setup:
 
     total_steps: int
     computed: Computed
+
+    saved: Checkpoint | None = None
+    """What the run goes on from; None starts a new one."""
+
+    @property
+    def has_other_ranks(self) -> bool:
+        """Whether the run goes on with another number of ranks than it was saved by."""
+        return self.saved is not None and self.saved.done.num_ranks != self.process.world_size
 
 
 class Engine(Protocol):
@@ -68,16 +77,12 @@ class Engine(Protocol):
         """Return a context that yields the student as a Hugging Face model. Collective."""
         ...
 
-    def save(self, checkpoint: Path, done: dict[str, Any]) -> None:
+    def save(self, checkpoint: Path) -> None:
         """Write this rank's part into a checkpoint's folder. Collective."""
         ...
 
-    def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
-        """Refuse, by ValueError, a checkpoint of ``num_saved`` ranks that this job cannot read."""
-        ...
-
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Load weights and optimizer, and return the ``done`` that was saved. Collective."""
+    def load(self, checkpoint: Path) -> None:
+        """Load weights and optimizer. Collective."""
         ...
 
     def load_method(self, checkpoint: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.torch.loop import LoopRegate, Window
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
-from regate_ds.recipe.config.deepspeed_json import deepspeed_config
+from regate_ds.recipe.config.deepspeed_json import deepspeed_config, zero_stage
 from regate_ds.recipe.engines.base import Setup
+from regate_ds.recipe.engines.universal import add_universal, converted, mended_stage_3
 from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
 from regate_ds.recipe.students.trainable import trainable
 
@@ -22,8 +23,11 @@ from regate_ds.recipe.students.trainable import trainable
 class ZeroEngine:
     """Runs steps under ZeRO stages 0 to 3; every rank is a data rank."""
 
-    def __init__(self, engine: Any, regate: LoopRegate, process: Process) -> None:
+    def __init__(
+        self, engine: Any, regate: LoopRegate, process: Process, *, reads_universal: bool = False
+    ) -> None:
         self.engine, self.regate, self._process = engine, regate, process
+        self._reads_universal = reads_universal
 
     @classmethod
     def build(cls, setup: Setup) -> ZeroEngine:
@@ -39,13 +43,17 @@ class ZeroEngine:
             orders=setup.computed.orders,
         )
         optimizer = make_optimizer(model, config.optimizer)
+        settings = deepspeed_config(config, setup.process.world_size)
+        is_cut_otherwise = bool(zero_stage(settings)) and setup.has_other_ranks
+        if is_cut_otherwise:
+            add_universal(settings)
         engine = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             lr_scheduler=make_lr_schedule(optimizer, config.optimizer, setup.total_steps),
-            config=deepspeed_config(config, setup.process.world_size),
+            config=settings,
         )[0]
-        return cls(engine, regate, setup.process)
+        return cls(engine, regate, setup.process, reads_universal=is_cut_otherwise)
 
     @property
     def model(self) -> nn.Module:
@@ -82,25 +90,26 @@ class ZeroEngine:
     def full_model(self) -> Iterator[nn.Module]:
         yield self.engine.module
 
-    def save(self, checkpoint: Path, done: dict[str, Any]) -> None:
+    def save(self, checkpoint: Path) -> None:
         folder, tag = str(checkpoint.parent), checkpoint.name
-        self.engine.save_checkpoint(folder, tag=tag, client_state=done, save_latest=False)
+        self.engine.save_checkpoint(folder, tag=tag, save_latest=False)
         self.regate.save(checkpoint)
 
-    def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
-        """Refuse another number of ranks, because ZeRO cuts the optimizer's state by rank."""
-        stage, num_ranks = self.engine.zero_optimization_stage(), self._process.world_size
-        if stage >= 1 and num_saved != num_ranks:
-            raise ValueError(
-                f"{checkpoint} was written by {num_saved} ranks under ZeRO stage {stage}, but this "
-                f"job has {num_ranks}; resume with {num_saved} ranks"
-            )
+    def load(self, checkpoint: Path) -> None:
+        if self._reads_universal:
+            with converted(checkpoint, self._process) as name, self._mended():
+                self._load(checkpoint, name)
+        else:
+            self._load(checkpoint.parent, checkpoint.name)
 
-    def load(self, checkpoint: Path) -> dict[str, Any]:
-        path, done = self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    def _mended(self) -> AbstractContextManager[None]:
+        is_stage_3 = self.engine.zero_optimization_stage() == 3
+        return mended_stage_3(self.engine.optimizer.optimizer) if is_stage_3 else nullcontext()
+
+    def _load(self, folder: Path, tag: str) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise FileNotFoundError("it lacks the files of DeepSpeed's engine")
-        return done
 
     def load_method(self, checkpoint: Path) -> None:
         self.regate.load(checkpoint)

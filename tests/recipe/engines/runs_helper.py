@@ -14,13 +14,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_ds.adapters.megatron_on_cpu.modules import layer_spec
 from regate_ds.job.process import Process
-from regate_ds.recipe.checkpoint import save_model
 from regate_ds.recipe.config import megatron_limits as fits
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.engines.megatron import decoder as student
 from regate_ds.recipe.engines.megatron.engine import MegatronEngine, forward_step
 from regate_ds.recipe.preflight import judge_run
+from regate_ds.recipe.saving.model import save_model
 from regate_ds.recipe.trainer import Trainer
 from tests.adapters.megatron.checks_helper import dismantle
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import peft
 import torch
 
-from regate_ds.recipe.checkpoint import full_weights, merge_lora
+from regate_ds.recipe.saving.model import full_weights, merge_lora
 from tests.support.models import causal_lm
 
 

@@ -67,6 +67,7 @@ class MegatronEngine:
         assert config.parallel is not None
         reference = setup.computed.reference
         assert not isinstance(reference, OnlineReference)
+        _require_same_ranks(setup)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]
@@ -180,26 +181,25 @@ class MegatronEngine:
         yield model.to(self._setup.process.device)
         model.to("cpu")
 
-    def save(self, checkpoint: Path, done: dict[str, Any]) -> None:
-        more = {"done": done, "num_done": self._num_done}
-        save_rank(checkpoint, self.chunks, self.optimizer, more)
+    def save(self, checkpoint: Path) -> None:
+        save_rank(checkpoint, self.chunks, self.optimizer, {"num_done": self._num_done})
         self.regate.save(checkpoint)
 
-    def require_ranks(self, checkpoint: Path, num_saved: int) -> None:
-        num_ranks = self._setup.process.world_size
-        if num_saved != num_ranks:
-            raise ValueError(
-                f"{checkpoint} was written by {num_saved} ranks of Megatron-core, but this job has "
-                f"{num_ranks}; resume with {num_saved} ranks"
-            )
-
-    def load(self, checkpoint: Path) -> dict[str, Any]:
+    def load(self, checkpoint: Path) -> None:
         more = load_rank(checkpoint, self.chunks, self.optimizer)
         self._num_done = more["num_done"]
-        return more["done"]
 
     def load_method(self, checkpoint: Path) -> None:
         self.regate.load(checkpoint)
+
+
+def _require_same_ranks(setup: Setup) -> None:
+    if setup.saved is not None and setup.has_other_ranks:
+        num_saved = setup.saved.done.num_ranks
+        raise ValueError(
+            f"{setup.saved.folder} was written by {num_saved} ranks of Megatron-core, but this job "
+            f"has {setup.process.world_size}; resume with {num_saved} ranks"
+        )
 
 
 def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:

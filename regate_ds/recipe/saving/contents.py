@@ -1,0 +1,134 @@
+"""What a complete checkpoint holds: the file ``complete``, which is written last.
+
+It has what is done and by how many ranks, and a checksum of every other file. So a resume refuses
+other data or another batch before a model is loaded, and a changed bit before the run goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from regate_ds.job.process import Process
+from regate_ds.parallel.collectives import broadcast_text, sum_over
+from regate_ds.stores.atomic_file import write_atomically
+
+COMPLETE = "complete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How many steps a checkpoint holds, on which data they were done, and by whom."""
+
+    step: int
+    """Number of optimizer steps that are done."""
+
+    fingerprint: str
+    """Fingerprint of the training set's index."""
+
+    samples_per_step: int
+    """Samples of an optimizer step, over all data ranks."""
+
+    num_ranks: int
+    """Ranks of the job that saved."""
+
+    def require(self, fingerprint: str, samples_per_step: int) -> None:
+        """Refuse, by ValueError, to resume with samples that would come in another order."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint was written for data with fingerprint {self.fingerprint}, but "
+                f"this job's data has {fingerprint}; resume with the same data, images and chat "
+                "template"
+            )
+        if samples_per_step != self.samples_per_step:
+            raise ValueError(
+                f"the checkpoint was written by a run of {self.samples_per_step} samples a step, "
+                f"but run.micro_batch * run.accumulation * data ranks is {samples_per_step} here; "
+                f"set run.accumulation or run.micro_batch so that it is {self.samples_per_step}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A checkpoint's record of itself."""
+
+    done: Done
+    checksums: Mapping[str, int]
+    """By the name of a file in its folder."""
+
+    def require_whole(self, folder: Path, process: Process) -> None:
+        """Refuse, by ValueError on all ranks, a checkpoint with a changed file. Collective."""
+        names = list(self.checksums)
+        for name, found in zip(names, _checksums(folder, names, process), strict=True):
+            if found != self.checksums[name]:
+                raise ValueError(
+                    f"{folder / name} is missing or not what was saved; name an earlier checkpoint "
+                    f"in {folder.parent / 'latest'}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint that a run goes on from."""
+
+    folder: Path
+    contents: Contents
+
+    @property
+    def done(self) -> Done:
+        return self.contents.done
+
+
+def read_contents(folder: Path) -> Contents:
+    """Read a complete checkpoint's record. ValueError names the file if it is damaged."""
+    path = folder / COMPLETE
+    try:
+        content, _, checksum = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
+        if checksum != _checksum_of_text(content):
+            raise ValueError("its checksum is another")
+        tree = json.loads(content)
+        return Contents(done=Done(**tree["done"]), checksums=tree["checksums"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); name an earlier checkpoint "
+            f"in {folder.parent / 'latest'}"
+        ) from None
+
+
+def write_contents(folder: Path, done: Done, process: Process) -> None:
+    """Record what a checkpoint holds, which completes it. Collective."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = json.loads(
+        broadcast_text(
+            json.dumps([path.relative_to(folder).as_posix() for path in files]),
+            process.group,
+            process.device,
+        )
+    )
+    checksums = dict(zip(names, _checksums(folder, names, process), strict=True))
+    if process.is_first:
+        content = json.dumps({"done": asdict(done), "checksums": checksums})
+        write_atomically(folder / COMPLETE, f"{content}\n{_checksum_of_text(content)}\n".encode())
+
+
+def _checksums(folder: Path, names: Sequence[str], process: Process) -> list[int]:
+    """Return a checksum for each file, 0 where there is none; each rank reads its share of them."""
+    mine = [0] * len(names)
+    for place in range(process.rank, len(names), process.world_size):
+        mine[place] = _checksum(folder / names[place])
+    return sum_over(mine, process.group, process.device)
+
+
+def _checksum(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _checksum_of_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
