@@ -25,7 +25,7 @@ import torch
 from regate_ds.adapters.megatron_on_cpu.shim import install
 from regate_ds.cli import main
 from regate_ds.recipe import rank_job, teacher_job, trainer  # noqa: F401 (likewise)
-from tests.support.small_corpus import make_corpus
+from tests.support.small_corpus import TEXT, make_corpus
 
 _MEGATRON = ("run.deepspeed=null", "parallel={pipeline: 2}", "run.accumulation=4")
 
@@ -58,7 +58,7 @@ JOBS = {
 
 def prepare(folder: Path) -> None:
     """Make corpus, student and the reference store of ``folder/run.yaml``."""
-    make_corpus(folder)
+    make_corpus(folder, text={**TEXT, "num_hidden_layers": 4})
     teacher = [sys.executable, "-m", "regate_ds.cli", "teacher", str(folder / "run.yaml")]
     subprocess.run(teacher, check=True)
 

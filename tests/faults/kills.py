@@ -46,6 +46,10 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+def _last_line(out: Path) -> str:
+    return (_lines(out.with_name(f"{out.name}-0.log")) or [""])[-1]
+
+
 def _kill_each(job: str, seeds: list[int], folder: Path, rows: Path) -> list[dict[str, Any]]:
     if not seeds:
         return []
@@ -53,7 +57,7 @@ def _kill_each(job: str, seeds: list[int], folder: Path, rows: Path) -> list[dic
     began = time.monotonic()
     codes = wait(start(JOBS[job], folder, whole))
     seconds = time.monotonic() - began
-    assert not any(codes), f"{job} failed undisturbed: {codes}, {whole}-0.log"
+    assert not any(codes), f"{job} failed undisturbed: {codes}, {_last_line(whole)}"
     wanted, found = result_of(whole), []
     for seed in seeds:
         row = {"job": job, "seed": seed, **_kill_once(job, seed, folder, seconds, wanted)}
@@ -76,7 +80,7 @@ def _kill_once(
     codes = wait(start(JOBS[job], folder, out)) if was_running else [0]
     lost = ""
     if any(codes):
-        lost = f"exit codes {codes}: {(_lines(out.with_name(f'{out.name}-0.log')) or [''])[-1]}"
+        lost = f"exit codes {codes}: {_last_line(out)}"
     elif differing := _differing(result_of(out), wanted):
         lost = f"differs: {', '.join(differing)}"
     if not lost:
