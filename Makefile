@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-gpu test-stress test-matrix test-families test-slurm test-ssh check style quickstart realmodel bench clean
+.PHONY: setup test test-gpu test-stress test-matrix test-families test-faults test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -57,6 +57,14 @@ test-families: setup
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.zero --rows build/families/zero.jsonl
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.families.teachers --jobs 2 --rows build/families/teachers.jsonl
 	$(BIN)/python -m tests.families.page build/families
+
+# Jobs that lose their machine, files that lose a bit, ranks that are lost, runs on other numbers of
+# ranks; SEEDS and FLIPS say how many. What is in build/faults is not tried again.
+test-faults: setup
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.kills --seeds $(or $(SEEDS),25)
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.flips --flips $(or $(FLIPS),500)
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.lost_ranks
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.elastic
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.

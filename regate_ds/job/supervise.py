@@ -19,7 +19,7 @@ from tqdm import tqdm
 from regate_ds.job.errors import USER_ERRORS, JobFailed, one_line
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import Process, start_process
-from regate_ds.job.watch import DIED, Failure, Watch
+from regate_ds.job.watch import Failure, Signs, Watch
 from regate_ds.parallel.collectives import broadcast_text, sum_over
 
 GRACE_SECONDS = 10.0
@@ -30,21 +30,22 @@ _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe
 
 
 @contextmanager
-def join_job(command: str) -> Iterator[Process]:
+def join_job(command: str, signs: Signs | None = None) -> Iterator[Process]:
     """Join the job, run the block, and leave the job.
 
     With several ranks an error becomes ``JobFailed``, with the text of the rank that failed first
     on all of them. The other ranks end within ``GRACE_SECONDS``, whatever they are waiting for.
+    signs: by which a rank is found that has stopped without ending.
     """
     process = start_process()
-    with watched(process, command):
+    with watched(process, command, signs):
         yield process
         dist.barrier()
     dist.destroy_process_group()
 
 
 @contextmanager
-def watched(process: Process, command: str) -> Iterator[None]:
+def watched(process: Process, command: str, signs: Signs | None = None) -> Iterator[None]:
     """End with the other ranks, as ``join_job`` does. All ranks enter and leave it together."""
     if process.group is None:
         yield
@@ -54,7 +55,8 @@ def watched(process: Process, command: str) -> Iterator[None]:
     notify = partial(_end_with, command=command, process=process, ended=ended)
     # With torchrun, MASTER_ADDR may be another node than the first rank's.
     first_node = broadcast_text(socket.gethostname(), process.group, process.device)
-    watch = Watch(process.rank, [os.environ["MASTER_ADDR"], first_node], exchange, notify)
+    addresses = [os.environ["MASTER_ADDR"], first_node]
+    watch = Watch(process.rank, addresses, exchange, notify, signs or Signs())
     try:
         yield
     except Preempted:
@@ -77,8 +79,8 @@ def watched(process: Process, command: str) -> Iterator[None]:
 
 def _end_with(failure: Failure, *, command: str, process: Process, ended: threading.Event) -> None:
     """End this rank after another has failed, by force if need be. Runs in a thread of its own."""
-    if failure.text == DIED and _speaks_for(failure.rank, process):
-        # The dead rank's progress bar may lack an end of line.
+    if failure.is_unsaid and _speaks_for(failure.rank, process):
+        # The lost rank's progress bar may lack an end of line.
         tqdm.write(f"\nregate {command}: {failure}", file=sys.stderr)
         sys.stderr.flush()
     _thread.interrupt_main()
@@ -86,10 +88,10 @@ def _end_with(failure: Failure, *, command: str, process: Process, ended: thread
         _leave_at_once()
 
 
-def _speaks_for(dead: int, process: Process) -> bool:
-    """Return whether this rank prints the death: the first rank does, or if that one died, rank 1
+def _speaks_for(lost: int, process: Process) -> bool:
+    """Return whether this rank prints the loss: the first rank does, or if that one is lost, rank 1
     and the first rank of each node."""
-    if dead != 0:
+    if lost != 0:
         return process.is_first
     return process.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 

@@ -29,6 +29,7 @@ MAY_CHANGE = {
     "run.accumulation",
     "run.resume",
     "run.grace_seconds",
+    "run.hang_seconds",
     "run.save_every",
     "run.eval_every",
     "run.log_every",

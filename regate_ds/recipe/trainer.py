@@ -16,6 +16,7 @@ from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
 from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
+from regate_ds.job.watch import Signs
 from regate_ds.parallel.collectives import sum_over
 from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
@@ -45,8 +46,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     judge_run(config)
     if config.run.plan_only:
         return walk_plan(config, open_corpus(config, weights=False))
-    with join_job("train") as process:
-        return Trainer(config, open_corpus(config), process).run()
+    made: list[Trainer] = []
+    signs = Signs(lambda: made[0].place if made else "its start", config.run.hang_seconds)
+    with join_job("train", signs) as process:
+        made.append(Trainer(config, open_corpus(config), process))
+        return made[0].run()
 
 
 class Trainer:
@@ -54,6 +58,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, corpus: Corpus, process: Process) -> None:
         self.config, self.corpus, self.process = config, corpus, process
+        self.place = "its start"
+        """What this rank is doing, for the others if it is lost."""
         self.data = data_ranks(config, process)
         require_one_data_set(corpus.index.fingerprint, process)
         self.order = make_order(config, len(corpus.train_records), self.data)
@@ -122,6 +128,7 @@ class Trainer:
 
     def train_step(self, step: int, window: Any, stop: StopRequest) -> dict[str, Any]:
         """Run one optimizer step and return its row of the metrics. Collective."""
+        self.place = f"step {step}"
         lr = self.engine.lr
         losses = self.engine.run_step(window)
         loss_mean = self._figures.mean_loss(step, losses, is_asked_to_stop=stop.is_asked)

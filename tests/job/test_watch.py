@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from regate_ds.job import watch
-from regate_ds.job.watch import DIED, Failure, Watch
+from regate_ds.job import hub
+from regate_ds.job.hub import DIED, SILENT, Hub
+from regate_ds.job.watch import Failure, Signs, Watch
 
 
 class Sum:
@@ -33,10 +34,11 @@ class Sum:
 
 
 class Rank:
-    def __init__(self, rank: int, exchange: Callable) -> None:
+    def __init__(self, rank: int, exchange: Callable, patience: float | None = 60) -> None:
         self.heard: list[Failure] = []
         self._told = threading.Event()
-        self.watch = Watch(rank, ["127.0.0.1", "localhost"], exchange, self._hear)
+        signs = Signs(lambda: f"step {rank + 5}", patience)
+        self.watch = Watch(rank, ["127.0.0.1", "localhost"], exchange, self._hear, signs)
 
     def _hear(self, failure: Failure) -> None:
         self.heard.append(failure)
@@ -68,8 +70,8 @@ def test_all_hear_what_has_failed_but_the_rank_that_failed(ranks, failing):
 
 
 def test_a_first_rank_that_is_slow_to_listen_loses_no_message(monkeypatch):
-    add = watch._Hub._add
-    monkeypatch.setattr(watch._Hub, "_add", lambda *args: time.sleep(0.2) or add(*args))
+    add = Hub._add
+    monkeypatch.setattr(Hub, "_add", lambda *args: time.sleep(0.2) or add(*args))
     exchange = Sum(3)
     with ThreadPoolExecutor(3) as pool:
         ranks = list(pool.map(lambda rank: Rank(rank, exchange), range(3)))
@@ -78,12 +80,12 @@ def test_a_first_rank_that_is_slow_to_listen_loses_no_message(monkeypatch):
 
 
 def test_the_first_rank_is_told_last_because_it_may_end_at_once(ranks, monkeypatch):
-    told, send = [], watch._send
-    monkeypatch.setattr(watch, "_send", lambda to, *what: told.append(to) or send(to, *what))
+    told, send = [], hub.send
+    monkeypatch.setattr(hub, "send", lambda to, *what: told.append(to) or send(to, *what))
     ranks[2].watch.fail("no space left")
     assert ranks[0].wait() == ranks[1].wait() == [Failure(2, "no space left")]
     # Only the first rank's own connection does not leave its process.
-    assert [to.family == socket.AF_UNIX for to in told] == [False, False, False, True]
+    assert [to.family == socket.AF_UNIX for to in told] == [False, False, True]
 
 
 @pytest.mark.parametrize("dead", [1, 2])
@@ -91,6 +93,52 @@ def test_all_hear_of_a_rank_that_died(ranks, dead):
     ranks[dead].die()
     for other in (rank for rank in ranks if rank is not ranks[dead]):
         assert other.wait() == [Failure(dead, DIED)]
+
+
+def ranks_with(patience: float) -> list[Rank]:
+    exchange = Sum(3)
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda rank: Rank(rank, exchange, patience), range(3)))
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+def test_a_rank_that_gives_no_signs_is_named_with_what_it_did_last(stopped):
+    ranks = ranks_with(1.0)
+    time.sleep(1.0)
+    # As if it were stopped: its connection stays.
+    ranks[stopped].watch._ended.set()
+    for other in (rank for rank in ranks if rank is not ranks[stopped]):
+        (failure,) = other.wait()
+        assert failure.rank == stopped
+        assert failure.is_unsaid
+        assert failure.text.startswith(f"{SILENT}1 s: it is stopped, or its machine hangs.")
+        assert failure.text.endswith(f"(it was last in step {stopped + 5})")
+
+
+def test_a_first_rank_that_answers_no_signs_is_named(monkeypatch):
+    ranks = ranks_with(1.0)
+    monkeypatch.setattr(hub, "send", lambda *_: True)
+    monkeypatch.setattr(Hub, "_misses_one", lambda _: False)
+    for other in ranks[1:]:
+        (failure,) = other.wait()
+        assert failure.rank == 0
+        assert failure.text.startswith(SILENT)
+
+
+def test_ranks_that_give_signs_are_not_lost():
+    ranks = ranks_with(0.4)
+    time.sleep(1.5)
+    assert [rank.heard for rank in ranks] == [[], [], []]
+    assert ranks[2].watch.fail("mine").text == "mine"
+    assert ranks[1].wait() == [Failure(2, "mine")]
+
+
+def test_a_rank_that_dies_is_named_with_what_it_did_last():
+    ranks = ranks_with(1.0)
+    time.sleep(1.0)
+    ranks[1].watch._ended.set()
+    ranks[1].die()
+    assert ranks[0].wait() == [Failure(1, f"{DIED} (it was last in step 6)")]
 
 
 def test_what_failed_first_is_what_every_rank_names(ranks):

@@ -200,6 +200,10 @@ class RunSection:
     """After SIGTERM or SIGUSR1 a run ends its step, saves and exits with code 75; if that takes
     more than this many seconds, it exits at once with code 143; null sets no limit."""
 
+    hang_seconds: int | None = 120
+    """Seconds without a sign of life after which a rank counts as lost, and the others end; null
+    waits as long as the collectives do."""
+
     log_every: int = 10
     """Number of steps between updates of the figures beside the progress bar."""
 
@@ -211,6 +215,6 @@ class RunSection:
             require(self, key, getattr(self, key) >= 1, "must be at least 1")
         for key in ("seed", "eval_every", "save_every"):
             require(self, key, getattr(self, key) >= 0, "must be 0 or more")
-        for key in ("steps", "keep_checkpoints", "grace_seconds"):
+        for key in ("steps", "keep_checkpoints", "grace_seconds", "hang_seconds"):
             value = getattr(self, key)
             require(self, key, value is None or value >= 1, "must be at least 1, or null")
