@@ -184,8 +184,21 @@ def _rewrite(path: Path, rows: list[Row]) -> None:
 
 
 def _read_lines(path: Path) -> list[Row]:
-    """Read complete lines only: a killed run may have left half a line at the end."""
+    """Read complete lines only: a killed run may have left half a line at the end.
+
+    ValueError names a line that is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [_row(line, path, number) for number, line in enumerate(lines, 1) if line[-1:] == b"\n"]
+
+
+def _row(line: bytes, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError("it is no row of figures")
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that line") from None
+    return row

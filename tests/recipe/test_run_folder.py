@@ -147,3 +147,14 @@ def test_answers_that_ran_without_a_loss_are_processed_and_those_that_had_one_al
 def test_a_kind_of_step_that_never_ran_has_no_time():
     figures = totals([step(dense=True, seconds=1.0, kept=40)], gated_share=1.0)
     assert figures["step_seconds_sparse"] is None
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1,, "loss": 2}', b'{"ste\xf0": 1}', b'{"stop": 1}', b"7"]
+)
+def test_a_damaged_line_is_named(folder, line):
+    folder.append_metrics({"step": 0})
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is damaged .*; delete that line"):
+        folder.metrics()
