@@ -27,39 +27,48 @@ class Lines:
         self._connection, self._rest = connection, b""
 
     @property
-    def has_more(self) -> bool:
-        """Whether a whole message has come that ``next`` has not returned yet."""
+    def has_message(self) -> bool:
+        """Whether a whole line has come that ``take`` has not returned yet."""
         return b"\n" in self._rest
 
-    def next_or_none(self) -> Message | None:
-        """Return the next message; None also if it is not whole in the connection's time."""
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that have come, and were not taken."""
+        return len(self._rest)
+
+    def read(self) -> bool:
+        """Wait until something comes; return False if the other end is gone.
+
+        TimeoutError if the connection has a time, and nothing comes in it.
+        """
         try:
-            return self.next()
+            chunk = self._connection.recv(65536)
         except TimeoutError:
+            raise
+        except OSError:
+            return False
+        self._rest += chunk
+        return bool(chunk)
+
+    def take(self) -> Message | None:
+        """Return the next message that has come; None if it is a stranger's."""
+        line, _, self._rest = self._rest.partition(b"\n")
+        try:
+            rank, text = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
+            # Not JSON, or not a pair.
             return None
+        return rank, text
 
     def next(self) -> Message | None:
         """Wait for the next message; return None if the other end is gone.
 
-        TimeoutError if the connection has a time, and nothing comes in it.
+        TimeoutError as for ``read``.
         """
-        while b"\n" not in self._rest:
-            try:
-                chunk = self._connection.recv(65536)
-            except TimeoutError:
-                raise
-            except OSError:
+        while not self.has_message:
+            if not self.read():
                 return None
-            if not chunk:
-                return None
-            self._rest += chunk
-        line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            rank, text = json.loads(line)
-        except (ValueError, TypeError):
-            # A stranger's line: not JSON, or not a pair.
-            return None
-        return rank, text
+        return self.take()
 
 
 def connect(addresses: Sequence[str], port: int) -> socket.socket:

@@ -77,10 +77,10 @@ class Watch:
         self._is_over = False
         listener = socket.create_server(("", 0), backlog=4096) if rank == 0 else None
         port = listener.getsockname()[1] if listener else 0
-        port, token = exchange([port, secrets.randbits(48) if rank == 0 else 0])
+        port, token, size = exchange([port, secrets.randbits(48) if rank == 0 else 0, 1])
         if listener:
             self._peer, inside = socket.socketpair()
-            hub = Hub(listener, inside, token, signs.patience)
+            hub = Hub(listener, inside, token, size, signs.patience)
             threading.Thread(target=hub.run, daemon=True).start()
         else:
             self._peer = connect(addresses, port)

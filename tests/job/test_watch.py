@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from queue import Queue
 
 import pytest
 
-from regate_ds.job import hub
+from regate_ds.job import hub, watch
 from regate_ds.job.hub import DIED, SILENT, Hub
 from regate_ds.job.watch import Failure, Signs, Watch
 
@@ -172,30 +174,81 @@ def test_a_job_that_ends_well_is_quiet(ranks):
 def test_a_first_rank_that_cannot_be_reached_is_named():
     def exchange(values) -> list[int]:
         # Nobody listens there.
-        return [1, 2]
+        return [1, 2, 2]
 
     with pytest.raises(RuntimeError, match=r"reached at 127.0.0.1 or localhost, port 1; set MAS"):
         Rank(1, exchange)
 
 
-def test_a_stranger_on_the_port_is_nobody(monkeypatch):
-    ports = []
+class Door:
+    """Holds the ranks that would connect to the first one, until it is opened."""
 
-    def listen(*args, **options):
-        server = create(*args, **options)
-        ports.append(server.getsockname()[1])
-        return server
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._port, self.is_open, self._connect = Queue(), threading.Event(), watch.connect
+        monkeypatch.setattr(watch, "connect", self._wait)
 
-    create = socket.create_server
-    monkeypatch.setattr(socket, "create_server", listen)
-    exchange = Sum(2)
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda rank: Rank(rank, exchange), range(2))
-    for said in (b'[1, "wrong"]\n', b"hello\n", b"7\n", b""):
-        with socket.create_connection(("127.0.0.1", ports[0]), timeout=4) as stranger:
-            stranger.sendall(said)
-            stranger.shutdown(socket.SHUT_WR)
-            # It is heard, and sent away.
-            assert stranger.recv(1) == b""
+    def _wait(self, addresses, port: int) -> socket.socket:
+        self._port.put(port)
+        assert self.is_open.wait(60)
+        return self._connect(addresses, port)
+
+    def port(self) -> int:
+        port = self._port.get(timeout=60)
+        self._port.put(port)
+        return port
+
+
+@pytest.fixture
+def door(monkeypatch) -> Door:
+    return Door(monkeypatch)
+
+
+def check_they_hear_each_other(ranks: Iterable[Rank]) -> None:
+    first, second = ranks
     assert second.watch.fail("mine").text == "mine"
     assert first.wait() == [Failure(1, "mine")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b'[1, "wrong"]\n', b"hello\n", b"7\n", b"", b"[" * 100_000 + b"\n", b"\0" * 10_000_000],
+    ids=lambda said: f"{said[:12]!r}, {len(said)} bytes",
+)
+def test_a_stranger_on_the_port_is_sent_away(door, said):
+    exchange = Sum(2)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = pool.map(lambda rank: Rank(rank, exchange), range(2))
+        stranger = socket.create_connection(("127.0.0.1", door.port()), timeout=20)
+        with stranger, suppress(ConnectionError):  # as it is sent away while it still talks
+            stranger.sendall(said)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(1) == b""
+        door.is_open.set()
+        check_they_hear_each_other(ranks)
+
+
+def test_strangers_that_say_nothing_or_never_end_are_not_waited_for(door, monkeypatch):
+    monkeypatch.setattr(hub, "_STRANGER_SECONDS", 1.0)
+    exchange = Sum(2)
+    with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
+        ranks = pool.map(lambda rank: Rank(rank, exchange), range(2))
+        address = ("127.0.0.1", door.port())
+        strangers = [stack.enter_context(socket.create_connection(address)) for _ in range(200)]
+        for stranger in strangers[::2]:
+            stranger.sendall(b"[1, ")
+        for stranger in strangers[:4]:
+            stranger.settimeout(20)
+            with suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+        door.is_open.set()
+        check_they_hear_each_other(ranks)
+
+
+def test_nobody_can_connect_once_all_ranks_are_there(door):
+    exchange = Sum(2)
+    door.is_open.set()
+    with ThreadPoolExecutor(2) as pool:
+        ranks = list(pool.map(lambda rank: Rank(rank, exchange), range(2)))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", door.port()), timeout=4)
+    check_they_hear_each_other(ranks)
