@@ -12,7 +12,15 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame, by_file
+from regate_ds.data.llava.media import (
+    ImageSource,
+    InlineImage,
+    PictureSource,
+    Video,
+    VideoFrame,
+    by_file,
+    pictures_alone,
+)
 from regate_ds.data.llava.records import Record, bad_record, describe
 from regate_ds.data.llava.video import read_frames, video_size
 
@@ -34,7 +42,7 @@ _LYING = (5, 6, 7, 8)
 """EXIF orientations under which a picture's sides change places."""
 
 
-def image_size(source: ImageSource) -> tuple[int, int]:
+def image_size(source: PictureSource) -> tuple[int, int]:
     """Return the (width, height) of an upright image. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return video_size(source.video)
@@ -43,7 +51,7 @@ def image_size(source: ImageSource) -> tuple[int, int]:
         return (height, width) if _orientation(image) in _LYING else (width, height)
 
 
-def load_rgb(source: ImageSource) -> Image.Image:
+def load_rgb(source: PictureSource) -> Image.Image:
     """Decode an image as the student sees it, upright. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return read_frames(source.video, [(source.number, source.of)])[0]
@@ -52,7 +60,7 @@ def load_rgb(source: ImageSource) -> Image.Image:
         return upright.convert("RGB")
 
 
-def load_all(sources: Sequence[ImageSource]) -> list[Image.Image]:
+def load_all(sources: Sequence[PictureSource]) -> list[Image.Image]:
     """Decode images in order; the frames of one video file at once."""
     images: list[Image.Image] = []
     for run in by_file(sources):
@@ -64,38 +72,28 @@ def load_all(sources: Sequence[ImageSource]) -> list[Image.Image]:
     return images
 
 
-def sizes_of(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
+def sizes_of(record: Record) -> Iterator[tuple[PictureSource, tuple[int, int]]]:
     """Yield each image of a record with its (width, height). SampleError if one is broken."""
-    for run in by_file(record.images):
+    for run in by_file(pictures_alone(record.images)):
         try:
             size = image_size(run[0])
         except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, _broken(run[0], error))) from error
+            raise bad_record(describe(record, broken(run[0], error))) from error
         yield from ((source, size) for source in run)
 
 
-def images_of(record: Record) -> tuple[Image.Image, ...]:
-    """Decode the images of a record. SampleError if one is broken."""
-    images: list[Image.Image] = []
-    for run in by_file(record.images):
-        try:
-            images += load_all(run)
-        except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, _broken(run[0], error))) from error
-    return tuple(images)
-
-
-def _broken(source: ImageSource, error: Exception) -> str:
-    """Describe an image that cannot be read, in the same words each time."""
+def broken(source: ImageSource, error: Exception) -> str:
+    """Describe an image or video that cannot be read, in the same words each time."""
     cause = f"{error}"
     if isinstance(error, UnidentifiedImageError):
         # Pillow names the place in memory of bytes that lie in a record.
         is_empty = isinstance(source, InlineImage) and not source.content
         cause = "it is empty" if is_empty else "it is of no format that Pillow knows"
-    return f"{_kind(source)} file {source} is broken ({cause})"
+    is_list = isinstance(source, Video) and not isinstance(source.source, Path)
+    return f"{_kind(source)} {'' if is_list else 'file '}{source} is broken ({cause})"
 
 
-def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:
+def image_fault(source: PictureSource, *, verify: bool = True) -> str | None:
     """Return why an image cannot be used; None if it can.
 
     verify: False only checks that a file exists.
@@ -108,12 +106,12 @@ def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:
     try:
         fault = _fault_of_content(source)
     except IMAGE_ERRORS as error:
-        return _broken(source, error)
+        return broken(source, error)
     return None if fault is None else f"{_kind(source)} file {source} {fault}"
 
 
 def _kind(source: ImageSource) -> str:
-    return "video" if isinstance(source, VideoFrame) else "image"
+    return "video" if isinstance(source, (Video, VideoFrame)) else "image"
 
 
 def _missing(path: Path, kind: str) -> str | None:
@@ -123,7 +121,7 @@ def _missing(path: Path, kind: str) -> str | None:
         return unusable_name(path, error)
 
 
-def _fault_of_content(source: ImageSource) -> str | None:
+def _fault_of_content(source: PictureSource) -> str | None:
     """Return what makes an image unusable. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return _unsuitable_size(video_size(source.video))

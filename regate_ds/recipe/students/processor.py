@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torchvision_available
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.image_text import ImageText
 from regate_ds.data.chat.messages import Messages
-from regate_ds.data.chat.render import ChatTemplate, dated, default_of
+from regate_ds.data.chat.render import ChatTemplate
+from regate_ds.data.chat.source import dated, default_of
 from regate_ds.data.tokens import special_tokens
 from regate_ds.families.family import transformers_class
 from regate_ds.families.table import PROCESSORS, STUDENTS
@@ -98,9 +99,11 @@ def images_alone(processor_class: Any) -> Any:
     name = processor_class.__name__
     if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
         return processor_class
-    if signature(processor_class).parameters["video_processor"].default is Parameter.empty:
+    needs = signature(processor_class).parameters["video_processor"].default is Parameter.empty
+    *attributes, last = processor_class.get_attributes()
+    # Classes hand their parts on by place, so that only the last one can be missing.
+    if needs or last != "video_processor":
         raise ImportError(f"{name} requires torchvision, also where no video is read")
-    attributes = [each for each in processor_class.get_attributes() if each != "video_processor"]
     return type(
         name,
         (processor_class,),
@@ -119,14 +122,16 @@ def _rebuilt(name: str, state: dict[str, Any]) -> Any:
     return made
 
 
-def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
+def chat_encoder(
+    processor: Any, patch: str, *, max_length: int, video_frames: int | None = None
+) -> ChatEncoder:
     """Return what writes records as a processor does.
 
-    patch: the token that the model puts an image's features in the place of. ValueError if the
-    template cannot be used for training.
+    patch: the token that the model puts an image's features in the place of. video_frames: as in
+    ``ImageText``. ValueError if the template cannot be used for training.
     """
     source = default_of(processor.chat_template, "the processor")
-    images = ImageText(processor, patch)
+    images = ImageText(processor, patch, video_frames)
     special = special_tokens(processor.tokenizer, images.placeholder, patch)
     apply = partial(_apply, processor.tokenizer, dated(source))
     return ChatEncoder(
@@ -137,15 +142,19 @@ def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
     )
 
 
-def _apply(tokenizer: Any, source: str, said: Sequence[Messages], asks: bool) -> list[str]:
-    """Render conversations as ``apply_chat_template`` does, which also looks for files in them."""
-    texts, _ = render_jinja_template(
-        conversations=list(said),
-        chat_template=source,
-        add_generation_prompt=asks,
-        **tokenizer.special_tokens_map,
-    )
-    return texts
+def _apply(
+    tokenizer: Any, source: str, said: Sequence[Messages], asks: bool, tools: str | None
+) -> list[str]:
+    """Render conversations as ``apply_chat_template`` does, which also looks for files in them, and
+    copies them anew for each text."""
+    template, named = _compile_jinja_template(source), tokenizer.special_tokens_map
+    offered = None if tools is None else json.loads(tools)
+    return [
+        template.render(
+            messages=one, tools=offered, documents=None, add_generation_prompt=asks, **named
+        )
+        for one in said
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

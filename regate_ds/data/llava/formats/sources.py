@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
 from regate_ds.data.llava.formats.said import shortened
 from regate_ds.data.llava.images import MODES, unusable_name
-from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame
+from regate_ds.data.llava.media import ImageSource, InlineImage, Video, VideoFrame
 from regate_ds.data.llava.records import Cause
 from regate_ds.data.llava.video import require_av
+
+VideoFrames = int | Literal["whole"] | None
+"""Number of frames to take from a video file; None refuses such files; "whole" leaves the frames of
+each video to the model's own processor."""
 
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Suffixes of the files in a video's folder that count as its frames."""
@@ -32,25 +36,24 @@ class Sources:
     root: Path
     """Folder that names are relative to."""
 
-    video_frames: int | None = None
-    """Number of frames to take from a video file; None refuses such files."""
+    video_frames: VideoFrames = None
 
-    def image(self, field: str, entry: Any) -> Path | InlineImage:
+    def image(self, field: str, entry: Any, number: int) -> Path | InlineImage:
         """Return where an image lies: its file, or its bytes. Cause if the entry names none.
 
         entry: a path, ``file://`` or ``data:`` address, bytes, an object with bytes or a path, or
-            a picture of Pillow.
+            a picture of Pillow. number: the image's, among those of its record.
         """
         if isinstance(entry, Image.Image):
-            return _encoded(entry)
+            return _encoded(entry, number)
         if isinstance(entry, dict) and entry.keys() <= {"bytes", "path"}:
             if entry.get("bytes") is not None:
-                return _inline(field, entry["bytes"], entry.get("path"))
+                return _inline(field, entry["bytes"], number, entry.get("path"))
             entry = entry.get("path")
         if isinstance(entry, bytes):
-            return _inline(field, entry)
+            return _inline(field, entry, number)
         if isinstance(entry, str) and (found := _DATA.fullmatch(entry)):
-            return _inline(field, _decoded(field, found.group(1)))
+            return _inline(field, _decoded(field, found.group(1)), number)
         return self._path(field, entry)
 
     def video(self, field: str, entry: Any) -> list[ImageSource]:
@@ -61,7 +64,7 @@ class Sources:
         if isinstance(entry, list):
             if not entry:
                 raise Cause(f"field '{field}' holds a video without frames")
-            return [self.image(field, frame) for frame in entry]
+            return self._frames([self.image(field, frame, n) for n, frame in enumerate(entry)])
         if isinstance(entry, dict) and entry.keys() <= {"bytes", "path"}:
             if entry.get("bytes") is not None:
                 raise Cause(f"field '{field}' holds the bytes of a video; save it as a file")
@@ -69,12 +72,15 @@ class Sources:
         path = self._path(field, entry)
         try:
             if path.is_dir():
-                return list(_frames(path))
+                return self._frames(_frames(path))
             if not path.is_file():
                 raise Cause(f"video {path} is neither a folder of frames nor a file")
         except OSError as error:
             raise Cause(unusable_name(path, error)) from error
         return self._frames_of_file(path)
+
+    def _frames(self, frames: Sequence[Path | InlineImage]) -> list[ImageSource]:
+        return [Video(tuple(frames))] if self.video_frames == "whole" else list(frames)
 
     def _frames_of_file(self, path: Path) -> list[ImageSource]:
         if self.video_frames is None:
@@ -83,6 +89,8 @@ class Sources:
                 "from each, or give folders of frames"
             )
         require_av(path)
+        if self.video_frames == "whole":
+            return [Video(path)]
         return [VideoFrame(path, number, self.video_frames) for number in range(self.video_frames)]
 
     def _path(self, field: str, entry: Any) -> Path:
@@ -112,10 +120,12 @@ def _entries(raw: dict[str, Any], field: str) -> list[Any]:
     return entries if isinstance(entries, list) else [entries]
 
 
-def _inline(field: str, content: Any, name: Any = None) -> InlineImage:
+def _inline(field: str, content: Any, number: int, name: Any = None) -> InlineImage:
     if not isinstance(content, bytes):
         raise Cause(f"field '{field}' holds bytes of type {type(content).__name__}")
-    return InlineImage(content, name if isinstance(name, str) and name else f"in '{field}'")
+    return InlineImage(
+        content, name if isinstance(name, str) and name else f"{number} in '{field}'"
+    )
 
 
 def _decoded(field: str, text: str) -> bytes:
@@ -125,13 +135,13 @@ def _decoded(field: str, text: str) -> bytes:
         raise Cause(f"field '{field}' holds data that is not base64 ({error})") from error
 
 
-def _encoded(image: Image.Image) -> InlineImage:
+def _encoded(image: Image.Image, number: int) -> InlineImage:
     """Return a picture of Pillow as a file without loss, upright."""
     if image.mode not in MODES:
         raise Cause(f"has an image with pixels of mode {image.mode}; make it 8-bit grey or RGB")
     buffer = BytesIO()
     ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG", compress_level=1)
-    return InlineImage(buffer.getvalue(), "of Pillow")
+    return InlineImage(buffer.getvalue(), f"{number} of Pillow")
 
 
 def _frames(folder: Path) -> Sequence[Path]:
