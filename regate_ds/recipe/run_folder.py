@@ -12,6 +12,7 @@ checkpoints/     see saving/checkpoint.py; model/ is the trained student
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,11 @@ class RunFolder:
 
     def evals(self) -> list[Row]:
         return _read_lines(self._evals)
+
+    def figures_before(self, done: int) -> str:
+        """Return a hash of the figures of the first ``done`` steps."""
+        rows = [row for row in (*self.metrics(), *self.evals()) if row["step"] < done]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     def forget_after(self, done: int) -> None:
         """Delete the rows beyond the checkpoint of ``done`` steps, so that no step stands twice."""

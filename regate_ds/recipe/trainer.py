@@ -167,6 +167,7 @@ class Trainer:
             fingerprint=self.corpus.index.fingerprint,
             samples_per_step=self.order.samples_per_step,
             num_ranks=self.process.world_size,
+            figures=self.folder.figures_before(done) if self.process.is_first else "",
         )
         save_checkpoint(checkpoints, state, self.engine, self.process)
         if self.process.is_first:
@@ -185,6 +186,10 @@ class Trainer:
         done = saved.done.step
         lacks_eval = False
         if self.process.is_first:
+            if self.folder.figures_before(done) != saved.done.figures:
+                print(
+                    f"{self.folder.path}: the figures of the first {done} steps have been changed"
+                )
             self.folder.forget_after(done)
             lacks_eval = all(row["step"] != done for row in self.folder.evals())
         (lacks_eval,) = sum_over([int(lacks_eval)], self.process.group, self.process.device)

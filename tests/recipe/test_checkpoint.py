@@ -102,7 +102,7 @@ def alone(monkeypatch):
     return ZeroEngine(engine, REGATE, ALONE)
 
 
-DONE = Done(step=5, fingerprint="ab", samples_per_step=8, num_ranks=1)
+DONE = Done(step=5, fingerprint="ab", samples_per_step=8, num_ranks=1, figures="0a")
 
 
 def resume(folder, engine, process=ALONE):

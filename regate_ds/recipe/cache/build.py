@@ -35,12 +35,10 @@ from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.progress import progress
 from regate_ds.recipe.cache.source import Source
+from regate_ds.stores.checksums import checksum_of
 from regate_ds.stores.index_files import ColumnWriter, IndexWriter
 from regate_ds.stores.index_part import IndexPart
 from regate_ds.stores.kind import MANIFEST_NAME
-
-CACHE_FORMAT = 1
-"""Version of the files."""
 
 BAD_NAME = "bad.jsonl"
 
@@ -102,9 +100,9 @@ def build(source: Source, folder: Path, *, num_workers: int | None = None) -> No
         for one in (*unread, *unencoded):
             file.write(json.dumps([one.number, one.id, one.cause]) + "\n")
     manifest = {
-        "format": CACHE_FORMAT,
         "num_records": len(places),
         "sha256": sha256,
+        "checksums": {path.name: checksum_of(path) for path in sorted(folder.iterdir())},
         **identity,
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -27,10 +27,11 @@ from regate_ds.data.llava.raw import open_raw, require_data
 from regate_ds.data.llava.records import BadRecord
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.ranks import is_first_rank
-from regate_ds.recipe.cache.build import BAD_NAME, CACHE_FORMAT, build
+from regate_ds.recipe.cache.build import BAD_NAME, build
 from regate_ds.recipe.cache.source import Source
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX, make_folder, sync_files
+from regate_ds.stores.checksums import checksum_of
 from regate_ds.stores.index_files import map_column, map_index
 from regate_ds.stores.kind import MANIFEST_NAME
 
@@ -114,14 +115,10 @@ def read_entry(source: Source, entry: Path) -> DataSet:
     """Map the files of a finished cache. ValueError names one that is damaged."""
     try:
         about = json.loads((entry / MANIFEST_NAME).read_text(encoding="utf-8"))
+        _require_whole(entry, about, source)
         lines = (entry / BAD_NAME).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{entry} is damaged ({error}); delete the folder") from error
-    if about["format"] != CACHE_FORMAT:
-        raise ValueError(
-            f"{entry} has cache format {about['format']}, this version reads {CACHE_FORMAT}; "
-            "delete the folder"
-        )
     index = map_index(entry)
     raw = open_raw(source.path, map_column(entry, "places"))
     parser = source.parser(verify_images=False)
@@ -135,6 +132,16 @@ def read_entry(source: Source, entry: Path) -> DataSet:
         image_sizes=map_column(entry, "image_sizes"),
         about=about,
     )
+
+
+def _require_whole(entry: Path, about: dict[str, Any], source: Source) -> None:
+    """Refuse, by ValueError, a cache whose files are not those that were written."""
+    for key, value in json.loads(json.dumps(source.identity())).items():
+        if about[key] != value:
+            raise ValueError(f"{MANIFEST_NAME} has another {key}")
+    for name, checksum in about["checksums"].items():
+        if checksum_of(entry / name) != checksum:
+            raise ValueError(f"{name} has another checksum")
 
 
 def _writable(folders: Sequence[Path], source: Source) -> Path:

@@ -14,6 +14,9 @@ from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.raw import data_files, image_root_of
 
+CACHE_FORMAT = 2
+"""Version of the cache's files."""
+
 ENCODING = 1
 """Version of how records become tokens; a change that gives other tokens raises it."""
 
@@ -56,6 +59,7 @@ class Source:
         """Return what decides the index, as JSON can hold it."""
         settings = self.encoder.settings()
         return {
+            "format": CACHE_FORMAT,
             **settings,
             "tokenizer": hashlib.sha256(settings["tokenizer"].encode()).hexdigest(),
             "tokenizers": tokenizers.__version__,

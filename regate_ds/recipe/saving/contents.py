@@ -15,6 +15,7 @@ from pathlib import Path
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import broadcast_text, sum_over
 from regate_ds.stores.atomic_file import write_atomically
+from regate_ds.stores.checksums import checksum_of
 
 COMPLETE = "complete"
 
@@ -34,6 +35,9 @@ class Done:
 
     num_ranks: int
     """Ranks of the job that saved."""
+
+    figures: str
+    """Hash of the run's figures of these steps, as the first rank has it."""
 
     def require(self, fingerprint: str, samples_per_step: int) -> None:
         """Refuse, by ValueError, to resume with samples that would come in another order."""
@@ -118,16 +122,9 @@ def _checksums(folder: Path, names: Sequence[str], process: Process) -> list[int
     """Return a checksum for each file, 0 where there is none; each rank reads its share of them."""
     mine = [0] * len(names)
     for place in range(process.rank, len(names), process.world_size):
-        mine[place] = _checksum(folder / names[place])
+        path = folder / names[place]
+        mine[place] = checksum_of(path) if path.is_file() else 0
     return sum_over(mine, process.group, process.device)
-
-
-def _checksum(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _checksum_of_text(text: str) -> str:
