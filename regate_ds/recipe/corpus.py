@@ -113,7 +113,10 @@ def corpus_encoder(student: Student, data: DataConfig) -> RecordEncoder:
 def sources_of(data: DataConfig, encoder: RecordEncoder) -> list[Source]:
     """Return the training set and, if there is one, the held-out set."""
     sets = [(data.train, data.name), *([(data.test, "test")] if data.test else [])]
-    return [Source(path, name, data.image_root, encoder, data.video_frames) for path, name in sets]
+    return [
+        Source(path, name, data.image_root, encoder, data.video_frames, data.inside_root)
+        for path, name in sets
+    ]
 
 
 def cache_folders(config: RunConfig, path: Path) -> list[Path]:

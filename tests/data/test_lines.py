@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from regate_ds.data.llava import lines
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.lines import RawRecords, Records, find_records
 from regate_ds.data.llava.parse import Cause, Parser
 from regate_ds.data.llava.read import load_raw, read_records
@@ -103,7 +104,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 
 
 def records_of(path: Path, numbers: list[int]) -> Records:
-    parser = Parser(path, "set", path.parent, verify_images=False)
+    parser = Parser(path, "set", Sources(path.parent), verify_images=False)
     raw = RawRecords(path, find_records(path))
     return Records(raw, parser, np.array(numbers, dtype=np.int64), "delete it")
 

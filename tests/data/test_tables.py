@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from regate_ds.data.llava import tables
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.images import load_rgb
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.records import Record
@@ -73,7 +74,7 @@ def typed(paths: list[Path]) -> Any:
 
 def records(path: Path, folder: Path) -> list[Record]:
     raw = pickle.loads(pickle.dumps(TableRecords(path, find_rows(path))))
-    parser = Parser(folder / "data.json", "set", folder, verify_images=True)
+    parser = Parser(folder / "data.json", "set", Sources(folder), verify_images=True)
     return [parser.record(number, raw[number]) for number in range(len(raw))]
 
 
@@ -81,7 +82,7 @@ def from_json(folder: Path) -> list[Record]:
     """The oracle: the same rows through a JSON text."""
     columns = rows(draw(folder))
     raws = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    parser = Parser(folder / "data.json", "set", folder, verify_images=True)
+    parser = Parser(folder / "data.json", "set", Sources(folder), verify_images=True)
     return [parser.record(n, raw) for n, raw in enumerate(json.loads(json.dumps(raws)))]
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava import video as video_module
 from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.images import image_size, load_all, load_rgb
 from regate_ds.data.llava.media import VideoFrame
 from regate_ds.data.llava.parse import Parser
@@ -52,7 +53,7 @@ def same(a: list[Image.Image], b: list[Image.Image]) -> bool:
 
 def parse(folder: Path, name: str, *, frames: int | None = 4, question: str = "<video>") -> Record:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
-    parser = Parser(folder / "data.json", "set", folder, True, frames)
+    parser = Parser(folder / "data.json", "set", Sources(folder, frames), verify_images=True)
     return parser.record(0, {"video": name, "conversations": turns})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from regate_ds.data.llava.clips import fault_of
 from regate_ds.data.llava.formats.fields import require_used, turns_of
 from regate_ds.data.llava.formats.said import Medium, Said, require_plain
-from regate_ds.data.llava.formats.sources import Sources, VideoFrames, listed
+from regate_ds.data.llava.formats.sources import Sources, listed
 from regate_ds.data.llava.formats.table import read_turns
 from regate_ds.data.llava.formats.tools import tools_of
 from regate_ds.data.llava.media import ImageSource, by_file
@@ -27,21 +27,10 @@ def id_of(raw: Any) -> str | None:
 class Parser:
     """Turns the raw records of one file into checked ones."""
 
-    def __init__(
-        self,
-        source: Path,
-        name: str,
-        image_root: Path,
-        verify_images: bool,
-        video_frames: VideoFrames = None,
-    ) -> None:
-        """Set up for one file.
-
-        video_frames: number of frames to take from a video file; None refuses such files, by a
-            ValueError that is no Cause; "whole" makes a ``Video`` of files and of lists.
-        """
+    def __init__(self, source: Path, name: str, sources: Sources, *, verify_images: bool) -> None:
+        """Set up for one file; ``sources`` finds its images and videos."""
         self._source, self._name, self._verify_images = source, name, verify_images
-        self._sources = Sources(image_root, video_frames)
+        self._sources = sources
 
     def record(self, number: int, raw: Any) -> Record:
         """Return the checked record of that number in the file. A bad one raises its Cause."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.parse import Cause, Parser, id_of
 from regate_ds.data.llava.records import BadRecord, Record, bad_record
 
@@ -27,7 +28,8 @@ def read_records(
     left out. A bad record raises SampleError, or with ``skip_bad`` is returned in the second list.
     A file that is not JSON at all raises ValueError in both cases.
     """
-    parser = Parser(path, name, image_root or path.parent, verify_images)
+    sources = Sources(image_root or path.parent)
+    parser = Parser(path, name, sources, verify_images=verify_images)
     records: list[Record] = []
     bad: list[BadRecord] = []
     for number, raw in enumerate(load_raw(path)):

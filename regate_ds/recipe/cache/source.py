@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from regate_ds.data.interfaces import RecordEncoder
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.raw import data_files, image_root_of
 
@@ -36,15 +37,14 @@ class Source:
     video_frames: int | None = None
     """Number of frames to take from a video that is a file."""
 
+    inside_root: bool = False
+    """True refuses images outside of the folder."""
+
     def parser(self, *, verify_images: bool) -> Parser:
         """Make what checks the file's records, with their images opened or only looked up."""
-        return Parser(
-            self.path,
-            self.name,
-            self._root,
-            verify_images,
-            "whole" if self.encoder.takes_videos else self.video_frames,
-        )
+        frames = "whole" if self.encoder.takes_videos else self.video_frames
+        sources = Sources(self._root, frames, self.inside_root)
+        return Parser(self.path, self.name, sources, verify_images=verify_images)
 
     def stamp(self) -> str:
         """Return a name of the files' names, sizes and times, which change with the data."""
@@ -69,6 +69,7 @@ class Source:
             "name": self.name,
             "image_root": str(self._root.resolve()),
             "video_frames": self.video_frames,
+            "inside_root": self.inside_root,
         }
 
     @property

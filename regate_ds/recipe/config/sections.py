@@ -29,6 +29,9 @@ class DataConfig:
     image_root: Path | None = None
     """Folder that the image paths start from; null is the folder of each data file."""
 
+    inside_root: bool = False
+    """True refuses image and video paths that lead out of that folder, also by a link."""
+
     name: str = "train"
     """Name of the training set in the sample keys; the reference store is bound to it."""
 

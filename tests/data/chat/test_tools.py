@@ -13,6 +13,7 @@ import torch
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.texts import template_of_texts
 from regate_ds.data.llava.encode import Encoder
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.records import Cause, Record, SampleError
 from regate_ds.data.llava.template import Template
@@ -91,7 +92,7 @@ def _call(random: Random) -> dict[str, Any]:
 
 
 def parse(said: list[dict[str, Any]], tools: Any = TOOLS) -> Record:
-    parser = Parser(Path("data.json"), "set", Path(), verify_images=True)
+    parser = Parser(Path("data.json"), "set", Sources(Path()), verify_images=True)
     return parser.record(0, {"messages": said, "tools": tools})
 
 

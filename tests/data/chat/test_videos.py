@@ -19,6 +19,7 @@ from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.video_text import PATCHES
 from regate_ds.data.chat.vision import ProcessorVision
 from regate_ds.data.llava.clips import visuals_of
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.media import Video
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.records import Record, SampleError
@@ -221,7 +222,7 @@ def test_videos_of_a_file_are_kept_whole(tmp_path: Path, films: list[Path]):
         folder.mkdir(exist_ok=True)
         (folder / f"{n}.png").write_bytes(random_image(Random(n), range(20, 21)).content)
     turns = [{"from": "human", "value": "<video><video>"}, {"from": "gpt", "value": "yes"}]
-    parser = Parser(tmp_path / "data.json", "set", tmp_path, True, "whole")
+    parser = Parser(tmp_path / "data.json", "set", Sources(tmp_path, "whole"), verify_images=True)
     record = parser.record(0, {"videos": ["clip", str(films[0])], "conversations": turns})
     assert record.images_per_marker == (1, 1)
     frames, file = record.images

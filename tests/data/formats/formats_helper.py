@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.records import Cause, Record
 
@@ -15,7 +16,7 @@ SPOKEN = (("human", "user"), ("gpt", "assistant"))
 
 
 def parse(raw: Any, folder: Path = Path(".")) -> Record:
-    return Parser(folder / "data.json", "set", folder, verify_images=True).record(3, raw)
+    return Parser(folder / "data.json", "set", Sources(folder), verify_images=True).record(3, raw)
 
 
 def cause(raw: Any, folder: Path = Path(".")) -> str:

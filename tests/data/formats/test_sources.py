@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from PIL import ExifTags, Image, ImageChops
 
+from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.images import load_rgb
 from regate_ds.data.llava.media import InlineImage
+from regate_ds.data.llava.records import Cause
 from tests.data.formats.formats_helper import cause, draw_media, llava, messages, parse
 
 NO_URL = "nothing is downloaded: save it and name the file"
@@ -135,3 +137,29 @@ def test_a_video_file_needs_the_number_of_frames_even_where_bad_records_are_skip
     with pytest.raises(ValueError, match=r"data\.video_frames=null: video .*a\.mp4 is a file") as e:
         parse(llava("<video>", "a", video="a.mp4"), folder)
     assert type(e.value) is ValueError
+
+
+@pytest.mark.parametrize("way", ["../outside.png", "ABSOLUTE", "link.png", "linked/outside.png"])
+def test_a_path_that_leaves_the_folder_is_refused_if_asked_for(tmp_path, way):
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    Image.new("RGB", (8, 8)).save(root / "inside.png")
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    (root / "linked").symlink_to(tmp_path)
+    entry = str(tmp_path / "outside.png") if way == "ABSOLUTE" else way
+    assert Sources(root).image("image", entry, 0)
+    strict = Sources(root, inside_root=True)
+    assert strict.image("image", "inside.png", 0) == root / "inside.png"
+    assert strict.image("image", "sub/../inside.png", 0)
+    with pytest.raises(Cause, match=r"which lies outside of .*root, as data.inside_root=true ref"):
+        strict.image("image", entry, 0)
+
+
+def test_a_frame_that_is_a_link_out_of_the_folder_is_refused_if_asked_for(tmp_path):
+    (tmp_path / "root" / "clip").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    (tmp_path / "root" / "clip" / "0.png").symlink_to(tmp_path / "outside.png")
+    assert Sources(tmp_path / "root").video("video", "clip")
+    with pytest.raises(Cause, match=r"0.png, which lies outside of"):
+        Sources(tmp_path / "root", inside_root=True).video("video", "clip")

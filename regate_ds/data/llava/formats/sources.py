@@ -37,6 +37,8 @@ class Sources:
     """Folder that names are relative to."""
 
     video_frames: VideoFrames = None
+    inside_root: bool = False
+    """True refuses files that lie outside of the folder, also by a link."""
 
     def image(self, field: str, entry: Any, number: int) -> Path | InlineImage:
         """Return where an image lies: its file, or its bytes. Cause if the entry names none.
@@ -72,7 +74,7 @@ class Sources:
         path = self._path(field, entry)
         try:
             if path.is_dir():
-                return self._frames(_frames(path))
+                return self._frames([self._allowed(field, frame) for frame in _frames(path)])
             if not path.is_file():
                 raise Cause(f"video {path} is neither a folder of frames nor a file")
         except OSError as error:
@@ -103,7 +105,15 @@ class Sources:
                     "name the file"
                 )
             entry = entry[found.end() :]
-        return self.root / entry
+        return self._allowed(field, self.root / entry)
+
+    def _allowed(self, field: str, path: Path) -> Path:
+        if self.inside_root and not path.resolve().is_relative_to(self.root.resolve()):
+            raise Cause(
+                f"field '{field}' names {path}, which lies outside of {self.root}, as "
+                "data.inside_root=true refuses; move it there, or set data.image_root"
+            )
+        return path
 
 
 def listed(raw: dict[str, Any], one: str, several: str) -> list[Any]:
