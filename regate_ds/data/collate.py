@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.data.interfaces import RecordEncoder, VisionInputs
-from regate_ds.data.llava.images import images_of
+from regate_ds.data.llava.clips import Shown, shown_of
 from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.data.llava.sample import EncodedSample
 
@@ -25,10 +24,10 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True)
 class LoadedSample:
-    """One sample, with its decoded images (RGB) in reading order."""
+    """One sample, with its decoded images (RGB) and videos in reading order."""
 
     encoded: EncodedSample
-    images: tuple[Image.Image, ...]
+    images: tuple[Shown, ...]
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,16 @@ class SampleDataset(Dataset[LoadedSample]):
 
     def __getitem__(self, index: int) -> LoadedSample:
         record = self._records[index]
-        return self._read(lambda: LoadedSample(self._encode(index, record), images_of(record)))
+        return self._read(lambda: self._load(index, record))
 
     def encode(self, index: int) -> EncodedSample:
         """Encode a record without decoding its images."""
         record = self._records[index]
         return self._read(lambda: self._encode(index, record))
+
+    def _load(self, index: int, record: Record) -> LoadedSample:
+        sample = self._encode(index, record)
+        return LoadedSample(sample, shown_of(record, sample.images))
 
     def _encode(self, index: int, record: Record) -> EncodedSample:
         sample = self._encoder.encode(record)

@@ -30,10 +30,11 @@ class VisionInputs(Protocol):
         """Make the model inputs of RGB images, at least one, in reading order."""
         ...
 
-    def sample_pixels(self, samples: list[list[Image.Image]]) -> dict[str, Tensor]:
-        """Make the model inputs of a micro-batch, given the RGB images of each sample that has any.
+    def sample_pixels(self, samples: list[list[Any]]) -> dict[str, Tensor]:
+        """Make the model inputs of a micro-batch, given what each sample shows, if it shows any.
 
-        They are those of ``pixels``, unless the model is told which images belong together.
+        They are those of ``pixels`` for RGB images, unless the model is told which images belong
+        together. Only students whose records hold videos as a whole are given a ``Clip``.
         """
         ...
 
@@ -44,6 +45,11 @@ class VisionInputs(Protocol):
 
 class RecordEncoder(Protocol):
     """Writes records as tokens: by the package's own template, or by a model's chat template."""
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether records hold videos as a whole, in place of an image for each frame."""
+        ...
 
     @property
     def end_ids(self) -> list[int]:

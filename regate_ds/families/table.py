@@ -26,6 +26,7 @@ PROCESSORS = {
     "internvl": "InternVLProcessor",
     "llava": "LlavaProcessor",
     "llava_next": "LlavaNextProcessor",
+    "llava_next_video": "LlavaNextVideoProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "mistral3": "PixtralProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",

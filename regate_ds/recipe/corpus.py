@@ -95,8 +95,12 @@ def corpus_student(config: RunConfig, *, weights: bool = True) -> Student:
 def corpus_encoder(student: Student, data: DataConfig) -> RecordEncoder:
     """Return what writes the records as the student's tokens."""
     if student.has_chat_template:
-        processor = student.vision.processor
-        return chat_encoder(processor, student.image_token, max_length=data.max_length)
+        return chat_encoder(
+            student.vision.processor,
+            student.image_token,
+            max_length=data.max_length,
+            video_frames=data.video_frames,
+        )
     return Encoder(
         student.tokenizer,
         image_token=student.image_token,

@@ -27,6 +27,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"text": _THREE, "vision": {**_GRID, **_DEEP}},
     "llava": {"decoder": "llama", **_LAST},
     "llava_next": {"decoder": "mistral", "text": {"sliding_window": None}, **_TILES, **_LAST},
+    "llava_next_video": {
+        "decoder": "mistral",
+        "text": {"sliding_window": None},
+        **_TILES,
+        **_LAST,
+    },
     "llava_onevision": _TILES,
     "internvl": {"decoder": "qwen2", "vision": {"image_size": [32, 32]}},
     "gemma3": {"mm_tokens_per_image": 4},
@@ -52,7 +58,7 @@ def make_model(name: str, seed: int = 0) -> Any:
     for field, text in {
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
-        "video_token_id": "<|video_pad|>",
+        "video_token_id": getattr(own, "video_token", ""),
     }.items():
         if hasattr(config, field) and text in tokens.get_vocab():
             setattr(config, field, tokens.convert_tokens_to_ids(text))

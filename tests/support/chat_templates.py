@@ -10,14 +10,15 @@ import re
 _PARTS = (
     "{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{ IMAGE }}"
+    "{%- elif part['type'] == 'video' -%}{{ VIDEO }}"
     "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}"
 )
 _TEXT = "{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}"
 _TRIMMED = "{%- for part in message['content'] -%}{{ part['text'] | trim }}{%- endfor -%}"
 
 
-def _parts(image: str) -> str:
-    return _PARTS.replace("IMAGE", repr(image))
+def _parts(image: str, video: str = "<video>") -> str:
+    return _PARTS.replace("IMAGE", repr(image)).replace("VIDEO", repr(video))
 
 
 def _learnt(text: str, end: str) -> str:
@@ -42,22 +43,24 @@ _IM_END = "{{ '<|im_end|>\\n' }}"
 _IM_ASK = "<|im_start|>assistant\n"
 
 
-def _chatml(image: str) -> str:
+def _chatml(image: str, video: str) -> str:
     answer = _learnt(_TEXT, "<|im_end|>") + "{{ '\\n' }}"
-    return _turns(_IM_HEAD, _parts(image) + _IM_END, answer, _IM_ASK)
+    return _turns(_IM_HEAD, _parts(image, video) + _IM_END, answer, _IM_ASK)
 
 
-_VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+_VISION = tuple(f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
 _QWEN_SYSTEM = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif -%}"
 )
 
-# Pictures come first, whatever their place in the question.
+# Pictures come first, then videos, whatever their place in the question.
 _ONEVISION = _turns(
     "'<|im_start|>' + message['role'] + ' '",
     "{%- for part in message['content'] | selectattr('type', 'equalto', 'image') -%}"
     "{{ '<image>' }}{%- endfor -%}"
+    "{%- for part in message['content'] | selectattr('type', 'equalto', 'video') -%}"
+    "{{ '<video>' }}{%- endfor -%}"
     "{%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}"
     "{{ '\\n' + part['text'] }}{%- endfor -%}{{ '<|im_end|>' }}",
     "{{ '\\n' }}" + _learnt(_TEXT, "<|im_end|>"),
@@ -116,9 +119,9 @@ _COHERE = "{{ bos_token }}" + _turns(
 )
 
 MARKED: dict[str, str] = {
-    "qwen": _QWEN_SYSTEM + _chatml(_VISION),
-    "qwen3": _chatml(_VISION),
-    "internvl": _chatml("<IMG_CONTEXT>\n"),
+    "qwen": _QWEN_SYSTEM + _chatml(*_VISION),
+    "qwen3": _chatml(*_VISION),
+    "internvl": _chatml("<IMG_CONTEXT>\n", "<video>\n"),
     "onevision": _ONEVISION,
     "llama": _LLAMA,
     "llava_next": _mistral("<image>\n", ("<<SYS>>\n", "\n<</SYS>>\n\n")),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regate_ds.data.llava.media import InlineImage
+from regate_ds.data.llava.media import InlineImage, Video
 from regate_ds.data.llava.records import Record, Turn
 
 WORDS = [
@@ -80,9 +83,36 @@ def random_record(
     )
 
 
-def pictures_of(record: Record) -> list[Image.Image]:
-    opened = (Image.open(BytesIO(image.content)) for image in record.images)  # type: ignore[union-attr]
-    return [image.convert("RGB") for image in opened]
+def with_videos(random: Random, record: Record, make: Callable[[], Video]) -> Record:
+    """Put videos into the places of some of a record's images."""
+    images = tuple(make() if random.random() < 0.5 else image for image in record.images)
+    markers = iter(["<video>" if isinstance(each, Video) else "<image>" for each in images])
+    turns = [
+        replace(turn, question=re.sub("<image>", lambda _: next(markers), turn.question))
+        for turn in record.turns
+    ]
+    return replace(record, images=images, turns=tuple(turns))
+
+
+def frames_of(video: Video) -> np.ndarray:
+    """Return all frames of a video [F, H, W, 3]."""
+    if isinstance(video.source, Path):
+        import av
+
+        with av.open(str(video.source)) as container:
+            return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    return np.stack([np.asarray(_picture(frame)) for frame in video.source])
+
+
+def _picture(image: Any) -> Image.Image:
+    return Image.open(BytesIO(image.content)).convert("RGB")
+
+
+def pictures_of(record: Record) -> list[Any]:
+    """Return what a record shows; a video is an array of all its frames."""
+    return [
+        frames_of(each) if isinstance(each, Video) else _picture(each) for each in record.images
+    ]
 
 
 def said(record: Record) -> list[dict[str, Any]]:
@@ -93,10 +123,12 @@ def said(record: Record) -> list[dict[str, Any]]:
         messages.append({"role": "system", "content": [{"type": "text", "text": record.system}]})
     for turn in record.turns:
         parts: list[dict[str, Any]] = []
-        first, *others = turn.question.split("<image>")
+        first, *others = re.split("<image>|<video>", turn.question)
         parts += [{"type": "text", "text": first}] if first else []
         for text in others:
-            parts.append({"type": "image", "image": next(pictures)})
+            shown = next(pictures)
+            kind = "video" if isinstance(shown, np.ndarray) else "image"
+            parts.append({"type": kind, kind: shown})
             parts += [{"type": "text", "text": text}] if text else []
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})

@@ -65,16 +65,38 @@ def _chatml(*more: str, **names: str) -> PreTrainedTokenizerFast:
     )
 
 
+_QWEN_VIDEOS = {
+    "size": {"shortest_edge": 64, "longest_edge": 1600},
+    "patch_size": 4,
+    "merge_size": 2,
+    "cap_pixels_per_frame": False,
+}
+VIDEOS: dict[str, tuple[str, dict[str, Any]]] = {
+    "InternVLProcessor": ("InternVLVideoProcessor", {"size": {"height": 32, "width": 32}}),
+    "LlavaNextVideoProcessor": (
+        "LlavaNextVideoVideoProcessor",
+        {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
+    ),
+    "LlavaOnevisionProcessor": (
+        "LlavaOnevisionVideoProcessor",
+        {"size": {"height": 16, "width": 16}},
+    ),
+    "Qwen2VLProcessor": ("Qwen2VLVideoProcessor", _QWEN_VIDEOS),
+    "Qwen2_5_VLProcessor": ("Qwen2VLVideoProcessor", _QWEN_VIDEOS),
+    "Qwen3VLProcessor": ("Qwen3VLVideoProcessor", {**_QWEN_VIDEOS, "fps": 3}),
+    "SmolVLMProcessor": ("SmolVLMVideoProcessor", {}),
+}
+"""By class of processor: the class of its part for videos, and its settings."""
+
+
 def _made(name: str, template: str, *parts: Any, **fields: Any) -> Any:
     made = images_alone(getattr(transformers, name))
     wanted = made.get_attributes()
     # Without torchvision there is none for videos.
     given = dict(zip(["image_processor", "tokenizer"], parts))
     if "video_processor" in wanted:
-        kind = "InternVLVideoProcessor" if name == "InternVLProcessor" else "Qwen2VLVideoProcessor"
-        kind = "LlavaOnevisionVideoProcessor" if "Onevision" in name else kind
-        kind = "SmolVLMVideoProcessor" if "SmolVLM" in name else kind
-        given["video_processor"] = getattr(transformers, kind)()
+        kind, settings = VIDEOS[name]
+        given["video_processor"] = getattr(transformers, kind)(**settings)
     return made(**given, chat_template=unmarked(MARKED[template]), **fields)
 
 
@@ -113,17 +135,15 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32], [16, 48]]
 """Sizes of the large pictures that are cut into tiles."""
 
 
-def _llava_next() -> Any:
+def _llava_next(name: str = "LlavaNextProcessor", *more: str) -> Any:
     images = _images("LlavaNextImageProcessor")(
         size={"shortest_edge": 16},
         crop_size={"height": 16, "width": 16},
         image_grid_pinpoints=PINPOINTS,
     )
     fields = {"patch_size": 8, "vision_feature_select_strategy": "default"}
-    tokens = _mistral("<image>")
-    return _made(
-        "LlavaNextProcessor", "llava_next", images, tokens, num_additional_image_tokens=1, **fields
-    )
+    tokens = _mistral("<image>", *more)
+    return _made(name, "llava_next", images, tokens, num_additional_image_tokens=1, **fields)
 
 
 def _onevision() -> Any:
@@ -224,6 +244,11 @@ MAKERS: dict[str, tuple[Callable[[], Any], str, str]] = {
     "qwen3_vl": (lambda: _qwen("Qwen3VLProcessor", "qwen3"), "qwen3", "<|image_pad|>"),
     "llava": (_llava, "llama", "<image>"),
     "llava_next": (_llava_next, "llava_next", "<image>"),
+    "llava_next_video": (
+        lambda: _llava_next("LlavaNextVideoProcessor", "<video>"),
+        "llava_next",
+        "<image>",
+    ),
     "llava_onevision": (_onevision, "onevision", "<image>"),
     "internvl": (_internvl, "internvl", "<IMG_CONTEXT>"),
     "gemma3": (_gemma3, "gemma", "<image_soft_token>"),
@@ -243,6 +268,6 @@ def processor(name: str) -> Any:
 
 def can_make(name: str) -> bool:
     """Return whether the packages are there that a processor's class cannot be loaded without."""
-    if name not in ("mistral3", "smolvlm"):
+    if name not in ("llava_next_video", "mistral3", "smolvlm"):
         return True
     return is_torchvision_available() and (name != "smolvlm" or find_spec("num2words") is not None)

@@ -44,6 +44,7 @@ IMAGE_COUNTS: dict[str, Count] = {
     "Idefics3Processor": _rows,
     "InternVLProcessor": _tiles,
     "LlavaNextProcessor": _patches,
+    "LlavaNextVideoProcessor": _patches,
     "LlavaOnevisionProcessor": _patches,
     "LlavaProcessor": _patches,
     "Qwen2VLProcessor": _patches,

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE
-from regate_ds.data.chat.image_text import ImageWriter, OtherPatches, Size
+from regate_ds.data.chat.image_text import ImageWriter, OtherPatches
 from regate_ds.data.chat.label import PlacedTokens, label, repeat_patches
+from regate_ds.data.chat.messages import OWN_TEMPLATE
 from regate_ds.data.chat.render import ChatTemplate, Rendered
 from regate_ds.data.chat.texts import IMAGE, eos_of, template_of_texts
 from regate_ds.data.chat.write import Written, write
-from regate_ds.data.llava.images import sizes_of
+from regate_ds.data.llava.clips import Shape, shapes_of, size_of
+from regate_ds.data.llava.media import Video
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.data.tokens import require_no_special, rules_of, special_tokens
@@ -41,11 +43,8 @@ class ChatEncoder:
         max_length: int,
         other_ending: str | None = None,
     ) -> None:
-        """Set up for one model.
-
-        other_ending: what ends an answer in the place of the template's own token.
-
-        ValueError if the token of a patch is none that the tokenizer reads by itself.
+        """Set up for one model. other_ending: what ends an answer in the place of the template's
+        own token. ValueError if the token of a patch is none that the tokenizer reads by itself.
         """
         if images.patch not in tokenizer.get_added_vocab():
             raise ValueError(
@@ -55,10 +54,16 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._bos = tokenizer.bos_token
         self._template, self._images = template, images
-        self._patch_id = tokenizer.convert_tokens_to_ids(images.patch)
+        patches = dict.fromkeys(filter(None, (images.patch, images.video_patch)))
+        self._patch_ids = [tokenizer.convert_tokens_to_ids(patch) for patch in patches]
         self._max_length = max_length
         self._other_ending = other_ending
         self._special = special_tokens(tokenizer, images.placeholder, images.patch)
+
+    @property
+    def takes_videos(self) -> bool:
+        """Yes: the processor chooses their frames, or they are refused."""
+        return True
 
     @property
     def end_ids(self) -> list[int]:
@@ -85,9 +90,9 @@ class ChatEncoder:
 
     def prompt(self, record: Record, sample: EncodedSample, turn: int) -> tuple[Tensor, Tensor]:
         """Return ids [S] and image numbers [S] of what a model reads before it answers a turn."""
-        text = self._template.prompt(record, turn)
-        num_images = text.count(self._images.placeholder)
-        shown = [size for _, size in sizes_of(record)][:num_images]
+        text, images = self._template.prompt(record, turn), self._images
+        shapes, kinds = shapes_of(record), {images.placeholder, images.video_placeholder}
+        shown = shapes[: sum(text.count(kind) for kind in kinds if kind)]
         written = self._expand(record, Rendered(text, ()), shown)
         (found,) = self._tokenize([written.text])
         tokens = self._repeat(record, written, *found)
@@ -109,11 +114,17 @@ class ChatEncoder:
                 other_ending=self._other_ending,
             )
         patch, own = tokenizer.convert_ids_to_tokens(placeholder_id), tokenizer.chat_template
-        placeholder = self._images.placeholder if own is None else IMAGE
+        kinds = self._images.placeholder, self._images.video_placeholder
+        placeholder, video_placeholder = kinds if own is None else (IMAGE, IMAGE)
         return ChatEncoder(
             tokenizer,
             template=self._template if own is None else template_of_texts(tokenizer),
-            images=OtherPatches(self._images, placeholder=placeholder, patch=patch),
+            images=OtherPatches(
+                self._images,
+                placeholder=placeholder,
+                video_placeholder=video_placeholder,
+                patch=patch,
+            ),
             max_length=sys.maxsize,
             other_ending=eos_of(tokenizer) if own is None else None,
         )
@@ -122,7 +133,7 @@ class ChatEncoder:
         """Return what decides the tokens of a record, as JSON can hold it."""
         return {
             "tokenizer": rules_of(self._tokenizer),
-            "ids": [self._patch_id, *self.end_ids],
+            "ids": [*self._patch_ids, *self.end_ids],
             "named": {name: str(text) for name, text in self._tokenizer.special_tokens_map.items()},
             "special": self._special.pattern,
             "max_length": self._max_length,
@@ -162,19 +173,25 @@ class ChatEncoder:
         for record, rendered in zip(records, self._template.render_all(records)):
             try:
                 require_no_special(record, self._special)
+                self._require_writable(record)
                 if isinstance(rendered, SampleError):
                     raise rendered
-                sizes = [size for _, size in sizes_of(record)]
-                written.append(self._expand(record, rendered, sizes))
+                written.append(self._expand(record, rendered, shapes_of(record)))
             except SampleError as error:
                 written.append(error)
         return written
 
-    def _expand(self, record: Record, rendered: Rendered, sizes: list[Size]) -> Written:
+    def _require_writable(self, record: Record) -> None:
+        why = self._images.no_videos
+        if why is not None and any(isinstance(source, Video) for source in record.images):
+            cause = f"has a video ({why}); give its frames as images, or {OWN_TEMPLATE}"
+            raise bad_record(describe(record, cause))
+
+    def _expand(self, record: Record, rendered: Rendered, shapes: list[Shape]) -> Written:
         try:
-            return write(rendered, self._images, sizes, ending=self._other_ending)
+            return write(rendered, self._images, shapes, ending=self._other_ending)
         except ValueError as error:
-            cause = f"its images do not suit the model ({error})"
+            cause = f"what it shows does not suit the model ({error})"
             raise bad_record(describe(record, cause)) from error
 
     def _tokenize(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -216,15 +233,15 @@ class ChatEncoder:
             labels_S=torch.from_numpy(labels_S),
             image_S=torch.from_numpy(image_S[:length]),
             char_spans=tuple(spans),
-            images=record.images,
-            image_sizes=tuple(written.sizes),
+            images=tuple(written.sources(record.images, self._images)),
+            image_sizes=tuple(size_of(shape) for shape in written.shapes),
         )
 
     def _repeat(
         self, record: Record, written: Written, ids_S: np.ndarray, places_S2: np.ndarray
     ) -> PlacedTokens:
         try:
-            return repeat_patches(written, ids_S, places_S2, self._patch_id)
+            return repeat_patches(written, ids_S, places_S2, self._patch_ids)
         except ValueError as error:
             raise bad_record(describe(record, str(error))) from error
 

@@ -1,4 +1,4 @@
-"""What a processor writes in the place of an image, from the image's size alone."""
+"""What a processor writes in the place of an image or a video, from its shape alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from regate_ds.data.chat.counting import IMAGE_COUNTS, Size
+from regate_ds.data.chat.video_text import VideoText
+from regate_ds.data.llava.clips import Shape
+from regate_ds.data.llava.media import VideoShape
 
 _CUTS_ONE_ALONE = ("LlavaOnevisionProcessor",)
 """Processors that cut an image into tiles only where its sample has no other."""
@@ -20,7 +23,7 @@ _COMPARED = 3
 
 
 class ImageWriter(Protocol):
-    """Writes what stands for images in a text."""
+    """Writes what stands for images and videos in a text."""
 
     placeholder: str
     """What stands for an image in a rendered template."""
@@ -28,8 +31,20 @@ class ImageWriter(Protocol):
     patch: str
     """The token of each patch."""
 
-    def texts(self, sizes: Sequence[Size]) -> list[str]:
-        """Return what stands for each image of a sample. ValueError for a size it cannot have."""
+    video_placeholder: str | None
+    video_patch: str | None
+    """The same of a video; None if there can be none."""
+
+    no_videos: str | None
+    """Why videos cannot be written; None if they can."""
+
+    def texts(self, shapes: Sequence[Shape]) -> list[str]:
+        """Return what stands for each image and video of a sample. ValueError for a shape that it
+        cannot have."""
+        ...
+
+    def taken(self, shape: VideoShape) -> tuple[int, ...]:
+        """Return the numbers of the frames that are taken from a video."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -43,8 +58,15 @@ class ImageText:
     It counts where that is right, else it asks the processor once for each distinct size.
     """
 
-    def __init__(self, processor: Any, patch: str) -> None:
-        """patch: the token that the model puts an image's features in the place of."""
+    def __init__(self, processor: Any, patch: str, video_frames: int | None = None) -> None:
+        """Set up for one processor.
+
+        patch: the token that the model puts an image's features in the place of. video_frames:
+            the number of frames to take from a video's file; None leaves it to the processor.
+        """
+        self._videos = VideoText(processor, video_frames)
+        self.video_placeholder, self.video_patch = self._videos.placeholder, self._videos.patch
+        self.no_videos = self._videos.lack
         self.placeholder: str = processor.image_token
         self.patch = patch
         self._processor = processor
@@ -53,12 +75,21 @@ class ImageText:
         self._cuts_one_alone = type(processor).__name__ in _CUTS_ONE_ALONE
         self._known: dict[Size | None, str] = {}
 
-    def texts(self, sizes: Sequence[Size]) -> list[str]:
-        """Return what stands for each image of a sample.
+    def texts(self, shapes: Sequence[Shape]) -> list[str]:
+        """Return what stands for each image and video of a sample.
 
-        ValueError, from the processor, for a size that it does not take.
+        ValueError, from the processor, for a shape that it does not take.
         """
-        return [self._text(size, len(sizes) == 1) for size in sizes]
+        is_alone = sum(not isinstance(shape, VideoShape) for shape in shapes) == 1
+        return [
+            self._videos.write(shape).text
+            if isinstance(shape, VideoShape)
+            else self._text(shape, is_alone)
+            for shape in shapes
+        ]
+
+    def taken(self, shape: VideoShape) -> tuple[int, ...]:
+        return self._videos.write(shape).taken
 
     def num_patches(self, size: Size) -> int:
         """Return the number of tokens that stand for an image's patches, in a sample of its own."""
@@ -73,6 +104,7 @@ class ImageText:
             "transformers": version("transformers"),
             "images": json.loads(self._processor.image_processor.to_json_string()),
             "own": {name: own[name] for name in sorted(own) if not isinstance(own[name], dict)},
+            "videos": self._videos.settings(),
         }
 
     def _text(self, size: Size, is_alone: bool) -> str:
@@ -115,13 +147,24 @@ class ImageText:
 class OtherPatches:
     """Writes as many tokens of another tokenizer as an image has patches, and nothing else."""
 
-    def __init__(self, images: ImageWriter, *, placeholder: str, patch: str) -> None:
+    def __init__(
+        self, images: ImageWriter, *, placeholder: str, video_placeholder: str | None, patch: str
+    ) -> None:
         self.placeholder, self.patch = placeholder, patch
+        self.video_placeholder, self.video_patch = video_placeholder, patch
+        self.no_videos = images.no_videos
         self._images = images
 
-    def texts(self, sizes: Sequence[Size]) -> list[str]:
-        own = self._images.patch
-        return [self.patch * text.count(own) for text in self._images.texts(sizes)]
+    def texts(self, shapes: Sequence[Shape]) -> list[str]:
+        own = self._images
+        return [
+            self.patch
+            * text.count(own.video_patch or "" if isinstance(shape, VideoShape) else own.patch)
+            for text, shape in zip(own.texts(shapes), shapes)
+        ]
+
+    def taken(self, shape: VideoShape) -> tuple[int, ...]:
+        return self._images.taken(shape)
 
     def settings(self) -> dict[str, Any]:
         return {"patch": self.patch, "as": self._images.settings()}

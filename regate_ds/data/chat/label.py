@@ -30,7 +30,7 @@ class PlacedTokens:
 
 
 def repeat_patches(
-    written: Written, ids_S: np.ndarray, places_S2: np.ndarray, patch_id: int
+    written: Written, ids_S: np.ndarray, places_S2: np.ndarray, patch_ids: list[int]
 ) -> PlacedTokens:
     """Put all patches of a run in the place of the one that the tokenizer has read.
 
@@ -40,11 +40,11 @@ def repeat_patches(
     times_S = np.ones(len(ids_S), dtype=np.int64)
     for number, ((start, end), runs) in enumerate(zip(written.images, written.runs)):
         is_in_S = (places_S2[:, 0] >= start) & (places_S2[:, 1] <= end)
-        is_in_S &= (ids_S == patch_id) & (places_S2[:, 1] > places_S2[:, 0])
+        is_in_S &= np.isin(ids_S, patch_ids) & (places_S2[:, 1] > places_S2[:, 0])
         if int(is_in_S.sum()) != len(runs):
             raise ValueError(
                 f"the tokenizer reads the {len(runs)} runs of patches of image {number + 1} as "
-                f"{int(is_in_S.sum())} tokens of id {patch_id}; make the image token a special one"
+                f"{int(is_in_S.sum())} tokens of id {patch_ids}; make the image token a special one"
             )
         image_S[is_in_S] = number
         times_S[is_in_S] = runs

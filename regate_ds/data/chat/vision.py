@@ -1,4 +1,4 @@
-"""The image inputs of a student, as its own processor makes them.
+"""The image and video inputs of a student, as its own processor makes them.
 
 Shapes: B rows, T positions, P patches.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from regate_ds.data.chat.image_text import ImageText
+from regate_ds.data.chat.video_text import metadata_of
+from regate_ds.data.llava.clips import Clip, Shown
 
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
@@ -40,15 +43,37 @@ class ProcessorVision:
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         return self.sample_pixels([[image] for image in images])
 
-    def sample_pixels(self, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """Make what the processor makes of a batch of samples with these images."""
-        found = self.processor(
-            images=[list(images) for images in samples],
-            text=[self._text.placeholder * len(images) for images in samples],
-            padding=True,
-            return_tensors="pt",
-        )
+    def sample_pixels(self, samples: Sequence[Sequence[Shown]]) -> dict[str, Tensor]:
+        """Make what the processor makes of a batch of samples that show these.
+
+        ValueError if it cannot join their videos.
+        """
+        images = [[each for each in shown if not isinstance(each, Clip)] for shown in samples]
+        clips = [each for shown in samples for each in shown if isinstance(each, Clip)]
+        try:
+            found = self.processor(
+                images=[each for each in images if each] or None,
+                text=["".join(map(self._placeholder, shown)) for shown in samples],
+                padding=True,
+                return_tensors="pt",
+                **_of_clips(clips),
+            )
+        except ValueError as error:
+            lengths = sorted({len(clip.frames) for clip in clips})
+            if len(lengths) < 2:
+                raise
+            name = type(self.processor).__name__
+            raise ValueError(
+                f"the {name} joins no videos of {lengths} frames in a micro-batch ({error}); set "
+                "data.video_frames, or a micro-batch of 1"
+            ) from error
         return {name: value for name, value in found.items() if name not in _OF_TEXT}
+
+    def _placeholder(self, shown: Shown) -> str:
+        if not isinstance(shown, Clip):
+            return self._text.placeholder
+        assert self._text.video_placeholder is not None
+        return self._text.video_placeholder
 
     def extra_inputs(self, input_ids_BT: Tensor, is_placeholder_BT: Tensor) -> dict[str, Tensor]:
         """Mark text (0) and image (1) positions where the processor does."""
@@ -56,6 +81,17 @@ class ProcessorVision:
             return {}
         marks = self.processor.create_mm_token_type_ids(input_ids_BT.tolist())
         return {self._marks: torch.tensor(marks)}
+
+
+def _of_clips(clips: Sequence[Clip]) -> dict[str, Any]:
+    """Return what a processor's call takes for videos whose frames are chosen."""
+    if not clips:
+        return {}
+    return {
+        "videos": [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips],
+        "video_metadata": [metadata_of(clip.shape, clip.taken) for clip in clips],
+        "do_sample_frames": False,
+    }
 
 
 def _name_of_marks(processor: Any) -> str | None:

@@ -79,6 +79,11 @@ class Encoder:
                 yield error
 
     @property
+    def takes_videos(self) -> bool:
+        """No: each frame is an image."""
+        return False
+
+    @property
     def end_ids(self) -> list[int]:
         """Id of the eos, which ends each answer."""
         return [self._eos_id]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame, by_file
+from regate_ds.data.llava.media import ImageSource, InlineImage, PictureSource, VideoFrame, by_file
 from regate_ds.data.llava.records import Record, bad_record, describe
 from regate_ds.data.llava.video import read_frames, video_size
 
@@ -34,7 +34,7 @@ _LYING = (5, 6, 7, 8)
 """EXIF orientations under which a picture's sides change places."""
 
 
-def image_size(source: ImageSource) -> tuple[int, int]:
+def image_size(source: PictureSource) -> tuple[int, int]:
     """Return the (width, height) of an upright image. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return video_size(source.video)
@@ -43,7 +43,7 @@ def image_size(source: ImageSource) -> tuple[int, int]:
         return (height, width) if _orientation(image) in _LYING else (width, height)
 
 
-def load_rgb(source: ImageSource) -> Image.Image:
+def load_rgb(source: PictureSource) -> Image.Image:
     """Decode an image as the student sees it, upright. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return read_frames(source.video, [(source.number, source.of)])[0]
@@ -52,7 +52,7 @@ def load_rgb(source: ImageSource) -> Image.Image:
         return upright.convert("RGB")
 
 
-def load_all(sources: Sequence[ImageSource]) -> list[Image.Image]:
+def load_all(sources: Sequence[PictureSource]) -> list[Image.Image]:
     """Decode images in order; the frames of one video file at once."""
     images: list[Image.Image] = []
     for run in by_file(sources):
@@ -70,22 +70,11 @@ def sizes_of(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
         try:
             size = image_size(run[0])
         except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, _broken(run[0], error))) from error
+            raise bad_record(describe(record, broken(run[0], error))) from error
         yield from ((source, size) for source in run)
 
 
-def images_of(record: Record) -> tuple[Image.Image, ...]:
-    """Decode the images of a record. SampleError if one is broken."""
-    images: list[Image.Image] = []
-    for run in by_file(record.images):
-        try:
-            images += load_all(run)
-        except IMAGE_ERRORS as error:
-            raise bad_record(describe(record, _broken(run[0], error))) from error
-    return tuple(images)
-
-
-def _broken(source: ImageSource, error: Exception) -> str:
+def broken(source: PictureSource, error: Exception) -> str:
     """Describe an image that cannot be read, in the same words each time."""
     cause = f"{error}"
     if isinstance(error, UnidentifiedImageError):
@@ -95,7 +84,7 @@ def _broken(source: ImageSource, error: Exception) -> str:
     return f"{_kind(source)} file {source} is broken ({cause})"
 
 
-def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:
+def image_fault(source: PictureSource, *, verify: bool = True) -> str | None:
     """Return why an image cannot be used; None if it can.
 
     verify: False only checks that a file exists.
@@ -108,11 +97,11 @@ def image_fault(source: ImageSource, *, verify: bool = True) -> str | None:
     try:
         fault = _fault_of_content(source)
     except IMAGE_ERRORS as error:
-        return _broken(source, error)
+        return broken(source, error)
     return None if fault is None else f"{_kind(source)} file {source} {fault}"
 
 
-def _kind(source: ImageSource) -> str:
+def _kind(source: PictureSource) -> str:
     return "video" if isinstance(source, VideoFrame) else "image"
 
 
@@ -123,7 +112,7 @@ def _missing(path: Path, kind: str) -> str | None:
         return unusable_name(path, error)
 
 
-def _fault_of_content(source: ImageSource) -> str | None:
+def _fault_of_content(source: PictureSource) -> str | None:
     """Return what makes an image unusable. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return _unsuitable_size(video_size(source.video))

@@ -1,4 +1,4 @@
-"""Where a picture of a record lies: in a file of its own, in the record itself, or in a video."""
+"""Where a picture or video of a record lies: in files of its own, in the record, or in a video."""
 
 from __future__ import annotations
 
@@ -33,8 +33,43 @@ class VideoFrame:
         return str(self.video)
 
 
-ImageSource = Path | InlineImage | VideoFrame
-"""Equal sources show the same picture."""
+@dataclass(frozen=True)
+class VideoShape:
+    """What is known of a video before it is decoded."""
+
+    size: tuple[int, int]
+    """Width and height of its frames."""
+
+    num_frames: int
+    fps: float | None
+    """Frames a second; None if they are not known, as of a list of pictures."""
+
+    is_file: bool
+    """False: a list of frames, all of which are wanted."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video that a model's own processor takes as a whole, and chooses the frames of."""
+
+    source: Path | tuple[Path | InlineImage, ...]
+    """A file, or its frames."""
+
+    shape: VideoShape | None = None
+    """None before it was looked at."""
+
+    taken: tuple[int, ...] = ()
+    """Numbers of the frames that the processor takes; empty before it was asked."""
+
+    def __str__(self) -> str:
+        if isinstance(self.source, Path):
+            return str(self.source)
+        return f"of {len(self.source)} frames, the first of which is {self.source[0]}"
+
+
+PictureSource = Path | InlineImage | VideoFrame
+ImageSource = PictureSource | Video
+"""Equal sources show the same."""
 
 
 def by_file(sources: Iterable[ImageSource]) -> Iterator[list[ImageSource]]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from regate_ds.data.llava.clips import fault_of
 from regate_ds.data.llava.formats.fields import require_used, turns_of
 from regate_ds.data.llava.formats.said import Medium, Said, require_plain
-from regate_ds.data.llava.formats.sources import Sources, listed
+from regate_ds.data.llava.formats.sources import Sources, VideoFrames, listed
 from regate_ds.data.llava.formats.table import read_turns
-from regate_ds.data.llava.images import image_fault
 from regate_ds.data.llava.media import ImageSource, by_file
 from regate_ds.data.llava.records import MARKER, Cause, Record, Turn
 
@@ -32,12 +32,12 @@ class Parser:
         name: str,
         image_root: Path,
         verify_images: bool,
-        video_frames: int | None = None,
+        video_frames: VideoFrames = None,
     ) -> None:
         """Set up for one file.
 
         video_frames: number of frames to take from a video file; None refuses such files, by a
-            ValueError that is no Cause.
+            ValueError that is no Cause; "whole" makes a ``Video`` of files and of lists.
         """
         self._source, self._name, self._verify_images = source, name, verify_images
         self._sources = Sources(image_root, video_frames)
@@ -55,7 +55,7 @@ class Parser:
         media = self._media(raw, turns, [medium for each in said for medium in each.media])
         images = tuple(image for group in media for image in group)
         for run in by_file(images):
-            if fault := image_fault(run[0], verify=self._verify_images):
+            if fault := fault_of(run[0], verify=self._verify_images):
                 raise Cause(fault)
         return Record(
             key=(self._name, number),

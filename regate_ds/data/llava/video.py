@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from regate_ds.data.llava.media import VideoShape
 
 
 def require_av(video: Path) -> None:
@@ -35,15 +37,40 @@ def read_frames(video: Path, places: Sequence[tuple[int, int]]) -> list[Image.Im
         distances, the first and the last one of the video among them. A video that has fewer gives
         some of them twice.
     """
+    return _read(
+        video, lambda length: [number * (length - 1) // max(1, of - 1) for number, of in places]
+    )
+
+
+def read_numbers(video: Path, numbers: Sequence[int]) -> list[Image.Image]:
+    """Decode the frames of these numbers, as ``read_frames`` does."""
+    return _read(video, lambda _: numbers)
+
+
+def video_shape(video: Path) -> VideoShape:
+    """Look at a video's frames, of which one is decoded. OSError if it is broken."""
     with _opened(video) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-        shown = sorted(packet.pts for packet in packets if not packet.is_discard)
-        if not shown:
-            raise OSError("it has no frames with a time; convert it to mp4")
-        times = [shown[number * (len(shown) - 1) // max(1, of - 1)] for number, of in places]
-        starts = {packet.pts: packet.dts for packet in packets if packet.is_keyframe}
+        shown, _ = _times(container, stream)
+        rate = stream.average_rate
+    return VideoShape(video_size(video), len(shown), float(rate) if rate else None, is_file=True)
+
+
+def _read(video: Path, choose: Callable[[int], Sequence[int]]) -> list[Image.Image]:
+    """Decode the frames of the numbers that are chosen by the number of all frames."""
+    with _opened(video) as (container, stream):
+        shown, starts = _times(container, stream)
+        times = [shown[number] for number in choose(len(shown))]
         found = dict(_decode(container, stream, sorted(set(times)), starts))
     return [found[time] for time in times]
+
+
+def _times(container: Any, stream: Any) -> tuple[list[int], dict[int, int]]:
+    """Return when each frame is shown, in order, and where to seek to for each keyframe."""
+    packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+    shown = sorted(packet.pts for packet in packets if not packet.is_discard)
+    if not shown:
+        raise OSError("it has no frames with a time; convert it to mp4")
+    return shown, {packet.pts: packet.dts for packet in packets if packet.is_keyframe}
 
 
 def _decode(

@@ -31,11 +31,17 @@ class Source:
 
     encoder: RecordEncoder
     video_frames: int | None = None
-    """Number of frames to take from a video that is a file; None refuses such files."""
+    """Number of frames to take from a video that is a file."""
 
     def parser(self, *, verify_images: bool) -> Parser:
         """Make what checks the file's records, with their images opened or only looked up."""
-        return Parser(self.path, self.name, self._root, verify_images, self.video_frames)
+        return Parser(
+            self.path,
+            self.name,
+            self._root,
+            verify_images,
+            "whole" if self.encoder.takes_videos else self.video_frames,
+        )
 
     def stamp(self) -> str:
         """Return a name of the files' names, sizes and times, which change with the data."""

@@ -98,9 +98,11 @@ def images_alone(processor_class: Any) -> Any:
     name = processor_class.__name__
     if is_torchvision_available() or "video_processor" not in processor_class.get_attributes():
         return processor_class
-    if signature(processor_class).parameters["video_processor"].default is Parameter.empty:
+    needs = signature(processor_class).parameters["video_processor"].default is Parameter.empty
+    *attributes, last = processor_class.get_attributes()
+    # Classes hand their parts on by place, so that only the last one can be missing.
+    if needs or last != "video_processor":
         raise ImportError(f"{name} requires torchvision, also where no video is read")
-    attributes = [each for each in processor_class.get_attributes() if each != "video_processor"]
     return type(
         name,
         (processor_class,),
@@ -119,14 +121,16 @@ def _rebuilt(name: str, state: dict[str, Any]) -> Any:
     return made
 
 
-def chat_encoder(processor: Any, patch: str, *, max_length: int) -> ChatEncoder:
+def chat_encoder(
+    processor: Any, patch: str, *, max_length: int, video_frames: int | None = None
+) -> ChatEncoder:
     """Return what writes records as a processor does.
 
-    patch: the token that the model puts an image's features in the place of. ValueError if the
-    template cannot be used for training.
+    patch: the token that the model puts an image's features in the place of. video_frames: as in
+    ``ImageText``. ValueError if the template cannot be used for training.
     """
     source = default_of(processor.chat_template, "the processor")
-    images = ImageText(processor, patch)
+    images = ImageText(processor, patch, video_frames)
     special = special_tokens(processor.tokenizer, images.placeholder, patch)
     apply = partial(_apply, processor.tokenizer, dated(source))
     return ChatEncoder(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.messages import OWN_TEMPLATE
-from regate_ds.data.llava.media import VideoFrame
 from regate_ds.data.llava.records import Record, SampleError, Turn
 from regate_ds.families.table import STUDENTS
 from regate_ds.recipe.students.processor import chat_encoder
@@ -68,14 +66,6 @@ def test_the_text_of_a_special_token(turns: Any):
 
 def test_the_text_of_a_special_token_in_a_system_text():
     refused(encoder(), record(system="<|im_start|>x"), "its system text holds '<.im_start.>'")
-
-
-def test_a_video_by_its_marker_or_its_frames():
-    video = replace(record(("<video> what", "this")), images_per_marker=(2,))
-    refused(encoder(), video, "has a video, .* set data.template")
-    frames = record(("<image> what", "this"))
-    frames = replace(frames, images=(VideoFrame(Path("v.mp4"), 0, 1),), images_per_marker=(1,))
-    refused(encoder(), frames, "has a video")
 
 
 def test_a_sample_of_which_the_cut_leaves_no_answer_or_half_an_image():
@@ -230,6 +220,7 @@ def test_a_template_that_loses_an_image():
 def test_a_size_that_the_processor_does_not_take():
     class Strict:
         placeholder, patch = "<|image_pad|>", "<|image_pad|>"
+        no_videos = None
 
         def texts(self, sizes: list[Any]) -> list[str]:
             if sizes:
@@ -239,12 +230,12 @@ def test_a_size_that_the_processor_does_not_take():
     made = encoder()
     made._images = Strict()  # type: ignore[assignment]
     with_image = record(("what <image>", "this"), num_images=1)
-    refused(made, with_image, "its images do not suit the model .too thin.")
+    refused(made, with_image, "what it shows does not suit the model .too thin.")
 
 
 def test_a_patch_that_is_no_special_token():
     made = encoder()
-    made._patch_id += 1
+    made._patch_ids[0] += 1
     with_image = record(("what <image>", "this"), num_images=1)
     refused(made, with_image, "the tokenizer reads the .* of patches of image 1 as 0 tokens")
 

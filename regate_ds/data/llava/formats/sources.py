@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
 from regate_ds.data.llava.formats.said import shortened
 from regate_ds.data.llava.images import MODES, unusable_name
-from regate_ds.data.llava.media import ImageSource, InlineImage, VideoFrame
+from regate_ds.data.llava.media import ImageSource, InlineImage, Video, VideoFrame
 from regate_ds.data.llava.records import Cause
 from regate_ds.data.llava.video import require_av
+
+VideoFrames = int | Literal["whole"] | None
+"""Number of frames to take from a video file; None refuses such files; "whole" leaves the frames of
+each video to the model's own processor."""
 
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 """Suffixes of the files in a video's folder that count as its frames."""
@@ -32,8 +36,7 @@ class Sources:
     root: Path
     """Folder that names are relative to."""
 
-    video_frames: int | None = None
-    """Number of frames to take from a video file; None refuses such files."""
+    video_frames: VideoFrames = None
 
     def image(self, field: str, entry: Any) -> Path | InlineImage:
         """Return where an image lies: its file, or its bytes. Cause if the entry names none.
@@ -61,7 +64,7 @@ class Sources:
         if isinstance(entry, list):
             if not entry:
                 raise Cause(f"field '{field}' holds a video without frames")
-            return [self.image(field, frame) for frame in entry]
+            return self._frames([self.image(field, frame) for frame in entry])
         if isinstance(entry, dict) and entry.keys() <= {"bytes", "path"}:
             if entry.get("bytes") is not None:
                 raise Cause(f"field '{field}' holds the bytes of a video; save it as a file")
@@ -69,12 +72,15 @@ class Sources:
         path = self._path(field, entry)
         try:
             if path.is_dir():
-                return list(_frames(path))
+                return self._frames(_frames(path))
             if not path.is_file():
                 raise Cause(f"video {path} is neither a folder of frames nor a file")
         except OSError as error:
             raise Cause(unusable_name(path, error)) from error
         return self._frames_of_file(path)
+
+    def _frames(self, frames: Sequence[Path | InlineImage]) -> list[ImageSource]:
+        return [Video(tuple(frames))] if self.video_frames == "whole" else list(frames)
 
     def _frames_of_file(self, path: Path) -> list[ImageSource]:
         if self.video_frames is None:
@@ -83,6 +89,8 @@ class Sources:
                 "from each, or give folders of frames"
             )
         require_av(path)
+        if self.video_frames == "whole":
+            return [Video(path)]
         return [VideoFrame(path, number, self.video_frames) for number in range(self.video_frames)]
 
     def _path(self, field: str, entry: Any) -> Path:
