@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.data.interfaces import RecordEncoder, VisionInputs
-from regate_ds.data.llava.clips import Shown, shown_of
+from regate_ds.data.llava.clips import Visual, visuals_of
 from regate_ds.data.llava.records import BadRecord, Record, SampleError
 from regate_ds.data.llava.sample import EncodedSample
 
@@ -27,7 +27,7 @@ class LoadedSample:
     """One sample, with its decoded images (RGB) and videos in reading order."""
 
     encoded: EncodedSample
-    images: tuple[Shown, ...]
+    images: tuple[Visual, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SampleDataset(Dataset[LoadedSample]):
 
     def _load(self, index: int, record: Record) -> LoadedSample:
         sample = self._encode(index, record)
-        return LoadedSample(sample, shown_of(record, sample.images))
+        return LoadedSample(sample, visuals_of(record, sample.images))
 
     def _encode(self, index: int, record: Record) -> EncodedSample:
         sample = self._encoder.encode(record)

@@ -119,7 +119,7 @@ class _Rows:
                 self._require_inputs(batch)
                 self.units.append(shown)
                 self._row_of.append(row)
-            yield from samples_of(batch, self._token_id)
+            yield from samples_of(batch, [self._token_id])
 
     def _require_inputs(self, batch: Batch) -> None:
         """Refuse, by ValueError naming it, a sample whose images are not what the family ranks."""

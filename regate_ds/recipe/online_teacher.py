@@ -50,7 +50,7 @@ def _reader(text: TeacherText, corpus: Corpus) -> Read:
     It takes the token ids of the batch; a teacher with its own tokenizer needs the records' text.
     """
     if text.tokenizer is None:
-        return partial(samples_of, image_token_id=corpus.student.model.config.image_token_id)
+        return partial(samples_of, placeholder_ids=corpus.student.placeholder_ids)
 
     def read(batch: Batch) -> list[TwiceWritten]:
         rows = corpus.index.rows(batch.tokens.flat_keys)

@@ -6,7 +6,7 @@ from functools import partial
 
 from regate_ds.algorithm.rankings.ranking import ImageKey, StoredRanking
 from regate_ds.data.llava.images import image_size, load_rgb
-from regate_ds.data.llava.media import ImageSource
+from regate_ds.data.llava.media import PictureSource, Video
 from regate_ds.families.pictures import pictures_of
 from regate_ds.job.process import Process
 from regate_ds.job.supervise import join_job
@@ -55,18 +55,23 @@ def make_rank_job(
     )
 
 
-def _images_by_file(corpus: Corpus) -> dict[ImageSource, list[ImageKey]]:
+def _images_by_file(corpus: Corpus) -> dict[PictureSource, list[ImageKey]]:
     """Return the images that show each file, in the order in which the data names them."""
-    shown: dict[ImageSource, list[ImageKey]] = {}
+    shown: dict[PictureSource, list[ImageKey]] = {}
     for record in corpus.train_records:
         for number, file in enumerate(record.images):
+            if isinstance(file, Video):
+                raise ValueError(
+                    f"{record.source}, record {record.key[1]}, has a video, whose tokens are not "
+                    "ranked; use elision.images.ranking=random or stride"
+                )
             shown.setdefault(file, []).append((record.key, number))
     return shown
 
 
-def _num_tokens(student: Student, file: ImageSource) -> int:
+def _num_tokens(student: Student, file: PictureSource) -> int:
     return student.vision.num_tokens(image_size(file))
 
 
-def _read(student: Student, files: list[ImageSource], number: int) -> PictureInputs:
+def _read(student: Student, files: list[PictureSource], number: int) -> PictureInputs:
     return student.vision.pixels([load_rgb(files[number])])

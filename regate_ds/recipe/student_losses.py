@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.data.collate import Collator, LoadedSample
-from regate_ds.data.llava.clips import load_shown
+from regate_ds.data.llava.clips import load_visuals
 from regate_ds.data.llava.images import IMAGE_ERRORS
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.recipe.evaluation.forward import dense_inference, predict
@@ -70,7 +70,7 @@ def _with_images(sample: EncodedSample | TwiceWritten) -> LoadedSample:
     """Decode the images of a sample; one that is written twice is the student's."""
     own = sample.student if isinstance(sample, TwiceWritten) else sample
     try:
-        return LoadedSample(own, tuple(load_shown(own.images)))
+        return LoadedSample(own, tuple(load_visuals(own.images)))
     except IMAGE_ERRORS as error:
         raise ValueError(
             f"an image of sample {own.key} cannot be read ({error}); restore the file, or leave "

@@ -68,7 +68,7 @@ def teacher_text(config: TeacherConfig, corpus: Corpus) -> TeacherText:
     pad_id = choose_pad_id(theirs)
     if config.tokenizer == "own":
         return TeacherText(corpus, pad_id, theirs)
-    require_same_tokens(own, theirs, placeholder_ids=[corpus.student.model.config.image_token_id])
+    require_same_tokens(own, theirs, placeholder_ids=corpus.student.placeholder_ids)
     return TeacherText(corpus, pad_id)
 
 

@@ -61,6 +61,10 @@ class Teacher:
         return self.name or teacher_id(self.model, pad_id=self.pad_id)
 
     @property
+    def placeholder_ids(self) -> list[int]:
+        return [] if self.image_token_id is None else [self.image_token_id]
+
+    @property
     def device(self) -> torch.device:
         """Device of the model's first weight."""
         return next(self.model.parameters()).device
@@ -81,7 +85,7 @@ class Teacher:
         )
         return OnlineReference(
             scorer,
-            partial(samples_of, image_token_id=self.image_token_id),
+            partial(samples_of, placeholder_ids=self.placeholder_ids),
             teacher_id=self.id,
             index=index,
             model=model,
@@ -111,7 +115,7 @@ def score_dataset(
     collate, store = KeyedCollate(collate_fn), Path(store)
 
     def encode(item: Mapping[str, Any]) -> EncodedSample:
-        (sample,) = samples_of(collate([item]), teacher.image_token_id)
+        (sample,) = samples_of(collate([item]), teacher.placeholder_ids)
         return sample
 
     def read_stream() -> Iterator[EncodedSample]:

@@ -180,19 +180,18 @@ class WindowScorer:
         return [_unpacked(vector) for vector in found]
 
 
-def samples_of(batch: Batch, image_token_id: int | None) -> list[EncodedSample]:
+def samples_of(batch: Batch, placeholder_ids: Sequence[int]) -> list[EncodedSample]:
     """Return the samples of a micro-batch, in the order of its keys.
 
-    image_token_id: the token id of image placeholders; None if there are none.
+    placeholder_ids: token ids of the placeholders of images and videos.
     """
+    ids_P = torch.tensor(placeholder_ids, dtype=torch.int64)
     tokens, samples = batch.tokens, []
     ids_BT = batch.inputs["input_ids"].cpu()
     for number, key in enumerate(tokens.flat_keys):
         is_in_sample_BT = tokens.sample_BT == number
         ids_S = ids_BT[is_in_sample_BT]
-        image_S = torch.full_like(ids_S, -1)
-        if image_token_id is not None:
-            image_S = number_runs(ids_S == image_token_id)
+        image_S = number_runs(torch.isin(ids_S, ids_P))
         labels_S = tokens.labels_BT[is_in_sample_BT]
         samples.append(EncodedSample(key, ids_S, labels_S, image_S, (), ()))
     return samples

@@ -42,7 +42,7 @@ def teacher(**changes) -> Teacher:
 def test_a_micro_batchs_samples_are_those_that_it_was_made_of(pack_length: int | None):
     numbers = [3, 0, 7, 5, 1]
     batch = batch_of(numbers, pack_length)
-    found = {sample.key: sample for sample in samples_of(batch, IMAGE)}
+    found = {sample.key: sample for sample in samples_of(batch, [IMAGE])}
     assert list(found) == batch.tokens.flat_keys
     assert len(batch.tokens.keys) < len(numbers) or pack_length is None
     for number in numbers:
@@ -104,7 +104,9 @@ def test_a_loss_that_no_store_would_hold_names_its_sample(value: float):
         bad = [s.key[1] == 15 for s in samples]
         return torch.cat([x + value if b else x for x, b in zip(losses, bad)])
 
-    online = OnlineReference(score, partial(samples_of, image_token_id=IMAGE), teacher_id="small")
+    online = OnlineReference(
+        score, partial(samples_of, placeholder_ids=[IMAGE]), teacher_id="small"
+    )
     online.prepare([batch_of([4, 5])])
     online.read([("set", 14)])
     with pytest.raises(ValueError, match="loss of sample 'set' record 15 is not finite, or beyond"):

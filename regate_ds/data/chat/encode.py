@@ -20,7 +20,7 @@ from regate_ds.data.chat.messages import OWN_TEMPLATE
 from regate_ds.data.chat.render import ChatTemplate, Rendered
 from regate_ds.data.chat.texts import IMAGE, eos_of, template_of_texts
 from regate_ds.data.chat.write import Written, write
-from regate_ds.data.llava.clips import Shape, shapes_of, size_of
+from regate_ds.data.llava.clips import VisualShape, frame_size, shapes_of
 from regate_ds.data.llava.media import Video
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 from regate_ds.data.llava.sample import EncodedSample
@@ -187,7 +187,7 @@ class ChatEncoder:
             cause = f"has a video ({why}); give its frames as images, or {OWN_TEMPLATE}"
             raise bad_record(describe(record, cause))
 
-    def _expand(self, record: Record, rendered: Rendered, shapes: list[Shape]) -> Written:
+    def _expand(self, record: Record, rendered: Rendered, shapes: list[VisualShape]) -> Written:
         try:
             return write(rendered, self._images, shapes, ending=self._other_ending)
         except ValueError as error:
@@ -234,7 +234,7 @@ class ChatEncoder:
             image_S=torch.from_numpy(image_S[:length]),
             char_spans=tuple(spans),
             images=tuple(written.sources(record.images, self._images)),
-            image_sizes=tuple(size_of(shape) for shape in written.shapes),
+            image_sizes=tuple(frame_size(shape) for shape in written.shapes),
         )
 
     def _repeat(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from regate_ds.data.chat.counting import IMAGE_COUNTS, Size
 from regate_ds.data.chat.video_text import VideoText
-from regate_ds.data.llava.clips import Shape
+from regate_ds.data.llava.clips import VisualShape
 from regate_ds.data.llava.media import VideoShape
 
 _CUTS_ONE_ALONE = ("LlavaOnevisionProcessor",)
@@ -38,7 +38,7 @@ class ImageWriter(Protocol):
     no_videos: str | None
     """Why videos cannot be written; None if they can."""
 
-    def texts(self, shapes: Sequence[Shape]) -> list[str]:
+    def texts(self, shapes: Sequence[VisualShape]) -> list[str]:
         """Return what stands for each image and video of a sample. ValueError for a shape that it
         cannot have."""
         ...
@@ -75,7 +75,7 @@ class ImageText:
         self._cuts_one_alone = type(processor).__name__ in _CUTS_ONE_ALONE
         self._known: dict[Size | None, str] = {}
 
-    def texts(self, shapes: Sequence[Shape]) -> list[str]:
+    def texts(self, shapes: Sequence[VisualShape]) -> list[str]:
         """Return what stands for each image and video of a sample.
 
         ValueError, from the processor, for a shape that it does not take.
@@ -151,11 +151,12 @@ class OtherPatches:
         self, images: ImageWriter, *, placeholder: str, video_placeholder: str | None, patch: str
     ) -> None:
         self.placeholder, self.patch = placeholder, patch
-        self.video_placeholder, self.video_patch = video_placeholder, patch
+        self.video_placeholder: str | None = video_placeholder
+        self.video_patch: str | None = patch
         self.no_videos = images.no_videos
         self._images = images
 
-    def texts(self, shapes: Sequence[Shape]) -> list[str]:
+    def texts(self, shapes: Sequence[VisualShape]) -> list[str]:
         own = self._images
         return [
             self.patch

@@ -45,7 +45,7 @@ class VideoText:
     def __init__(self, processor: Any, num_frames: int | None) -> None:
         """num_frames: how many to take from a file; None leaves it to the processor."""
         name = type(processor).__name__
-        self.lack = _lack(processor)
+        self.lack = lack_of_videos(processor)
         """Why videos cannot be written; None if they can."""
         self.placeholder: str | None = None if self.lack else processor.video_token
         self.patch: str | None = None if self.lack else getattr(processor, PATCHES[name])
@@ -108,7 +108,8 @@ def metadata_of(shape: VideoShape, taken: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _lack(processor: Any) -> str | None:
+def lack_of_videos(processor: Any) -> str | None:
+    """Return why a processor is given no videos; None if it is."""
     name = type(processor).__name__
     if name not in PATCHES:
         return f"videos are not given to a {name} yet"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regate_ds.data.chat.image_text import ImageText
 from regate_ds.data.chat.video_text import metadata_of
-from regate_ds.data.llava.clips import Clip, Shown
+from regate_ds.data.llava.clips import Clip, Visual
 
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
@@ -43,7 +43,7 @@ class ProcessorVision:
     def pixels(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         return self.sample_pixels([[image] for image in images])
 
-    def sample_pixels(self, samples: Sequence[Sequence[Shown]]) -> dict[str, Tensor]:
+    def sample_pixels(self, samples: Sequence[Sequence[Visual]]) -> dict[str, Tensor]:
         """Make what the processor makes of a batch of samples that show these.
 
         ValueError if it cannot join their videos.
@@ -69,7 +69,7 @@ class ProcessorVision:
             ) from error
         return {name: value for name, value in found.items() if name not in _OF_TEXT}
 
-    def _placeholder(self, shown: Shown) -> str:
+    def _placeholder(self, shown: Visual) -> str:
         if not isinstance(shown, Clip):
             return self._text.placeholder
         assert self._text.video_placeholder is not None

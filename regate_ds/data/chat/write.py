@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from regate_ds.data.chat.image_text import ImageWriter
 from regate_ds.data.chat.render import AnswerPlace, Rendered
-from regate_ds.data.llava.clips import Shape
+from regate_ds.data.llava.clips import VisualShape
 from regate_ds.data.llava.media import ImageSource, Video, VideoShape
 
 
@@ -32,7 +32,7 @@ class Written:
     """For each of them the number of patches of each run, which is one token in the text."""
 
     answers: list[AnswerPlace | None]
-    shapes: list[Shape]
+    shapes: list[VisualShape]
     numbers: list[int]
     """Which image or video of the record each of them is: a template may put them in order."""
 
@@ -46,7 +46,7 @@ class Written:
 
 
 def write(
-    rendered: Rendered, images: ImageWriter, shapes: list[Shape], *, ending: str | None = None
+    rendered: Rendered, images: ImageWriter, shapes: list[VisualShape], *, ending: str | None = None
 ) -> Written:
     """Write a record's images and videos out.
 
@@ -79,7 +79,9 @@ def write(
     )
 
 
-def _places(text: str, images: ImageWriter, shapes: Sequence[Shape]) -> list[tuple[int, int, int]]:
+def _places(
+    text: str, images: ImageWriter, shapes: Sequence[VisualShape]
+) -> list[tuple[int, int, int]]:
     """Return the place [start, end) of each placeholder, and the number of the image or video that
     it stands for: the next one of its kind. ValueError if there are too few or too many."""
     kinds: dict[str | None, list[int]] = {images.placeholder: []}
@@ -101,7 +103,7 @@ def _places(text: str, images: ImageWriter, shapes: Sequence[Shape]) -> list[tup
     return sorted(places)
 
 
-def _in_runs(text: str, shape: Shape, images: ImageWriter) -> tuple[str, tuple[int, ...]]:
+def _in_runs(text: str, shape: VisualShape, images: ImageWriter) -> tuple[str, tuple[int, ...]]:
     if not isinstance(shape, VideoShape):
         return _shortened(text, images.patch)
     assert images.video_patch is not None

@@ -17,11 +17,18 @@ from regate_ds.data.llava.images import (
     load_rgb,
     sizes_of,
 )
-from regate_ds.data.llava.media import ImageSource, Video, VideoFrame, VideoShape, by_file
+from regate_ds.data.llava.media import (
+    ImageSource,
+    Video,
+    VideoFrame,
+    VideoShape,
+    by_file,
+    pictures_alone,
+)
 from regate_ds.data.llava.records import Record, bad_record, describe
 from regate_ds.data.llava.video import read_numbers, video_shape
 
-Shape = tuple[int, int] | VideoShape
+VisualShape = tuple[int, int] | VideoShape
 """Width and height of an image, or what is known of a video."""
 
 
@@ -36,46 +43,47 @@ class Clip:
     shape: VideoShape
 
 
-Shown = Image.Image | Clip
+Visual = Image.Image | Clip
 """What a sample shows, decoded."""
 
 
-def size_of(shape: Shape) -> tuple[int, int]:
+def frame_size(shape: VisualShape) -> tuple[int, int]:
     return shape.size if isinstance(shape, VideoShape) else shape
 
 
-def shapes_of(record: Record) -> list[Shape]:
+def shapes_of(record: Record) -> list[VisualShape]:
     """Measure each image and video of a record. SampleError if one is broken."""
     if not any(isinstance(source, Video) for source in record.images):
         return [size for _, size in sizes_of(record)]
-    shapes: list[Shape] = []
+    shapes: list[VisualShape] = []
     for source in record.images:
         try:
-            is_video = isinstance(source, Video)
-            shapes.append(_shape(source) if is_video else image_size(source))
+            shape = _shape(source) if isinstance(source, Video) else image_size(source)
         except IMAGE_ERRORS as error:
             raise bad_record(describe(record, broken(source, error))) from error
+        shapes.append(shape)
     return shapes
 
 
-def shown_of(record: Record, sources: Sequence[ImageSource]) -> tuple[Shown, ...]:
+def visuals_of(record: Record, sources: Sequence[ImageSource]) -> tuple[Visual, ...]:
     """Decode what a sample of the record shows. SampleError if something is broken."""
-    shown: list[Shown] = []
+    shown: list[Visual] = []
     for run in by_file(sources):
         try:
-            shown += load_shown(run)
+            shown += load_visuals(run)
         except IMAGE_ERRORS as error:
             raise bad_record(describe(record, broken(run[0], error))) from error
     return tuple(shown)
 
 
-def load_shown(sources: Sequence[ImageSource]) -> Iterator[Shown]:
+def load_visuals(sources: Sequence[ImageSource]) -> Iterator[Visual]:
     """Decode images and videos in order. One of IMAGE_ERRORS if one is broken."""
     for run in by_file(sources):
-        if isinstance(run[0], Video):
-            yield _load_clip(run[0])
+        first = run[0]
+        if isinstance(first, Video):
+            yield _load_clip(first)
         else:
-            yield from load_all(run)
+            yield from load_all(pictures_alone(run))
 
 
 def fault_of(source: ImageSource, *, verify: bool = True) -> str | None:

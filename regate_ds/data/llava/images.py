@@ -12,7 +12,15 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from regate_ds.data.llava.media import ImageSource, InlineImage, PictureSource, VideoFrame, by_file
+from regate_ds.data.llava.media import (
+    ImageSource,
+    InlineImage,
+    PictureSource,
+    Video,
+    VideoFrame,
+    by_file,
+    pictures_alone,
+)
 from regate_ds.data.llava.records import Record, bad_record, describe
 from regate_ds.data.llava.video import read_frames, video_size
 
@@ -64,9 +72,9 @@ def load_all(sources: Sequence[PictureSource]) -> list[Image.Image]:
     return images
 
 
-def sizes_of(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
+def sizes_of(record: Record) -> Iterator[tuple[PictureSource, tuple[int, int]]]:
     """Yield each image of a record with its (width, height). SampleError if one is broken."""
-    for run in by_file(record.images):
+    for run in by_file(pictures_alone(record.images)):
         try:
             size = image_size(run[0])
         except IMAGE_ERRORS as error:
@@ -74,14 +82,15 @@ def sizes_of(record: Record) -> Iterator[tuple[ImageSource, tuple[int, int]]]:
         yield from ((source, size) for source in run)
 
 
-def broken(source: PictureSource, error: Exception) -> str:
-    """Describe an image that cannot be read, in the same words each time."""
+def broken(source: ImageSource, error: Exception) -> str:
+    """Describe an image or video that cannot be read, in the same words each time."""
     cause = f"{error}"
     if isinstance(error, UnidentifiedImageError):
         # Pillow names the place in memory of bytes that lie in a record.
         is_empty = isinstance(source, InlineImage) and not source.content
         cause = "it is empty" if is_empty else "it is of no format that Pillow knows"
-    return f"{_kind(source)} file {source} is broken ({cause})"
+    is_list = isinstance(source, Video) and not isinstance(source.source, Path)
+    return f"{_kind(source)} {'' if is_list else 'file '}{source} is broken ({cause})"
 
 
 def image_fault(source: PictureSource, *, verify: bool = True) -> str | None:
@@ -101,8 +110,8 @@ def image_fault(source: PictureSource, *, verify: bool = True) -> str | None:
     return None if fault is None else f"{_kind(source)} file {source} {fault}"
 
 
-def _kind(source: PictureSource) -> str:
-    return "video" if isinstance(source, VideoFrame) else "image"
+def _kind(source: ImageSource) -> str:
+    return "video" if isinstance(source, (Video, VideoFrame)) else "image"
 
 
 def _missing(path: Path, kind: str) -> str | None:

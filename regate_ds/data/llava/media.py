@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Video:
     def __str__(self) -> str:
         if isinstance(self.source, Path):
             return str(self.source)
-        return f"of {len(self.source)} frames, the first of which is {self.source[0]}"
+        return f"of {len(self.source)} frames ({self.source[0]}, ...)"
 
 
 PictureSource = Path | InlineImage | VideoFrame
@@ -72,7 +73,19 @@ ImageSource = PictureSource | Video
 """Equal sources show the same."""
 
 
-def by_file(sources: Iterable[ImageSource]) -> Iterator[list[ImageSource]]:
+_Source = TypeVar("_Source")
+
+
+def pictures_alone(sources: Iterable[ImageSource]) -> list[PictureSource]:
+    """Return the sources of a record that holds no video as a whole."""
+    pictures: list[PictureSource] = []
+    for source in sources:
+        assert not isinstance(source, Video)
+        pictures.append(source)
+    return pictures
+
+
+def by_file(sources: Iterable[_Source]) -> Iterator[list[_Source]]:
     """Yield images one by one, and the frames of one video file together."""
     # A new object is equal to no other.
     for _, run in groupby(sources, lambda s: s.video if isinstance(s, VideoFrame) else object()):

@@ -51,8 +51,8 @@ class DataConfig:
     """Largest length, in tokens, of a row of several samples; null puts one sample in each row."""
 
     video_frames: int | None = None
-    """Number of frames to take from a video that is a file, at even distances; null refuses such
-    files."""
+    """Number of frames to take from a video that is a file, at even distances; null leaves them to
+    the model's own processor, and refuses such files where `data.template` writes the samples."""
 
     num_workers: int = 2
     """Processes of each rank that decode images; 0 decodes in the training process."""

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from regate_ds.adapters.huggingface.support import require_known_config
+from regate_ds.data.chat.video_text import lack_of_videos
 from regate_ds.families.hosts import Supported, supported_as
 from regate_ds.families.table import ALL_STUDENTS, FAMILIES
 from regate_ds.recipe.doctor.check import Check
@@ -71,10 +72,10 @@ def _rows(name: str, support: Supported) -> list[Check]:
     if support.packs != "any":
         found, fault = _PACKED[support.packs]
         advice = f"{name} {fault}: leave data.pack_length null"
-        checks.append(Check("packed rows", found, False, True, advice))
+        checks.append(Check("packed rows", found, False, False, advice))
     if support.own_mask:
         advice = "its own mask is needed: attn_implementation=sdpa or eager"
-        checks.append(Check("flash_attention_2", "not possible", False, True, advice))
+        checks.append(Check("flash_attention_2", "not possible", False, False, advice))
     return checks
 
 
@@ -85,10 +86,10 @@ def _images(config: Any) -> list[Check]:
     checks = []
     if family is None:
         advice = "on several ranks put a sample with an image into every micro-batch"
-        checks.append(Check("empty image", "not known", False, True, advice))
+        checks.append(Check("empty image", "not known", False, False, advice))
     if family is None or family.image_lengths is None:
         advice = "to elide image tokens, number the images in the collate function (docs/images.md)"
-        checks.append(Check("image tokens", "not told apart", False, True, advice))
+        checks.append(Check("image tokens", "not told apart", False, False, advice))
     return checks
 
 
@@ -96,19 +97,23 @@ def _recipe(folder: Path, config: Any) -> list[Check]:
     if config.model_type not in ALL_STUDENTS:
         students = ", ".join(ALL_STUDENTS)
         advice = f"it trains {students}; attach() takes this one in a loop of your own"
-        return [Check("regate train", "not possible", False, True, advice)]
-    return [_chat_template(folder, config)] if names_a_template(folder) else []
+        return [Check("regate train", "not possible", False, False, advice)]
+    return _chat_template(folder, config) if names_a_template(folder) else []
 
 
-def _chat_template(folder: Path, config: Any) -> Check:
+def _chat_template(folder: Path, config: Any) -> list[Check]:
     """Load the folder's processor, and write a sample by it."""
     try:
         processor = load_processor(folder, config.model_type)
         patch = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         chat_encoder(processor, patch, max_length=1)
     except (OSError, ValueError) as error:
-        return Check("chat template", "not usable", False, False, " ".join(str(error).split()))
-    return Check("chat template", f"that of its {type(processor).__name__}", False, True)
+        return [Check("chat template", "not usable", False, False, " ".join(str(error).split()))]
+    name, lack = type(processor).__name__, lack_of_videos(processor)
+    checks = [Check("chat template", f"that of its {name}", False, True)]
+    if lack is not None:
+        checks.append(Check("videos", "not possible", False, False, f"{lack}; or give frames"))
+    return checks
 
 
 def _speed(config: Any, support: Supported) -> list[Check]:

@@ -12,7 +12,7 @@ from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.data.interfaces import VisionInputs
-from regate_ds.data.llava.images import load_rgb
+from regate_ds.data.llava.clips import Clip, load_visuals
 from regate_ds.data.llava.records import Record
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import load_corpus
@@ -56,9 +56,11 @@ def picture_sample(config: RunConfig, path: Path) -> None:
         )
         for span, score, position in zip(encoded.char_spans, score_N, positions, strict=True)
     ]
-    image = load_rgb(record.images[0])
+    (image,) = load_visuals(encoded.images[:1])
     question, kept_patches = record.turns[0].question, None
-    if len(record.images) == 1:
+    if isinstance(image, Clip):
+        image = image.frames[0]
+    elif len(record.images) == 1:
         kept_patches = _kept_patches(batch, plan, corpus.student.vision.grid(image.size))
     plot_sample(_as_seen(corpus.student.vision, image), question, tokens, path, kept_patches)
 

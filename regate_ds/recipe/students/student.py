@@ -48,6 +48,13 @@ class Student:
         return str(self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id))
 
     @property
+    def placeholder_ids(self) -> list[int]:
+        """Ids of the tokens in the place of images and videos, which no teacher of texts sees."""
+        config: Any = self.model.config
+        ids = [config.image_token_id, getattr(config, "video_token_id", None)]
+        return [one for one in ids if one is not None]
+
+    @property
     def pad_id(self) -> int:
         """Id of padding; it is never seen, so eos stands in where the tokenizer has no pad."""
         tokenizer: Any = self.tokenizer

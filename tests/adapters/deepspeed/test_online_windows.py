@@ -75,7 +75,7 @@ def test_a_window_is_scored_while_the_one_before_is_still_to_be_trained_on():
 
     def read(batch: Batch):
         scored.append(batch.inputs["input_ids"].shape[1])
-        return samples_of(batch, None)
+        return samples_of(batch, [])
 
     online._read = read
     model, regate = made(online, final_dense_share=0.34)

@@ -18,7 +18,7 @@ from torch import Tensor
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.video_text import PATCHES
 from regate_ds.data.chat.vision import ProcessorVision
-from regate_ds.data.llava.clips import shown_of
+from regate_ds.data.llava.clips import visuals_of
 from regate_ds.data.llava.media import Video
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.records import Record, SampleError
@@ -90,7 +90,7 @@ def compare(name: str, encoder: ChatEncoder, record: Record, **given: Any) -> Te
     assert torch.equal(sample.input_ids_S, ids_S)
     assert torch.equal(sample.labels_S, wanted_labels(record, ids_S, mask_S))
     inputs = vision.extra_inputs(sample.input_ids_S[None], sample.is_placeholder_S[None])
-    inputs |= vision.sample_pixels([shown_of(record, sample.images)])
+    inputs |= vision.sample_pixels([visuals_of(record, sample.images)])
     assert inputs.keys() == own.keys()
     for key, value in own.items():
         assert torch.equal(inputs[key], torch.as_tensor(value)), key
@@ -129,7 +129,7 @@ def test_a_sample_with_files_has_the_frames_that_the_processor_takes(
 def test_a_micro_batch_has_the_inputs_of_the_processors_own_call(name: str, films: list[Path]):
     vision = ProcessorVision(video_processor(name), MAKERS[name][2])
     records = records_of(name, "batch", lambda r: Video(r.choice(films)))[:4]
-    shown = [shown_of(record, encoder_of(name).encode(record).images) for record in records]
+    shown = [visuals_of(record, encoder_of(name).encode(record).images) for record in records]
     own = own_call(name, records)
     inputs = vision.sample_pixels(shown) | vision.extra_inputs(own["input_ids"], Tensor())
     for key in inputs:
@@ -191,7 +191,7 @@ def test_videos_that_a_processor_cannot_join_are_refused():
     for count in (2, 3):
         video = random_frames(Random(count), num_frames=count)
         record = replace(random_record(Random(0), num_images=1), images=(video,))
-        shown.append(shown_of(record, encoder_of("internvl").encode(record).images))
+        shown.append(visuals_of(record, encoder_of("internvl").encode(record).images))
     with pytest.raises(ValueError, match=r"joins no videos of \[2, 3\] frames in a micro-batch"):
         vision.sample_pixels(shown)
 
@@ -229,7 +229,7 @@ def test_videos_of_a_file_are_kept_whole(tmp_path: Path, films: list[Path]):
     assert file == Video(films[0])
     assert frames.source == tuple(folder / f"{n}.png" for n in range(3))
     sample = encoder_of("qwen2_vl", video_frames=2).encode(record)
-    clips: Any = shown_of(record, sample.images)
+    clips: Any = visuals_of(record, sample.images)
     assert [clip.taken for clip in clips] == [(0, 1, 2), (0, 4)]
     wanted = frames_of(file)[[0, 4]]
     assert np.array_equal(np.stack([np.asarray(frame) for frame in clips[1].frames]), wanted)

@@ -172,7 +172,12 @@ def test_a_processor_that_cuts_samples_without_a_word_is_refused(tmp_path: Path)
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
 @pytest.mark.parametrize(
-    ("model_type", "name"), [("smolvlm", "SmolVLMProcessor"), ("mistral3", "PixtralProcessor")]
+    ("model_type", "name"),
+    [
+        ("llava_next_video", "LlavaNextVideoProcessor"),
+        ("mistral3", "PixtralProcessor"),
+        ("smolvlm", "SmolVLMProcessor"),
+    ],
 )
 def test_a_processor_that_needs_torchvision_says_so(tmp_path: Path, model_type: str, name: str):
     save("idefics3", tmp_path)
