@@ -28,10 +28,12 @@ def rules_of(tokenizer: Any) -> str:
 
 def require_no_special(record: Record, special: re.Pattern[str]) -> None:
     """Refuse, by SampleError, text that the tokenizer would read as a special token."""
-    texts = {"system text": record.system or ""}
+    texts = {"system text": record.system or "", "list of tools": record.tools or ""}
     for number, turn in enumerate(record.turns, 1):
         texts[f"question {number}"] = MARKER.sub("\n", turn.question)
-        texts[f"answer {number}"] = turn.answer
+        texts[f"answer {number}"] = turn.calls or turn.answer
+        for result in turn.results:
+            texts[f"question {number}"] += result
     for where, text in texts.items():
         if found := special.search(text):
             cause = f"its {where} holds {found.group()!r}, a special token's text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +26,32 @@ def messages_of(record: Record, *, placeholder: str | None = None) -> Messages:
     if record.system is not None:
         messages.append(_message("system", [record.system], placeholder, sources))
     for turn in record.turns:
-        messages.append(_message("user", MARKER.split(turn.question), placeholder, sources))
-        messages.append(_message("assistant", [turn.answer], placeholder, sources))
+        if turn.results:
+            messages += [_of_tool(result, placeholder) for result in turn.results]
+        else:
+            messages.append(_message("user", MARKER.split(turn.question), placeholder, sources))
+        if turn.calls is not None:
+            messages.append(_of_tool(turn.calls, placeholder))
+        else:
+            messages.append(_message("assistant", [turn.answer], placeholder, sources))
     return messages
+
+
+def answers_in(messages: Messages, *, calls: bool = False) -> list[int]:
+    """Return the places of the answers. calls: of those alone that call tools."""
+    return [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and (not calls or "tool_calls" in message)
+    ]
+
+
+def _of_tool(message: str, placeholder: str | None) -> dict[str, Any]:
+    """Return a tool's result, or a call of tools."""
+    read = json.loads(message)
+    if placeholder is None:
+        read["content"] = [{"type": "text", "text": read["content"]}] if read["content"] else []
+    return read
 
 
 def _message(

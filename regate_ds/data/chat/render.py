@@ -16,18 +16,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from regate_ds.data.chat.messages import OWN_TEMPLATE, Messages, messages_of
+from regate_ds.data.chat.messages import OWN_TEMPLATE, Messages, answers_in, messages_of
+from regate_ds.data.chat.source import DAY
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 
-Apply = Callable[[list[Messages], bool], list[str]]
-"""Renders conversations; the flag adds the prompt for an answer."""
+Apply = Callable[[list[Messages], bool, str | None], list[str]]
+"""Renders conversations; the flag adds the prompt for an answer. The text is the tools, as JSON."""
 
 _CHANGE = f"change the model's chat template, or {OWN_TEMPLATE}"
-
-_DAY = "\ufdd0"
-"""Stands for the date in a rendered text. Unicode keeps this code out of texts."""
-
-_DATE = "strftime_now"
 
 _PROBE = "\ufdd2"
 """An answer that a template cannot hold itself."""
@@ -91,9 +87,10 @@ class ChatTemplate:
             said = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in said]
         head: str | None = None
         try:
-            (prompt,), (whole,) = self._apply([said[:1]], True), self._apply([said], False)
+            (prompt,) = self._apply([said[:1]], True, None)
+            (whole,) = self._apply([said], False, None)
             if not whole.startswith(prompt):
-                (prompt,) = self._apply([said[:1]], False)
+                (prompt,) = self._apply([said[:1]], False, None)
                 head = whole[len(prompt) : whole.find(_PROBE)]
                 prompt += head
             found = _find(prompt, whole, _PROBE, self._special)
@@ -104,33 +101,38 @@ class ChatTemplate:
     def prompt(self, record: Record, turn: int) -> str:
         """Return the text that a model reads before it answers a turn of a record that renders."""
         said = messages_of(record, placeholder=self.placeholder)
-        end = len(said) - 2 * (len(record.turns) - turn) + 1
-        (text,) = self._apply([said[:end]], True)
+        (text,) = self._apply([said[: answers_in(said)[turn]]], True, record.tools)
         return text
 
     def render_all(self, records: Sequence[Record]) -> list[Rendered | SampleError]:
         """Render each record, or return its error."""
-        try:
-            return list(self._render(records))
-        except Exception as error:  # noqa: BLE001 (as above; the culprit is then found alone)
-            if len(records) == 1:
-                return [_as_sample_error(records[0], error)]
+        # One call takes the tools of one record.
+        if len(records) == 1 or not any(record.tools for record in records):
+            try:
+                return list(self._render(records))
+            except Exception as error:  # noqa: BLE001 (as above; the culprit is then found alone)
+                if len(records) == 1:
+                    return [_as_sample_error(records[0], error)]
         return [each for record in records for each in self.render_all([record])]
 
     def _render(self, records: Sequence[Record]) -> list[Rendered]:
         said = [messages_of(record, placeholder=self.placeholder) for record in records]
-        wholes = self._apply(said, False)
-        asked = [
-            messages[: len(messages) - 2 * left + 1]
-            for messages, record in zip(said, records)
-            for left in range(len(record.turns), 0, -1)
-        ]
-        prompts = iter(self._apply(asked, self._head is None))
-        return [self._found(*found, prompts) for found in zip(records, wholes)]
+        tools = records[0].tools if records else None
+        wholes = self._apply(said, False, tools)
+        asked = [one[:place] for one in said for place in answers_in(one)]
+        prompts = iter(self._apply(asked, self._head is None, tools))
+        calls = [one[: place + 1] for one in said for place in answers_in(one, calls=True)]
+        called = iter(self._apply(calls, False, tools) if calls else ())
+        return [self._found(*found, prompts, called) for found in zip(records, wholes)]
 
-    def _found(self, record: Record, whole: str, prompts: Iterator[str]) -> Rendered:
-        """Return the record's text with the places of its answers; it takes a prompt for each."""
-        if _DAY in whole:
+    def _found(
+        self, record: Record, whole: str, prompts: Iterator[str], called: Iterator[str]
+    ) -> Rendered:
+        """Return the record's text with the places of its answers.
+
+        It takes a prompt for each, and for each that calls tools the text with it as the last.
+        """
+        if DAY in whole:
             raise _Changed(
                 "the chat template writes the day's date, so that its tokens would change from day "
                 f"to day; give the record a system text, or {_CHANGE}"
@@ -138,13 +140,33 @@ class ChatTemplate:
         starts = [f"{next(prompts)}{self._head or ''}" for _ in record.turns]
         answers: list[AnswerPlace | None] = []
         for number, turn in enumerate(record.turns):
+            until = None if turn.calls is None else next(called)
             try:
+                if until is not None:
+                    answers.append(self._place_calls(whole, starts[number], until, number + 1))
+                    continue
                 answers.append(self._place(whole, starts[number:], turn.answer, number + 1))
             except _Changed:
                 if turn.learn:
                     raise
                 answers.append(None)
         return Rendered(whole, tuple(answers))
+
+    def _place_calls(self, whole: str, start: str, until: str, number: int) -> AnswerPlace:
+        """Find an answer that calls tools: all that the template writes for it, to its end."""
+        if not (whole.startswith(until) and until.startswith(start)):
+            raise _Changed(
+                f"the chat template changes answer {number}, which calls tools, once more is said; "
+                f"{_CHANGE}"
+            )
+        end = until.rfind(self.ending, len(start))
+        closed = end + len(self.ending)
+        if end < 0 or until[closed:].strip():
+            raise _Changed(
+                f"the chat template writes {_short(until[len(start) :])} for answer {number}, a "
+                f"call of tools, without {self.ending!r} at its end; {_CHANGE}"
+            )
+        return AnswerPlace(len(start), end, closed, lead=0, length=0)
 
     def _place(self, whole: str, starts: list[str], answer: str, number: int) -> AnswerPlace:
         """Find an answer. starts: the texts before it, and before each of those that follow."""
@@ -171,25 +193,6 @@ class ChatTemplate:
 
 class _Changed(ValueError):
     """Why a record's text cannot be used."""
-
-
-def dated(source: str) -> str:
-    """Return a template that writes ``_DAY`` where it would write a date."""
-    if _DATE not in source:
-        return source
-    return f"{{%- macro {_DATE}(form) -%}}{_DAY}{{%- endmacro -%}}{source}"
-
-
-def default_of(source: str | dict[str, str], owner: str) -> str:
-    """Return a chat template, or the one named "default" of several. ValueError if none is."""
-    if isinstance(source, str):
-        return source
-    if "default" not in source:
-        raise ValueError(
-            f"{owner} has the chat templates {sorted(source)}, none of which is 'default'; give "
-            "its folder one chat_template.jinja"
-        )
-    return source["default"]
 
 
 def _find(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
 from regate_ds.data.chat.messages import Messages
-from regate_ds.data.chat.render import ChatTemplate, dated, default_of
+from regate_ds.data.chat.render import ChatTemplate
+from regate_ds.data.chat.source import dated, default_of
 from regate_ds.data.tokens import special_tokens
 
 IMAGE = "\ufdd1"
@@ -20,9 +22,15 @@ def template_of_texts(tokenizer: Any) -> ChatTemplate:
     return ChatTemplate(source, apply, special_tokens(tokenizer), placeholder=IMAGE)
 
 
-def _apply(tokenizer: Any, source: str, said: list[Messages], asks: bool) -> list[str]:
+def _apply(
+    tokenizer: Any, source: str, said: list[Messages], asks: bool, tools: str | None
+) -> list[str]:
     return tokenizer.apply_chat_template(
-        said, chat_template=source, add_generation_prompt=asks, tokenize=False
+        said,
+        chat_template=source,
+        add_generation_prompt=asks,
+        tokenize=False,
+        tools=None if tools is None else json.loads(tools),
     )
 
 

@@ -139,6 +139,9 @@ class Encoder:
 
     def _write(self, record: Record, tokens_of: Callable[[str], Tokens]) -> Tape:
         require_no_special(record, self._special)
+        if record.uses_tools:
+            cause = "uses tools, which only chat templates write; set data.template=null"
+            raise bad_record(describe(record, cause))
         tape = Tape()
         if self._bos_id is not None:
             tape.add([self._bos_id])

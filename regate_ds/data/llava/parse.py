@@ -13,6 +13,7 @@ from regate_ds.data.llava.formats.fields import require_used, turns_of
 from regate_ds.data.llava.formats.said import Medium, Said, require_plain
 from regate_ds.data.llava.formats.sources import Sources, VideoFrames, listed
 from regate_ds.data.llava.formats.table import read_turns
+from regate_ds.data.llava.formats.tools import tools_of
 from regate_ds.data.llava.media import ImageSource, by_file
 from regate_ds.data.llava.records import MARKER, Cause, Record, Turn
 
@@ -65,6 +66,7 @@ class Parser:
             turns=turns,
             source=self._source,
             system=system,
+            tools=tools_of(raw),
         )
 
     def _media(
@@ -127,29 +129,35 @@ def _split_system(raw: dict[str, Any], said: list[Said]) -> tuple[str | None, li
 
 def _turns(said: list[Said], *, first: int) -> tuple[Turn, ...]:
     """Return the pairs of question and answer, in order. first: number of the first turn."""
-    for number, each in enumerate(said):
-        expected = ("user", "assistant")[number % 2]
-        if each.role != expected:
-            raise Cause(
-                f"turn {first + number} is from the {each.role} where the {expected} should speak"
-            )
-    if not said or len(said) % 2:
+    turns: list[Turn] = []
+    asked: list[Said] = []
+    for number, each in enumerate(said, first):
+        asker = "tool" if turns and turns[-1].calls else "user"
+        if each.role == "assistant" and asked:
+            turns.append(_turn(number, asked, each))
+            asked = []
+        elif each.role == asker and (not asked or asker == "tool"):
+            asked.append(each)
+        else:
+            expected = "assistant" if asked else asker
+            raise Cause(f"turn {number} is from the {each.role} where the {expected} should speak")
+    if asked or not turns:
         raise Cause(
             f"its {len(said)} turns do not pair up: every question needs an answer after it"
         )
-    turns = tuple(
-        _turn(first + 2 * number + 1, question, answer)
-        for number, (question, answer) in enumerate(zip(said[::2], said[1::2]))
-    )
     if not any(turn.learn for turn in turns):
         raise Cause("has no answer to learn: all of its turns say so")
-    return turns
+    return tuple(turns)
 
 
-def _turn(number: int, question: Said, answer: Said) -> Turn:
-    """Return a pair. number: the answer's, in the file."""
+def _turn(number: int, asked: list[Said], answer: Said) -> Turn:
+    """Return a pair: a question, or what tools return, and an answer. number: the answer's."""
+    results = tuple(each.message for each in asked if each.message)
+    question = "" if results else asked[0].text
+    if answer.message:
+        return Turn(question, "", learn=answer.learn, results=results, calls=answer.message)
     if not answer.text.strip():
         raise Cause(f"turn {number} is an empty answer")
     if found := MARKER.search(answer.text):
         raise Cause(f"turn {number} is an answer that holds {found.group()}")
-    return Turn(question.text, answer.text, answer.gold_spans, answer.learn)
+    return Turn(question, answer.text, answer.gold_spans, answer.learn, results)

@@ -28,6 +28,12 @@ class Turn:
     learn: bool = True
     """False: the answer is read, but has no labels."""
 
+    results: tuple[str, ...] = ()
+    """What tools return, in the place of a question: messages, as JSON."""
+
+    calls: str | None = None
+    """The answer if it calls tools, in the place of its text: a message, as JSON."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -50,6 +56,13 @@ class Record:
 
     system: str | None = None
     """The record's own system text; None leaves it to the template."""
+
+    tools: str | None = None
+    """The tools that the model may call, as JSON."""
+
+    @property
+    def uses_tools(self) -> bool:
+        return self.tools is not None or any(turn.calls or turn.results for turn in self.turns)
 
 
 class Cause(ValueError):

@@ -15,7 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.image_text import ImageText
 from regate_ds.data.chat.messages import Messages
-from regate_ds.data.chat.render import ChatTemplate, dated, default_of
+from regate_ds.data.chat.render import ChatTemplate
+from regate_ds.data.chat.source import dated, default_of
 from regate_ds.data.tokens import special_tokens
 from regate_ds.families.family import transformers_class
 from regate_ds.families.table import PROCESSORS, STUDENTS
@@ -141,10 +142,13 @@ def chat_encoder(
     )
 
 
-def _apply(tokenizer: Any, source: str, said: Sequence[Messages], asks: bool) -> list[str]:
+def _apply(
+    tokenizer: Any, source: str, said: Sequence[Messages], asks: bool, tools: str | None
+) -> list[str]:
     """Render conversations as ``apply_chat_template`` does, which also looks for files in them."""
     texts, _ = render_jinja_template(
         conversations=list(said),
+        tools=None if tools is None else json.loads(tools),
         chat_template=source,
         add_generation_prompt=asks,
         **tokenizer.special_tokens_map,

@@ -26,7 +26,6 @@ REFUSED = {
     "rejected_images": "the worse of two inputs",
     "rejected_messages": "the worse of two answers",
     "rejected_response": "the worse of two answers",
-    "tools": "tools that the model may call",
     "weight": "a weight of the loss",
 }
 """Fields that other trainers read and this one does not, and what they say."""

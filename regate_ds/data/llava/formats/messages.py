@@ -5,10 +5,19 @@ The content is a text, or a list of typed parts: ``{"type": "text", "text": "Wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from regate_ds.data.llava.formats.said import Medium, Said, role_of, said, shortened
+from regate_ds.data.llava.formats.said import (
+    Medium,
+    Said,
+    role_of,
+    said,
+    says_something,
+    shortened,
+)
+from regate_ds.data.llava.formats.tools import RESULT_FIELDS, calls_of, result_of
 from regate_ds.data.llava.records import MARKER, Cause
 
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -22,7 +31,30 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def read_message(number: int, part: Mapping[str, Any]) -> Said:
     """Return turn ``number``. Cause if it is bad."""
-    role, content = role_of(number, part["role"]), part["content"]
+    if part["role"] == "tool":
+        own = _said_in(number, _without(part, RESULT_FIELDS), "tool")
+        return _of_tools(number, own, result_of(number, part, own.text))
+    role = role_of(number, part["role"])
+    if role != "assistant" or not says_something(part.get("tool_calls")):
+        return _said_in(number, part, role)
+    own = _said_in(number, _without(part, ("tool_calls",)), role)
+    return _of_tools(number, own, calls_of(number, part, own.text))
+
+
+def _of_tools(number: int, own: Said, message: str) -> Said:
+    if own.media or own.gold_spans or MARKER.search(message):
+        raise Cause(f"turn {number} shows something or has gold_spans, where tools are used")
+    return replace(own, message=message)
+
+
+def _without(part: Mapping[str, Any], fields: Sequence[str]) -> Mapping[str, Any]:
+    rest = {name: value for name, value in part.items() if name not in fields}
+    # A message that calls tools needs no text.
+    return {**rest, "content": rest.get("content") or ""}
+
+
+def _said_in(number: int, part: Mapping[str, Any], role: str) -> Said:
+    content = part["content"]
     if not isinstance(content, list):
         return said(number, part, role, content)
     texts: list[str] = []

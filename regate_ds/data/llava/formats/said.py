@@ -65,7 +65,7 @@ class Said:
     """What one turn says."""
 
     role: str
-    """"system", "user" or "assistant"."""
+    """"system", "user", "assistant" or "tool"."""
 
     text: str
     """With ``<image>`` and ``<video>`` in it."""
@@ -75,6 +75,9 @@ class Said:
 
     learn: bool = True
     gold_spans: tuple[tuple[int, int], ...] = ()
+
+    message: str | None = None
+    """The turn as JSON, if it calls tools or is from one."""
 
 
 def role_of(number: int, called: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from regate_ds.data.llava.formats.messages import read_message
-from regate_ds.data.llava.formats.said import Said
+from regate_ds.data.llava.formats.said import Said, says_something
 from regate_ds.data.llava.formats.sharegpt import read_sharegpt
 from regate_ds.data.llava.records import Cause
 
@@ -25,6 +25,9 @@ def read_turns(parts: list[Any]) -> list[Said]:
     first: tuple[str, ...] | None = None
     turns: list[Said] = []
     for number, part in enumerate(parts):
+        if isinstance(part, dict) and says_something(part.get("tool_calls")):
+            # A message that calls tools needs no text.
+            part = {"content": "", **part}
         fields = _format_of(number, part)
         if first is not None and fields != first:
             raise Cause(f"turn {number} has {_names(fields)} where turn 0 has {_names(first)}")
