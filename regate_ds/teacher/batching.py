@@ -5,8 +5,6 @@ Both depend on the data and the token limit alone. Shapes: R rows of the answer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from regate_ds.stores.shares import into_shards
@@ -15,34 +13,36 @@ RowBatch = list[int]
 """Rows of the answer index that the teacher reads in one forward pass."""
 
 
-def by_length(rows_R: Tensor, num_positions: Tensor) -> list[int]:
+def by_length(rows_R: Tensor, num_positions: Tensor) -> Tensor:
     """Sort rows from long to short, so that a batch too large for the device fails at once."""
-    return rows_R[num_positions[rows_R].argsort(descending=True, stable=True)].tolist()
+    return rows_R[num_positions[rows_R].argsort(descending=True, stable=True)]
 
 
-def cut_batches(
-    rows: Sequence[int], num_positions: Tensor, tokens_per_batch: int
-) -> list[RowBatch]:
+def cut_places(
+    rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int
+) -> list[tuple[int, int]]:
     """Cut rows, sorted from long to short, into batches of at most ``tokens_per_batch`` padded
-    tokens. A longer row is a batch of its own."""
-    lengths = num_positions[rows].tolist()
-    batches: list[RowBatch] = []
-    widest = 0
-    for row, length in zip(rows, lengths):
+    tokens; return the places [start, end) of each. A longer row is a batch of its own."""
+    lengths_R, places = num_positions[rows_R], [(0, 0)]
+    while (start := places[-1][1]) < len(rows_R):
         # A batch is as wide as its first row.
-        if batches and (len(batches[-1]) + 1) * widest <= tokens_per_batch:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-            widest = length
-    return batches
+        size = max(1, tokens_per_batch // max(1, int(lengths_R[start])))
+        places.append((start, min(start + size, len(rows_R))))
+    return places[1:]
 
 
-def cut_shards(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) -> list[list[int]]:
+def cut_batches(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) -> list[RowBatch]:
+    """Return the rows of each batch, of rows sorted from long to short."""
+    places = cut_places(rows_R, num_positions, tokens_per_batch)
+    return [rows_R[start:end].tolist() for start, end in places]
+
+
+def cut_shards(rows_R: Tensor, num_positions: Tensor, tokens_per_batch: int) -> list[Tensor]:
     """Cut rows, int64 [R], into shards of whole batches. ``cut_batches`` of a shard's rows returns
     the same batches."""
-    batches = cut_batches(by_length(rows_R, num_positions), num_positions, tokens_per_batch)
-    return [[row for batch in part for row in batch] for part in into_shards(batches)]
+    sorted_R = by_length(rows_R, num_positions)
+    shards = into_shards(cut_places(sorted_R, num_positions, tokens_per_batch))
+    return [sorted_R[part[0][0] : part[-1][1]] for part in shards]
 
 
 def padded_tokens(batches: list[RowBatch], num_positions: Tensor) -> int:

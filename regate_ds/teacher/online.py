@@ -158,8 +158,8 @@ class WindowScorer:
 
     def _score_batches(self, samples: Sequence[ScoredSample]) -> list[Tensor]:
         lengths = torch.tensor([sample.input_ids_S.numel() for sample in samples])
-        rows = by_length(torch.arange(len(samples)), lengths)
-        batches = cut_batches(rows, lengths, self.tokens_per_batch)
+        rows_R = by_length(torch.arange(len(samples)), lengths)
+        batches = cut_batches(rows_R, lengths, self.tokens_per_batch)
         losses = [torch.empty(0)] * len(samples)
         for batch in batches:
             found_N = self.score([samples[row] for row in batch])
@@ -169,7 +169,7 @@ class WindowScorer:
         if self.in_step:
             # Score the shortest sample again, unused, until all ranks have scored equally often.
             for _ in range(max(gather_integers(len(batches), self.device)) - len(batches)):
-                self.score([samples[rows[-1]]])
+                self.score([samples[rows_R[-1]]])
         return losses
 
     def _gathered(self, samples: Sequence[ScoredSample]) -> list[Sequence[ScoredSample]]:

@@ -25,7 +25,7 @@ from regate_ds.stores.reference.lifecycle import begin_store, is_complete
 from regate_ds.stores.reference.writer import ReferenceWriter
 from regate_ds.stores.shard_job import fill_store
 from regate_ds.stores.shares import share_out
-from regate_ds.teacher.batching import RowBatch, cut_batches, cut_shards, padded_tokens
+from regate_ds.teacher.batching import RowBatch, cut_batches, cut_places, cut_shards, padded_tokens
 from regate_ds.teacher.scoring import ScoredSample
 from regate_ds.teacher.throughput import NUM_MEASURED, Throughput, measurable, measure_share
 
@@ -91,9 +91,9 @@ class TeacherJob:
         """Open the store for writing."""
         return ReferenceWriter(self.store, self.index)
 
-    def batches(self, rows: Sequence[int]) -> list[RowBatch]:
+    def batches(self, rows_R: Tensor) -> list[RowBatch]:
         """Cut a shard's rows into batches."""
-        return cut_batches(rows, self.index.num_positions, self.tokens_per_batch)
+        return cut_batches(rows_R, self.index.num_positions, self.tokens_per_batch)
 
     def read(self, row: int) -> ScoredSample:
         """Read the sample of a row. ValueError if it is not what the index was built from."""
@@ -122,76 +122,75 @@ def precompute(
     filled = fill_store(job, partial(_score_missing, job, group), group, device)
     if filled is None:
         return Throughput(0, 0.0)
-    (busy, rows), seconds = filled
-    num_tokens = int(job.index.num_positions[rows].sum())
-    return Throughput(num_tokens, seconds, busy / max(seconds, 1e-9), _measure(job, rows))
+    (busy, rows_R), seconds = filled
+    num_tokens = int(job.index.num_positions[rows_R].sum())
+    return Throughput(num_tokens, seconds, busy / max(seconds, 1e-9), _measure(job, rows_R))
 
 
 def _score_missing(
     job: TeacherJob, group: ProcessGroup | None, writer: ReferenceWriter, missing: list[int]
-) -> tuple[float, list[int]]:
+) -> tuple[float, Tensor]:
     """Score the missing shards; return the seconds this rank's teacher worked, and the rows that
     all ranks scored."""
-    shards = {number: job.batches(writer.rows(number)) for number in missing}
+    batches = (job.batches(writer.rows(number)) for number in missing)
+    found = [(padded_tokens(each, job.index.num_positions), len(each)) for each in batches]
     # Share out what is missing, not all shards: a replica that is far ahead would wait for hours.
     replica, place = divmod(rank_in(group), job.ranks_per_replica)
-    costs = [padded_tokens(batches, job.index.num_positions) for batches in shards.values()]
-    parts = [
-        {missing[i]: shards[missing[i]] for i in part}
-        for part in share_out(costs, size_of(group) // job.ranks_per_replica)
-    ]
-    busy = _score_shards(
-        job, writer if place == 0 else None, parts[replica], show=rank_in(group) == 0
-    )
+    parts = share_out([cost for cost, _ in found], size_of(group) // job.ranks_per_replica)
+    mine = [missing[i] for i in parts[replica]]
+    busy = _score_shards(job, writer, mine, writes=place == 0, show=rank_in(group) == 0)
     if job.in_step:
-        _score_as_often(job, parts, replica)
-    return busy, [row for number in missing for row in writer.rows(number)]
+        _score_as_often(job, [sum(found[i][1] for i in part) for part in parts], replica)
+    none = torch.empty(0, dtype=torch.int64)
+    return busy, torch.cat([none, *(writer.rows(number) for number in missing)])
 
 
 def _score_shards(
     job: TeacherJob,
-    writer: ReferenceWriter | None,
-    shards: dict[int, list[RowBatch]],
+    writer: ReferenceWriter,
+    numbers: list[int],
     *,
+    writes: bool,
     show: bool,
 ) -> float:
-    lengths = job.index.num_positions.tolist()
-    total = sum(lengths[row] for shard in shards.values() for batch in shard for row in batch)
-    busy = 0.0
+    lengths_S, busy = job.index.num_positions, 0.0
+    total = sum(int(lengths_S[writer.rows(number)].sum()) for number in numbers)
     with progress(total, desc="teacher", unit="token", show=show) as bar:
+        # Cut shard by shard: the batches of all of them would be a number in Python for each row.
         samples_of = read_ahead(
-            job.read_batch, [batch for batches in shards.values() for batch in batches]
+            job.read_batch, (b for number in numbers for b in job.batches(writer.rows(number)))
         )
-        for number, batches in shards.items():
+        for number in numbers:
             losses = []
-            for batch in batches:
+            for batch in job.batches(writer.rows(number)):
                 samples = next(samples_of)
                 begin = time.perf_counter()
                 losses.append(job.score(samples))
                 busy += time.perf_counter() - begin
-                bar.update(sum(lengths[row] for row in batch))
-            if writer is not None:
+                bar.update(int(lengths_S[batch].sum()))
+            if writes:
                 writer.write_shard(number, torch.cat(losses))
     return busy
 
 
-def _score_as_often(job: TeacherJob, parts: list[dict[int, list[RowBatch]]], replica: int) -> None:
+def _score_as_often(job: TeacherJob, num_batches: list[int], replica: int) -> None:
     """Score the shortest sample until this rank has scored as often as the one with most batches.
 
     Nobody uses these losses.
     """
-    num_batches = [sum(map(len, part.values())) for part in parts]
     shortest = [int(job.index.num_positions.argmin())]
     for _ in range(max(num_batches) - num_batches[replica]):
         job.score([job.read(row) for row in shortest])
 
 
-def _measure(job: TeacherJob, rows: list[int]) -> float | None:
+def _measure(job: TeacherJob, rows_R: Tensor) -> float | None:
     """Measure the speed against the plain forward pass, on a few batches, the same on all ranks."""
     if job.plain is None:
         return None
-    batches, lengths = job.batches(rows), job.index.num_positions.tolist()
-    places = [(2 * n + 1) * len(batches) // (2 * NUM_MEASURED) for n in range(NUM_MEASURED)]
-    chosen = [measurable(batches[place], lengths) for place in places if batches]
+    lengths_S = job.index.num_positions
+    batches = cut_places(rows_R, lengths_S, job.tokens_per_batch)
+    middle = [(2 * n + 1) * len(batches) // (2 * NUM_MEASURED) for n in range(NUM_MEASURED)]
+    places = [batches[number] for number in middle if batches]
+    chosen = [measurable(rows_R[start:end].tolist(), lengths_S) for start, end in places]
     samples = [[job.read(row) for row in rows] for rows in chosen if rows]
     return measure_share(samples, job.score, job.plain)

@@ -73,11 +73,11 @@ def measure_share(
     return seconds[plain] / seconds[score] if batches else None
 
 
-def measurable(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
+def measurable(rows: Sequence[int], lengths_S: Tensor) -> list[int]:
     """Return as many rows of a batch, shortest first, as the plain forward pass may hold."""
     chosen: list[int] = []
-    for row in sorted(rows, key=lambda row: lengths[row]):
-        if (len(chosen) + 1) * lengths[row] > PLAIN_TOKENS:
+    for row in sorted(rows, key=lambda row: int(lengths_S[row])):
+        if (len(chosen) + 1) * int(lengths_S[row]) > PLAIN_TOKENS:
             break
         chosen.append(row)
     return chosen

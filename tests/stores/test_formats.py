@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from regate_ds.config import RegateConfig
 from regate_ds.session import Regate
@@ -25,7 +26,7 @@ RUN_AGAIN = r"start the run anew \(regate train CONFIG, with another run\.out\)$
 
 
 def test_a_store_of_another_format(tmp_path: Path):
-    begin_store(tmp_path / "store", INDEX, "teacher", lambda _: [[0, 1, 2]], 64)
+    begin_store(tmp_path / "store", INDEX, "teacher", lambda _: [torch.arange(3)], 64)
     manifest = next((tmp_path / "store").glob("*.json"))
     written = Manifest.load(tmp_path / "store", manifest.name)
     (tmp_path / MANIFEST_NAME).write_bytes(replace(written, format=1).to_bytes())

@@ -40,7 +40,8 @@ def _begin(
     tokens_per_batch: int = 64,
 ) -> ReferenceWriter:
     index = make_index(NUM_SAMPLES) if index is None else index
-    begin_store(path, index, teacher_id, lambda _: rows, tokens_per_batch)
+    cut = [torch.tensor(each, dtype=torch.int64) for each in rows]
+    begin_store(path, index, teacher_id, lambda _: cut, tokens_per_batch)
     return ReferenceWriter(path, index)
 
 
@@ -240,7 +241,7 @@ def test_a_store_of_another_teacher_is_not_continued(store):
 def test_an_unfinished_store_is_gone_on_with_in_its_own_shards(tmp_path, losses):
     _begin(tmp_path).write_shard(1, _of_shard(losses, 1))
     writer = _begin(tmp_path, rows=[[row] for row in range(NUM_SAMPLES)])
-    assert [writer.rows(number) for number in range(3)] == SHARD_ROWS
+    assert [writer.rows(number).tolist() for number in range(3)] == SHARD_ROWS
     assert missing_in(writer) == [0, 2]
 
 

@@ -13,7 +13,7 @@ What a job does depends on what its folder holds:
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from regate_ds.stores.reference.reader import load_index, load_rows
 from regate_ds.stores.reference.shard import describe_samples
 from regate_ds.stores.shard_job import names_in
 
-CutShards = Callable[[Tensor], list[list[int]]]
+CutShards = Callable[[Tensor], list[Tensor]]
 """Cuts rows of the index, int64 [R], into shards; returns each shard's rows in order."""
 
 
@@ -88,8 +88,8 @@ def begin_store(  # noqa: PLR0913 (what a store is of, and where)
     is_new = torch.ones(index.num_samples, dtype=torch.bool)
     is_new[old_rows] = False
     new_shards = cut_shards(is_new.nonzero().flatten())
-    _require_partition([old_rows.tolist(), *new_shards], index.num_samples)
-    rows_S = torch.tensor([*old_rows.tolist(), *(row for rows in new_shards for row in rows)])
+    rows_S = torch.cat([old_rows, *new_shards])
+    _require_partition(rows_S, index.num_samples)
     new = [_shard(rows, index, teacher_id, tokens_per_batch) for rows in new_shards]
     manifest = Manifest(index.fingerprint, teacher_id, "", "", (*shards, *new), column=column)
     _write_unfinished(path / name, index, manifest, rows_S)
@@ -141,12 +141,9 @@ def _require_growable(path: Path, found: Manifest, index: AnswerIndex, teacher_i
     return new_rows_S[torch.from_numpy(load_rows(path, found))]
 
 
-def _shard(
-    rows: Sequence[int], index: AnswerIndex, teacher_id: str, tokens_per_batch: int
-) -> Shard:
-    rows_R = torch.tensor(rows, dtype=torch.int64)
+def _shard(rows_R: Tensor, index: AnswerIndex, teacher_id: str, tokens_per_batch: int) -> Shard:
     samples = describe_samples(teacher_id, tokens_per_batch, index.digests[rows_R])
-    return Shard(len(rows), int(index.num_labels[rows_R].sum()), tokens_per_batch, samples)
+    return Shard(len(rows_R), int(index.num_labels[rows_R].sum()), tokens_per_batch, samples)
 
 
 def _write_unfinished(file: Path, index: AnswerIndex, manifest: Manifest, rows_S: Tensor) -> None:
@@ -190,8 +187,8 @@ def _resume(file: Path, index: AnswerIndex, tokens_per_batch: int) -> None:
         write_atomically(file, resumed.to_bytes())
 
 
-def _require_partition(shard_rows: Sequence[Sequence[int]], num_samples: int) -> None:
-    if sorted(row for rows in shard_rows for row in rows) != list(range(num_samples)):
+def _require_partition(rows_S: Tensor, num_samples: int) -> None:
+    if not torch.equal(rows_S.sort().values, torch.arange(num_samples)):
         raise ValueError(
             f"the shards do not hold each of the {num_samples} samples of the index exactly once; "
             "cut_shards must return each of its rows once"

@@ -39,9 +39,9 @@ class ReferenceWriter:
     def shards(self) -> tuple[Shard, ...]:
         return self._manifest.shards
 
-    def rows(self, number: int) -> list[int]:
+    def rows(self, number: int) -> Tensor:
         """Return the rows of the index that a shard holds, in the order of their values."""
-        return self._rows_S[self._starts[number] : self._starts[number + 1]].tolist()
+        return torch.from_numpy(self._rows_S[self._starts[number] : self._starts[number + 1]])
 
     def write_shard(self, number: int, values_N: Tensor) -> None:
         """Write the losses, in nats, of a shard's samples in the order of its rows.
@@ -76,7 +76,7 @@ class ReferenceWriter:
             return
         position, rows = int(is_bad_N.nonzero()[0]), self.rows(number)
         ends = self._index.num_labels[rows].cumsum(0)
-        row = rows[int(torch.searchsorted(ends, position, right=True))]
+        row = int(rows[torch.searchsorted(ends, position, right=True)])
         name, record = self._index.keys[row]
         raise ValueError(
             f"the teacher's loss of sample {name!r} record {record} is {float(values_N[position])} "

@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("regate")
     loader = torch.utils.data.DataLoader(Keyed(Samples(NUM_SAMPLES), "train"), batch_size=1)
     index = index_of(read_tokens(item) for item in loader)
-    begin_store(folder / "store", index, "made up", lambda _: [list(range(NUM_SAMPLES))], 64)
+    begin_store(folder / "store", index, "made up", lambda _: [torch.arange(NUM_SAMPLES)], 64)
     writer = ReferenceWriter(folder / "store", index)
     writer.write_shard(0, RandomReference(index).read(index.keys))
     writer.finish()
