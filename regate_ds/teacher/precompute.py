@@ -158,7 +158,8 @@ def _score_shards(
     with progress(total, desc="teacher", unit="token", show=show) as bar:
         # Cut shard by shard: the batches of all of them would be a number in Python for each row.
         samples_of = read_ahead(
-            job.read_batch, (b for number in numbers for b in job.batches(writer.rows(number)))
+            job.read_batch,
+            (each for number in numbers for each in job.batches(writer.rows(number))),
         )
         for number in numbers:
             losses = []

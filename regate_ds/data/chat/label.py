@@ -37,6 +37,8 @@ def repeat_patches(
     ValueError if the tokenizer does not read each patch as one token.
     """
     image_S = np.full(len(ids_S), -1, dtype=np.int64)
+    if not written.images:
+        return PlacedTokens(ids_S, places_S2, image_S)
     times_S = np.ones(len(ids_S), dtype=np.int64)
     for number, ((start, end), runs) in enumerate(zip(written.images, written.runs)):
         is_in_S = (places_S2[:, 0] >= start) & (places_S2[:, 1] <= end)

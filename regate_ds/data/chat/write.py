@@ -54,6 +54,8 @@ def write(
     ValueError if the text has another number of them, or one cannot have its shape.
     """
     places = _places(rendered.text, images, shapes)
+    if not places and ending is None:
+        return Written(rendered.text, [], [], list(rendered.answers), [], [])
     numbers = [number for _, _, number in places]
     texts = images.texts(shapes)
     shortened = [_in_runs(texts[number], shapes[number], images) for number in numbers]

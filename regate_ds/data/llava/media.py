@@ -14,7 +14,7 @@ class InlineImage:
     """An image file whose bytes lie in the record, as in a Parquet file."""
 
     content: bytes = field(repr=False)
-    name: str
+    name: str = field(compare=False)
     """What messages call it."""
 
     def __str__(self) -> str:

@@ -74,7 +74,8 @@ class Parser:
     ) -> list[list[ImageSource]]:
         """Return the images of each marker, in the order of the markers."""
         markers = MARKER.findall("\n".join(turn.question for turn in turns))
-        images = [self._sources.image(*e) for e in _entries(raw, "image", "images", named)]
+        entries = _entries(raw, "image", "images", named)
+        images = [self._sources.image(*each, number) for number, each in enumerate(entries)]
         videos = _entries(raw, "video", "videos", named)
         if not images and "<video>" not in markers and len(markers) == len(videos):
             # As LLaVA-NeXT writes it: the frames stand where the question has <image>.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torchvision_available
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from regate_ds.data.chat.encode import ChatEncoder
 from regate_ds.data.chat.image_text import ImageText
@@ -145,15 +145,16 @@ def chat_encoder(
 def _apply(
     tokenizer: Any, source: str, said: Sequence[Messages], asks: bool, tools: str | None
 ) -> list[str]:
-    """Render conversations as ``apply_chat_template`` does, which also looks for files in them."""
-    texts, _ = render_jinja_template(
-        conversations=list(said),
-        tools=None if tools is None else json.loads(tools),
-        chat_template=source,
-        add_generation_prompt=asks,
-        **tokenizer.special_tokens_map,
-    )
-    return texts
+    """Render conversations as ``apply_chat_template`` does, which also looks for files in them, and
+    copies them anew for each text."""
+    template, named = _compile_jinja_template(source), tokenizer.special_tokens_map
+    offered = None if tools is None else json.loads(tools)
+    return [
+        template.render(
+            messages=one, tools=offered, documents=None, add_generation_prompt=asks, **named
+        )
+        for one in said
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:

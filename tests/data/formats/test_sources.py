@@ -50,7 +50,7 @@ def test_an_image_is_a_path_bytes_a_data_address_or_a_picture_of_pillow(folder: 
             [image] = parse(raw, folder).images
             assert not ImageChops.difference(load_rgb(image), picture).getbbox()
     [image] = parse(messages([{"type": "image", "base64": encoded}], "a")).images
-    assert image == InlineImage(content, "in 'content'")
+    assert image == InlineImage(content, "any name")
 
 
 def test_equal_pictures_of_pillow_are_one_picture_and_upright(tmp_path: Path):
@@ -84,7 +84,7 @@ def test_broken_bytes_and_pictures_of_many_bits_are_refused():
     for raw in shown(b"no image"):
         # The same words each time: `regate data check --content` compares them.
         assert cause(raw).endswith("is broken (it is of no format that Pillow knows)")
-    assert cause(shown(b"")[0]) == "image file in 'images' is broken (it is empty)"
+    assert cause(shown(b"")[0]) == "image file 0 in 'images' is broken (it is empty)"
     for raw in shown(Image.new("I;16", (2, 2))):
         assert cause(raw).startswith("has an image with pixels of mode I;16; make it 8-bit")
 

@@ -38,22 +38,22 @@ class Sources:
 
     video_frames: VideoFrames = None
 
-    def image(self, field: str, entry: Any) -> Path | InlineImage:
+    def image(self, field: str, entry: Any, number: int) -> Path | InlineImage:
         """Return where an image lies: its file, or its bytes. Cause if the entry names none.
 
         entry: a path, ``file://`` or ``data:`` address, bytes, an object with bytes or a path, or
-            a picture of Pillow.
+            a picture of Pillow. number: the image's, among those of its record.
         """
         if isinstance(entry, Image.Image):
-            return _encoded(entry)
+            return _encoded(entry, number)
         if isinstance(entry, dict) and entry.keys() <= {"bytes", "path"}:
             if entry.get("bytes") is not None:
-                return _inline(field, entry["bytes"], entry.get("path"))
+                return _inline(field, entry["bytes"], number, entry.get("path"))
             entry = entry.get("path")
         if isinstance(entry, bytes):
-            return _inline(field, entry)
+            return _inline(field, entry, number)
         if isinstance(entry, str) and (found := _DATA.fullmatch(entry)):
-            return _inline(field, _decoded(field, found.group(1)))
+            return _inline(field, _decoded(field, found.group(1)), number)
         return self._path(field, entry)
 
     def video(self, field: str, entry: Any) -> list[ImageSource]:
@@ -64,7 +64,7 @@ class Sources:
         if isinstance(entry, list):
             if not entry:
                 raise Cause(f"field '{field}' holds a video without frames")
-            return self._frames([self.image(field, frame) for frame in entry])
+            return self._frames([self.image(field, frame, n) for n, frame in enumerate(entry)])
         if isinstance(entry, dict) and entry.keys() <= {"bytes", "path"}:
             if entry.get("bytes") is not None:
                 raise Cause(f"field '{field}' holds the bytes of a video; save it as a file")
@@ -120,10 +120,12 @@ def _entries(raw: dict[str, Any], field: str) -> list[Any]:
     return entries if isinstance(entries, list) else [entries]
 
 
-def _inline(field: str, content: Any, name: Any = None) -> InlineImage:
+def _inline(field: str, content: Any, number: int, name: Any = None) -> InlineImage:
     if not isinstance(content, bytes):
         raise Cause(f"field '{field}' holds bytes of type {type(content).__name__}")
-    return InlineImage(content, name if isinstance(name, str) and name else f"in '{field}'")
+    return InlineImage(
+        content, name if isinstance(name, str) and name else f"{number} in '{field}'"
+    )
 
 
 def _decoded(field: str, text: str) -> bytes:
@@ -133,13 +135,13 @@ def _decoded(field: str, text: str) -> bytes:
         raise Cause(f"field '{field}' holds data that is not base64 ({error})") from error
 
 
-def _encoded(image: Image.Image) -> InlineImage:
+def _encoded(image: Image.Image, number: int) -> InlineImage:
     """Return a picture of Pillow as a file without loss, upright."""
     if image.mode not in MODES:
         raise Cause(f"has an image with pixels of mode {image.mode}; make it 8-bit grey or RGB")
     buffer = BytesIO()
     ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG", compress_level=1)
-    return InlineImage(buffer.getvalue(), "of Pillow")
+    return InlineImage(buffer.getvalue(), f"{number} of Pillow")
 
 
 def _frames(folder: Path) -> Sequence[Path]:
