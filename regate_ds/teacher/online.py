@@ -169,7 +169,7 @@ class WindowScorer:
         if self.in_step:
             # Score the shortest sample again, unused, until all ranks have scored equally often.
             for _ in range(max(gather_integers(len(batches), self.device)) - len(batches)):
-                self.score([samples[rows_R[-1]]])
+                self.score([samples[int(rows_R[-1])]])
         return losses
 
     def _gathered(self, samples: Sequence[ScoredSample]) -> list[Sequence[ScoredSample]]:
