@@ -12,7 +12,8 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-gpu test-stress test-matrix test-families test-faults test-slurm test-ssh check style quickstart realmodel bench clean
+.PHONY: setup test test-gpu test-stress test-matrix test-llamafactory test-swift test-examples test-families test-faults \
+	test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -48,6 +49,30 @@ test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py312.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/adapters/megatron tests/recipe/engines
 	$(BIN)/python -m tests.adapters.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
+
+# Each example that uses DeepSpeed, two steps under each ZeRO stage: fourteen jobs of two ranks.
+test-examples: setup
+	CI=1 $(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.trainers.examples_under_zero
+
+# LLaMA-Factory and ms-swift need other versions of transformers, trl and peft: each has an environment of its own.
+# PyPI's torchvision and torchaudio are built for CUDA. Beside a torch for CPUs they do not load: the
+# first is then left out, of the second its library; text and images need neither.
+.venv-llamafactory/ready: HOST := llamafactory==0.9.5
+.venv-swift/ready: HOST := ms-swift==4.6.0
+
+.venv-llamafactory/ready .venv-swift/ready: .venv-%/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet "$(TORCH)"
+	$(@D)/bin/pip install --quiet -e . $(HOST) "$(TORCH)" 'deepspeed>=0.19,<0.20' pytest
+	$(@D)/bin/python -c 'import torchvision' 2>/dev/null || $(@D)/bin/pip uninstall --quiet --yes torchvision
+	$(@D)/bin/python -c 'import torchaudio' 2>/dev/null || rm -f $(@D)/lib/python*/site-packages/torchaudio/lib/*.so
+	@touch $@
+
+test-llamafactory: .venv-llamafactory/ready
+	$(TEST_ENV) $(<D)/bin/python -m pytest -q --noconftest tests/adapters/llama_factory
+
+test-swift: .venv-swift/ready
+	$(TEST_ENV) $(<D)/bin/python -m pytest -q --noconftest tests/adapters/ms_swift
 
 # Every class of transformers that is tried, tiny, against an oracle; makes docs/models.md.
 test-families: setup

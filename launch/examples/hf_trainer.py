@@ -34,18 +34,7 @@ def main(argv: list[str] | None = None) -> Any:
     args = options.parse_args(argv)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    settings = TrainingArguments(
-        output_dir=str(args.out),
-        deepspeed=DS,
-        max_steps=STEPS,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        save_steps=2,
-        logging_steps=1,
-        use_cpu=not torch.cuda.is_available(),
-        report_to=[],
-    )
+    deepspeed.init_distributed(dist_backend=None if torch.cuda.is_available() else "gloo")
     device = deepspeed.get_accelerator().current_device_name()
     model = LlavaForConditionalGeneration.from_pretrained(args.student).to(device)
     questions = Questions(args.data, args.student, model.config.image_seq_length)
@@ -60,6 +49,19 @@ def main(argv: list[str] | None = None) -> Any:
         )
         score_dataset(data, collate, teacher, store, torch.distributed.group.WORLD)
 
+    # Only now: under ZeRO-3 they make every model that is loaded later without its weights.
+    settings = TrainingArguments(
+        output_dir=str(args.out),
+        deepspeed=DS,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        save_steps=2,
+        logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+    )
     trainer = RegateTrainer(
         model=model,
         args=settings,

@@ -1,10 +1,11 @@
 """TRL's ``SFTTrainer`` on a vision-language model, with ReGATE in it (docs/trl.md).
 
-python launch/examples/trl_sft_vlm.py STUDENT DATA.json OUT [--dense]
+python launch/examples/trl_sft_vlm.py STUDENT DATA.json OUT [--dense] [--deepspeed DS.json]
 
 STUDENT is the folder of a LLaVA model with its processor, whose chat template marks what the
 assistant says (``{% generation %}``). DATA.json has questions in LLaVA's format, OUT gets the
-checkpoints. The lines that say ``regate`` or ``Scored`` are what ReGATE adds.
+checkpoints; DS.json may name a ZeRO stage, for several ranks (``deepspeed``, ``torchrun``). The
+lines that say ``regate`` or ``Scored`` are what ReGATE adds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from regate_ds import RegateConfig
 from regate_ds.adapters.trainers.scored import Scored
 from regate_ds.adapters.trainers.trl_sft import RegateSFTTrainer
 
+STEPS = 4
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -44,11 +46,17 @@ def main(argv: list[str] | None = None) -> Any:
     options.add_argument("data", type=Path)
     options.add_argument("out", type=Path)
     options.add_argument("--dense", action="store_true", help="the run you had before")
+    options.add_argument("--deepspeed", type=Path, help="a configuration of DeepSpeed")
+    options.add_argument("--local_rank", type=int, help="from the launcher")
     given = options.parse_args(argv)
 
+    # Before SFTConfig, which with ZeRO-3 in it has later models made in parts.
+    model = LlavaForConditionalGeneration.from_pretrained(given.student)
+    processor = AutoProcessor.from_pretrained(given.student)
     args = SFTConfig(
         output_dir=str(given.out),
-        max_steps=4,
+        deepspeed=given.deepspeed and str(given.deepspeed),
+        max_steps=STEPS,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=1e-3,
@@ -59,8 +67,6 @@ def main(argv: list[str] | None = None) -> Any:
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
     )
-    model = LlavaForConditionalGeneration.from_pretrained(given.student)
-    processor = AutoProcessor.from_pretrained(given.student)
     dataset = questions(given.data)
 
     trainer = RegateSFTTrainer(

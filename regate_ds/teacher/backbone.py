@@ -44,6 +44,12 @@ def text_backbone(model: PreTrainedModel) -> PreTrainedModel | HostText:
             f"{type(model).__name__} is quantized, and a teacher of its weights would read codes "
             "for numbers; load the teacher by itself (open_teacher)"
         )
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has weights that ZeRO-3 has cut, of which no teacher can be "
+            "made: score before TrainingArguments or deepspeed.zero.Init are made, or load the "
+            "teacher by itself (open_teacher)"
+        )
     change = supported(model).change
     view = _causal_form(model, change)
     if view is None:
@@ -57,10 +63,10 @@ def _causal_form(model: Any, change: LogitChange) -> PreTrainedModel | None:
     config = _text_config(model)
     if type(config) not in AutoModelForCausalLM._model_mapping or change_alone(config) != change:
         return None
+    config._attn_implementation = model.config._attn_implementation
+    # Not by from_config, which would cut the weights where TrainingArguments have ZeRO-3 in them.
     with torch.device("meta"):
-        view: Any = AutoModelForCausalLM.from_config(
-            config, attn_implementation=model.config._attn_implementation
-        )
+        view: Any = AutoModelForCausalLM._model_mapping[type(config)](config)
     parts = {name for name, _ in view.named_children()}
     if parts != {"model", "lm_head"} or hasattr(view.model, IMAGE_PART):
         return None

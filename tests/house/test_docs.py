@@ -61,6 +61,15 @@ RUN_BY = {
     "trl.md": {
         "+    regate=config,": "tests/adapters/trainers/trl_page_helper.py",
     },
+    "llamafactory.md": {
+        "with installed_in_llama_factory(": "tests/adapters/llama_factory/test_llama_factory.py",
+        "model_name_or_path: student": "tests/adapters/llama_factory/test_llama_factory.py",
+        "python regate_train.py job.yaml": "tests/adapters/llama_factory/test_llama_factory.py",
+    },
+    "swift.md": {
+        "install_in_swift(RegateConfig()": "tests/adapters/ms_swift/test_ms_swift.py",
+        "--external_plugins regate_plugin.py": "tests/adapters/ms_swift/test_ms_swift.py",
+    },
     "torch_loop.md": {
         "+    for window in regate.windows(": LOOPS_RUN,
         "ddp = DistributedDataParallel(model)": LOOPS_RUN,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.torch.engine import EngineHost
-from regate_ds.adapters.torch.plain import divides_ranks_by, stage_of
+from regate_ds.adapters.torch.plain import ShardedParts
 from regate_ds.parallel.layout import num_ranks
 
 _KNOWN = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP")
@@ -27,7 +27,7 @@ class AcceleratorHost:
     divides_by_accumulation = True
 
     def __init__(self, accelerator: Any, model: nn.Module) -> None:
-        self.given, self._model = accelerator, model
+        self.given, self._sharded = accelerator, ShardedParts(model)
 
     @property
     def device(self) -> torch.device:
@@ -48,11 +48,11 @@ class AcceleratorHost:
 
     @property
     def divides_ranks_by(self) -> float:
-        return divides_ranks_by(self._model, self.num_ranks)
+        return self._sharded.divides_ranks_by(self.num_ranks)
 
     @property
     def stage(self) -> int:
-        return stage_of(self._model) if self._engine is None else self._engine.stage
+        return self._sharded.stage if self._engine is None else self._engine.stage
 
     @property
     def _engine(self) -> EngineHost | None:
@@ -94,6 +94,7 @@ class AcceleratorHost:
         They have been read, so the loader may be at its end: accelerate would then take each of
         them for the last one.
         """
+        self._sharded.find()
         state = self.given.gradient_state
         if not state.sync_with_dataloader:
             raise ValueError(

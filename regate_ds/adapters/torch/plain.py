@@ -44,7 +44,7 @@ class PlainHost:
     divides_by_accumulation = False
 
     def __init__(self, loop: Loop, model: nn.Module) -> None:
-        self.given, self._model = loop, model
+        self.given, self._sharded = loop, ShardedParts(model)
         self.accumulation = loop.accumulation
         self.num_ranks = size_of(loop.group)
         self.group = loop.group if self.num_ranks > 1 else None
@@ -53,42 +53,50 @@ class PlainHost:
 
     @property
     def divides_ranks_by(self) -> float:
-        return divides_ranks_by(self._model, self.num_ranks)
+        return self._sharded.divides_ranks_by(self.num_ranks)
 
     @property
     def stage(self) -> int:
-        return stage_of(self._model)
+        return self._sharded.stage
 
     def require(self) -> None:
         require_group(self.given.group, "Loop")
 
     def begin(self, num_micro: int) -> None:
-        """Nothing: the loop itself knows when a step ends."""
+        """The loop itself knows when a step ends."""
+        self._sharded.find()
 
 
-def stage_of(model: nn.Module) -> int:
-    """Return the ZeRO stage that DDP (1) or FSDP2 (3) is like."""
-    return 3 if _sharded(model) else 1
+class ShardedParts:
+    """The modules of a model that FSDP2 shards."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.find()
 
-def divides_ranks_by(model: nn.Module, num_ranks: int) -> float:
-    """Return by what DDP or FSDP2 divides the sum of the ranks' gradients.
+    def find(self) -> None:
+        """Look for them anew; once a step is enough, and all that a walk over the model allows."""
+        self._parts = [part for part in self._model.modules() if isinstance(part, FSDPModule)]
 
-    ValueError if parts of the model differ, RuntimeError if this torch does not tell.
-    """
-    found = {factor for part in _sharded(model) for factor in _factors(part)} or {None}
-    if len(found) > 1:
-        raise ValueError(
-            f"FSDP2's divide factors are {sorted(found, key=str)} in parts of one model, whose "
-            "gradients would have different scales; call set_gradient_divide_factor with one value "
-            "on every sharded module"
-        )
-    (factor,) = found
-    return num_ranks if factor is None else factor
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that DDP (1) or FSDP2 (3) is like."""
+        return 3 if self._parts else 1
 
+    def divides_ranks_by(self, num_ranks: int) -> float:
+        """Return by what DDP or FSDP2 divides the sum of the ranks' gradients.
 
-def _sharded(model: nn.Module) -> list[FSDPModule]:
-    return [part for part in model.modules() if isinstance(part, FSDPModule)]
+        ValueError if parts of the model differ, RuntimeError if this torch does not tell.
+        """
+        found = {factor for part in self._parts for factor in _factors(part)} or {None}
+        if len(found) > 1:
+            raise ValueError(
+                f"FSDP2's divide factors are {sorted(found, key=str)} in parts of one model, whose "
+                "gradients would have different scales; call set_gradient_divide_factor with one "
+                "value on every sharded module"
+            )
+        (factor,) = found
+        return num_ranks if factor is None else factor
 
 
 def _factors(part: FSDPModule) -> list[float | None]:

@@ -40,6 +40,9 @@ from regate_ds.config import RegateConfig, require_config
 from regate_ds.data.keyed import IMAGES, KEY, PlainCollate
 from regate_ds.stores.image_orders.reader import ImageOrderStore
 
+NAME = "train"
+"""In the keys of its samples, the name of a data set that the trainer has prepared itself."""
+
 
 class RegateMixin:
     """Add ReGATE to a Trainer class: name this one before the Trainer among your base classes."""
@@ -89,9 +92,9 @@ class RegateMixin:
         self._resume_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def get_train_dataloader(self: Any) -> Any:
+    def get_train_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._collating(self._train_collate()):
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
 
     def get_eval_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._collating(PlainCollate(self.data_collator)):

@@ -6,6 +6,7 @@ beforehand; so the teacher reads them when the trainer is made.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Scored:
     """The folder of the losses."""
 
     teacher: Teacher | None = None
-    """None is the student's own decoder and head, as they are before training."""
+    """None is the student's own decoder and head, as they are before training and without adapters
+    of PEFT."""
 
     def compute(
         self, trainer: Any, data: Any, collate_fn: Any, group: ProcessGroup | None
@@ -51,12 +53,26 @@ def _own_teacher(trainer: Any) -> Teacher:
             "Scored(store) makes a teacher of the student, and needs its padding token: give "
             "processing_class, or Scored(store, Teacher(...))"
         )
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
-        raise ValueError(
-            "Scored(store) makes a teacher of the student, whose weights ZeRO-3 has cut: give "
-            "Scored(store, open_teacher(...))"
-        )
     image_token_id = getattr(model.config, "image_token_id", None)
     return Teacher(
-        model=text_backbone(model), pad_id=tokenizer.pad_token_id, image_token_id=image_token_id
+        model=text_backbone(_without_adapters(model)),
+        pad_id=tokenizer.pad_token_id,
+        image_token_id=image_token_id,
     )
+
+
+def _without_adapters(model: Any) -> Any:
+    """Return the model that adapters of PEFT were added to, on the same weights."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        return model.get_base_model()
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start != "gaussian":
+        raise ValueError(
+            f"Scored(store) makes a teacher of the student, but init_lora_weights={start!r} has "
+            "changed its weights: give Scored(store, Teacher(...))"
+        )
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared).unload()

@@ -27,16 +27,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from regate_ds.adapters.computed import Reference
 from regate_ds.adapters.huggingface.wishes import Wishes
-from regate_ds.adapters.trainers.hf_trainer import RegateMixin
+from regate_ds.adapters.trainers.hf_trainer import NAME, RegateMixin
 from regate_ds.adapters.trainers.limits import refuse
 from regate_ds.adapters.trainers.packed import JoinedCollate, PackedRows, collate_alone
 from regate_ds.adapters.trainers.scored import Scored
 from regate_ds.adapters.trainers.state import group_of
 from regate_ds.adapters.window import PLAN
 from regate_ds.data.keyed import Keyed
-
-NAME = "train"
-"""Name of the data set in the samples' keys."""
 
 
 def is_fused_forward(forward: Any) -> bool:

@@ -16,19 +16,20 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaProcessor, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from regate_ds import RegateConfig, Teacher
+from regate_ds import RegateConfig
 from regate_ds.adapters.trainers.scored import Scored
 from regate_ds.adapters.trainers.trl_sft import RegateSFTMixin, RegateSFTTrainer
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Batch
 from regate_ds.teacher.backbone import text_backbone
 from tests.adapters.torch.loops_helper import whole
-from tests.support.measure import Gradients, assert_gradients_equal, gradients
-from tests.support.oracle import oracle_logits, oracle_loss
+from tests.adapters.trainers.sft_helper import answer, embedded, gated_of, oracle, question
+from tests.support.measure import Gradients, assert_gradients_equal
+from tests.support.oracle import oracle_logits
 from tests.support.planning import config_of
 from tests.support.tiny_students import CLIP, make_image, make_llava, make_tokenizer
 
@@ -40,17 +41,7 @@ TEMPLATE = (
     "ASSISTANT : {% generation %}{{ said(m.content) }} </s>{% endgeneration %} "
     "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT : {% endif %}"
 )
-QUESTION = ["what", "is", "shown", "?", "a", "red", "blue", "3", "7"]
-ANSWER = ["a", "blue", "digit", "at", "the", "top", "a", "red", "7", "at", "the", "top"]
 WARM = {"warmup": 0, "final_dense_share": 0.0}
-
-
-def question(number: int) -> str:
-    return " ".join(QUESTION[number % 3 : 4 + number % 5])
-
-
-def answer(number: int) -> str:
-    return " ".join(ANSWER[number % 4 : 6 + number % 6])
 
 
 def talks(number: int) -> list[dict[str, Any]]:
@@ -130,24 +121,18 @@ class SftCase:
         """The arguments of SFTTrainer."""
         return {
             "model": eyed_model() if self.sees else language_model(),
+            "processing_class": processor() if self.sees else tokenizer(),
+            # Behind all models: with ZeRO-3 in them, later ones would be made without weights.
             "args": settings(folder, **{**self.settings, **more}),
             "train_dataset": self.data(),
-            "processing_class": processor() if self.sees else tokenizer(),
             "peft_config": self.lora,
         }
 
     def regate(self, folder: Path) -> dict[str, Any]:
         return {
             "regate": config_of(**WARM, **self.knobs),
-            # With adapters the student cannot be its own teacher.
-            "reference": Scored(folder / "store", _teacher() if self.lora else None),
+            "reference": Scored(folder / "store"),
         }
-
-
-def _teacher() -> Teacher:
-    made = make_tokenizer()
-    image = made.convert_tokens_to_ids("<image>")
-    return Teacher(model=language_model(), pad_id=made.pad_token_id, image_token_id=image)
 
 
 def settings(folder: Path, **more: Any) -> SFTConfig:
@@ -214,34 +199,6 @@ def one_step(
     trainer.train()
     assert not trainer.regate.metrics()["dense"]
     return trainer, kept.found
-
-
-def embedded(host: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    ids_BT = inputs["input_ids"]
-    words_BTH = host.get_input_embeddings()(ids_BT)
-    if inputs.get("pixel_values") is None:
-        return words_BTH
-    pixels = inputs["pixel_values"].double()
-    found = host.model.get_image_features(pixels, return_dict=True).pooler_output
-    is_image_BT1 = (ids_BT == host.config.image_token_id)[..., None]
-    return words_BTH.masked_scatter(is_image_BT1, torch.cat(tuple(found)))
-
-
-def gated_of(host: nn.Module) -> range:
-    return range(1, len(host.get_decoder().layers))
-
-
-def oracle(exact: nn.Module, micro: Sequence[tuple[Batch, Any]]) -> tuple[float, Gradients]:
-    """The loss and the gradients of a step, each micro-batch with its plan, in fp64."""
-    exact.zero_grad()
-    host = exact.get_base_model() if hasattr(exact, "get_base_model") else exact
-    total = torch.zeros((), dtype=torch.double)
-    for batch, plan in micro:
-        inputs = embedded(host, batch.inputs)
-        total = total + oracle_loss(host, inputs, batch.tokens, plan, gated_of(host))
-    loss = total / sum(plan.num_targets for _, plan in micro)
-    loss.backward()
-    return loss.item(), gradients(exact)
 
 
 def logged_by_oracle(trainer: Watching) -> dict[str, float]:
