@@ -65,8 +65,9 @@ def _causal_form(model: Any, change: LogitChange) -> PreTrainedModel | None:
         return None
     config._attn_implementation = model.config._attn_implementation
     # Not by from_config, which would cut the weights where TrainingArguments have ZeRO-3 in them.
+    causal: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with torch.device("meta"):
-        view: Any = AutoModelForCausalLM._model_mapping[type(config)](config)
+        view = causal(config)
     parts = {name for name, _ in view.named_children()}
     if parts != {"model", "lm_head"} or hasattr(view.model, IMAGE_PART):
         return None
