@@ -34,6 +34,9 @@ class StoreKind:
     format: int
     """Version of the manifest and of the shard files."""
 
+    mark: str
+    """A key that the manifests of this kind alone have."""
+
     def damaged(self, path: Path, fault: str) -> ValueError:
         """Make the error for a file whose content is wrong."""
         return ValueError(
@@ -82,6 +85,8 @@ class StoreKind:
             raise self.damaged(path, f"it is not JSON ({error})") from error
         if not isinstance(fields, dict) or sealed(fields) != content:
             raise self.damaged(path, "its text does not match its checksum")
+        if self.mark not in fields:
+            raise ValueError(f"{store} is a store of another kind, not a {self.name} {ways}")
         if fields["format"] != self.format:
             raise ValueError(
                 f"{path} has store format {fields['format']}, this version reads {self.format}; "

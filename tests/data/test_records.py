@@ -207,7 +207,7 @@ def test_a_message_names_file_record_and_id(tmp_path: Path):
 
 @pytest.mark.parametrize("bad", ["text", 3, None, []])
 def test_a_record_that_is_not_an_object_is_refused(tmp_path: Path, bad: Any):
-    assert "not an object" in refused(tmp_path, bad)
+    assert "is no object" in refused(tmp_path, bad)
 
 
 def test_a_missing_image_is_refused(tmp_path: Path):

@@ -15,6 +15,7 @@ from regate_ds.data.llava import tables
 from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.images import load_rgb
 from regate_ds.data.llava.parse import Parser
+from regate_ds.data.llava.raw import require_data
 from regate_ds.data.llava.records import Record
 from regate_ds.data.llava.tables import TableRecords, find_rows, is_table
 
@@ -161,6 +162,8 @@ def refused(path: Path) -> str:
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"there is no data file .*gone.parquet; give a JSON, J"):
+        require_data(tmp_path / "gone.parquet")
     assert refused(tmp_path / "gone.parquet") == (
         f"there is no data file {tmp_path / 'gone.parquet'}; give a JSON, JSONL or Parquet file"
     )

@@ -173,6 +173,13 @@ def test_a_record_of_another_version_is_named(tmp_path):
         newest_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_that_was_not_completed_is_named(tmp_path):
+    write(tmp_path, 5, complete=False)
+    point_to(tmp_path, 5)
+    with pytest.raises(ValueError, match="step-000005 is not complete: it has no file complete; "):
+        newest_checkpoint(tmp_path)
+
+
 def test_the_record_names_every_other_file(tmp_path, alone):
     save_checkpoint(tmp_path, DONE, alone, ALONE)
     folder = tmp_path / "step-000005"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from regate_ds.stores.answer_index import AnswerIndex
+from regate_ds.stores.image_orders.reader import ImageOrderStore
 from regate_ds.stores.reference.lifecycle import begin_store
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.stores.reference.shard import LARGEST
@@ -117,6 +118,11 @@ def test_an_unknown_key_is_named(store):
 def test_a_folder_that_is_not_a_store_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"is not a reference store \(it has no manifest"):
         ReferenceStore(tmp_path)
+
+
+def test_a_store_of_another_kind_is_told_as_one(store):
+    with pytest.raises(ValueError, match=r"is a store of another kind, not a store of image ord"):
+        ImageOrderStore(store)
 
 
 @pytest.mark.parametrize("name", ["shard-00001.fp16", "index-*.npz", "rows-*.npy"])

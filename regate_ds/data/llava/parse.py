@@ -37,7 +37,7 @@ class Parser:
         if isinstance(raw, Cause):
             raise raw
         if not isinstance(raw, dict):
-            raise Cause(f"is a {type(raw).__name__}, not an object")
+            raise Cause(f"is no object, but of type {type(raw).__name__}")
         require_used(raw)
         said = read_turns(turns_of(raw))
         system, spoken = _split_system(raw, said)

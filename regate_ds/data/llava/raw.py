@@ -11,7 +11,7 @@ import numpy as np
 
 from regate_ds.data.llava.lines import RawRecords, find_records
 from regate_ds.data.llava.read import require_file
-from regate_ds.data.llava.tables import TableRecords, find_rows, folder_of, is_table
+from regate_ds.data.llava.tables import SUFFIX, TableRecords, find_rows, folder_of, is_table
 
 _DATA_SUFFIXES = frozenset({".arrow", ".csv", ".json", ".jsonl", ".parquet"})
 """Suffixes of the files in a folder that say what its records are."""
@@ -23,7 +23,7 @@ folder's files by their suffixes, passes over names that begin with a dot."""
 
 def require_data(path: Path) -> None:
     """Refuse, by ValueError, a data path that is not there."""
-    if not is_table(path):
+    if not is_table(path) or (path.suffix == SUFFIX and not path.exists()):
         require_file(path)
 
 

@@ -67,7 +67,7 @@ def load_raw(path: Path) -> list[Any]:
 def require_file(path: Path) -> None:
     """Refuse, by ValueError, a data file that is not there."""
     if not path.is_file():
-        raise ValueError(f"there is no data file {path}; give a LLaVA-format JSON file")
+        raise ValueError(f"there is no data file {path}; give a JSON, JSONL or Parquet file")
 
 
 def parse_line(line: str) -> Any:

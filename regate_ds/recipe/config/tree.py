@@ -110,6 +110,10 @@ def dump_config(config: RunConfig) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"the configuration {path} cannot be read ({error.strerror}); give a YAML file"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}; correct the file") from None
     if tree is None:

@@ -89,6 +89,11 @@ class Checkpoint:
 def read_contents(folder: Path) -> Contents:
     """Read a complete checkpoint's record. ValueError names the file if it is damaged."""
     path = folder / COMPLETE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not complete: it has no file {COMPLETE}; name an earlier checkpoint in "
+            f"{folder.parent / 'latest'}"
+        )
     try:
         content, _, checksum = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
         if checksum != _checksum_of_text(content):

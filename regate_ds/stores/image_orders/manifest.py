@@ -22,7 +22,11 @@ from regate_ds.stores.kind import StoreKind, hash_of, sealed
 from regate_ds.stores.shard_file import ShardFile
 
 ORDERS = StoreKind(
-    name="store of image orders", command="regate rank", call="rank_images", format=1
+    name="store of image orders",
+    command="regate rank",
+    call="rank_images",
+    format=1,
+    mark="ranking",
 )
 
 TOKEN = np.dtype("<u2")

@@ -22,7 +22,11 @@ from regate_ds.algorithm.scores.score import Column
 from regate_ds.stores.kind import MANIFEST_NAME, StoreKind, sealed
 
 REFERENCE = StoreKind(
-    name="reference store", command="regate teacher", call="score_dataset", format=2
+    name="reference store",
+    command="regate teacher",
+    call="score_dataset",
+    format=2,
+    mark="teacher_id",
 )
 
 APPEND_NAME = "append.json"

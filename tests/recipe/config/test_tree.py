@@ -172,6 +172,11 @@ def test_a_file_that_is_not_a_configuration_is_refused_by_name(small, text, mess
     assert str(small) in str(refusal.value)
 
 
+def test_a_configuration_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"configuration .*none.yaml cannot be read .*; give a Y"):
+        load_config(tmp_path / "none.yaml")
+
+
 def test_the_documentation_lists_every_key_as_it_is():
     text = (ROOT / "docs" / "configuration.md").read_text()
     assert text.partition(HEAD)[2].strip().splitlines() == list(rows()), (
