@@ -30,8 +30,8 @@ from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
 from regate_ds.recipe.saving.checkpoint import (
+    choose_checkpoint,
     load_checkpoint,
-    newest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -175,10 +175,10 @@ class Trainer:
 
     def _find_saved(self) -> Checkpoint | None:
         """Return what the run goes on from, which must be of the same samples in the same steps."""
-        if not self.folder.resumes(self.config.run.resume):
-            return None
-        saved = newest_checkpoint(self.folder.checkpoints)
-        saved.done.require(self.corpus.index.fingerprint, self.order.samples_per_step)
+        resumes = self.process.is_first and self.folder.resumes(self.config.run.resume)
+        saved = choose_checkpoint(self.folder.checkpoints, self.process, resumes=resumes)
+        if saved is not None:
+            saved.done.require(self.corpus.index.fingerprint, self.order.samples_per_step)
         return saved
 
     def _resume(self, saved: Checkpoint) -> int:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from regate_ds.job.process import Process
 from regate_ds.recipe.engines.deepspeed import ZeroEngine
+from regate_ds.recipe.saving import checkpoint, contents
 from regate_ds.recipe.saving.checkpoint import (
+    choose_checkpoint,
     latest,
     load_checkpoint,
     newest_checkpoint,
@@ -186,6 +188,45 @@ def test_the_record_names_every_other_file(tmp_path, alone):
     content = json.loads((folder / COMPLETE).read_text().splitlines()[0])
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert set(content["checksums"]) == names - {COMPLETE}
+
+
+def test_a_file_that_another_rank_does_not_see_ends_the_save(tmp_path, alone, monkeypatch):
+    """As where each node has a run.out of its own: the second of two ranks sees nothing."""
+    checksums = contents._checksums
+    monkeypatch.setattr(contents, "_checksums", lambda *given: [*checksums(*given)[:-1], 0])
+    with pytest.raises(ValueError, match="random-0.pt is seen by the first rank, but not by all"):
+        save_checkpoint(tmp_path, DONE, alone, ALONE)
+    assert latest(tmp_path) is None
+
+
+def test_the_first_rank_chooses_what_the_run_goes_on_from(tmp_path, alone, monkeypatch):
+    """Also where another one does not see its pointer yet, or an older one."""
+    assert choose_checkpoint(tmp_path, ALONE, resumes=False) is None
+    save_checkpoint(tmp_path, DONE, alone, ALONE)
+    first, second = Process(0, 2, ALONE.device), Process(1, 2, ALONE.device)
+    sent: list[str] = []
+    monkeypatch.setattr(checkpoint, "broadcast_text", lambda text, *_: sent.append(text) or text)
+    choose_checkpoint(tmp_path, first, resumes=True)
+    choose_checkpoint(tmp_path, first, resumes=False)
+    (tmp_path / "latest").unlink()
+    for text, done in zip(sent, (DONE, None), strict=True):
+        monkeypatch.setattr(checkpoint, "broadcast_text", lambda *_, text=text: text)
+        for resumes in (True, False):
+            found = choose_checkpoint(tmp_path, second, resumes=resumes)
+            assert (found and found.done) == done
+
+
+def test_a_conversion_without_room_names_the_way_out(tmp_path, alone, monkeypatch):
+    save_checkpoint(tmp_path, replace(DONE, num_ranks=2), alone, ALONE)
+    full = SimpleNamespace(
+        returncode=1, stderr="...\nOSError: [Errno 28] No space left on device\n"
+    )
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: full)
+    engine = ZeroEngine(alone.engine, REGATE, ALONE, reads_universal=True)
+    with pytest.raises(
+        ValueError, match=r"step-000005 cannot be converted for 1 ranks \(OSError: "
+    ):
+        resume(tmp_path, engine)
 
 
 def test_a_full_disk_is_named_and_the_older_checkpoint_stays_the_newest(tmp_path, alone):

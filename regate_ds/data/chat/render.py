@@ -18,12 +18,15 @@ from dataclasses import dataclass
 
 from regate_ds.data.chat.messages import OWN_TEMPLATE, Messages, answers_in, messages_of
 from regate_ds.data.chat.source import DAY
+from regate_ds.data.chat.tool_text import unwritten_tools
 from regate_ds.data.llava.records import Record, SampleError, bad_record, describe
 
 Apply = Callable[[list[Messages], bool, str | None], list[str]]
 """Renders conversations; the flag adds the prompt for an answer. The text is the tools, as JSON."""
 
 _CHANGE = f"change the model's chat template, or {OWN_TEMPLATE}"
+
+_CHANGE_TOOLS = "change the model's chat template, or leave the record out"
 
 _PROBE = "\ufdd2"
 """An answer that a template cannot hold itself."""
@@ -138,9 +141,13 @@ class ChatTemplate:
                 f"to day; give the record a system text, or {_CHANGE}"
             )
         starts = [f"{next(prompts)}{self._head or ''}" for _ in record.turns]
+        untils = [None if turn.calls is None else next(called) for turn in record.turns]
+        written = [until and until[len(start) :] for start, until in zip(starts, untils)]
+        lack = record.uses_tools and unwritten_tools(record, starts[0], whole, written)
+        if lack:
+            raise _Changed(f"the chat template does not write {lack}; {_CHANGE_TOOLS}")
         answers: list[AnswerPlace | None] = []
-        for number, turn in enumerate(record.turns):
-            until = None if turn.calls is None else next(called)
+        for number, (turn, until) in enumerate(zip(record.turns, untils)):
             try:
                 if until is not None:
                     answers.append(self._place_calls(whole, starts[number], until, number + 1))
@@ -157,14 +164,14 @@ class ChatTemplate:
         if not (whole.startswith(until) and until.startswith(start)):
             raise _Changed(
                 f"the chat template changes answer {number}, which calls tools, once more is said; "
-                f"{_CHANGE}"
+                f"{_CHANGE_TOOLS}"
             )
         end = until.rfind(self.ending, len(start))
         closed = end + len(self.ending)
         if end < 0 or until[closed:].strip():
             raise _Changed(
                 f"the chat template writes {_short(until[len(start) :])} for answer {number}, a "
-                f"call of tools, without {self.ending!r} at its end; {_CHANGE}"
+                f"call of tools, without {self.ending!r} at its end; {_CHANGE_TOOLS}"
             )
         return AnswerPlace(len(start), end, closed, lead=0, length=0)
 

@@ -33,13 +33,13 @@ def add_universal(settings: dict[str, Any]) -> None:
 def converted(checkpoint: Path, process: Process) -> Iterator[str]:
     """Convert a checkpoint on the first rank, yield the folder's name, and delete it. Collective.
 
-    RuntimeError on all ranks, with the converter's last line, if it fails: there is no room for
-    it, as a rule, since it takes as much as the checkpoint itself.
+    ValueError on all ranks, with the converter's last line, if it fails: there is no room for it,
+    as a rule, since it takes as much as the checkpoint itself.
     """
     error = _convert(checkpoint) if process.is_first else ""
     error = broadcast_text(error, process.group, process.device)
     if error:
-        raise RuntimeError(
+        raise ValueError(
             f"{checkpoint} cannot be converted for {process.world_size} ranks ({error}); make room "
             "for a second copy of it, or resume with as many ranks as wrote it"
         )

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from regate_ds.job.process import Process
+from regate_ds.parallel.collectives import broadcast_text
 from regate_ds.recipe.engines.base import Engine
 from regate_ds.recipe.saving.contents import (
     COMPLETE,
@@ -30,6 +31,9 @@ from regate_ds.recipe.saving.contents import (
 )
 from regate_ds.stores.atomic_file import sync_files, write_atomically
 
+_NEW_RUN = "-"
+"""In the place of a checkpoint's name."""
+
 
 def newest_checkpoint(folder: Path) -> Checkpoint:
     """Return the newest complete checkpoint; ValueError if there is none, or its record is bad."""
@@ -39,6 +43,19 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds no complete checkpoint; to start anew, delete {folder.parent} or "
             "choose another run.out, and leave run.resume out"
         )
+    return Checkpoint(folder=folder / tag, contents=read_contents(folder / tag))
+
+
+def choose_checkpoint(folder: Path, process: Process, *, resumes: bool) -> Checkpoint | None:
+    """Return the checkpoint that the run goes on from, None if it starts anew. Collective.
+
+    The first rank chooses, and its ``resumes`` counts: others may see an older ``latest``, or none.
+    ValueError if there is none, or its record is bad.
+    """
+    tag = newest_checkpoint(folder).folder.name if process.is_first and resumes else _NEW_RUN
+    tag = broadcast_text(tag, process.group, process.device)
+    if tag == _NEW_RUN:
+        return None
     return Checkpoint(folder=folder / tag, contents=read_contents(folder / tag))
 
 

@@ -108,7 +108,10 @@ def read_contents(folder: Path) -> Contents:
 
 
 def write_contents(folder: Path, done: Done, process: Process) -> None:
-    """Record what a checkpoint holds, which completes it. Collective."""
+    """Record what a checkpoint holds, which completes it. Collective.
+
+    ValueError on all ranks if one of them does not see a file: it could not be resumed from.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = json.loads(
         broadcast_text(
@@ -118,6 +121,11 @@ def write_contents(folder: Path, done: Done, process: Process) -> None:
         )
     )
     checksums = dict(zip(names, _checksums(folder, names, process), strict=True))
+    if unseen := [name for name, checksum in checksums.items() if not checksum]:
+        raise ValueError(
+            f"{folder / unseen[0]} is seen by the first rank, but not by all; put run.out in a "
+            "folder that all nodes share"
+        )
     if process.is_first:
         content = json.dumps({"done": asdict(done), "checksums": checksums})
         write_atomically(folder / COMPLETE, f"{content}\n{_checksum_of_text(content)}\n".encode())

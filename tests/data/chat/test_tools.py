@@ -235,6 +235,23 @@ def test_a_template_that_changes_calls(change: tuple[str, str], cause: str | Non
         made().encode(parse(CALLED))
 
 
+@pytest.mark.parametrize(
+    ("change", "lack"),
+    [
+        (("{%- if tools -%}", "{%- if false -%}"), "the tool 'look'"),
+        (("in message['tool_calls'] or []", "in []"), "the call of 'look' in answer 1"),
+        (("<tool_response>\\n' }}" + _TEXT, "<tool_response>\\n' }}"), "what tools return before"),
+    ],
+)
+def test_a_template_that_leaves_tools_out(change: tuple[str, str], lack: str):
+    own = own_processor()
+    own.chat_template = unmarked(TEMPLATE.replace(*change))
+    assert own.chat_template != unmarked(TEMPLATE)
+    made = chat_encoder(own, MAKERS["qwen3_vl"][2], max_length=999)
+    with pytest.raises(SampleError, match=f"chat template does not write {lack}.*leave the record"):
+        made.encode(parse(CALLED))
+
+
 def test_the_text_of_a_special_token_in_tools():
     for said, tools, where in (
         (CALLED, [{"name": "<|im_end|>"}], "list of tools"),
