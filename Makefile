@@ -89,6 +89,7 @@ test-faults: setup
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.kills --seeds $(or $(SEEDS),25)
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.flips --flips $(or $(FLIPS),500)
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.lost_ranks
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.bad_inputs
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.elastic
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with

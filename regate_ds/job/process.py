@@ -70,5 +70,8 @@ def _init_groups(backend: str) -> None:
     if backend == "gloo":
         # On CPUs, deepspeed 0.19.8 builds a shared-memory op whose collectives ignore their group.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    patience = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", _PATIENCE)))
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT", _PATIENCE)
+    if not minutes.isdecimal() or int(minutes) == 0:
+        raise ValueError(f"DEEPSPEED_TIMEOUT={minutes}: must be a whole number of minutes above 0")
+    patience = timedelta(minutes=int(minutes))
     init_distributed(dist_backend=backend, verbose=False, timeout=patience)

@@ -103,9 +103,12 @@ class RunFolder:
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     def forget_after(self, done: int) -> None:
-        """Delete the rows beyond the checkpoint of ``done`` steps, so that no step stands twice."""
+        """Delete the rows beyond the checkpoint of ``done`` steps, so that no step stands twice.
+
+        The evaluation after it is one of them: nothing says that it is as it was written.
+        """
         _rewrite(self._metrics, [row for row in self.metrics() if row["step"] < done])
-        _rewrite(self._evals, [row for row in self.evals() if row["step"] <= done])
+        _rewrite(self._evals, [row for row in self.evals() if row["step"] < done])
 
     def require_run(self) -> None:
         """Refuse, by ValueError, a folder that holds no run."""

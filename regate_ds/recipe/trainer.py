@@ -17,7 +17,6 @@ from regate_ds.job.progress import progress
 from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
 from regate_ds.job.watch import Signs
-from regate_ds.parallel.collectives import sum_over
 from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
@@ -184,16 +183,13 @@ class Trainer:
     def _resume(self, saved: Checkpoint) -> int:
         load_checkpoint(saved, self.engine, self.process)
         done = saved.done.step
-        lacks_eval = False
         if self.process.is_first:
             if self.folder.figures_before(done) != saved.done.figures:
                 print(
                     f"{self.folder.path}: the figures of the first {done} steps have been changed"
                 )
             self.folder.forget_after(done)
-            lacks_eval = all(row["step"] != done for row in self.folder.evals())
-        (lacks_eval,) = sum_over([int(lacks_eval)], self.process.group, self.process.device)
-        if lacks_eval and self._evaluates_after(done):
+        if self._evaluates_after(done):
             self._evaluate(done)
         return done
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -209,7 +210,7 @@ def check_zero3_store(process: Process, models: Path) -> None:
         teacher_id=placed.id,
         in_step=placed.in_step,
     )
-    assert len(job.batches(list(range(NUM_SAMPLES)))) % 2 == 1
+    assert len(job.batches(np.arange(NUM_SAMPLES))) % 2 == 1
     precompute(job, process.group)
 
 

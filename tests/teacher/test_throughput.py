@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,7 +60,7 @@ def test_a_job_counts_the_tokens_of_this_start_and_the_time_of_its_teacher(tmp_p
         return score(samples)
 
     job = make_plain_job(tmp_path / "store", score=slow, plain=lambda _: time.sleep(0.02))
-    num_batches = len(job.batches(range(10)))
+    num_batches = len(job.batches(np.arange(10)))
     done = precompute(job)
     assert done.num_tokens == int(job.index.num_positions.sum())
     assert 0.02 * num_batches <= done.seconds * done.busy_share <= done.seconds
