@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 class StudentFields:
     """Fields of a student's config that differ from the task's own."""
 
-    text: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    text: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of the decoder, such as ``num_hidden_layers``."""
 
-    vision: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    vision: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of the vision tower."""
 
 

@@ -87,6 +87,16 @@ def test_settings_are_laid_over_key_by_key():
     assert below == {"a": {"x": 1, "y": 2}, "b": 3, "c": {"z": 4}}
 
 
+def _key(name: str, task: LearningTask) -> RunKey:
+    return RunKey(task=name, part="dev", arm="x", seed=0, steps=task.steps, fraction=1.0)
+
+
+@pytest.mark.parametrize("path", sorted((FILES / "tasks").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_task_can_be_read(path: Path):
+    task = read_file(LearningTask, FILES / "tasks", path.stem)
+    settings_digest(task, Arm(about="x"), _key(path.stem, task))
+
+
 @pytest.mark.parametrize("path", sorted((FILES / "rounds").glob("*.yaml")), ids=lambda p: p.stem)
 def test_each_round_is_made_of_runs_that_can_start(path: Path, tmp_path: Path):
     """Every arm of every round makes a configuration that `regate train` would take."""
