@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
