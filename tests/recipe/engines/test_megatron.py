@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.support.paths import ROOT
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.algorithm.counts import COUNTS
+from regate_ds.recipe.engines.megatron.engine import require_same_ranks
 from regate_ds.recipe.reports.compare import compare_runs
 from tests.adapters.megatron.pool_helper import Pool
 from tests.recipe.engines.reference_helper import STEPS
@@ -202,3 +204,12 @@ def test_the_command_trains_in_half_precision(corpus: Path):
         [row["loss"] for row in wanted], rel=0.02
     )
     assert all(w.dtype == torch.bfloat16 for w in weights(corpus / "half").values())
+
+
+def test_another_number_of_ranks_is_refused():
+    saved = SimpleNamespace(folder="step-000005", done=SimpleNamespace(num_ranks=4))
+    setup: Any = SimpleNamespace(
+        saved=saved, has_other_ranks=True, process=SimpleNamespace(world_size=2)
+    )
+    with pytest.raises(ValueError, match="step-000005 was written by 4 ranks of Megatron-core, bu"):
+        require_same_ranks(setup)

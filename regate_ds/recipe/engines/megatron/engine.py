@@ -67,7 +67,7 @@ class MegatronEngine:
         assert config.parallel is not None
         reference = setup.computed.reference
         assert not isinstance(reference, OnlineReference)
-        _require_same_ranks(setup)
+        require_same_ranks(setup)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]
@@ -193,7 +193,8 @@ class MegatronEngine:
         self.regate.load(checkpoint)
 
 
-def _require_same_ranks(setup: Setup) -> None:
+def require_same_ranks(setup: Setup) -> None:
+    """Refuse, by ValueError, to go on from a checkpoint of another number of ranks."""
     if setup.saved is not None and setup.has_other_ranks:
         num_saved = setup.saved.done.num_ranks
         raise ValueError(
