@@ -44,9 +44,8 @@ def test_a_run_repeats_resumes_and_can_be_switched_off(corpus: Path):
     run_ranks(check_resume_on_one_rank, 1, str(corpus))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_run_with_its_teacher_inside_is_the_run_with_a_store(corpus: Path, world_size: int):
-    run_ranks(check_online, world_size, str(corpus), timeout=900)
+def test_a_run_with_its_teacher_inside_is_the_run_with_a_store(corpus: Path):
+    run_ranks(check_online, 2, str(corpus), timeout=900)
 
 
 def test_train_eval_and_compare_work_from_the_command_line(corpus: Path):
@@ -149,17 +148,9 @@ def test_a_run_of_low_rank_adapters_in_bf16_trains_and_can_be_evaluated(corpus: 
     assert regate("eval", str(out)).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("elision.kep_share=0.5", "kep_share"),
-        ("teacher.store=nowhere", "not a reference store"),
-        ("run={plan_only: true, steps: 12, out: a}\telision.first_layer=3", "has 3 layers"),
-    ],
-)
-def test_a_wrong_setting_ends_in_one_line(corpus: Path, override: str, message: str):
-    done = regate("train", str(corpus / "run.yaml"), *override.split("\t"))
+def test_a_wrong_setting_ends_in_one_line(corpus: Path):
+    """make test-faults has a table of others."""
+    done = regate("train", str(corpus / "run.yaml"), "teacher.store=nowhere")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("regate train:")
-    assert message in last
+    assert last.startswith("regate train: nowhere is not a reference store")

@@ -18,6 +18,7 @@ import deepspeed
 import torch.distributed as dist
 
 from tests.adapters.trainers.trl_page_helper import save_processor
+from tests.adapters.trainers.trl_zero_helper import check_trl
 from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.small_corpus import make_corpus
@@ -36,6 +37,12 @@ EXAMPLES = {
 
 def main() -> None:
     wanted = sys.argv[1:] or list(EXAMPLES)
+    if not sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            run_ranks(check_trl, 2, Path(folder))
+        print(
+            "TRL under ZeRO-2 and ZeRO-3: the oracle's gradients, and off its own run", flush=True
+        )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_corpus(root, num_train=NUM_TRAIN, num_test=1)
