@@ -29,7 +29,6 @@ suspended as a whole, this rank with it, may go on."""
 ALIVE = "\0"
 """Start of a sign of life; what the rank is doing follows."""
 
-
 _LONGEST = 256
 """Bytes of the line with which a rank of this job comes, at most."""
 
@@ -66,7 +65,7 @@ class Hub:
         while True:
             wait = None if every is None else max(0.0, next_look - time.monotonic())
             if self._strangers:
-                wait = min(1.0, wait or 1.0)
+                wait = 1.0 if wait is None else min(1.0, wait)
             for key, _ in self._selector.select(wait):
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
@@ -98,6 +97,8 @@ class Hub:
 
     def _misses_one(self) -> bool:
         """Count a look; return whether a rank was silent too often, which is sent on."""
+        if self._num_missing:
+            return False  # ranks give signs once all have come
         for rank in self._ranks.values():
             self._num_silent[rank] = self._num_silent.get(rank, 0) + 1
         lost = [rank for rank in self._ranks.values() if self._num_silent[rank] > LOOKS]

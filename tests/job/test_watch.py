@@ -252,3 +252,15 @@ def test_nobody_can_connect_once_all_ranks_are_there(door):
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", door.port()), timeout=4)
     check_they_hear_each_other(ranks)
+
+
+def test_ranks_that_wait_for_the_last_one_are_not_lost(door):
+    exchange = Sum(3)
+    with ThreadPoolExecutor(3) as pool:
+        ranks = pool.map(lambda rank: Rank(rank, exchange, 0.4), range(3))
+        door.port()
+        time.sleep(1.5)
+        door.is_open.set()
+        found = list(ranks)
+    assert [rank.heard for rank in found] == [[], [], []]
+    check_they_hear_each_other(found[:2])

@@ -6,7 +6,6 @@ other data or another batch before a model is loaded, and a changed bit before t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import broadcast_text, sum_over
 from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.checksums import checksum_of
+from regate_ds.stores.kind import sealed
 
 COMPLETE = "complete"
 
@@ -95,12 +95,12 @@ def read_contents(folder: Path) -> Contents:
             f"{folder.parent / 'latest'}"
         )
     try:
-        content, _, checksum = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")
-        if checksum != _checksum_of_text(content):
-            raise ValueError("its checksum is another")
+        content = path.read_bytes()
         tree = json.loads(content)
+        if sealed(tree) != content:
+            raise ValueError("its checksum is another")
         return Contents(done=Done(**tree["done"]), checksums=tree["checksums"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}); name an earlier checkpoint "
             f"in {folder.parent / 'latest'}"
@@ -127,8 +127,8 @@ def write_contents(folder: Path, done: Done, process: Process) -> None:
             "folder that all nodes share"
         )
     if process.is_first:
-        content = json.dumps({"done": asdict(done), "checksums": checksums})
-        write_atomically(folder / COMPLETE, f"{content}\n{_checksum_of_text(content)}\n".encode())
+        content = sealed({"done": asdict(done), "checksums": checksums})
+        write_atomically(folder / COMPLETE, content)
 
 
 def _checksums(folder: Path, names: Sequence[str], process: Process) -> list[int]:
@@ -138,7 +138,3 @@ def _checksums(folder: Path, names: Sequence[str], process: Process) -> list[int
         path = folder / names[place]
         mine[place] = checksum_of(path) if path.is_file() else 0
     return sum_over(mine, process.group, process.device)
-
-
-def _checksum_of_text(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
