@@ -69,7 +69,8 @@ def _draw(bench: Bench, results: Path, name: str) -> None:
         costs = read_costs(bench, task)
         own = [(key, result) for key, result in found if key.task == task]
         if costs is not None and own:
-            plot_task(points_of(own, costs), results / f"{name}-{task}.png")
+            dense = bench.plan.dense
+            plot_task(points_of(own, dense, costs), dense, results / f"{name}-{task}.png")
 
 
 def _say(line: str) -> None:

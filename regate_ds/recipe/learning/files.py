@@ -93,6 +93,10 @@ class Round:
     seeds: tuple[int, ...]
     """A seed has a student, an order of samples and random choices of its own."""
 
+    dense: str = "dense"
+    random: str = "random"
+    """Arms that the others are compared with, in rounds that have them."""
+
     steps: int | None = None
     """Optimizer steps of a whole run in this round; null is the task's own."""
 
@@ -105,6 +109,9 @@ class Round:
             given = getattr(self, key)
             require(self, key, len(given) > 0, "must not be empty")
             require(self, key, len(set(given)) == len(given), "must not hold one twice")
+        for key, usual in (("dense", "dense"), ("random", "random")):
+            arm = getattr(self, key)
+            require(self, key, arm in (usual, *self.arms), "must be one of the arms")
         require(self, "steps", self.steps is None or self.steps >= 1, "must be at least 1, or null")
         for arm, shares in self.fractions.items():
             where = f"fractions.{arm}={shares!r}"

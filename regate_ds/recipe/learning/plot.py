@@ -16,18 +16,23 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the choice of a backen
 from regate_ds.recipe.learning.files import RunKey  # noqa: E402
 from regate_ds.recipe.learning.result import Result  # noqa: E402
 from regate_ds.recipe.learning.statistics import standard_error  # noqa: E402
-from regate_ds.recipe.learning.table import DENSE, Costs  # noqa: E402
+from regate_ds.recipe.learning.table import Costs  # noqa: E402
 
 Point = tuple[float, float, float]
 """Cost as a share of dense at 1, mean accuracy, and its standard error (0 with one seed)."""
 
 
-def points_of(found: Sequence[tuple[RunKey, Result]], costs: Costs) -> dict[str, list[Point]]:
-    """Return for each arm its points, from cheap to dear; arms that were not timed are left out."""
+def points_of(
+    found: Sequence[tuple[RunKey, Result]], dense: str, costs: Costs
+) -> dict[str, list[Point]]:
+    """Return for each arm its points, from cheap to dear; arms that were not timed are left out.
+
+    dense: the arm whose runs of whole length cost 1.
+    """
     runs: dict[tuple[str, float], list[Result]] = defaultdict(list)
     for key, result in found:
         runs[key.arm, key.fraction].append(result)
-    whole = [costs.of(one) for one in runs.get((DENSE, 1.0), [])]
+    whole = [costs.of(one) for one in runs.get((dense, 1.0), [])]
     known = [cost for cost in whole if cost is not None]
     if not known:
         return {}
@@ -41,12 +46,12 @@ def points_of(found: Sequence[tuple[RunKey, Result]], costs: Costs) -> dict[str,
     return {arm: sorted(own) for arm, own in points.items()}
 
 
-def plot_task(points: dict[str, list[Point]], path: Path) -> None:
+def plot_task(points: dict[str, list[Point]], dense: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.0, 5.2), dpi=120, layout="constrained")
     for number, (arm, own) in enumerate(points.items()):
         costs, means, errors = zip(*own)
         style = "-o" if len(own) > 1 else "o"
-        colour = "black" if arm == DENSE else f"C{number % 10}"
+        colour = "black" if arm == dense else f"C{number % 10}"
         axes.errorbar(costs, means, errors, fmt=style, color=colour, markersize=4, linewidth=1)
         axes.annotate(arm, (costs[-1], means[-1]), (4, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel("cost over dense (CPU seconds by steps, teacher and rankings included)")

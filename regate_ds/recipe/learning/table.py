@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from regate_ds.recipe.learning.files import RunKey
+from regate_ds.recipe.learning.files import Round, RunKey
 from regate_ds.recipe.learning.result import Result, require_one_student
 from regate_ds.recipe.learning.run_round import Bench
 from regate_ds.recipe.learning.statistics import (
@@ -24,9 +24,6 @@ from regate_ds.recipe.learning.statistics import (
     paired,
     standard_error,
 )
-
-DENSE, RANDOM = "dense", "random"
-"""Arms that the others are compared with, in rounds that have them."""
 
 VALID_AT = 0.7
 """Time to dense quality means something if dense with this share of the steps is worse."""
@@ -105,18 +102,15 @@ def round_tables(bench: Bench) -> str:
         parts.append(f"### {task}, {bench.plan.part}: {len(own)} of {num} runs")
         if own:
             costs = read_costs(bench, task)
-            parts += [arm_table(own, bench.plan.arms, costs), *time_lines(own, costs)]
+            parts += [arm_table(own, bench.plan, costs), *time_lines(own, bench.plan.dense, costs)]
     return "\n\n".join(parts) + "\n"
 
 
-def arm_table(found: _Found, arms: Sequence[str], costs: Costs | None) -> str:
+def arm_table(found: _Found, plan: Round, costs: Costs | None) -> str:
     """Return a Markdown table of the runs of whole length, an arm a row."""
     whole = _by_arm(found)
-    dense, random = whole.get(DENSE, {}), whole.get(RANDOM, {})
     rows = [_HEADS, ["---"] * len(_HEADS)]
-    for arm in arms:
-        if own := whole.get(arm):
-            rows.append(_row(arm, own, dense, random, costs))
+    rows += [_row(arm, whole, plan, costs) for arm in plan.arms if arm in whole]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -137,22 +131,19 @@ _HEADS = [
 
 
 def _row(
-    arm: str,
-    own: Mapping[int, Result],
-    dense: Mapping[int, Result],
-    random: Mapping[int, Result],
-    costs: Costs | None,
+    arm: str, whole: Mapping[str, Mapping[int, Result]], plan: Round, costs: Costs | None
 ) -> list[str]:
+    own, dense, random = (whole.get(one, {}) for one in (arm, plan.dense, plan.random))
     visual, plain = _values(own, "accuracy_visual"), _values(own, "accuracy_plain")
     results = list(own.values())
     return [
         arm,
         str(len(own)),
         _mean_and_error(list(visual.values())),
-        _shown(None if arm == DENSE else paired(visual, _values(dense, "accuracy_visual"))),
-        _shown(None if arm == RANDOM else paired(visual, _values(random, "accuracy_visual"))),
+        _shown(None if arm == plan.dense else paired(visual, _values(dense, "accuracy_visual"))),
+        _shown(None if arm == plan.random else paired(visual, _values(random, "accuracy_visual"))),
         _mean_and_error(list(plain.values())),
-        _shown(None if arm == DENSE else paired(plain, _values(dense, "accuracy_plain"))),
+        _shown(None if arm == plan.dense else paired(plain, _values(dense, "accuracy_plain"))),
         _share(results, list(dense.values()), lambda one: one.tokens_processed),
         _share(results, list(dense.values()), lambda one: costs.of(one) if costs else None),
         _share(results, list(dense.values()), lambda one: one.train_cpu_seconds),
@@ -161,12 +152,12 @@ def _row(
     ]
 
 
-def time_lines(found: _Found, costs: Costs | None) -> list[str]:
+def time_lines(found: _Found, dense_arm: str, costs: Costs | None) -> list[str]:
     """Return a line for each arm that was trained at several lengths; none without costs."""
     by_length: dict[str, dict[float, dict[int, Result]]] = defaultdict(lambda: defaultdict(dict))
     for key, result in found:
         by_length[key.arm][key.fraction][key.seed] = result
-    dense = by_length.get(DENSE, {})
+    dense = by_length.get(dense_arm, {})
     if costs is None or 1.0 not in dense or len(dense) < 2:
         return []
     lines = [_validity(dense)]

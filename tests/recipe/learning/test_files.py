@@ -31,6 +31,8 @@ ROUND = "about: x\npart: dev\ntasks: [digits]\narms: [dense, random]\nseeds: [0,
     [
         ("arm: x", "unknown key; did you mean arms?"),
         ("fractions: {other: [0.5]}", "other is none of the arms dense, random"),
+        ("dense: other", "dense='other': must be one of the arms"),
+        ("random: other", "random='other': must be one of the arms"),
         ("fractions: {dense: 0.5}", "must be a list of shares"),
         ("fractions: {dense: [0]}", "must be a list of shares"),
         ("fractions: {dense: [true]}", "must be a list of shares"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,17 @@ WHOLE = [
 ]
 
 
+def plan(*arms: str, **other: Any) -> Round:
+    return Round(about="", part="dev", tasks=("t",), arms=arms, seeds=(0, 1, 2), **other)
+
+
 def cells(table: str, arm: str) -> list[str]:
     (line,) = (line for line in table.splitlines() if line.startswith(f"| {arm} |"))
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_an_arm_is_compared_with_dense_and_random_seed_by_seed():
-    table = arm_table(WHOLE, ["dense", "mine", "random"], COSTS)
+    table = arm_table(WHOLE, plan("dense", "mine", "random"), COSTS)
     # Differences .020, .022, .024: error .002 / sqrt(3), times 4.3027.
     assert cells(table, "mine") == [
         "mine",
@@ -87,8 +92,17 @@ def test_an_arm_is_compared_with_dense_and_random_seed_by_seed():
     assert cells(table, "random")[8] == "0.60"
 
 
+def test_a_round_may_compare_its_arms_with_others():
+    names = {"dense": "twice", "random": "by_lot", "mine": "mine"}
+    renamed = [(replace(key, arm=names[key.arm]), one) for key, one in WHOLE]
+    own = plan("twice", "mine", "by_lot", dense="twice", random="by_lot")
+    table, usual = arm_table(renamed, own, None), arm_table(WHOLE, plan(*names), None)
+    assert cells(table, "mine") == cells(usual, "mine")
+    assert cells(table, "twice")[3] == cells(table, "by_lot")[4] == "-"
+
+
 def test_without_costs_the_table_has_none():
-    assert cells(arm_table(WHOLE, ["mine"], None), "mine")[8] == "-"
+    assert cells(arm_table(WHOLE, plan("mine"), None), "mine")[8] == "-"
 
 
 def test_the_time_to_dense_quality_is_where_the_line_crosses():
@@ -99,7 +113,7 @@ def test_the_time_to_dense_quality_is_where_the_line_crosses():
         *(run("mine", seed, 0.39, fraction=0.5) for seed in range(3)),
         *(run("mine", seed, 0.43) for seed in range(3)),
     ]
-    (lines,) = time_lines(found, COSTS)
+    (lines,) = time_lines(found, "dense", COSTS)
     judged, dense, mine = lines.splitlines()
     assert judged == (
         "- dense at 0.7 of the steps lies -0.100 [-0.100, -0.100] from dense at 1: valid"
@@ -110,10 +124,10 @@ def test_the_time_to_dense_quality_is_where_the_line_crosses():
     assert mine.startswith("- time to dense quality, mine: 0.50 (seeds 3; image words 0.390 at 0.5")
     # The shortest run has reached it already, and a seed that lacks a length does not count.
     early = [*found, *(run("mine", seed, 0.42, fraction=0.25) for seed in range(2))]
-    assert "mine: at most 0.20 (seeds 2; " in time_lines(early, COSTS)[0]
+    assert "mine: at most 0.20 (seeds 2; " in time_lines(early, "dense", COSTS)[0]
     never = [(key, one) for key, one in found if key.arm == "dense"]
     never += [run("mine", 0, 0.2), run("mine", 0, 0.1, fraction=0.5)]
-    assert "mine: not reached" in time_lines(never, COSTS)[0]
+    assert "mine: not reached" in time_lines(never, "dense", COSTS)[0]
 
 
 def test_a_dense_run_that_has_stopped_learning_judges_nothing():
@@ -121,15 +135,15 @@ def test_a_dense_run_that_has_stopped_learning_judges_nothing():
         *(run("dense", seed, 0.405 + 0.01 * (-1) ** seed, fraction=0.7) for seed in range(3)),
         *(run("dense", seed, 0.41) for seed in range(3)),
     ]
-    assert "NOT valid" in time_lines(found, COSTS)[0]
+    assert "NOT valid" in time_lines(found, "dense", COSTS)[0]
 
 
 def test_the_picture_has_a_point_for_each_length(tmp_path: Path):
     found = [*WHOLE, run("mine", 0, 0.39, fraction=0.5)]
-    points = points_of(found, COSTS)
+    points = points_of(found, "dense", COSTS)
     assert [cost for cost, _, _ in points["mine"]] == [70 / 200, 130 / 200]
     assert points["dense"][0][0] == 1.0
-    plot_task(points, tmp_path / "t.png")
+    plot_task(points, "dense", tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 5000
 
 
