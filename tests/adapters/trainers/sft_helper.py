@@ -37,7 +37,7 @@ def embedded(host: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return words_BTH.masked_scatter(is_image_BT1, torch.cat(tuple(found)))
 
 
-def rotary_of(host: nn.Module, inputs: dict[str, Any]) -> list[Rotary] | None:
+def rotary_of(host: Any, inputs: dict[str, Any]) -> list[Rotary] | None:
     """Each row's cos and sin [T, D] in fp64, where positions have several axes; else None."""
     positions = inputs.get("position_ids")
     if positions is None or positions.dim() < 3:
