@@ -35,20 +35,21 @@ class Attachment:
         """Replace another method of the module, in the same way."""
         self._rebind(module, name, method, _is_accelerates, bound)
 
-    def displace_forward(
+    def displace(
         self,
         module: nn.Module,
-        forward: Callable[..., Any],
+        name: str,
+        method: Callable[..., Any],
         *,
         is_known: Callable[[Any], bool],
         **bound: Any,
     ) -> None:
-        """Replace a forward also where a host has put its own on the instance; ``remove`` puts that
+        """Replace a method also where a host has put its own on the instance; ``remove`` puts that
         back.
 
         is_known: whether what is there is what may be displaced. RuntimeError if it is not.
         """
-        self._rebind(module, "forward", forward, lambda f: is_known(f) or _is_accelerates(f), bound)
+        self._rebind(module, name, method, lambda f: is_known(f) or _is_accelerates(f), bound)
 
     def _rebind(
         self,

@@ -20,8 +20,9 @@ class Wishes:
     """
 
     may_displace: Callable[[Any], bool] = _nothing
-    """Whether a forward that stands on the model's instance already is the host's own, which may be
-    displaced: calls with a plan then pass it by, and ``remove`` puts it back."""
+    """Whether a method that stands on the model's instance already is the host's own, which may be
+    displaced: ``remove`` puts it back. Calls with a plan pass by one that is the model's forward,
+    and go through the others."""
 
 
 NO_WISHES = Wishes()

@@ -19,11 +19,15 @@ import sys
 from functools import partial
 from typing import Any
 
+from swift.model.models import qwen
 from swift.template import Template
+from swift.template.templates.qwen import Qwen2VLTemplate, Qwen3VLTemplate
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from transformers import Trainer
 
 from regate_ds.adapters.computed import Reference
+from regate_ds.adapters.huggingface.attention import BOUNDARIES
+from regate_ds.adapters.huggingface.wishes import Wishes
 from regate_ds.adapters.trainers.hf_trainer import NAME, RegateMixin
 from regate_ds.adapters.trainers.limits import refuse
 from regate_ds.adapters.trainers.scored import Scored
@@ -37,8 +41,26 @@ _HOST = "ms-swift"
 TASK = "causal_lm"
 """The task whose trainer elides."""
 
+_LEFT_TO_THE_MODEL = tuple(
+    kind._post_encode for kind in (Template, Qwen2VLTemplate, Qwen3VLTemplate)
+)
+"""Hooks before the forward that do nothing, or what the model's forward does: images among words.
+
+That forward does it in their place, as the hook keeps a plan and the words' ids from it."""
+
+_OF_ONE_SAMPLE = ("text_position_ids", *BOUNDARIES)
+"""What ms-swift adds for rows of several samples; a row with a plan has one."""
+
 make_trainer: Any = None
 """What ms-swift calls to make the trainer, once it is installed."""
+
+
+def is_mixed_data(method: Any) -> bool:
+    """Return whether ms-swift has put this on a Qwen3-VL, for batches of text under DeepSpeed.
+
+    Elsewhere it calls the model's own.
+    """
+    return getattr(getattr(method, "__func__", None), "__module__", "") == qwen.__name__
 
 
 class RegateSwiftTrainer(RegateMixin, Seq2SeqTrainer):
@@ -46,16 +68,19 @@ class RegateSwiftTrainer(RegateMixin, Seq2SeqTrainer):
 
     keyed_by_user = ""
     _host_class = Seq2SeqTrainer
+    _wishes = Wishes(may_displace=is_mixed_data)
 
     def _make_ready(self: Any) -> None:
         _require_supported(self)
         self.train_dataset = Keyed(_without_replacement(self.train_dataset), NAME)
+        self.template.register_post_encode_hook = _register_none
 
     def _prepare_inputs(self: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         if PLAN not in inputs:
             return super()._prepare_inputs(inputs)
         # Past ms-swift's own, which picks the logits of labels that the plan has.
-        return Trainer._prepare_inputs(self, inputs)
+        ready = Trainer._prepare_inputs(self, inputs)
+        return {name: value for name, value in ready.items() if name not in _OF_ONE_SAMPLE}
 
 
 def install_in_swift(
@@ -97,6 +122,10 @@ def refuse_task(args: Any, **_: Any) -> None:
     )
 
 
+def _register_none(models: Any) -> None:
+    """Stand for a template's function that puts its hook before the models' forward."""
+
+
 def _without_replacement(dataset: Any) -> Any:
     """Return a data set that refuses a sample it cannot encode, where ms-swift would take another
     in its place, under its name."""
@@ -112,8 +141,12 @@ def _require_supported(trainer: Any) -> None:
     refuse(
         {
             f"template {kind.__name__}, whose hook puts images among the words before the model is "
-            "called; use a model without one, as LLaVA": (
-                kind._post_encode is not Template._post_encode
+            "called; use a model without one, as LLaVA or Qwen-VL": (
+                kind._post_encode not in _LEFT_TO_THE_MODEL
+            ),
+            f"DeepSpeed and template {kind.__name__}, where ms-swift's own forward puts images "
+            "among the words; use DDP": (
+                kind._post_encode is Qwen3VLTemplate._post_encode and trainer.is_deepspeed_enabled
             ),
             "packing=True, whose rows hold several samples; set it False": template.packing,
             "padding_free=True, which joins the rows of a batch; set it False": (

@@ -5,6 +5,7 @@ It needs an environment of its own, with older versions of transformers and trl.
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from tests.adapters.trainers.cli_helper import (
     assert_oracles_step,
     assert_same_run,
     regate,
+    run,
     run_page,
     save_llava,
     save_talks,
     save_text,
 )
+from tests.families.zoo.oracle import oracle_loss
+from tests.support.measure import assert_gradients_equal, gradients
 from tests.support.paths import ROOT
 
 pytest.importorskip("swift.pipelines", reason="needs ms-swift: make test-swift")
@@ -28,12 +32,24 @@ pytest.importorskip("swift.pipelines", reason="needs ms-swift: make test-swift")
 from swift.pipelines import sft_main
 from swift.template.templates.qwen import Qwen2VLTemplate
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
+from transformers import AutoModelForImageTextToText
 
 from regate_ds import RegateConfig
 from regate_ds.adapters.trainers import ms_swift
 from regate_ds.adapters.trainers.ms_swift import RegateSwiftTrainer, install_in_swift
+from regate_ds.job.deepspeed_launcher import free_port
+from tests.adapters.ms_swift.qwen_helper import CLASSES, save_qwen
 
 STEPS, SAVED_AFTER = 3, 2
+PLUGIN = """
+from regate_ds import Scored
+from regate_ds.adapters.trainers.ms_swift import install_in_swift
+from tests.adapters.trainers.cli_helper import WARM
+from tests.support.planning import config_of
+
+regate = config_of(**WARM, **{"images.keep_share": 0.5})
+install_in_swift(regate, reference=Scored("reference"))
+"""
 
 
 class WatchedPlain(Watched, Seq2SeqTrainer):
@@ -116,11 +132,50 @@ def test_a_sparse_step_has_the_oracles_loss_and_gradients(name: str, tmp_path: P
     assert (0 < counts["image_kept"] < counts["image_total"]) == bool(knobs)
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_switched_off_it_is_swifts_own_run_bit_for_bit(
-    images: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def assert_step_of_the_hosts_layers(trainer: Any, exact: Any) -> None:
+    """As ``assert_oracles_step``, by the oracle that takes any decoder; without adapters."""
+    plan, total = trainer.regate.plan, 0.0
+    gated = range(1, exact.config.text_config.num_hidden_layers)
+    for batch, own in zip(trainer.seen, plan.micro, strict=True):
+        inputs = {k: v for k, v in batch.inputs.items() if k not in ("labels", "text_position_ids")}
+        total = total + oracle_loss(exact, inputs, own, gated)
+    loss = total / sum(own.num_targets for own in plan.micro)
+    loss.backward()
+    assert_gradients_equal(trainer.gradient, gradients(exact), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [(name, more) for name in CLASSES for more in ("full", "one sample a batch")]
+    + [("qwen2_vl", "lora"), ("qwen2_5_vl", "lora")],
+)
+def test_a_sparse_step_of_qwen_vl_has_the_oracles_loss_and_gradients(
+    name: str, more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    words = command(tmp_path, images, max_steps=STEPS)
+    given = CASES["images, one sample a batch"] if more.startswith("one") else {"images": True}
+    student = save_qwen(name, tmp_path / "llava", monkeypatch)
+    before = AutoModelForImageTextToText.from_pretrained(student).double()
+    words = command(tmp_path, **{**given, "model_type": name, "template": name})
+    words += ["--tuner_type", "lora"] if more == "lora" else []
+    trainer = trained(words, **regate(tmp_path, **{"images.keep_share": 0.5}))
+    assert trainer.model.config.model_type == name
+    if name == "qwen3_vl":
+        assert_step_of_the_hosts_layers(trainer, before)
+    else:
+        assert_oracles_step(trainer)
+    counts = trainer.regate.metrics()
+    assert 0 < counts["image_kept"] < counts["image_total"]
+
+
+@pytest.mark.parametrize("kind", ["text", "llava", "qwen2_5_vl", "qwen3_vl"])
+def test_switched_off_it_is_swifts_own_run_bit_for_bit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    more = {}
+    if kind in CLASSES:
+        save_qwen(kind, tmp_path / "llava", monkeypatch)
+        more = {"model_type": kind, "template": kind}
+    words = command(tmp_path, kind != "text", max_steps=STEPS, **more)
     off = trained(words, regate=RegateConfig(enabled=False))
     own = f"{WatchedPlain.__module__}.WatchedPlain"
     monkeypatch.setitem(TrainerFactory.TRAINER_MAPPING, "causal_lm", own)
@@ -139,12 +194,42 @@ def test_a_resumed_run_is_the_run(tmp_path: Path):
     assert not run.regate.metrics()["dense"]
 
 
-def test_evaluation_is_of_the_model_without_a_plan(tmp_path: Path):
-    trainer = trained(command(tmp_path, images=True), **regate(tmp_path))
+@pytest.mark.parametrize("kind", ["llava", *CLASSES])
+def test_evaluation_is_of_the_model_without_a_plan(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    more = {}
+    if kind in CLASSES:
+        save_qwen(kind, tmp_path / "llava", monkeypatch)
+        more = {"model_type": kind, "template": kind}
+    trainer = trained(command(tmp_path, True, **more), **regate(tmp_path))
     data = trainer.train_dataset._dataset
     attached = trainer.evaluate(data)["eval_loss"]
     trainer.regate.remove()
     assert trainer.evaluate(data)["eval_loss"] == attached > 0
+
+
+def test_two_ranks_train_as_one_with_twice_as_many_micro_batches(tmp_path: Path):
+    (tmp_path / "regate_plugin.py").write_text(PLUGIN)
+    losses = []
+    for num_ranks in (1, 2):
+        out = tmp_path / f"ranks-{num_ranks}"
+        words = command(
+            tmp_path,
+            images=True,
+            output_dir=out,
+            max_steps=STEPS,
+            gradient_accumulation_steps=4 // num_ranks,
+            external_plugins="regate_plugin.py",
+            # The last norm of LLaVA's tower has no gradient, with elision or without.
+            ddp_find_unused_parameters=True,
+        )
+        ranks = {"NPROC_PER_NODE": str(num_ranks), "MASTER_PORT": str(free_port())}
+        run(shlex.join(["swift", "sft", *words]), tmp_path, **(ranks if num_ranks > 1 else {}))
+        rows = [json.loads(line) for line in (out / "logging.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert len(losses[0]) == STEPS
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_the_page_runs_as_it_stands(tmp_path: Path):

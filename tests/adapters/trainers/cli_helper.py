@@ -136,10 +136,10 @@ def run_page(page: Path, folder: Path) -> list[dict[str, Any]]:
     return [row for row in json.loads(state.read_text())["log_history"] if "loss" in row]
 
 
-def run(command: str, folder: Path) -> None:
-    """Run a command of the page by this environment's programs."""
+def run(command: str, folder: Path, **more: str) -> None:
+    """Run a command of the page by this environment's programs; ``more``: of the environment."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
     line = " ".join(part.strip() for part in command.split("\\\n"))
     done = subprocess.run(line.split(), cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
