@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from regate_ds.algorithm.executions.none import NoElision
+from regate_ds.algorithm.quotas.per_window import PerWindow
 from regate_ds.algorithm.quotas.threshold import Threshold
 from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.scores.fused import Fused
@@ -56,9 +57,9 @@ def test_the_papers_configuration_is_the_papers_setting():
     )
 
 
-def test_the_recommended_configuration_is_the_defaults_and_a_quarter_of_the_image():
+def test_the_recommended_configuration_takes_the_best_of_a_step_and_half_of_each_image():
     elision = load_config(ROOT / "configs" / "recommended.yaml").elision
-    assert elision == RegateConfig(images=ImagesConfig(keep_share=0.25))
+    assert elision == RegateConfig(quota=PerWindow(), images=ImagesConfig(keep_share=0.5))
 
 
 def test_a_method_is_chosen_by_name_and_has_its_own_knobs(load):
