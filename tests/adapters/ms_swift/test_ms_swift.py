@@ -30,7 +30,8 @@ from tests.support.paths import ROOT
 pytest.importorskip("swift.pipelines", reason="needs ms-swift: make test-swift")
 
 from swift.pipelines import sft_main
-from swift.template.templates.qwen import Qwen2VLTemplate
+from swift.template.templates.internvl import InternvlTemplate
+from swift.template.templates.qwen import Qwen3VLTemplate
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from transformers import AutoModelForImageTextToText
 
@@ -266,8 +267,13 @@ def test_rows_of_several_samples_and_hooks_are_refused(tmp_path: Path):
             ms_swift._require_supported(trainer)
         setattr(trainer.template, name, False)
     ms_swift._require_supported(trainer)
-    trainer.template.__class__ = Qwen2VLTemplate
-    with pytest.raises(ValueError, match="template Qwen2VLTemplate, whose hook"):
+    trainer.template.__class__ = InternvlTemplate
+    with pytest.raises(ValueError, match="template InternvlTemplate, whose hook"):
+        ms_swift._require_supported(trainer)
+    trainer.template.__class__ = Qwen3VLTemplate
+    ms_swift._require_supported(trainer)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="DeepSpeed and template Qwen3VLTemplate, where"):
         ms_swift._require_supported(trainer)
 
 
