@@ -52,8 +52,8 @@ RUN_BY = {
     "deepspeed_loop.md": {
         "teacher = Teacher(": "launch/examples/deepspeed_loop.py",
         "regate = attach(": "launch/examples/deepspeed_loop.py",
-        "quota=PerWindow(": "tests/house/test_docs.py",
     },
+    "loops.md": {"quota=PerWindow(": "tests/house/test_docs.py"},
     "streams.md": {"shards = wds.WebDataset(": "tests/data/test_streams.py"},
     "peft.md": {
         "model = get_peft_model(": "tests/adapters/huggingface/test_lora.py",
@@ -160,7 +160,7 @@ def test_what_runs_a_block_is_named_for_blocks_that_are_there(page: str):
 
 
 def test_the_settings_in_python_are_a_configuration():
-    page = ROOT / "docs" / "deepspeed_loop.md"
+    page = ROOT / "docs" / "loops.md"
     (block,) = (block for block, _ in blocks(page) if "quota=PerWindow(" in block)
     made: dict[str, Any] = {}
     exec(block, made)
