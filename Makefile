@@ -84,13 +84,15 @@ test-families: setup
 	$(BIN)/python -m tests.families.page build/families
 
 # Jobs that lose their machine, files that lose a bit, ranks that are lost, runs on other numbers of
-# ranks; SEEDS and FLIPS say how many. What is in build/faults is not tried again.
+# ranks, full disks, changed inputs; SEEDS, FLIPS and INPUTS say how many. What is in build/faults is not tried again.
 test-faults: setup
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.kills --seeds $(or $(SEEDS),25)
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.flips --flips $(or $(FLIPS),500)
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.lost_ranks
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.bad_inputs
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.elastic
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.full_disk
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.fuzz --inputs $(or $(INPUTS),20000)
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 
@@ -9,6 +10,9 @@ from regate_ds.job.ranks import Ranks, discover
 
 USER_ERRORS = (ValueError, RuntimeError, OSError, ImportError)
 """Errors for a wrong input, a missing file or package, or a run that cannot go on."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a disk, or of a user's share of it, that is full."""
 
 _FIRST_SPEAKS_SECONDS = 15.0
 """Seconds that other ranks wait before they print: launchers end them sooner after a failure."""
@@ -42,6 +46,9 @@ def print_error(command: str, error: BaseException) -> None:
 def one_line(error: BaseException) -> str:
     """Return the error's message without line breaks, or its type if it has no message."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _FULL and error.filename is not None:
+        again = "make room there, then give the same command again"
+        return f"there is no room for {error.filename} ({error.strerror}); {again}"
     return text or f"{type(error).__name__} without a message; --debug shows where"
 
 

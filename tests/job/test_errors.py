@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from regate_ds.job import errors
@@ -52,3 +54,11 @@ def test_an_error_without_words_is_named(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     print_error("train", RuntimeError())
     assert "RuntimeError without a message" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_what_to_do(capsys):
+    print_error("teacher", OSError(errno.ENOSPC, "No space left on device", "out/manifest.json"))
+    assert capsys.readouterr().err == (
+        "regate teacher: there is no room for out/manifest.json (No space left on device); make "
+        "room there, then give the same command again\n"
+    )

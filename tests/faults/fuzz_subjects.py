@@ -1,0 +1,312 @@
+"""What is fuzzed: for each kind of input a good one, a way to change it, and who reads it.
+
+A reader returns what it read, or raises ValueError; any other error is a fault of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from regate_ds.data.llava.formats.sources import Sources
+from regate_ds.data.llava.lines import RawRecords, find_records
+from regate_ds.data.llava.parse import Cause, Parser
+from regate_ds.data.llava.read import read_records
+from regate_ds.job.ranks import discover
+from regate_ds.recipe.config.tree import dump_config, load_config
+from regate_ds.stores.reference.lifecycle import begin_store
+from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.stores.reference.writer import ReferenceWriter
+from tests.data.formats.formats_helper import llava, messages, text
+from tests.support.samples import make_index
+
+RECORDS: list[dict[str, Any]] = [
+    llava(
+        "<image>\nWhat is it?", "A red 7.", "And here?", "Größe \u2028 🙂.", id="a", image="a.png"
+    ),
+    llava("Hello", "Hi.", id=3),
+    messages("Hello", "Hi."),
+    messages([{"type": "image", "image": "a.png"}, text("What is it?")], [text("A 7.")]),
+]
+
+PIECES = [
+    *(
+        "<image>",
+        "<video>",
+        '"',
+        "\\",
+        "\\u0000",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\n",
+        "\ufeff",
+        "null",
+    ),
+    *(
+        "1e999",
+        "-1",
+        "NaN",
+        "true",
+        '"value"',
+        "gpt",
+        "human",
+        "role",
+        "..",
+        "\x00",
+        "é",
+        "- ",
+        "&a ",
+        "*a",
+    ),
+]
+"""What is put into texts: marks of the formats, and what parsers have stumbled over."""
+
+WRONG: list[Any] = [None, 7, -1.5, True, [], {}, [["x"]], {"a": 1}, "", "no such thing", 10**400]
+"""Values of other types than a reader expects."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kind of input."""
+
+    name: str
+    make: Callable[[Path], None]
+    """Write a good input into an empty folder."""
+
+    change: Callable[[random.Random, Path], str]
+    """Change it, and say how: "must be refused" if whatever else is silent acceptance."""
+
+    read: Callable[[Path], Any]
+
+
+MUST = "must be refused"
+
+
+def changed_bytes(draw: random.Random, content: bytes) -> bytes:
+    """Return bytes with up to four changes: a bit, a span gone or doubled, a piece put in."""
+    data = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(data) + 1)
+        span = data[at : at + draw.randint(1, 24)]
+        kind = draw.randrange(4)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del data[at : at + len(span)]
+        elif kind == 2:
+            data[at:at] = span
+        else:
+            data[at:at] = draw.choice(PIECES).encode()
+    return bytes(data)
+
+
+def _change_file(name: str) -> Callable[[random.Random, Path], str]:
+    def change(draw: random.Random, folder: Path) -> str:
+        path = folder / name
+        path.write_bytes(changed_bytes(draw, path.read_bytes()))
+        return "bytes"
+
+    return change
+
+
+def _write_list(folder: Path) -> None:
+    (folder / "data.json").write_text(json.dumps(RECORDS, ensure_ascii=False))
+
+
+def _write_lines(folder: Path) -> None:
+    lines = [json.dumps(record) + "\n" for record in RECORDS]
+    (folder / "data.jsonl").write_text("".join(lines))
+
+
+def _read_both_ways(path: Path) -> Any:
+    """Read a file as a whole and record by record: both say the same of each record."""
+    (path.parent / "a.png").touch()
+    whole, bad = read_records(path, name="set", skip_bad=True, verify_images=False)
+    raw = RawRecords(path, find_records(path))
+    parser = Parser(path, "set", Sources(path.parent), verify_images=False)
+    found: list[Any] = []
+    causes: list[tuple[int, str]] = []
+    for number in range(len(raw)):
+        try:
+            found.append(parser.record(number, raw[number]))
+        except Cause as cause:
+            causes.append((number, str(cause)))
+    if found != whole or causes != [(one.number, one.cause) for one in bad]:
+        raise AssertionError(f"the two readers differ: {found} {causes}, {whole} {bad}")
+    return found, [cause for _, cause in causes]
+
+
+def _spoil(draw: random.Random, folder: Path) -> str:
+    """Make one record wrong in a way that must be told, whatever else is in it."""
+    records = json.loads((folder / "data.json").read_text())
+    record = draw.choice(records)
+    name = "messages" if "messages" in record else "conversations"
+    said = "content" if name == "messages" else "value"
+    turns, number = record[name], draw.randrange(len(record[name]))
+    wrong = draw.choice([value for value in WRONG if not isinstance(value, str | list)])
+    spoil: list[Callable[[], Any]] = [
+        lambda: turns[number].update({said: wrong}),
+        lambda: turns[number].pop(said),
+        lambda: turns.reverse(),
+        lambda: turns[number].update({"role" if name == "messages" else "from": wrong}),
+        lambda: record.update({name: wrong}),
+        lambda: turns[0].update({said: "<image> <image> <video>"}),
+        lambda: turns.__setitem__(number, wrong),
+        lambda: record.update(image="no-such-file.png"),
+    ]
+    draw.choice(spoil)()
+    (folder / "data.json").write_text(json.dumps([record]))
+    return MUST
+
+
+def _read_strictly(folder: Path) -> Any:
+    (folder / "a.png").touch()
+    return read_records(folder / "data.json", name="set", verify_images=False)
+
+
+def _write_config(folder: Path) -> None:
+    (folder / "given.yaml").write_text(
+        "data: {train: t.json}\nmodel: {path: student}\nrun: {out: out}\nteacher: {store: store}\n"
+    )
+    whole = dump_config(load_config(folder / "given.yaml"))
+    (folder / "run.yaml").write_text(whole)
+
+
+def _spoil_config(draw: random.Random, folder: Path) -> str:
+    """Put a mapping, where there is none, or a key that no section has."""
+    tree = yaml.safe_load((folder / "run.yaml").read_text())
+    section = draw.choice([value for value in tree.values() if isinstance(value, dict)])
+    while inner := [v for v in section.values() if isinstance(v, dict)]:
+        if draw.random() < 0.4:
+            break
+        section = draw.choice(inner)
+    # DeepSpeed's own settings are its own.
+    leaves = [k for k, v in section.items() if not isinstance(v, dict) and k != "deepspeed"]
+    if leaves and draw.random() < 0.7:
+        section[draw.choice(leaves)] = {"no_such_knob": 1, "nor_this": [2]}
+    else:
+        section["no_such_knob"] = draw.choice(["", 1, None])
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    return MUST
+
+
+def _write_store(folder: Path) -> None:
+    index = make_index(8)
+    rows = [torch.tensor([5, 0, 7]), torch.tensor([2]), torch.tensor([1, 6, 3, 4])]
+    begin_store(folder / "store", index, "teacher", lambda _: rows, 64)
+    writer = ReferenceWriter(folder / "store", index)
+    values_N = _losses()
+    for number, rows_R in enumerate(rows):
+        writer.write_shard(number, values_N[index.locate([index.keys[r] for r in rows_R])])
+    writer.finish()
+
+
+def _losses() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 8 * torch.rand(make_index(8).num_tokens, generator=generator)
+
+
+def _change_store(draw: random.Random, folder: Path) -> str:
+    files = sorted(path for path in (folder / "store").rglob("*") if path.is_file())
+    path = draw.choice(files)
+    before = path.read_bytes()
+    after = changed_bytes(draw, before)
+    path.write_bytes(after)
+    return MUST if after != before else "nothing"
+
+
+def _read_store(folder: Path) -> Any:
+    index = make_index(8)
+    store = ReferenceStore(folder / "store", verify="full")
+    return store.read(index.keys).tolist()
+
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+MORE = (
+    "SLURM_NTASKS",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "PMI_RANK",
+    "PMI_SIZE",
+)
+
+
+def _write_environment(folder: Path) -> None:
+    names = dict(zip(LAUNCHERS[:5], ("1", "4", "1", "host", "29500"), strict=True))
+    (folder / "environment.json").write_text(json.dumps(names))
+
+
+def _change_environment(draw: random.Random, folder: Path) -> str:
+    path = folder / "environment.json"
+    given = json.loads(path.read_text())
+    values = (
+        "",
+        "0",
+        "1",
+        "-1",
+        "7",
+        "1.5",
+        "x",
+        " 2",
+        "99999999999",
+        "²",
+        "node[1-3]",
+        "a,b",
+        "[",
+    )
+    for _ in range(draw.randint(1, 5)):
+        name = draw.choice(LAUNCHERS + MORE)
+        given.pop(name, None) if draw.random() < 0.3 else given.update({name: draw.choice(values)})
+    path.write_text(json.dumps(given))
+    return "variables"
+
+
+def _read_environment(folder: Path) -> Any:
+    ranks = discover(json.loads((folder / "environment.json").read_text()))
+    assert 0 <= ranks.rank < ranks.world_size
+    return ranks
+
+
+SUBJECTS = [
+    Subject(
+        "JSON list",
+        _write_list,
+        _change_file("data.json"),
+        lambda f: _read_both_ways(f / "data.json"),
+    ),
+    Subject(
+        "JSON lines",
+        _write_lines,
+        _change_file("data.jsonl"),
+        lambda f: _read_both_ways(f / "data.jsonl"),
+    ),
+    Subject("record", _write_list, _spoil, _read_strictly),
+    Subject(
+        "configuration",
+        _write_config,
+        _change_file("run.yaml"),
+        lambda f: load_config(f / "run.yaml"),
+    ),
+    Subject("knob", _write_config, _spoil_config, lambda f: load_config(f / "run.yaml")),
+    Subject("store", _write_store, _change_store, _read_store),
+    Subject("environment", _write_environment, _change_environment, _read_environment),
+]
+
+
+def renew(good: Path, folder: Path) -> None:
+    """Put a fresh copy of the good input where the last one was changed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(good, folder)
