@@ -51,7 +51,7 @@ def samples_in(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def read_sample(content: bytes) -> Any:
     """Return the raw record of a sample's bytes, with its images in it; a Cause if it has none."""
-    fields: dict[str, bytes] = {}
+    name, fields = "", dict[str, bytes]()
     with tarfile.open(fileobj=BytesIO(content), mode="r:") as file:
         for member in file:
             if (found := _parts(member)) is not None:
