@@ -12,7 +12,7 @@ import numpy as np
 from regate_ds.data.llava.lines import RawRecords, find_records
 from regate_ds.data.llava.read import require_file
 from regate_ds.data.llava.tables import SUFFIX, TableRecords, find_rows, folder_of, is_table
-from regate_ds.data.shards.folder import described_by, folder_of_shards, is_shards, shard_files
+from regate_ds.data.shards.folder import data_shards, described_by, folder_of_shards, is_shards
 from regate_ds.data.shards.records import ShardRecords, find_samples
 
 _DATA_SUFFIXES = frozenset({".arrow", ".csv", ".json", ".jsonl", ".parquet"})
@@ -26,7 +26,7 @@ folder's files by their suffixes, passes over names that begin with a dot."""
 def require_data(path: Path) -> None:
     """Refuse, by ValueError, a data path that is not there."""
     if is_shards(path):
-        shard_files(path)
+        data_shards(path)
     elif not is_table(path) or (path.suffix == SUFFIX and not path.exists()):
         require_file(path)
 
@@ -60,7 +60,7 @@ def data_folder(path: Path) -> Path | None:
 def data_files(path: Path) -> list[Path]:
     """Return the files that hold the records, in order; those of a folder are found by suffix."""
     if is_shards(path):
-        return [*described_by(path), *shard_files(path)]
+        return [*described_by(path), *data_shards(path)]
     folder = folder_of(path)
     if folder is None:
         return [path]

@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
+from regate_ds.settings.yaml import read_yaml
 
-TAR, MDS = ".tar", ".mds"
+TAR = ".tar"
 
 ENERGON = ".nv-meta"
 """Folder in which Megatron-Energon keeps what it knows of a folder of shards."""
@@ -37,7 +37,7 @@ def folder_of_shards(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def shard_files(path: Path) -> list[Path]:
+def data_shards(path: Path) -> list[Path]:
     """Return the path's shards in order.
 
     ValueError if there are none, if one is missing, or if a folder has several splits.
@@ -106,7 +106,7 @@ def _of_split(path: Path, folder: Path) -> list[str]:
 
 
 def _read_splits(path: Path) -> dict[str, Any]:
-    about = yaml.safe_load(path.read_text("utf-8"))
+    about = read_yaml(path.read_text("utf-8"))
     if not isinstance(about, dict) or not isinstance(about.get("split_parts"), dict):
         raise ValueError(f"{path} has no split_parts; make it by `energon prepare`")
     return about

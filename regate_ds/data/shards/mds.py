@@ -21,7 +21,7 @@ _WORD = 4
 """Bytes of a number in a shard."""
 
 
-def samples_in(path: Path) -> Iterator[tuple[str, int, int]]:
+def samples_in_mds(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield the name of each sample of a shard, and where it begins and ends.
 
     ValueError if the file is shorter than it says.
@@ -35,7 +35,7 @@ def samples_in(path: Path) -> Iterator[tuple[str, int, int]]:
         yield str(number), start, end
 
 
-def read_sample(content: bytes, shard: Path) -> Any:
+def read_mds_sample(content: bytes, shard: Path) -> Any:
     """Return the raw record of a sample's bytes; a Cause if a column cannot be read."""
     (about,) = (a for a in read_index(shard.parent) if a["raw_data"]["basename"] == shard.name)
     names, encodings, sizes = (about[f"column_{what}"] for what in ("names", "encodings", "sizes"))

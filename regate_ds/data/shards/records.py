@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from regate_ds.data.shards import mds, tar
-from regate_ds.data.shards.folder import TAR, left_out, shard_files
+from regate_ds.data.shards.folder import TAR, data_shards, left_out
+from regate_ds.data.shards.mds import read_mds_sample, samples_in_mds
+from regate_ds.data.shards.tar import read_tar_sample, samples_in_tar
 
 
 def find_samples(path: Path) -> np.ndarray:
@@ -23,8 +24,8 @@ def find_samples(path: Path) -> np.ndarray:
     Of tar files it reads the headers. ValueError names a shard that cannot be read.
     """
     places, base, gone = array("q"), 0, left_out(path)
-    for shard in shard_files(path):
-        samples = tar.samples_in(shard) if shard.suffix == TAR else mds.samples_in(shard)
+    for shard in data_shards(path):
+        samples = samples_in_tar(shard) if shard.suffix == TAR else samples_in_mds(shard)
         for name, start, end in samples:
             if not gone or f"{shard.name}/{name}" not in gone:
                 places.extend((base + start, base + end))
@@ -57,9 +58,9 @@ class ShardRecords:
         finally:
             os.close(handle)
         is_tar = files[which].suffix == TAR
-        return tar.read_sample(content) if is_tar else mds.read_sample(content, files[which])
+        return read_tar_sample(content) if is_tar else read_mds_sample(content, files[which])
 
     @cached_property
     def _shards(self) -> tuple[list[Path], np.ndarray]:
-        files = shard_files(self.path)
+        files = data_shards(self.path)
         return files, np.cumsum([file.stat().st_size for file in files])

@@ -22,7 +22,7 @@ _FIELDS = ("image", "images")
 _BLOCK = tarfile.BLOCKSIZE
 
 
-def samples_in(path: Path) -> Iterator[tuple[str, int, int]]:
+def samples_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield the name of each sample of a shard, and where its members begin and end.
 
     ValueError if it is no tar file, or a compressed one.
@@ -49,7 +49,7 @@ def samples_in(path: Path) -> Iterator[tuple[str, int, int]]:
         yield name, start, end
 
 
-def read_sample(content: bytes) -> Any:
+def read_tar_sample(content: bytes) -> Any:
     """Return the raw record of a sample's bytes, with its images in it; a Cause if it has none."""
     name, fields = "", dict[str, bytes]()
     with tarfile.open(fileobj=BytesIO(content), mode="r:") as file:

@@ -14,7 +14,7 @@ from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.raw import data_files, find_places, image_root_of, open_raw, require_data
 from regate_ds.data.llava.records import Cause, Record
-from regate_ds.data.shards.folder import is_shards, shard_files
+from regate_ds.data.shards.folder import data_shards, is_shards
 from regate_ds.data.shards.records import ShardRecords, find_samples
 from tests.data.shards.shards_helper import (
     records_of,
@@ -51,7 +51,7 @@ def test_samples_of_tar_files_are_the_records(tmp_path: Path, size: int, long: s
     assert told(records_of(tmp_path / f"shard-{{000..{len(paths) - 1:03d}}}.tar")) == expected
     assert told(records_of(paths[0])) == expected[:size]
     assert records_of(tmp_path)[1].id == "id1"
-    assert shard_files(tmp_path) == paths
+    assert data_shards(tmp_path) == paths
 
 
 def test_webdatasets_own_writer_and_reader_agree(tmp_path: Path):
