@@ -12,8 +12,8 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-gpu test-stress test-matrix test-llamafactory test-swift test-examples test-families test-faults \
-	test-slurm test-ssh check style quickstart realmodel bench clean
+.PHONY: setup test test-gpu test-stress test-matrix test-llamafactory test-swift test-examples test-families \
+	test-faults test-streams test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -73,6 +73,22 @@ test-llamafactory: .venv-llamafactory/ready
 
 test-swift: .venv-swift/ready
 	$(TEST_ENV) $(<D)/bin/python -m pytest -q --noconftest tests/adapters/ms_swift
+
+# What mosaicml-streaming and megatron-energon write, and runs on their shards. Both ask for much that is not used here,
+# and for other versions: they come without it, into an environment that sees this one's packages.
+VENVS := .venv-streams
+
+$(VENVS)/ready: | $(READY)
+	$(BIN)/python -m venv $(VENVS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VENVS)/lib/python*/site-packages)/main.pth
+	$(VENVS)/bin/pip install --quiet --no-deps mosaicml-streaming==0.13.0 megatron-energon==7.4.1
+	$(VENVS)/bin/pip install --quiet brotli python-snappy 'xxhash<4' zstd boto3 'catalogue<3' braceexpand click filetype \
+		mfusepy multi-storage-client rapidyaml s3fs paramiko google-cloud-storage 'oci<3' azure-storage-blob \
+		azure-storage-file-datalake azure-identity
+	@touch $@
+
+test-streams: $(VENVS)/ready
+	PYTHONPATH=. $(TEST_ENV) $(VENVS)/bin/python -m pytest -q --noconftest tests/data/shards/real_packages.py tests/recipe/shards_runs.py
 
 # Every class of transformers that is tried, tiny, against an oracle; makes docs/models.md.
 test-families: setup

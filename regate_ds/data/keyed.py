@@ -1,7 +1,7 @@
 """Wrap the data set and the collate function of a user's own training loop.
 
 ``Keyed`` gives every item a key, and ``KeyedCollate`` reads the keys, labels and padding of a
-micro-batch. Shapes: B rows of one sample each, T positions.
+micro-batch. Shapes: B rows, T positions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch, shift_labels
 from regate_ds.data.collate import Batch
+from regate_ds.data.joined import (
+    BOUNDS,
+    keys_of_rows,
+    number_in_samples,
+    padding_of,
+    read_segments,
+    require_order,
+    within_samples,
+)
 
 KEY = "regate_key"
 """Name of the key in an item."""
@@ -83,6 +92,11 @@ class KeyedCollate:
     It takes the keys off the items, calls the host's collate function on the rest, and reads the
     ``labels`` and the ``attention_mask``. The labels are not among the inputs of the batch that it
     returns, because the plan has them; nor is ``regate_images``.
+
+    The collate function may join several items into a row, in their order, and an item may hold
+    several samples, whose keys are then a list. Where they begin is read off ``position_ids`` that
+    begin again ([4, B, T], the text's first, for models with several axes), ``cu_seq_lens_q`` or
+    ``seq_idx``; the latter two are not among the inputs either.
     """
 
     def __init__(
@@ -103,9 +117,9 @@ class KeyedCollate:
         The tensors that the host's collate function returns may lie on a device.
 
         ValueError if an item has no key, the batch no label tensor, or a row padding on the left,
-        or if its images cannot be told apart where they must be.
+        or if its samples, or its images where they must be, cannot be told apart.
         """
-        keys = tuple((_key_of(item),) for item in items)
+        keys = [_keys_of(item) for item in items]
         inputs = self._collate_fn([_without_key(item) for item in items])
         labels_BT = inputs.get("labels")
         if not isinstance(labels_BT, Tensor):
@@ -113,19 +127,19 @@ class KeyedCollate:
                 f"the collated batch has labels {type(labels_BT).__name__}, not a tensor [rows, "
                 "tokens]; make the collate function return such labels, which elision follows"
             )
-        if len(labels_BT) != len(items):
-            raise ValueError(
-                f"the collate function made {len(labels_BT)} rows {tuple(labels_BT.shape)} of "
-                f"{len(items)} samples; elision tells samples by their rows: use one that pads "
-                "them, not one that joins them (padding-free, packing)"
-            )
         labels_BT = labels_BT.cpu()
-        mask_BT = inputs.get("attention_mask", torch.ones_like(labels_BT)).bool().cpu()
-        _require_right_padding(mask_BT, inputs.get("input_ids"))
-        segment_BT = torch.where(mask_BT, 0, -1)
-        image_BT = self._images(inputs, labels_BT)
-        inputs = {k: v for k, v in inputs.items() if k not in ("labels", IMAGES)}
-        return Batch(inputs, TokenBatch(keys, segment_BT, shift_labels(labels_BT), image_BT))
+        is_token_BT = padding_of(inputs, labels_BT)
+        _require_right_padding(is_token_BT, inputs.get("input_ids"))
+        segment_BT = read_segments(inputs, is_token_BT, labels_BT, sum(map(len, keys)))
+        targets_BT, image_BT = shift_labels(labels_BT), self._images(inputs, labels_BT)
+        if bool((segment_BT > 0).any()):
+            require_order(items, inputs, segment_BT)
+            targets_BT = within_samples(targets_BT, segment_BT)
+            image_BT = None if image_BT is None else number_in_samples(image_BT, segment_BT)
+        gone = ("labels", IMAGES, *BOUNDS)
+        inputs = {k: v for k, v in inputs.items() if k not in gone}
+        rows = keys_of_rows(keys, segment_BT)
+        return Batch(inputs, TokenBatch(rows, segment_BT, targets_BT, image_BT))
 
     def _images(self, inputs: Mapping[str, Any], labels_BT: Tensor) -> Tensor | None:
         """Return the numbers that the batch has itself, or else those of ``number_images``."""
@@ -157,20 +171,30 @@ class PlainCollate:
         return batch
 
 
-def _key_of(item: Any) -> SampleKey:
-    """Return an item's key. ValueError if it has none, or one that no store can hold."""
+def _keys_of(item: Any) -> tuple[SampleKey, ...]:
+    """Return the keys of an item's samples: of one, or of a list of them.
+
+    ValueError if it has none, or one that no store can hold.
+    """
     if not isinstance(item, Mapping) or KEY not in item:
         raise ValueError(
             f"an item has no {KEY!r}; wrap the data set in Keyed(dataset, name), or make a "
             "stream's items dicts with a key by stream_key, one sample each"
         )
-    match item[KEY]:
+    given = item[KEY]
+    if isinstance(given, list) and given and all(isinstance(one, list | tuple) for one in given):
+        return tuple(_key_of(one) for one in given)
+    return (_key_of(given),)
+
+
+def _key_of(given: Any) -> SampleKey:
+    match given:
         case [str(name), SupportsIndex() as number] if -(2**63) <= index(number) < 2**63:
             return name, index(number)
-        case key:
+        case _:
             raise ValueError(
-                f"an item's {KEY!r} is {key!r}; make it the data set's name and a whole number of "
-                "64 bits, as stream_key does, for one sample"
+                f"an item's {KEY!r} is {given!r}; make it the data set's name and a whole number "
+                "of 64 bits, as stream_key does, for one sample"
             )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from regate_ds.algorithm.rankings.ranking import Ranking, StoredRanking
@@ -18,9 +20,9 @@ from regate_ds.families.pictures import pictures_of
 from regate_ds.families.table import family_of
 from regate_ds.parallel.layout import ProcessGroup, require_group
 from regate_ds.ranking.identity import vision_id
-from regate_ds.ranking.job import PictureInputs, RankCost, RankJob, rank_pictures
+from regate_ds.ranking.job import PictureInputs, RankCost, RankJob, Units, rank_pictures
 from regate_ds.stores.answer_index import AnswerIndex
-from regate_ds.stores.image_orders.pictures import ShownPicture
+from regate_ds.stores.image_orders.pictures import PictureColumns, ShownPicture
 from regate_ds.teacher.online import samples_of
 
 
@@ -55,7 +57,7 @@ def rank_images(  # noqa: PLR0913 (a user's call: each argument by its name)
         )
     stored, rows = require_stored(ranking), _Rows(data, collate_fn, model)
     job = RankJob(
-        units=rows.units,
+        units=rows.units(),
         read=rows.read,
         look=partial(pictures_of, model, reads=stored.reads),
         ranking=stored,
@@ -103,9 +105,12 @@ class _Rows:
             )
         self._token_id = model.config.image_token_id
         self._collate = KeyedCollate(collate_fn, numbering_of(model, elides_images=True))
-        self.units: list[list[ShownPicture]] = []
-        self._row_of: list[int] = []
+        self._pictures, self._first, self._row_of = PictureColumns(), array("q", [0]), array("q")
         self.index = AnswerIndex.build(self._samples())
+
+    def units(self) -> Units:
+        """Return the pictures of each sample that has some."""
+        return Units(self._pictures.table(), np.array(self._first))
 
     def read(self, unit: int) -> PictureInputs:
         """Return the image inputs of a unit's sample."""
@@ -117,7 +122,9 @@ class _Rows:
             batch = self._collate([self._data[row]])
             if shown := _images_of(batch):
                 self._require_inputs(batch)
-                self.units.append(shown)
+                for one in shown:
+                    self._pictures.add(one)
+                self._first.append(self._first[-1] + len(shown))
                 self._row_of.append(row)
             yield from samples_of(batch, [self._token_id])
 

@@ -6,11 +6,13 @@ that was killed and started again, end with the same files, bit for bit.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from regate_ds.job.progress import progress
 from regate_ds.job.read_ahead import read_ahead
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.image_orders.manifest import OrdersSubject
-from regate_ds.stores.image_orders.pictures import PictureTable, ShownPicture, num_stored
+from regate_ds.stores.image_orders.pictures import PictureTable, num_stored, ranges
 from regate_ds.stores.image_orders.writer import (
     ImageOrderWriter,
     begin_orders,
@@ -31,8 +33,28 @@ from regate_ds.stores.shares import into_shards, share_out
 PictureInputs = dict[str, Tensor]
 """Model inputs of some pictures alone, such as ``pixel_values``."""
 
-UnitBatch = list[int]
-"""Numbers of the units of one forward pass."""
+
+@dataclass(frozen=True)
+class Units:
+    """Pictures that are read together: unit u has those from ``first_U1[u]`` to ``first_U1[u+1]``
+    of the table."""
+
+    table: PictureTable
+    first_U1: np.ndarray
+    """int64 [units + 1]"""
+
+    def __len__(self) -> int:
+        return len(self.first_U1) - 1
+
+    @cached_property
+    def tokens_U(self) -> np.ndarray:
+        """int64: number of tokens of each unit's pictures."""
+        total = np.concatenate([[0], np.cumsum(self.table.sizes_P, dtype=np.int64)])
+        return np.diff(total[self.first_U1])
+
+    def pictures(self, units: np.ndarray) -> np.ndarray:
+        """Return the numbers of the pictures of some units, in order."""
+        return ranges(self.first_U1[units], np.diff(self.first_U1)[units])
 
 
 @dataclass(frozen=True)
@@ -53,8 +75,8 @@ class RankCost:
 class RankJob:
     """Which pictures are ranked, by what, and where the orders are stored."""
 
-    units: Sequence[Sequence[ShownPicture]]
-    """Pictures that are read together; each picture of the data stands in one unit."""
+    units: Units
+    """Each picture of the data stands in one unit."""
 
     read: Callable[[int], PictureInputs]
     """Returns the model inputs of the pictures of a unit, by its number."""
@@ -76,41 +98,46 @@ class RankJob:
     """Pictures of one forward pass; a unit with more is a batch of its own."""
 
     def __post_init__(self) -> None:
-        if not any(self.units):
+        if not len(self.units.table):
             raise ValueError(
                 "the data has no image, so there is nothing to rank; train without "
                 "images.keep_share, or check where the data's images are"
             )
 
     @cached_property
-    def shards(self) -> list[list[UnitBatch]]:
-        """The batches of each shard, large pictures first: what is too large fails at once."""
-        tokens = [sum(shown.num_tokens for shown in unit) for unit in self.units]
-        batches: list[UnitBatch] = []
-        room = 0
-        for unit in sorted(range(len(self.units)), key=lambda unit: -tokens[unit]):
-            num_pictures = len(self.units[unit])
-            if batches and num_pictures <= room:
-                batches[-1].append(unit)
-                room -= num_pictures
-            else:
-                batches.append([unit])
-                room = self.batch - num_pictures
-        return into_shards(batches)
+    def order_U(self) -> np.ndarray:
+        """The units, large ones first: what is too large fails at once."""
+        return np.argsort(-self.units.tokens_U, kind="stable")
 
-    def pictures(self, batches: Sequence[UnitBatch]) -> list[ShownPicture]:
-        """Return the pictures of some batches, in order."""
-        return [shown for batch in batches for unit in batch for shown in self.units[unit]]
+    @cached_property
+    def _starts(self) -> array[int]:
+        """The place of each batch's first unit in ``order_U``, and their number."""
+        starts, room = array("q"), 0
+        for place, count in enumerate(np.diff(self.units.first_U1)[self.order_U].tolist()):
+            if not starts or count > room:
+                starts.append(place)
+                room = self.batch
+            room -= count
+        starts.append(len(self.units))
+        return starts
+
+    @cached_property
+    def shards(self) -> list[range]:
+        """The numbers of the batches of each shard."""
+        return into_shards(range(len(self._starts) - 1))
+
+    def units_of(self, batches: range) -> np.ndarray:
+        """Return the units of batches that follow each other."""
+        return self.order_U[self._starts[batches.start] : self._starts[batches.stop]]
 
     @cached_property
     def content(self) -> OrdersSubject:
         """What the orders are of."""
-        pictures = [shown for batches in self.shards for shown in self.pictures(batches)]
         return OrdersSubject(
             fingerprint=self.fingerprint,
             ranking=self.ranking.stored,
             model_id=self.model_id,
-            table=PictureTable(tuple(pictures)),
+            table=self.units.table.take(self.units.pictures(self.order_U)),
         )
 
     @property
@@ -130,19 +157,27 @@ class RankJob:
 
     def begin(self) -> None:
         """Make the store ready for writers."""
-        num_pictures = [len(self.pictures(batches)) for batches in self.shards]
+        num_pictures = [self.num_pictures(batches) for batches in self.shards]
         begin_orders(self.store, self.content, self.batch, num_pictures)
 
     def writer(self) -> ImageOrderWriter:
         """Open the store for writing."""
         return ImageOrderWriter(self.store)
 
-    def read_batch(self, batch: UnitBatch) -> PictureInputs:
-        """Return the model inputs of a batch's pictures.
+    def num_pictures(self, batches: range) -> int:
+        """Return how many pictures some batches have."""
+        return len(self.units.pictures(self.units_of(batches)))
+
+    def read_batch(self, batch: int) -> PictureInputs:
+        """Return the model inputs of a batch's pictures; ValueError as ``read_units``."""
+        return self.read_units(self.units_of(range(batch, batch + 1)).tolist())
+
+    def read_units(self, units: Sequence[int]) -> PictureInputs:
+        """Return the model inputs of some units' pictures.
 
         ValueError if they cannot be joined, as where pictures are cut into tiles.
         """
-        parts = [self.read(unit) for unit in batch]
+        parts = [self.read(unit) for unit in units]
         for name in parts[0]:
             shapes = {tuple(part[name].shape[1:]) for part in parts}
             if len(shapes) > 1:
@@ -152,9 +187,10 @@ class RankJob:
                 )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def rank(self, batch: UnitBatch, inputs: PictureInputs) -> list[Tensor]:
+    def rank(self, batch: int, inputs: PictureInputs) -> list[Tensor]:
         """Return the first half of the order of each of a batch's pictures."""
-        sizes = [shown.num_tokens for shown in self.pictures([batch])]
+        pictures = self.units.pictures(self.units_of(range(batch, batch + 1)))
+        sizes = self.units.table.sizes_P[pictures].tolist()
         pairs = zip(self.look(inputs, sizes), sizes, strict=True)
         return [self.ranking.order(picture, num_stored(size)).cpu() for picture, size in pairs]
 
@@ -176,17 +212,18 @@ def _rank_missing(
     job: RankJob, group: ProcessGroup | None, writer: ImageOrderWriter, missing: list[int]
 ) -> int:
     """Rank this rank's part of the missing shards; return how many pictures all ranks ranked."""
-    pictures = {number: job.pictures(job.shards[number]) for number in missing}
-    costs = [sum(shown.num_tokens for shown in pictures[number]) for number in missing]
+    costs = [int(job.units.tokens_U[job.units_of(job.shards[n])].sum()) for n in missing]
     mine = [missing[i] for i in share_out(costs, size_of(group))[rank_in(group)]]
-    total, show = sum(len(pictures[number]) for number in mine), rank_in(group) == 0
+    counts = {number: job.num_pictures(job.shards[number]) for number in missing}
+    total, show = sum(counts[number] for number in mine), rank_in(group) == 0
     with progress(total, desc="rank", unit="image", show=show) as bar:
         batches = [batch for number in mine for batch in job.shards[number]]
         contents = read_ahead(job.read_batch, batches)
         for number in mine:
             orders: list[Tensor] = []
             for batch in job.shards[number]:
-                orders += job.rank(batch, next(contents))
-                bar.update(len(job.pictures([batch])))
+                found = job.rank(batch, next(contents))
+                bar.update(len(found))
+                orders += found
             writer.write_shard(number, orders)
-    return sum(map(len, pictures.values()))
+    return sum(counts.values())

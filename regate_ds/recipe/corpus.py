@@ -10,9 +10,8 @@ from regate_ds.algorithm.batch import host_labels
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.encode import Encoder
-from regate_ds.data.llava.raw import CACHE_NAME
+from regate_ds.data.llava.raw import CACHE_NAME, data_folder
 from regate_ds.data.llava.records import BadRecord, Record, bad_record
-from regate_ds.data.llava.tables import folder_of
 from regate_ds.data.llava.template import Template
 from regate_ds.families.table import family_of
 from regate_ds.job.ranks import is_first_rank
@@ -125,14 +124,14 @@ def cache_folders(config: RunConfig, path: Path) -> list[Path]:
     ValueError if the run would write files into a folder whose files are the data.
     """
     for key, own in (("data.cache", config.data.cache), ("run.out", config.run.out)):
-        data = folder_of(path)
+        data = data_folder(path)
         if own and data and own.resolve().is_relative_to(data.resolve()):
             raise ValueError(
                 f"{key}={own}: lies in {data}, whose files are the data; give a folder outside it"
             )
     if config.data.cache is not None:
         return [config.data.cache]
-    return [(folder_of(path) or path).parent / CACHE_NAME, config.run.out / "data_cache"]
+    return [(data_folder(path) or path).parent / CACHE_NAME, config.run.out / "data_cache"]
 
 
 def _open_set(source: Source, config: RunConfig) -> DataSet:

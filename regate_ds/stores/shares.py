@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
-_Batch = TypeVar("_Batch")
+_Batches = TypeVar("_Batches", bound=Sequence[Any])
 
 LARGEST_SHARD = 16
 """Largest number of batches in a shard, which is what a killed job loses on each rank."""
@@ -19,10 +19,11 @@ FEWEST_SHARDS = 64
 """Smallest number of shards if there are as many batches, so that all ranks get an equal part."""
 
 
-def into_shards(batches: Sequence[_Batch]) -> list[list[_Batch]]:
-    """Return the batches of each shard, in order."""
+def into_shards(batches: _Batches) -> list[_Batches]:
+    """Return the batches of each shard, in order, as parts of what is given."""
     size = max(1, min(LARGEST_SHARD, len(batches) // FEWEST_SHARDS))
-    return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
+    starts = range(0, len(batches), size)
+    return [cast(_Batches, batches[start : start + size]) for start in starts]
 
 
 def share_out(costs: Sequence[int], num_parts: int) -> list[list[int]]:

@@ -126,7 +126,7 @@ def score_dataset(
                     f"the stream gave a {type(item).__name__}; make it give dicts, one for each "
                     "sample"
                 )
-            yield encode(item)
+            yield from samples_of(collate([item]), teacher.placeholder_ids)
 
     score = partial(_score, teacher=teacher, store=store, group=group)
     if isinstance(data, Keyed):

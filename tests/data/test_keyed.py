@@ -119,7 +119,7 @@ def test_a_collate_function_that_joins_samples_is_named():
     def flatten(items: list[dict]) -> dict[str, torch.Tensor]:
         return {name: each.reshape(1, -1) for name, each in stack(items).items()}
 
-    message = r"made 1 rows \(1, 6\) of 2 samples; elision tells samples by their rows"
+    message = r"made 1 rows \(1, 6\) of 2 samples, but by its rows there are 1; a collate .* joins"
     with pytest.raises(ValueError, match=message):
         KeyedCollate(flatten)([item(0), item(1)])
 

@@ -11,14 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
 
 from regate_ds.algorithm.rankings.diversity import DiversityOrder
 from regate_ds.algorithm.rankings.ranking import Picture
-from regate_ds.ranking.job import PictureInputs, RankJob, rank_pictures
-from regate_ds.stores.image_orders.pictures import ShownPicture
+from regate_ds.ranking.job import PictureInputs, RankJob, Units, rank_pictures
+from regate_ds.stores.image_orders.pictures import PictureTable, ShownPicture
 
 NUM_UNITS = 12
 LARGEST = 12
@@ -36,6 +37,11 @@ def unit_of(number: int) -> list[ShownPicture]:
 
 
 UNITS = [unit_of(number) for number in range(NUM_UNITS)]
+
+
+def units_of(units: list[list[ShownPicture]]) -> Units:
+    table = PictureTable.of(shown for unit in units for shown in unit)
+    return Units(table, np.cumsum([0, *map(len, units)]))
 
 
 def read(unit: int) -> PictureInputs:
@@ -65,7 +71,7 @@ class Counting:
 
 def make_job(store: Path, **changes) -> RankJob:
     settings = {
-        "units": UNITS,
+        "units": units_of(UNITS),
         "read": read,
         "look": look,
         "ranking": DiversityOrder(),

@@ -17,7 +17,15 @@ from regate_ds.algorithm.rankings.ranking import Picture
 from regate_ds.ranking.job import rank_pictures
 from regate_ds.stores.atomic_file import TEMPORARY_SUFFIX
 from regate_ds.stores.image_orders.reader import ImageOrderStore
-from tests.ranking.job_helper import UNITS, Counting, check_ranks, files_of, make_job, read
+from tests.ranking.job_helper import (
+    UNITS,
+    Counting,
+    check_ranks,
+    files_of,
+    make_job,
+    read,
+    units_of,
+)
 from tests.support.paths import ROOT
 from tests.support.power import Disk, PowerFailure, copy_of
 from tests.support.ranks import run_ranks
@@ -98,7 +106,7 @@ def test_a_start_after_a_power_failure_at_any_step_ends_with_the_same_files(
     uninterrupted, tmp_path, monkeypatch
 ):
     def job_in(root: Path):
-        return make_job(root / "stores" / "one", units=UNITS[:3])
+        return make_job(root / "stores" / "one", units=units_of(UNITS[:3]))
 
     def fail(place: Path, at: int | None) -> Disk:
         place.mkdir()
@@ -145,14 +153,14 @@ def test_a_unit_with_more_pictures_than_a_batch_is_a_batch_of_its_own(tmp_path):
 
 def test_data_without_an_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the data has no image, so there is nothing to rank"):
-        make_job(tmp_path / "store", units=[])
+        make_job(tmp_path / "store", units=units_of([]))
 
 
 def test_more_tokens_than_uint16_counts_are_refused_naming_the_image(tmp_path):
     (shown,) = UNITS[0]
     large = [[type(shown)(65536, shown.images)]]
     with pytest.raises(ValueError, match="image 0 of sample 'set' record 0 has 65536 tokens"):
-        rank_pictures(make_job(tmp_path / "store", units=large))
+        rank_pictures(make_job(tmp_path / "store", units=units_of(large)))
     assert not (tmp_path / "store").exists()
 
 
@@ -171,5 +179,5 @@ def test_pictures_that_cannot_be_joined_are_refused_by_their_shapes(tmp_path):
 
     job = replace(make_job(tmp_path / "store", batch=3), read=read_tiles)
     with pytest.raises(ValueError, match=r"have the shapes .*2, 3.*3, 3.* set rank.batch=1"):
-        job.read_batch([0, 1])
-    assert job.read_batch([0, 2])["pixel_values"].shape == (2, 2, 3)
+        job.read_units([0, 1])
+    assert job.read_units([0, 2])["pixel_values"].shape == (2, 2, 3)

@@ -286,6 +286,7 @@ def check_disabled_is_the_plain_loop(root: Path) -> None:
     """elision.enabled=false: the weights of a loop that has never heard of us, bit for bit."""
     import deepspeed
 
+    norms = []
     for stage in (0, 2, 3):
         zero = f"run.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
         out = f"off-{stage}"
@@ -320,9 +321,11 @@ def check_disabled_is_the_plain_loop(root: Path) -> None:
             losses.append(loss.detach())
         per_step = (torch.stack(losses).view(5, 2).sum(dim=1) / 2).double()
         dist.all_reduce(per_step)
+        norms.append([row["grad_norm"] for row in rows(root, out)])
         found = [row["loss"] for row in rows(root, out)]
         assert found == [float(x) / dist.get_world_size() for x in per_step], stage
         pairs = zip(ours.named_parameters(), model.parameters(), strict=True)
         for (name, mine), theirs in pairs:
             with deepspeed.zero.GatheredParameters([mine, theirs], enabled=stage == 3):
                 assert torch.equal(mine, theirs), (stage, name)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

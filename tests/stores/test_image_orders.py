@@ -26,9 +26,8 @@ def image(number: int):
     return ("set", 10 + number // 2), number % 2
 
 
-TABLE = PictureTable(
-    tuple(ShownPicture(size, (image(i), *[image(20)] * (i == 1))) for i, size in enumerate(SIZES))
-)
+SHOWN = [ShownPicture(size, (image(i), *[image(20)] * (i == 1))) for i, size in enumerate(SIZES)]
+TABLE = PictureTable.of(SHOWN)
 SUBJECT = OrdersSubject(fingerprint="abc", ranking="diversity", model_id="tower-1", table=TABLE)
 SHARDS = [2, 1, 2]
 
@@ -86,12 +85,12 @@ def test_an_image_that_the_store_lacks_is_refused_by_name(store):
 @pytest.mark.parametrize("size", [0, 65536])
 def test_an_image_with_more_tokens_than_uint16_counts_is_refused_by_name(size):
     with pytest.raises(ValueError, match=rf"^image 1 of sample 'set' record 11 has {size} tokens"):
-        PictureTable((ShownPicture(4, (image(0),)), ShownPicture(size, (image(3),))))
+        PictureTable.of((ShownPicture(4, (image(0),)), ShownPicture(size, (image(3),))))
 
 
 def test_an_image_with_two_pictures_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^image 0 of sample 'set' record 10 is given twice"):
-        PictureTable((ShownPicture(4, (image(0),)), ShownPicture(4, (image(1), image(0)))))
+        PictureTable.of((ShownPicture(4, (image(0),)), ShownPicture(4, (image(1), image(0)))))
 
 
 def test_the_data_and_the_ranking_must_be_those_of_the_store(store):
@@ -141,7 +140,7 @@ def test_a_shard_of_another_job_does_not_fit_though_it_is_as_long(store, tmp_pat
         "ranking": replace(SUBJECT, ranking="attention"),
         "model": replace(SUBJECT, model_id="tower-2"),
         "images": replace(
-            SUBJECT, table=PictureTable((ShownPicture(9, (image(30),)), *TABLE.pictures[1:]))
+            SUBJECT, table=PictureTable.of((ShownPicture(9, (image(30),)), *SHOWN[1:]))
         ),
     }
     for name, subject in others.items():
@@ -158,7 +157,7 @@ def test_a_shard_of_another_job_does_not_fit_though_it_is_as_long(store, tmp_pat
         ({"fingerprint": "abd"}, "belongs to data with fingerprint abc, this job has abd"),
         ({"ranking": "pixels"}, "belongs to the ranking diversity, this job has pixels"),
         ({"model_id": None}, "belongs to the model tower-1, this job has None"),
-        ({"table": PictureTable(TABLE.pictures[:-1])}, "belongs to pictures with hash"),
+        ({"table": PictureTable.of(SHOWN[:-1])}, "belongs to pictures with hash"),
     ],
 )
 def test_a_folder_of_another_job_is_refused(store, change, message):

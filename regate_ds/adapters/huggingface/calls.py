@@ -62,8 +62,16 @@ def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
 def require_samples_apart(
     host: Any, plan: ElisionPlan, kwargs: dict[str, Any], support: Supported
 ) -> None:
-    """Refuse packed rows where the host lets the samples of a row see each other."""
+    """Refuse packed rows where the host lets the samples of a row see each other, and bounds of
+    samples that the plan does not know."""
+    bounds = kwargs.get("cu_seq_lens_q")
     if not plan.is_packed:
+        if bounds is not None and len(bounds) - 1 > len(plan.kept_BK):
+            raise ValueError(
+                f"the call has cu_seq_lens_q of {len(bounds) - 1} samples, the plan has one in "
+                f"each of {len(plan.kept_BK)} rows; let the collate function return them, so that "
+                "the plan is of these samples"
+            )
         return
     name, family = type(host).__name__, find_family(host)
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
@@ -80,11 +88,12 @@ def require_samples_apart(
             f"a row holds several samples, but the call has {found}: {name} then lets them see "
             "each other; give position_ids that restart in each sample, and no such mask"
         )
-    several_axes = family is not None and family.num_position_axes > 1
-    if several_axes and isinstance(positions, Tensor) and positions.dim() == 2:
+    num_axes = 1 if family is None else family.num_position_axes
+    if num_axes > 1 and (positions.dim() != 3 or len(positions) != 1 + num_axes):
         raise ValueError(
             f"a row holds several samples, but position_ids are {tuple(positions.shape)}; "
-            f"{name} keeps samples apart by [4, rows, tokens], text positions first: give these"
+            f"{name} keeps samples apart by [{1 + num_axes}, rows, tokens], text positions first: "
+            "give these"
         )
 
 

@@ -1,13 +1,11 @@
-"""Rows of several samples, as a trainer packs them: whose tokens are whose.
+"""Rows of several samples, as TRL packs them: a sample is what it has put into a row as one piece.
 
-TRL joins the rows of a micro-batch into one and says where samples begin by their positions. Here a
-sample is what it has put into a row as one piece: its key is the data set's name and its number
-among all pieces. Shapes: T positions of the joined row, S positions of one sample.
+Its key is the data set's name and its number among all pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,21 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regate_ds.algorithm.batch import IGNORE, SampleKey, TokenBatch, shift_labels
-from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import KEY, Keyed
 
 LENGTHS = "seq_lengths"
 """Column of a packed data set: the lengths of each row's samples."""
 
-_OF_SAMPLES = ("labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Inputs of a joined row that the plan has, or makes of what is kept."""
-
-_NUMBER_OF_SAMPLE = "seq_idx"
-
 
 class PackedRows(Keyed):
-    """The rows of a prepared data set, each with the key of its first sample."""
+    """The rows of a prepared data set, each with the keys of its samples."""
 
     def __init__(self, dataset: Any, name: str) -> None:
         """Wrap a data set whose rows have ``input_ids`` and, where they are packed, their samples'
@@ -41,7 +32,8 @@ class PackedRows(Keyed):
         self._first = np.concatenate([[0], np.cumsum(counts)])
 
     def _keyed(self, number: int, item: Any) -> dict[str, Any]:
-        return {**item, KEY: (self._name, int(self._first[number]))}
+        first, end = self._first[number : number + 2]
+        return {**item, KEY: [(self._name, one) for one in range(int(first), int(end))]}
 
     @property
     def samples(self) -> Keyed:
@@ -77,41 +69,3 @@ def collate_alone(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 def lengths_of(item: dict[str, Any]) -> list[int]:
     """Return the lengths of the samples in a row."""
     return list(item[LENGTHS]) if LENGTHS in item else [len(item["input_ids"])]
-
-
-class JoinedCollate:
-    """A collate function around one that joins all rows into one."""
-
-    def __init__(self, collate_fn: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self._collate_fn = collate_fn
-
-    def __call__(self, items: list[dict[str, Any]]) -> Batch:
-        """Return the micro-batch of these items of ``PackedRows``.
-
-        ValueError if the batch is not one row of their tokens.
-        """
-        lengths = [length for item in items for length in lengths_of(item)]
-        bare = [{name: x for name, x in item.items() if name != KEY} for item in items]
-        inputs = self._collate_fn(bare)
-        labels_1T = inputs["labels"]
-        if len(labels_1T) != 1 or labels_1T.shape[1] < sum(lengths):
-            raise ValueError(
-                f"the collate function made rows {tuple(labels_1T.shape)} of {len(lengths)} "
-                f"samples with {sum(lengths)} tokens; rows of several samples must be joined into "
-                "one, as TRL does with padding_free=True"
-            )
-        runs = torch.tensor([*lengths, labels_1T.shape[1] - sum(lengths)])
-        segment_1T = torch.arange(len(runs)).repeat_interleave(runs)[None]
-        segment_1T = segment_1T.masked_fill(segment_1T == len(lengths), -1)
-        targets_1T = shift_labels(labels_1T).masked_fill(segment_1T < 0, IGNORE)
-        tokens = TokenBatch((tuple(_keys(items)),), segment_1T, targets_1T)
-        gone = {*_OF_SAMPLES, _NUMBER_OF_SAMPLE}
-        return Batch({k: v for k, v in inputs.items() if k not in gone}, tokens)
-
-
-def _keys(items: list[dict[str, Any]]) -> list[SampleKey]:
-    return [
-        (item[KEY][0], item[KEY][1] + place)
-        for item in items
-        for place in range(len(lengths_of(item)))
-    ]

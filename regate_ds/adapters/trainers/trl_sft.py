@@ -29,7 +29,7 @@ from regate_ds.adapters.computed import Reference
 from regate_ds.adapters.huggingface.wishes import Wishes
 from regate_ds.adapters.trainers.hf_trainer import NAME, RegateMixin
 from regate_ds.adapters.trainers.limits import refuse
-from regate_ds.adapters.trainers.packed import JoinedCollate, PackedRows, collate_alone
+from regate_ds.adapters.trainers.packed import PackedRows, collate_alone
 from regate_ds.adapters.trainers.scored import Scored
 from regate_ds.adapters.trainers.state import group_of
 from regate_ds.adapters.window import PLAN
@@ -84,11 +84,6 @@ class RegateSFTMixin(RegateMixin):
         if not self.padding_free:
             return super()._losses_of(scored)
         return scored.compute(self, self.train_dataset.samples, collate_alone, group_of(self))
-
-    def _train_collate(self: Any) -> Any:
-        if self.padding_free and self.regate.config.enabled:
-            return JoinedCollate(self.data_collator)
-        return super()._train_collate()
 
 
 class RegateSFTTrainer(RegateSFTMixin, SFTTrainer):

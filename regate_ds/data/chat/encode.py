@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,8 @@ class ChatEncoder:
         self._other_ending = other_ending
         self._special = special_tokens(tokenizer, images.placeholder, images.patch)
 
-    @property
-    def takes_videos(self) -> bool:
-        """Yes: the processor chooses their frames, or they are refused."""
-        return True
+    takes_videos = True
+    """The processor chooses their frames, or they are refused."""
 
     @property
     def end_ids(self) -> list[int]:
@@ -212,9 +211,10 @@ class ChatEncoder:
             return_attention_mask=False,
             return_token_type_ids=False,
         )
+        flat = (chain.from_iterable(places) for places in found["offset_mapping"])
         return [
-            (np.array(ids, dtype=np.int64), np.array(places, dtype=np.int64).reshape(-1, 2))
-            for ids, places in zip(found["input_ids"], found["offset_mapping"])
+            (np.fromiter(ids, np.int64), np.fromiter(places, np.int64).reshape(-1, 2))
+            for ids, places in zip(found["input_ids"], flat)
         ]
 
     def _sample(
@@ -222,7 +222,7 @@ class ChatEncoder:
     ) -> EncodedSample:
         ids_S, image_S = tokens.ids_S, tokens.image_S
         length = min(len(ids_S), self._max_length)
-        if (image_S[length:] >= 0).any():
+        if length < len(ids_S) and (image_S[length:] >= 0).any():
             raise self._too_long(record, len(ids_S), "would cut an image's placeholders off")
         labels_S, spans = label(written, record.turns, tokens, length, with_spans=with_spans)
         if not (labels_S != IGNORE).any():

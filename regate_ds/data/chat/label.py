@@ -40,16 +40,18 @@ def repeat_patches(
     if not written.images:
         return PlacedTokens(ids_S, places_S2, image_S)
     times_S = np.ones(len(ids_S), dtype=np.int64)
+    is_patch_S = np.isin(ids_S, patch_ids) & (places_S2[:, 1] > places_S2[:, 0])
+    at_P = is_patch_S.nonzero()[0]
+    starts_P, ends_P = places_S2[at_P].T
     for number, ((start, end), runs) in enumerate(zip(written.images, written.runs)):
-        is_in_S = (places_S2[:, 0] >= start) & (places_S2[:, 1] <= end)
-        is_in_S &= np.isin(ids_S, patch_ids) & (places_S2[:, 1] > places_S2[:, 0])
-        if int(is_in_S.sum()) != len(runs):
+        is_in_P = (starts_P >= start) & (ends_P <= end)
+        if int(is_in_P.sum()) != len(runs):
             raise ValueError(
                 f"the tokenizer reads the {len(runs)} runs of patches of image {number + 1} as "
-                f"{int(is_in_S.sum())} tokens of id {patch_ids}; make the image token a special one"
+                f"{int(is_in_P.sum())} tokens of id {patch_ids}; make the image token a special one"
             )
-        image_S[is_in_S] = number
-        times_S[is_in_S] = runs
+        image_S[at_P[is_in_P]] = number
+        times_S[at_P[is_in_P]] = runs
     each_S = np.repeat(np.arange(len(ids_S)), times_S)
     return PlacedTokens(ids_S[each_S], places_S2[each_S], image_S[each_S])
 

@@ -21,7 +21,8 @@ class DataConfig:
     """The training and held-out samples, and how they are encoded."""
 
     train: Path
-    """The training samples: a JSON, JSONL or Parquet file, or a folder (docs/data_formats.md)."""
+    """The training samples: a JSON, JSONL or Parquet file, shards, or a folder
+    (docs/data_formats.md)."""
 
     test: Path | None = None
     """The held-out samples, in the same forms; null trains without evaluation."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.torch.loop import LoopRegate, Window
@@ -28,6 +29,7 @@ class ZeroEngine:
     ) -> None:
         self.engine, self.regate, self._process = engine, regate, process
         self._reads_universal = reads_universal
+        self._plain_norm: Tensor | None = None
 
     @classmethod
     def build(cls, setup: Setup) -> ZeroEngine:
@@ -71,6 +73,7 @@ class ZeroEngine:
         for batch in window:
             loss = self.regate.loss(self.engine(**batch))
             self.engine.backward(loss)
+            self._plain_norm = self._norm_of_weights()
             self.engine.step()
             losses.append(loss.detach())
         return losses
@@ -82,9 +85,19 @@ class ZeroEngine:
         return None if self.regate.plan is None else self.regate.metrics()
 
     def grad_norm(self) -> float | None:
-        """Return None without ZeRO: deepspeed 0.19.8 reports no norm there."""
         norm = self.engine.get_global_grad_norm()
+        norm = self._plain_norm if norm is None else norm
         return None if norm is None else float(norm)
+
+    def _norm_of_weights(self) -> Tensor | None:
+        """Return the norm of the gradients as they lie at the weights, before they are clipped.
+
+        None but at a step's end without ZeRO, where deepspeed 0.19.8 reports none itself.
+        """
+        reports = hasattr(self.engine.optimizer, "_global_grad_norm")
+        if reports or not self.engine.is_gradient_accumulation_boundary():
+            return None
+        return get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @contextmanager
     def full_model(self) -> Iterator[nn.Module]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regate_ds.stores.image_orders.pictures import PictureTable, count_stored
+from regate_ds.stores.image_orders.pictures import PictureTable
 from regate_ds.stores.kind import StoreKind, hash_of, sealed
 from regate_ds.stores.shard_file import ShardFile
 
@@ -84,9 +84,9 @@ class OrdersManifest:
         header = f"{subject.ranking}\n{subject.model_id}\n{batch}\n".encode()
         starts, shards = starts_of_shards(num_pictures), list[OrdersShard]()
         for start, end in zip(starts, starts[1:]):
-            pictures = subject.table.pictures[start:end]
             described = hash_of(header, subject.table.describe(start, end))
-            shards.append(OrdersShard(len(pictures), count_stored(pictures), described))
+            stored = subject.table.num_stored(start, end)
+            shards.append(OrdersShard(end - start, stored, described))
         return cls(
             fingerprint=subject.fingerprint,
             ranking=subject.ranking,

@@ -34,8 +34,8 @@ class ImageOrderStore:
             raise ORDERS.unfinished(self.path, num_missing, len(self._files))
         self._table = self._manifest.load_table(self.path)
         self._first = starts_of_shards([shard.num_pictures for shard in self._manifest.shards])
-        lengths = [num_stored(shown.num_tokens) for shown in self._table.pictures]
-        self._start_of = starts_of_shards(lengths)
+        lengths_P = (self._table.sizes_P.astype(np.int64) + 1) // 2
+        self._start_of = np.cumsum(np.concatenate([[0], lengths_P]))
         self._open = [file.open() for file in self._files]
         self._checked: dict[int, np.ndarray] = {}
         if verify == "full":
@@ -59,12 +59,12 @@ class ImageOrderStore:
 
     @property
     def num_pictures(self) -> int:
-        return len(self._table.pictures)
+        return len(self._table)
 
     @property
     def num_images(self) -> int:
         """Number of images of all samples; several may show one picture."""
-        return len(self._table.picture_of)
+        return self._table.num_images
 
     def require(self, fingerprint: str) -> None:
         """Refuse, by ``ValueError``, data with another fingerprint than the orders are of."""
@@ -93,13 +93,13 @@ class ImageOrderStore:
         return [self._order(image, size) for image, size in zip(images, sizes, strict=True)]
 
     def _order(self, image: ImageKey, size: int) -> Tensor:
-        picture = self._table.picture_of.get(image)
+        picture = self._table.find(image)
         if picture is None:
             raise ValueError(
                 f"{name_of(image)} is not among the {self.num_images} images of the store "
                 f"{self.path}; run `{ORDERS.command}` on the data that is trained on"
             )
-        stored = self._table.pictures[picture].num_tokens
+        stored = int(self._table.sizes_P[picture])
         if stored != size:
             raise ValueError(
                 f"{name_of(image)} has {size} tokens here, but {stored} in the store {self.path}; "
@@ -107,7 +107,7 @@ class ImageOrderStore:
                 "images.ranking=random or stride, which read no store"
             )
         shard = bisect_right(self._first, picture) - 1
-        start = self._start_of[picture] - self._start_of[self._first[shard]]
+        start = int(self._start_of[picture] - self._start_of[self._first[shard]])
         first = self._tokens(shard)[start : start + num_stored(size)]
         return _completed(torch.from_numpy(first.astype(np.int64)), size)
 

@@ -130,7 +130,7 @@ class ImageOrderWriter:
             path.unlink()
 
     def _require_order(self, picture: int, order: Tensor) -> None:
-        shown = self._table.pictures[picture]
+        shown = self._table[picture]
         wanted, found = num_stored(shown.num_tokens), sorted(set(order.tolist()))
         if len(order) == len(found) == wanted and 0 <= found[0] <= found[-1] < shown.num_tokens:
             return
