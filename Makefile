@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-gpu test-stress test-matrix test-llamafactory test-swift test-bridge test-examples test-families test-faults \
+.PHONY: setup test test-gpu test-stress test-matrix traffic test-llamafactory test-swift test-bridge test-examples test-families test-faults \
 	test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
@@ -49,6 +49,10 @@ test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py312.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/adapters/megatron tests/recipe/engines
 	$(BIN)/python -m tests.adapters.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
+
+# What ranks send each other in a step, dense and elided: docs/traffic.md.
+traffic: setup
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.megatron.traffic
 
 # Each example that uses DeepSpeed, two steps under each ZeRO stage: fourteen jobs of two ranks.
 test-examples: setup
