@@ -12,8 +12,8 @@ TEST_ENV := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
 # The pinned pyright is the one to use: do not ask for a newer one.
 PYRIGHT_ENV := PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 
-.PHONY: setup test test-gpu test-stress test-matrix test-llamafactory test-swift test-examples test-families \
-	test-faults test-streams test-slurm test-ssh check style quickstart realmodel bench clean
+.PHONY: setup test test-gpu test-stress test-matrix traffic test-llamafactory test-swift test-bridge test-examples \
+	test-families test-faults test-streams test-slurm test-ssh check style quickstart realmodel bench clean
 
 setup: $(READY)
 
@@ -49,6 +49,10 @@ test-matrix: setup $(VENV19)/ready
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m tests.adapters.megatron.matrix run build/matrix-py312.json
 	$(TEST_ENV) $(VENV19)/bin/python -W ignore -m pytest -q tests/adapters/megatron tests/recipe/engines
 	$(BIN)/python -m tests.adapters.megatron.matrix write build/matrix-py311.json build/matrix-py312.json
+
+# What ranks send each other in a step, dense and elided: docs/traffic.md.
+traffic: setup
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.adapters.megatron.traffic
 
 # Each example that uses DeepSpeed, two steps under each ZeRO stage: fourteen jobs of two ranks.
 test-examples: setup
@@ -89,6 +93,23 @@ $(VENVS)/ready: | $(READY)
 
 test-streams: $(VENVS)/ready
 	PYTHONPATH=. $(TEST_ENV) $(VENVS)/bin/python -m pytest -q --noconftest tests/data/shards/real_packages.py tests/recipe/shards_runs.py
+
+# Megatron-Bridge without its dependencies for CUDA, for which regate_ds/adapters/megatron_on_cpu/bridge.py stands in.
+BRIDGE_NEEDS := transformers==5.12.1 megatron-core==0.19.2 'megatron-energon~=6.0' 'diffusers>=0.36' accelerate datasets \
+	omegaconf 'hydra-core<1.4' einops regex six rich 'peft>=0.18.1' qwen-vl-utils tensorboard nvidia-ml-py \
+	'pulp<4' pydantic scipy setuptools 'deepspeed>=0.19,<0.20' pytest
+
+.venv-bridge/ready:
+	@test -n "$(PYTHON312)" || { echo "no Python 3.12 found; set PYTHON312=..." >&2; exit 1; }
+	$(PYTHON312) -m venv $(@D)
+	$(@D)/bin/pip install --quiet torch==2.13.0
+	$(@D)/bin/pip install --quiet $(BRIDGE_NEEDS)
+	$(@D)/bin/pip install --quiet --no-deps megatron-bridge==0.6.2 nvidia-modelopt==0.47.0
+	$(@D)/bin/pip install --quiet -e .
+	@touch $@
+
+test-bridge: .venv-bridge/ready
+	$(TEST_ENV) $(<D)/bin/python -W ignore -m pytest -q tests/adapters/megatron_bridge
 
 # Every class of transformers that is tried, tiny, against an oracle; makes docs/models.md.
 test-families: setup

@@ -54,6 +54,9 @@ RUN_BY = {
         "regate = attach(": "launch/examples/deepspeed_loop.py",
     },
     "loops.md": {"quota=PerWindow(": "tests/house/test_docs.py"},
+    "megatron_bridge.md": {
+        "export PYTHONPATH=": "tests/adapters/megatron_bridge/test_page.py",
+    },
     "streams.md": {"shards = wds.WebDataset(": "tests/data/test_streams.py"},
     "peft.md": {
         "model = get_peft_model(": "tests/adapters/huggingface/test_lora.py",

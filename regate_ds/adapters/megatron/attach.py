@@ -97,6 +97,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         ends_early=ends_early,
         split=axes.split,
         sequence=axes.sequence,
+        context=axes.context,
         channel=_channel(chunks, first, last) if ends_early and span is not None else None,
     )
     attachment, planner = Attachment(), _planner(config, computed, axes, total_steps)

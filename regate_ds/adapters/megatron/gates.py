@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from torch.distributed import ProcessGroup
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
 from regate_ds.adapters.megatron.carrier import Carrier, bounds_of, carry, eliding
+from regate_ds.adapters.megatron.deepstack import moved_features, rebind_additions
 from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.local.bounds import require_same_samples
+from regate_ds.adapters.megatron.local.latent import OwnAngles
 from regate_ds.adapters.megatron.local.plan import LocalPlan
-from regate_ds.adapters.megatron.local.rotary import kept_angles, require_axes
+from regate_ds.adapters.megatron.local.rotary import kept_angles, whole_positions
 from regate_ds.parallel.resharding import move_rows
 
 
@@ -50,6 +53,9 @@ class Range:
     sequence: ProcessGroup | None
     """Tensor ranks under sequence parallelism, else None."""
 
+    context: ProcessGroup | None
+    """Context ranks, if there are several; else None."""
+
     channel: Channel | None = None
     """What elided rows travel by if the gather and the restore are on two stages; else None."""
 
@@ -63,6 +69,7 @@ class ChunkGate:
         self.pending: LocalPlan | None = None
         self.entropy: EntropyTap | None = None
         """Set on the chunk that has the head, if the score asks for entropies."""
+        self._own_angles = OwnAngles()
         self._has_looked = False
         """Whether a call's samples have been read once."""
         self._signature = inspect.signature(type(gpt).forward)
@@ -77,6 +84,7 @@ class ChunkGate:
 
         # Not a hook: models around a GPTModel may call its forward itself, past all hooks.
         attachment.rebind_forward(self.gpt, self._forward)
+        rebind_additions(self.gpt.decoder, attachment)
         before(self.gpt.decoder, self._before_decoder)
         if self.gpt.post_process:
             after(self.gpt.decoder, self._after_decoder)
@@ -85,6 +93,7 @@ class ChunkGate:
             before(layer.self_attention, self._before_gated if gated else self._before_ungated)
             if gated:
                 before(layer, self._enter_gated)
+                self._own_angles.rebind(layer.self_attention, attachment)
             if number == self.gated.first - 1:
                 after(layer, self._gather_output)
             if number == self.gated.last - 1 and self.gated.last in self.layers:
@@ -112,8 +121,8 @@ class ChunkGate:
         require_same_samples(local.plan, host, has_mask=has_mask, looks=not self._has_looked)
         self._has_looked = True
         carrier = carry(local, host)
-        carrier.position_ids = arguments.get("position_ids")
-        require_axes(gpt, local, carrier.position_ids)
+        given = arguments.get("position_ids")
+        carrier.position_ids = whole_positions(gpt, local, given, self.gated.context)
         if self.gated.ends_early and local.moves_rows:
             carrier.bypass = Bypass(local, self.gated.channel)
         arguments["packed_seq_params"] = carrier
@@ -129,18 +138,23 @@ class ChunkGate:
         if (carrier := eliding(kwargs)) is None:
             return None
         carrier.rotary = kept_angles(self.gpt, carrier.local, carrier.position_ids)
-        if self.gated.first == 0 and self.gpt.pre_process:
-            hidden = self._gathered(kwargs["hidden_states"], carrier)
-            return args, {**kwargs, "hidden_states": hidden}
         if self.gated.last == self.layers[0]:
             decoder.set_input_tensor(self._restored(decoder.input_tensor, carrier))
-        return None
+        if not self.gpt.pre_process:
+            return None
+        move = partial(self._moved, carrier.local)
+        kwargs = moved_features(kwargs, self.layers, self.gated.first - 1, move)
+        if self.gated.first == 0:
+            kwargs = {**kwargs, "hidden_states": self._gathered(kwargs["hidden_states"], carrier)}
+        return args, kwargs
+
+    def _moved(self, local: LocalPlan, hidden: Tensor) -> Tensor:
+        return move_rows(hidden, local.gather, local.kept_shape, self.gated.split)
 
     def _gathered(self, hidden: Tensor, carrier: Carrier) -> Tensor:
-        local = carrier.local
         if carrier.bypass is not None:
             hidden = carrier.bypass.leave(hidden)
-        return move_rows(hidden, local.gather, local.kept_shape, self.gated.split)
+        return self._moved(carrier.local, hidden)
 
     def _restored(self, hidden: Tensor, carrier: Carrier) -> Tensor:
         local = carrier.local
@@ -172,7 +186,9 @@ class ChunkGate:
         return args, {**kwargs, "packed_seq_params": carrier.host}
 
     def _before_gated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
-        if (carrier := eliding(kwargs)) is None:
+        carrier = eliding(kwargs)
+        self._own_angles.local = None if carrier is None else carrier.local
+        if carrier is None:
             return self._before_ungated(attention, args, kwargs)
         return args, {
             **kwargs,

@@ -44,8 +44,18 @@ class ImageTokens:
             )
 
 
-def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) -> TokenBatch:
-    """Read a micro-batch of Megatron's loader.
+@dataclass(frozen=True)
+class RepeatedTokens:
+    """A model whose rows have a token for each embedding of an image, as Qwen-VL's have."""
+
+    ids: tuple[int, ...]
+    """The ids of these tokens: those of images, of videos."""
+
+
+def read_tokens(
+    item: Mapping[str, Any], *, image: ImageTokens | RepeatedTokens | None = None
+) -> TokenBatch:
+    """Read a micro-batch of Megatron's or of Megatron-Bridge's loader.
 
     Positions after a sample's last target count as padding, because no loss depends on them.
 
@@ -57,7 +67,7 @@ def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) ->
             f"a batch has no {', '.join(missing)}; wrap the data set in Keyed, or give "
             "`tokens` to attach"
         )
-    packed = [name for name in ("cu_seqlens", "cu_lengths") if item.get(name) is not None]
+    packed = [name for name in _BOUNDS if item.get(name) is not None]
     if packed:
         raise ValueError(
             f"a batch has {packed[0]}, so its rows hold several samples, whose keys Megatron does "
@@ -75,13 +85,24 @@ def read_tokens(item: Mapping[str, Any], *, image: ImageTokens | None = None) ->
     if item.get("attention_mask") is not None:
         _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
     image_BT = None
-    if image is not None:
-        ids_BS = item["tokens"].cpu()
+    if isinstance(image, RepeatedTokens):
+        image_BT = image_runs(_ids_of(item), image)
+    elif image is not None:
+        ids_BS = _ids_of(item)
         labels_BT = with_images(labels_BT, ids_BS, image)
         image_BT = image_numbers(ids_BS, image, labels_BT.shape[1])
     names, numbers = item[KEY]
     keys = tuple((key,) for key in zip(names, numbers.tolist(), strict=True))
     return TokenBatch(keys, torch.where(_is_used(labels_BT), 0, -1), labels_BT, image_BT)
+
+
+_BOUNDS = ("cu_seqlens", "cu_lengths", "cu_seqlens_q")
+"""Names under which hosts give the bounds of samples in packed rows."""
+
+
+def _ids_of(item: Mapping[str, Any]) -> Tensor:
+    """Return the token ids of a batch; Megatron-Bridge also calls them as Hugging Face does."""
+    return item["tokens" if item.get("tokens") is not None else "input_ids"].cpu()
 
 
 def _is_used(labels_BT: Tensor) -> Tensor:
@@ -132,10 +153,21 @@ def image_numbers(ids_BS: Tensor, image: ImageTokens, num_positions: int) -> Ten
     return torch.nn.functional.pad(number_BS, (0, 1), value=-1).gather(1, token_BT)
 
 
+def image_runs(ids_BT: Tensor, image: RepeatedTokens) -> Tensor:
+    """Number the images of each row: each run of their tokens is one; -1 at other positions.
+
+    Images of Qwen-VL never touch, as each has tokens around it.
+    """
+    is_image_BT = torch.isin(ids_BT, torch.tensor(image.ids))
+    starts_BT = is_image_BT & ~torch.nn.functional.pad(is_image_BT[:, :-1], (1, 0))
+    return (starts_BT.long().cumsum(1) - 1).masked_fill(~is_image_BT, -1)
+
+
 class TeacherItems(Dataset[dict[str, Any]]):
     """The same samples for the teacher's job, with the names of inputs that Hugging Face uses.
 
-    Give ``Keyed(TeacherItems(dataset), name)`` and ``teacher_batch`` to ``score_dataset``.
+    A data set with a ``collate_fn`` of its own, as Megatron-Bridge's have, says by it what a sample
+    is. Give ``Keyed(TeacherItems(dataset), name)`` and ``teacher_batch`` to ``score_dataset``.
     """
 
     def __init__(self, dataset: Any, image: ImageTokens | None = None) -> None:
@@ -146,6 +178,9 @@ class TeacherItems(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         item = self._dataset[number]
+        if (collate := getattr(self._dataset, "collate_fn", None)) is not None:
+            batch = collate([item])
+            item = {"tokens": _ids_of(batch)[0]} | {k: batch[k][0] for k in ("labels", "loss_mask")}
         ids_S, labels_S = (torch.as_tensor(item[name]).long() for name in ("tokens", "labels"))
         labels_S = labels_S.masked_fill(torch.as_tensor(item["loss_mask"]) <= 0, IGNORE)
         if self._image is not None:

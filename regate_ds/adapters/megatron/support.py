@@ -9,6 +9,8 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import nn
 
+from regate_ds.adapters.megatron.deepstack import num_additions
+from regate_ds.adapters.megatron.local.latent import TABLES
 from regate_ds.adapters.megatron.local.rotary import KINDS
 from regate_ds.config import RegateConfig
 
@@ -53,9 +55,13 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
             "multi-token prediction needs the neighbours of each position; leave it None",
         ),
         (
-            host.multi_latent_attention,
-            "multi_latent_attention=True is not supported, as it computes rotary positions itself; "
-            "set it False",
+            host.multi_latent_attention and host.tensor_model_parallel_size > 1,
+            "multi_latent_attention=True is not proven with tensor_model_parallel_size="
+            f"{host.tensor_model_parallel_size}; set it to 1",
+        ),
+        (
+            (variant := getattr(host, "experimental_attention_variant", None)) is not None,
+            f"experimental_attention_variant={variant!r} is not supported; leave it None",
         ),
         (
             not kinds <= {*KINDS, "none"},
@@ -65,7 +71,7 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
         (
             bool(unknown := _unknown_tables(chunks)),
             f"rotary_pos_emb is of class {', '.join(unknown)}, whose angles are not known here; "
-            f"use Megatron-core's own ({', '.join(sorted(kind.table for kind in KINDS.values()))})",
+            f"use one of {', '.join(sorted(name for known in KINDS.values() for name in known))}",
         ),
         (
             host.apply_rope_fusion,
@@ -96,14 +102,17 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
     ]
 
 
-def _unknown_tables(chunks: Sequence[nn.Module]) -> list[str]:
-    """Return the classes of rotary tables that are not the ones of their kind of positions."""
+def _unknown_tables(chunks: Sequence[Any]) -> list[str]:
+    """Return the classes of rotary tables that are not known for their kind of positions."""
+    if chunks[0].config.multi_latent_attention:
+        tables = [x.self_attention.rotary_pos_emb for gpt in chunks for x in gpt.decoder.layers]
+        return sorted({type(table).__name__ for table in tables} - {*TABLES})
     found = {
-        (type(gpt.rotary_pos_emb).__name__, KINDS[gpt.position_embedding_type].table)
+        (gpt.position_embedding_type, type(gpt.rotary_pos_emb).__name__)
         for gpt in chunks
         if gpt.position_embedding_type in KINDS
     }
-    return sorted(name for name, known in found if name != known)
+    return sorted(name for kind, name in found if name not in KINDS[kind])
 
 
 def _attention_problems(chunks: Sequence[Any], *, ragged: bool) -> list[tuple[bool, str]]:
@@ -211,11 +220,17 @@ def _range_problems(
     )
     uneven = [name for name in _UNEVEN if getattr(host, name, None) not in (None, False)]
     num_layers = [len(gpt.decoder.layers) for gpt in chunks]
+    additions = num_additions(chunks[0])
     return [
         (
             not 0 <= first < last <= depth,
             f"gated layers [{first}, {last}) do not fit a decoder of {depth} layers; set "
             "first_layer and last_layer within it",
+        ),
+        (
+            last < depth and additions >= max(1, first),
+            f"last_layer={last} ends before the depth, and the model adds image features behind "
+            f"its first {additions} layers; set it to null, or first_layer above {additions}",
         ),
         (
             0 in num_layers,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from regate_ds.adapters.megatron_on_cpu import shim
+from regate_ds.adapters.megatron_on_cpu.bridge import install_for_bridge
 from regate_ds.adapters.megatron_on_cpu.modules import Norm
 
 
@@ -53,5 +54,6 @@ class _Event:
 
 if __name__ == "__main__":
     install_for_training()
+    install_for_bridge()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -30,14 +30,26 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with packed sequences; keys are gathered over context ranks."""
+    """Attention with packed sequences, causal unless it is built with AttnMaskType.no_mask; keys
+    are gathered over context ranks."""
 
-    def __init__(self, config: Any, **_: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        attn_mask_type: Any = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.config = config
         from megatron.core import parallel_state
+        from megatron.core.transformer.enums import AttnMaskType
 
-        self.context = parallel_state.get_context_parallel_group()
+        self.is_causal = attn_mask_type is not AttnMaskType.no_mask
+        self.scale = softmax_scale
+        # A vision tower has whole images on each context rank, and says so.
+        divided = config.context_parallel_size > 1
+        self.context = parallel_state.get_context_parallel_group() if divided else None
 
     def forward(
         self,
@@ -51,19 +63,19 @@ class Attention(nn.Module):
         is_packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         if is_packed:
             query, key, value = (x[:, None] for x in (query, key, value))
-        size, rank = self.context.size(), self.context.rank()
+        size, rank = (1, 0) if self.context is None else (self.context.size(), self.context.rank())
         length = size * query.shape[0]
         bounds = packed_seq_params.cu_seqlens_q.tolist() if is_packed else [0, length]
         # Positions after the last sample are padding.
         positions = _zigzag([*bounds, length], size)
-        if size > 1:
+        if self.context is not None:
             key, value = (_AllGather.apply(x, self.context) for x in (key, value))
         sample = torch.bucketize(torch.arange(length), torch.tensor(bounds[1:]), right=True)
         at_query, at_key = positions[rank], positions.reshape(-1)
-        seen = (at_key[None] <= at_query[:, None]) & (
-            sample[at_key][None] == sample[at_query][:, None]
-        )
-        out = _attend(query, key, value, seen)
+        seen = sample[at_key][None] == sample[at_query][:, None]
+        if self.is_causal:
+            seen &= at_key[None] <= at_query[:, None]
+        out = _attend(query, key, value, seen, self.scale or 1 / math.sqrt(query.shape[-1]))
         return out[:, 0] if is_packed else out
 
 
@@ -78,16 +90,16 @@ def _zigzag(bounds: list[int], size: int) -> Tensor:
     return torch.tensor(held) if size > 1 else torch.arange(bounds[-1])[None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """Compute attention: query [S, B, N, D] -> [S, B, N * D].
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Compute attention: query [S, B, N, D] -> [S, B, N * D], where D may be another of values.
 
     seen: bool [S, T], True where a query attends to a key.
     """
-    length, rows, heads, size = query.shape
+    length, rows, heads, _ = query.shape
     key, value = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (key, value))
-    scores = torch.einsum("sbnd,tbnd->bnst", query, key) / math.sqrt(size)
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
     out = torch.einsum("bnst,tbnd->sbnd", scores.masked_fill(~seen, -math.inf).softmax(-1), value)
-    return out.reshape(length, rows, heads * size)
+    return out.reshape(length, rows, -1)
 
 
 class _AllGather(torch.autograd.Function):

@@ -39,10 +39,16 @@ def install() -> None:
     Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer import multi_latent_attention as latent
     from megatron.core.transformer.moe import moe_utils
 
     # 0.16.1 looks this name up even if Transformer Engine is missing.
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+
+    # Latent attention asks whether its layers are Transformer Engine's.
+    for name in ("TELinear", "TEColumnParallelLinear"):
+        if not isinstance(getattr(latent, name), type):
+            setattr(latent, name, type(name, (), {}))
 
     parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

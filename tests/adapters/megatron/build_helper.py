@@ -15,21 +15,26 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 from regate_ds.adapters.megatron_on_cpu.modules import Norm, layer_spec
 from tests.adapters.megatron.around_helper import Around
 from tests.adapters.megatron.cases_helper import (
+    BRIDGED,
     EXPERTS,
     FFN,
     GROUPS,
     HEADS,
     HIDDEN,
+    LATENT,
     VOCABULARY,
     Case,
 )
 from tests.adapters.megatron.llava_helper import llava
+
+TOWERS = ("vision", "visual")
+"""How the names of a vision tower's parameters begin."""
 
 MROPE_SECTION = (2, 1, 1)
 """Pairs of values of a head that time, height and width turn."""
@@ -84,50 +89,62 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def host_config(case: Case, **more: Any) -> TransformerConfig:
-    config = TransformerConfig(
-        **{
-            "num_layers": case.num_layers,
-            "hidden_size": HIDDEN,
-            "num_attention_heads": HEADS,
-            "num_query_groups": GROUPS,
-            "ffn_hidden_size": FFN,
-            "tensor_model_parallel_size": case.tp,
-            "pipeline_model_parallel_size": case.pp,
-            "virtual_pipeline_model_parallel_size": case.vpp if case.vpp > 1 else None,
-            "context_parallel_size": case.cp,
-            "sequence_parallel": case.sp,
-            "pipeline_dtype": torch.float32,
-            "params_dtype": torch.float32,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "add_bias_linear": False,
-            "normalization": "RMSNorm",
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
-            "bias_activation_fusion": False,
-            "bias_dropout_fusion": False,
-            "apply_rope_fusion": False,
-            "masked_softmax_fusion": False,
-            "gradient_accumulation_fusion": False,
-            "persist_layer_norm": False,
-            "batch_p2p_comm": False,
-            "deallocate_pipeline_outputs": True,
-            "use_cpu_initialization": True,
-            "calculate_per_token_loss": True,
-            "finalize_model_grads_func": finalize_model_grads,
-            **({"mrope_section": list(MROPE_SECTION)} if case.positions == "mrope" else {}),
-            **_experts(case),
-            **RECOMPUTE[case.recompute],
-            **more,
-        }
-    )
+    values = {**host_values(case), **more}
+    if case.model == "latent":
+        yarn = {name.removeprefix("yarn_"): value for name, value in YARN.items()}
+        del yarn["correction_range_round_to_int"]
+        # Its queries are of all heads.
+        values |= {**LATENT, **yarn, "rope_type": case.positions, "num_query_groups": HEADS}
+        return MLATransformerConfig(**values, qk_layernorm=True)
+    config = TransformerConfig(**values)
     # Megatron-LM puts these there, from its own arguments.
     vars(config).update(YARN if case.positions == "yarn" else {})
     return config
 
 
+def host_values(case: Case) -> dict[str, Any]:
+    return {
+        "num_layers": case.num_layers,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": HEADS,
+        "num_query_groups": GROUPS,
+        "ffn_hidden_size": FFN,
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "virtual_pipeline_model_parallel_size": case.vpp if case.vpp > 1 else None,
+        "context_parallel_size": case.cp,
+        "sequence_parallel": case.sp,
+        "pipeline_dtype": torch.float32,
+        "params_dtype": torch.float32,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": True,
+        "use_cpu_initialization": True,
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+        **({"mrope_section": list(MROPE_SECTION)} if case.positions == "mrope" else {}),
+        **_experts(case),
+        **RECOMPUTE[case.recompute],
+    }
+
+
 def build(case: Case, **more: Any) -> list[nn.Module]:
     """This rank's chunks, wrapped, with the weights of ``full_weight``."""
+    if case.model in BRIDGED:
+        from tests.adapters.megatron_bridge.models_helper import bridged
+
+        return [bridged(case)]
     chunks = []
     for number in range(case.vpp):
         config = host_config(case, **more)
@@ -142,8 +159,14 @@ def build(case: Case, **more: Any) -> list[nn.Module]:
 
 def gpt(case: Case, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     experts = EXPERTS if case.model == "moe" else None
-    spec = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
+    latent = {"multi_latent_attention": True, "qk_layernorm": True}
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, normalization="RMSNorm", **(latent if case.model == "latent" else {})
+    )
     layer_spec(spec, own_attention=case.own_attention)
+    if case.model == "latent":
+        parts = spec.submodules.self_attention.submodules
+        parts.q_layernorm = parts.kv_layernorm = Norm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     num_here = case.num_layers // (case.pp * case.vpp)
@@ -155,7 +178,7 @@ def gpt(case: Case, config: TransformerConfig, vp_stage: int | None) -> GPTModel
         64,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        position_embedding_type=case.positions,
+        position_embedding_type="rope" if case.model == "latent" else case.positions,
         share_embeddings_and_output_weights=case.model == "tied",
         scatter_embedding_sequence_parallel=case.model != "around",
         vp_stage=vp_stage,
@@ -180,7 +203,7 @@ def named(chunk: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def global_name(chunk: nn.Module, name: str) -> str:
-    if name.startswith("vision"):
+    if name.startswith(TOWERS):
         return name
     name = name.removeprefix("language_model.")
     chunk = getattr(chunk, "language_model", chunk)
@@ -204,7 +227,7 @@ def full_weight(name: str, shape: tuple[int, ...]) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return 1.0 + 0.1 * values
-    if name.startswith("vision"):
+    if name.startswith(TOWERS):
         # Large weights there would make its own gradients ill-conditioned in single precision.
         return values * (0.5 / shape[1] ** 0.5)
     return values * (1.5 / shape[1] ** 0.5 if "embedding" not in name else 1.0)
@@ -222,7 +245,7 @@ def shard(full: Tensor, parameter: nn.Parameter, name: str) -> Tensor:
     size, rank = _tensor_size(name), mpu.get_tensor_model_parallel_rank()
     if not getattr(parameter, "tensor_model_parallel", False) or size == 1:
         return full
-    if "linear_fc1" in name:
+    if "linear_fc1" in name and not hasattr(parameter, "ungated"):
         # Gate and value, each cut over the ranks.
         return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
     return full.chunk(size, dim=parameter.partition_dim)[rank]

@@ -16,6 +16,18 @@ HIDDEN, HEADS, GROUPS, FFN, EXPERTS = 32, 4, 2, 48, 4
 VOCABULARY = 64
 TOTAL_STEPS = 4
 
+LATENT = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+}
+"""Sizes of latent attention."""
+
+BRIDGED = ("qwen25_vl", "qwen3_vl")
+"""Megatron-Bridge's models; only its own environment has them (tests/adapters/megatron_bridge)."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -33,7 +45,8 @@ class Case:
     """none, full, selective"""
 
     model: str = "gpt"
-    """gpt, tied, moe, llava, around (a model that calls a GPTModel as Megatron-Bridge does)"""
+    """gpt, tied, moe, latent (attention as DeepSeek's), llava, around (a model that calls a
+    GPTModel as Megatron-Bridge does), or one of BRIDGED"""
 
     positions: str = "rope"
     """rope, yarn, mrope"""
@@ -71,7 +84,7 @@ class Case:
     @property
     def own_attention(self) -> bool:
         """Stock attention takes neither packed sequences nor context parallelism."""
-        return self.row_format == "ragged" or self.cp > 1
+        return self.row_format == "ragged" or self.cp > 1 or self.model == "latent"
 
     @property
     def config(self) -> RegateConfig:
@@ -113,6 +126,12 @@ def items(case: Case, data_rank: int) -> list[Item]:
 
             made.append(_named(image_item(case, lengths, seed), f"rank{data_rank}-{number}"))
             continue
+        if case.model in BRIDGED:
+            from tests.adapters.megatron_bridge.models_helper import grid_item
+
+            item = grid_item(case, lengths, seed, has_images=number < case.num_micro - 1)
+            made.append(_named(item, f"rank{data_rank}-{number}"))
+            continue
         ids, tokens = random_batch(lengths, seed=seed, length=case.length)
         if case.one_slice:
             labels = tokens.labels_BT.clone()
@@ -141,7 +160,7 @@ def _named(item: Item, name: str) -> Item:
 
 
 def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
-    if case.model == "llava":
+    if case.model == "llava" or case.model in BRIDGED:
         # Room for the images in every row.
         sizes = torch.randint(12, case.length + 1, (case.rows,), generator=generator)
         return [[n] for n in sizes.tolist()]

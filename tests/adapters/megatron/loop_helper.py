@@ -21,7 +21,7 @@ from regate_ds.algorithm.batch import IGNORE
 from regate_ds.config import RegateConfig
 from regate_ds.parallel import resharding as routes
 from tests.adapters.megatron.build_helper import build, fill, gpt, host_config, join, wrapped
-from tests.adapters.megatron.cases_helper import HIDDEN, TOTAL_STEPS, Case, items
+from tests.adapters.megatron.cases_helper import BRIDGED, HIDDEN, TOTAL_STEPS, Case, items
 from tests.adapters.megatron.checks_helper import (
     attached,
     cut,
@@ -42,6 +42,8 @@ def host_step(case: Case) -> Any:
         item = next(iterator)
         ids_BT = cut(item.ids_BT, case.cp)
         positions = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+        if case.model in BRIDGED:
+            return model(**item.inputs), of_logits
         if isinstance(item, ImageItem):
             output, _ = model(item.images, ids_BT, positions, None)
             return output, of_logits

@@ -23,6 +23,7 @@ from tests.adapters.megatron.cases_helper import (
     GROUPS,
     HEADS,
     HIDDEN,
+    LATENT,
     VOCABULARY,
     Case,
     Item,
@@ -185,7 +186,47 @@ def _experts(model: PlainModel, name: str, h_KH: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def _latent_attention(model: PlainModel, name: str, h_KH: Tensor, where_3K: Tensor) -> Tensor:
+    """Queries, keys and values by way of few values; all heads share the turned part of a key."""
+    q_rank, rank = LATENT["q_lora_rank"], LATENT["kv_lora_rank"]
+    plain, turned, value_size = (
+        LATENT[name] for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    )
+
+    def weight(part: str, *shape: int) -> Tensor:
+        return model.weight(f"{name}.self_attention.{part}.weight", *shape)
+
+    q_KR = _normed(
+        h_KH @ weight("linear_q_down_proj", q_rank, HIDDEN).T, weight("q_layernorm", q_rank)
+    )
+    q_KND = (q_KR @ weight("linear_q_up_proj", HEADS * (plain + turned), q_rank).T).view(
+        len(h_KH), HEADS, -1
+    )
+    down_KR = h_KH @ weight("linear_kv_down_proj", rank + turned, HIDDEN).T
+    kv_KR = _normed(down_KR[:, :rank], weight("kv_layernorm", rank))
+    up_KND = (kv_KR @ weight("linear_kv_up_proj", HEADS * (plain + value_size), rank).T).view(
+        len(h_KH), HEADS, -1
+    )
+    later = torch.ones(len(h_KH), len(h_KH), dtype=torch.bool).triu(1)
+    shared = _rotate(model.case, _pairs_apart(down_KR[:, rank:]), where_3K)
+    heads = []
+    for head in range(HEADS):
+        angle = _rotate(model.case, _pairs_apart(q_KND[:, head, plain:]), where_3K)
+        query = torch.cat([q_KND[:, head, :plain], angle], dim=1)
+        key = torch.cat([up_KND[:, head, :plain], shared], dim=1)
+        scores = (query @ key.T / math.sqrt(plain + turned)).masked_fill(later, -math.inf)
+        heads.append(scores.softmax(-1) @ up_KND[:, head, plain:])
+    return torch.cat(heads, dim=-1) @ weight("linear_proj", HIDDEN, HEADS * value_size).T
+
+
+def _pairs_apart(x_KD: Tensor) -> Tensor:
+    """Neighbours are a pair here; elsewhere a pair is half of the values apart."""
+    return torch.cat([x_KD[:, 0::2], x_KD[:, 1::2]], dim=1)
+
+
 def _attention(model: PlainModel, name: str, h_KH: Tensor, where_3K: Tensor) -> Tensor:
+    if model.case.model == "latent":
+        return _latent_attention(model, name, h_KH, where_3K)
     per_group = HEADS // GROUPS
     qkv = model.weight(
         f"{name}.self_attention.linear_qkv.weight", GROUPS * (per_group + 2) * SIZE, HIDDEN
@@ -205,7 +246,7 @@ def _attention(model: PlainModel, name: str, h_KH: Tensor, where_3K: Tensor) -> 
 
 
 def _rotate(case: Case, x_KD: Tensor, where_3K: Tensor) -> Tensor:
-    axis, frequency, factor = _turning(case)
+    axis, frequency, factor = _turning(case, x_KD.shape[1])
     angle = where_3K.float()[axis].T * frequency
     angle = torch.cat([angle, angle], dim=-1)
     first, second = x_KD.chunk(2, dim=-1)
@@ -213,24 +254,24 @@ def _rotate(case: Case, x_KD: Tensor, where_3K: Tensor) -> Tensor:
     return factor * (x_KD * angle.cos().to(x_KD.dtype) + turned * angle.sin().to(x_KD.dtype))
 
 
-def _turning(case: Case) -> tuple[list[int], Tensor, float]:
+def _turning(case: Case, size: int) -> tuple[list[int], Tensor, float]:
     """Axis and frequency of each pair of values of a head; and the factor of sine and cosine."""
     # As Megatron: frequencies in single precision.
-    frequency = 1.0 / (10000 ** (torch.arange(0, SIZE, 2, dtype=torch.float32) / SIZE))
+    frequency = 1.0 / (10000 ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
     if case.positions == "mrope":
         return [n for n in range(3) for _ in range(MROPE_SECTION[n])], frequency, 1.0
     if case.positions == "rope":
-        return [0] * (SIZE // 2), frequency, 1.0
+        return [0] * (size // 2), frequency, 1.0
     scale = YARN["yarn_rotary_scaling_factor"]
     longest = YARN["yarn_original_max_position_embeddings"]
 
     def pair(turns: float) -> float:
         """The pair, counted from 0, that turns so often over the positions trained before."""
-        return SIZE * math.log(longest / (2 * math.pi * turns)) / (2 * math.log(10000))
+        return size * math.log(longest / (2 * math.pi * turns)) / (2 * math.log(10000))
 
     # Pairs that turn fast stay as they are, slow ones are stretched, those between are mixed.
     low = max(math.floor(pair(YARN["yarn_beta_fast"])), 0)
-    high = min(math.ceil(pair(YARN["yarn_beta_slow"])), SIZE - 1)
-    stretched = ((torch.arange(SIZE // 2) - low) / (high - low)).clamp(0, 1)
+    high = min(math.ceil(pair(YARN["yarn_beta_slow"])), size - 1)
+    stretched = ((torch.arange(size // 2) - low) / (high - low)).clamp(0, 1)
     frequency = frequency * (1 - stretched) + frequency / scale * stretched
-    return [0] * (SIZE // 2), frequency, 0.1 * math.log(scale) + 1.0
+    return [0] * (size // 2), frequency, 0.1 * math.log(scale) + 1.0

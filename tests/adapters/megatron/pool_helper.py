@@ -23,7 +23,8 @@ MAX_THREADS = 30
 
 
 class Pool:
-    def __init__(self) -> None:
+    def __init__(self, max_threads: int = MAX_THREADS) -> None:
+        self._max_threads = max_threads
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         self._folder = tempfile.TemporaryDirectory(prefix="regate-megatron-")
@@ -50,7 +51,7 @@ class Pool:
             self.close()
             raise AssertionError(f"{argument}\n" + "\n".join(failed))
         most = max(load for _, (_, load) in answers)
-        assert most <= MAX_THREADS, f"{argument}: a worker has {most} threads"
+        assert most <= self._max_threads, f"{argument}: a worker has {most} threads"
         return [answer for _, (answer, _) in answers]
 
     def _start(self, world: int) -> bool:

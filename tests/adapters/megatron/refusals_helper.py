@@ -26,7 +26,7 @@ from tests.adapters.megatron.checks_helper import (
 HOST = {
     "calculate_per_token_loss": False,
     "mtp_num_layers": 1,
-    "multi_latent_attention": True,
+    "experimental_attention_variant": "dsa",
     "apply_rope_fusion": True,
     "window_size": (8, 0),
     "heterogeneous_block_specs": True,

@@ -11,7 +11,7 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.algorithm.plan import StepPlan
 from tests.adapters.megatron.cases_helper import Case
-from tests.adapters.megatron.checks_helper import check, plans_of
+from tests.adapters.megatron.checks_helper import check, plans_of, run_step
 from tests.adapters.megatron.pool_helper import Pool
 
 CASES = [
@@ -57,6 +57,14 @@ POSITIONS = [
 ]
 """Other positions than one axis of plain frequencies."""
 
+LATENT_CASES = [
+    Case(model="latent", rows=3, image_share=0.5),
+    Case(model="latent", positions="yarn", first_layer=0, recompute="full"),
+    Case(model="latent", positions="yarn", row_format="ragged", last_layer=3),
+    Case(model="latent", pp=2, cp=2, recompute="selective"),
+]
+"""Attention with a rotary table of its own."""
+
 METHODS = [
     Case(execution="loss_only", row_format="ragged", packed=True),
     Case(pp=2, execution="loss_only", last_layer=3),
@@ -79,13 +87,19 @@ WEIGHTED = [
 """Every label has a loss, with a weight."""
 
 
-ALL = sorted(CASES + POSITIONS + METHODS + WEIGHTED, key=lambda case: case.world)
+ALL = sorted(CASES + POSITIONS + LATENT_CASES + METHODS + WEIGHTED, key=lambda case: case.world)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
     pool.run(case.world, check, case)
+
+
+@pytest.mark.slow
+def test_latent_attention_under_tensor_parallelism_is_refused(pool: Pool):
+    with pytest.raises(AssertionError, match="multi_latent_attention=True is not proven with"):
+        pool.run(2, run_step, Case(model="latent", tp=2))
 
 
 @pytest.mark.parametrize("case", METHODS, ids=str)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from regate_ds.adapters.megatron.loops import megatron_lm
 from regate_ds.adapters.megatron.loops.deferred import DeferredAttach, HostFacts, LoopSettings
 from regate_ds.adapters.megatron.samples import (
     ImageTokens,
+    RepeatedTokens,
     TeacherItems,
     read_tokens,
     teacher_batch,
@@ -189,8 +189,7 @@ def test_the_wrapper_runs_with_the_megatron_beside_the_script(tmp_path: Path):
 def bridged(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Modules with the names of Megatron-Bridge's."""
     bare = ModuleType("megatron.bridge")
-    names = ("training", "training.train", "training.callbacks", "training.pretrain")
-    for name in (*names, "training.gpt_step", "recipes", "recipes.llama"):
+    for name in ("training", "training.train", "training.callbacks", "training.pretrain"):
         module = ModuleType(f"megatron.bridge.{name}")
         above, _, last = module.__name__.rpartition(".")
         setattr(sys.modules.get(above, bare), last, module)
@@ -219,28 +218,33 @@ def test_bridges_training_items_say_their_key(bridged):
     assert pretrain.get_dataset_provider is host
 
 
-def test_bridges_example_runs_the_recipe_with_a_callback(bridged, monkeypatch, tmp_path):
-    config = SimpleNamespace(
-        model=SimpleNamespace(), train=SimpleNamespace(train_iters=9), ddp=SimpleNamespace()
-    )
-    bridged.recipes.llama.tiny_config = lambda: config
-    bridged.training.gpt_step.forward_step = step = object()
-    ran: list[Any] = []
-    bridged.training.pretrain.pretrain = lambda *args, callbacks: ran.append((*args, callbacks))
-    (tmp_path / "regate.yaml").write_text("elision: {keep_share: 1.0}\n")
-    script = str(ROOT / "launch" / "examples" / "megatron_bridge.py")
-    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "regate.yaml"), "tiny_config"])
-    runpy.run_path(script, run_name="__main__")
-    ((found, forward_step, (callback,)),) = ran
-    assert found is config
-    assert forward_step is step
-    assert isinstance(callback, bridged.training.callbacks.Callback)
-    assert vars(config.model) == {"calculate_per_token_loss": True, "apply_rope_fusion": False}
-    assert vars(config.ddp) == {"average_in_collective": False}
-    assert vars(config.train) == {"train_iters": 9}
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:2], "absent_config"])
-    with pytest.raises(SystemExit, match="absent_config: not in megatron.bridge.recipes.llama"):
-        runpy.run_path(script, run_name="__main__")
+def test_a_bridge_data_sets_own_collate_function_does_not_lose_the_keys(bridged):
+    class Own(Samples):
+        def collate_fn(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+            assert all(KEY not in item for item in items)
+            batch = torch.utils.data.default_collate(items)
+            return {"input_ids": batch["tokens"]} | {k: batch[k] for k in ("labels", "loss_mask")}
+
+    pretrain, data = bridged.training.pretrain, Own(8)
+    pretrain.get_dataset_provider = lambda config: lambda sizes, config: (data, None, None)
+    with bridge.installed_in_bridge(SETTINGS):
+        keyed, _, _ = pretrain.get_dataset_provider("config")([8], "config")
+    batch = keyed.collate_fn([keyed[n] for n in (3, 5)])
+    tokens = read_tokens(batch)
+    assert tokens.keys == ((("train", 3),), (("train", 5),))
+    # The teacher reads the same samples by the same function.
+    theirs = KeyedCollate(teacher_batch)([Keyed(TeacherItems(data), "train")[3]]).tokens
+    real = tokens.segment_BT[0] >= 0
+    assert torch.equal(tokens.labels_BT[:1, real], theirs.labels_BT[:, : int(real.sum())])
+
+
+def test_each_run_of_an_images_tokens_is_an_image():
+    batch = collated([1, 2])
+    batch["input_ids"] = batch.pop("tokens")
+    batch["input_ids"][0, [2, 3, 5, 7]] = torch.tensor([90, 90, 91, 90])
+    image_BT = read_tokens(batch, image=RepeatedTokens((90, 91))).image_BT
+    assert image_BT[0, :8].tolist() == [-1, -1, 0, 0, -1, 1, -1, 2]
+    assert bool((image_BT[1] == -1).all())
 
 
 def test_bridges_callback_ends_steps(bridged, attaching, monkeypatch):
@@ -248,8 +252,9 @@ def test_bridges_callback_ends_steps(bridged, attaching, monkeypatch):
     train.get_forward_backward_func = lambda pp_size, vp_size: lambda **arguments: None
     host = train.get_forward_backward_func
     heard = told(monkeypatch)
-    checkpoint = SimpleNamespace(save="ckpt", async_save=True)
-    facts = SimpleNamespace(checkpoint=checkpoint, train=SimpleNamespace(train_iters=9))
+    checkpoint = SimpleNamespace(save="ckpt", load="ckpt", async_save=True)
+    train_config, model = SimpleNamespace(train_iters=9), SimpleNamespace()
+    facts = SimpleNamespace(checkpoint=checkpoint, train=train_config, model=model)
     state = SimpleNamespace(train_state=SimpleNamespace(step=5), cfg=facts)
     with bridge.installed_in_bridge(SETTINGS) as callback:
         assert train.get_forward_backward_func is not host
@@ -261,6 +266,7 @@ def test_bridges_callback_ends_steps(bridged, attaching, monkeypatch):
         callback.on_train_step_end(SimpleNamespace(skipped_iter=True))
         callback.on_checkpoint_save(SimpleNamespace(state=state))
     assert attaching.total_steps == [9]
+    assert attaching.loaded == [Path("ckpt/iter_0000005")]
     assert heard == [False, Path("ckpt/iter_0000005")]
     assert train.get_forward_backward_func is host
 
@@ -294,7 +300,7 @@ def test_what_a_batch_lacks_is_named():
     batch = collated([1])
     with pytest.raises(ValueError, match=KEY):
         read_tokens({k: v for k, v in batch.items() if k != KEY})
-    for name in ("cu_seqlens", "cu_lengths"):
+    for name in ("cu_seqlens", "cu_lengths", "cu_seqlens_q"):
         with pytest.raises(ValueError, match=f"a batch has {name}, so its rows hold several"):
             read_tokens({**batch, name: torch.tensor([0, 4])})
 

@@ -24,8 +24,7 @@ from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 class Packing:
     """Bounds of the samples in a ragged micro-batch.
 
-    A sample includes the padding that context ranks need to divide it; padding at the end of the
-    micro-batch counts as one more sample.
+    A sample includes its padding for context ranks; padding at the end counts as one more sample.
     """
 
     cumulative: Tensor
@@ -33,6 +32,9 @@ class Packing:
 
     longest: int
     """Length of the longest sample."""
+
+    held_S: Tensor
+    """int64: which rows of the whole sequence this context rank holds."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class LocalPlan:
         values = {k: v for k, v in vars(self).items() if k != "context_L"}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Route)}
         if self.packing is not None:
-            moved["packing"] = replace(self.packing, cumulative=self.packing.cumulative.to(device))
+            bounds, longest, held_S = vars(self.packing).values()
+            moved["packing"] = Packing(bounds.to(device), longest, held_S.to(device))
         return replace(self, **moved)
 
 
@@ -121,7 +124,7 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         elided_N=_elided(gather, num_rows * num_tokens // place.cut.size, place),
         rotary_position=_rotary_position(plan, place, ragged),
         source=_source(plan, place, ragged),
-        packing=_packing(ragged) if elides and ragged is not None else None,
+        packing=_packing(ragged, place) if elides and ragged is not None else None,
         padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
         head=head,
         targets_P=targets_P,
@@ -232,9 +235,10 @@ def _source(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
     return source_P[:, None]
 
 
-def _packing(ragged: _Ragged) -> Packing:
+def _packing(ragged: _Ragged, place: Place) -> Packing:
     cumulative = torch.tensor([0, *accumulate(ragged.lengths)], dtype=torch.int32)
-    return Packing(cumulative, max(ragged.lengths))
+    held = SequenceCut(place.context_size).held(*ragged.lengths)
+    return Packing(cumulative, max(ragged.lengths), held[place.context_rank])
 
 
 def _padding(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from regate_ds.adapters.megatron.attach import RowFormat, attach
 from regate_ds.adapters.megatron.regate import MegatronRegate
-from regate_ds.adapters.megatron.samples import ImageTokens, read_tokens
+from regate_ds.adapters.megatron.samples import ImageTokens, RepeatedTokens, read_tokens
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.config import RegateConfig
 from regate_ds.stores.image_orders.reader import ImageOrderStore
@@ -56,6 +56,9 @@ class HostFacts:
     resume: Callable[[], Path | None] = lambda: None
     """The checkpoint folder that the host has loaded, if it has loaded one."""
 
+    image: Callable[[], ImageTokens | RepeatedTokens | None] = lambda: None
+    """How the model takes images, where the settings do not say it."""
+
 
 class DeferredAttach:
     """One rank's part in a run of a host that builds its model late: attached at the first step."""
@@ -73,7 +76,7 @@ class DeferredAttach:
             Megatron's names.
         """
         self.settings, self._host = settings, host
-        self._tokens = tokens or partial(read_tokens, image=settings.image)
+        self._tokens = tokens or self._read
         self.regate: MegatronRegate | None = None
         """None before the first step."""
 
@@ -112,6 +115,9 @@ class DeferredAttach:
         """Write schedule and difficulty into a checkpoint folder. All ranks must call it."""
         if self.regate is not None:
             self.regate.save(folder)
+
+    def _read(self, item: Any) -> TokenBatch:
+        return read_tokens(item, image=self.settings.image or self._host.image())
 
     def _attach(self, models: Sequence[nn.Module] | nn.Module) -> None:
         settings = self.settings
