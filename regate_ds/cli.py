@@ -75,7 +75,7 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "bench":
+    if rest:
         parser.error(f"unknown arguments to {args.command}: {' '.join(rest)}")
     return args, rest
 
