@@ -49,6 +49,26 @@ def products_flops(products: Products, rows: float, *, needs_input_grad: bool = 
     return 2 * rows * (products.weights + back)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A micro-batch in numbers."""
+
+    count: int
+    """Rows, padded to one length."""
+
+    length: float
+    """Positions of a row."""
+
+    slots: float
+    """Positions of a row that enter whole gated layers."""
+
+    kept: float
+    """Kept positions of the micro-batch, padding apart."""
+
+    num_targets: float
+    """Rows of the head."""
+
+
 def plan_flops(
     shape: ModelShape, plan: ElisionPlan, spans: Sequence[Span], *, causal: bool = False
 ) -> float:
@@ -56,39 +76,25 @@ def plan_flops(
 
     spans: those of the step's execution. The tower is counted apart (``tower_flops``).
     """
-    number_of = {n: span for span in spans for n in range(span.first, span.last)}
-    total = products_flops(shape.head, plan.num_targets)
-    for number, layer in enumerate(shape.layers):
-        span = number_of.get(number) if plan.moves_rows else None
-        total += layer_flops(layer, _passing(plan, span, causal))
-    return total
-
-
-def dense_flops(
-    shape: ModelShape, lengths: Sequence[float], num_targets: float, *, causal: bool = False
-) -> float:
-    """Return the FLOPs of decoder and head on whole samples of these lengths."""
-    passing = Passing.all_of(lengths, causal=causal)
-    layers = sum(layer_flops(layer, passing) for layer in shape.layers)
-    return layers + products_flops(shape.head, num_targets)
-
-
-def elided_flops(  # noqa: PLR0913 (a step in its numbers)
-    shape: ModelShape,
-    lengths: Sequence[float],
-    kept: Sequence[float],
-    num_targets: float,
-    gated: range,
-    *,
-    causal: bool = False,
-) -> float:
-    """Return the FLOPs of a step of ``elide``: the layers in ``gated`` see ``kept`` rows only."""
-    full, part = (Passing.all_of(each, causal=causal) for each in (lengths, kept))
-    layers = sum(
-        layer_flops(layer, part if number in gated else full)
-        for number, layer in enumerate(shape.layers)
+    rows = Rows(
+        count=len(plan.kept_BK),
+        length=plan.num_tokens,
+        slots=plan.num_slots,
+        kept=plan.num_kept,
+        num_targets=plan.num_targets,
     )
-    return layers + products_flops(shape.head, num_targets)
+    return rows_flops(shape, rows, spans if plan.moves_rows else (), causal=causal)
+
+
+def rows_flops(
+    shape: ModelShape, rows: Rows, spans: Sequence[Span], *, causal: bool = False
+) -> float:
+    """Return the same from numbers alone; no spans is a dense step."""
+    span_of = {n: span for span in spans for n in range(span.first, span.last)}
+    total = products_flops(shape.head, rows.num_targets)
+    for number, layer in enumerate(shape.layers):
+        total += layer_flops(layer, _passing(rows, span_of.get(number), causal))
+    return total
 
 
 def tower_flops(tower: TowerShape, image_tokens: Sequence[int], extra: int = 0) -> float:
@@ -108,26 +114,19 @@ def tower_flops(tower: TowerShape, image_tokens: Sequence[int], extra: int = 0) 
     return layers + embedded + behind
 
 
-def _passing(plan: ElisionPlan, span: Span | None, causal: bool) -> Passing:
-    num_rows, length = len(plan.kept_BK), plan.num_tokens
-    full_lengths = plan.token_run_lengths if plan.is_packed and causal else [length] * num_rows
-    full = Passing.all_of(full_lengths, causal=causal)
+def _passing(rows: Rows, span: Span | None, causal: bool) -> Passing:
+    full = Passing.all_of([rows.length] * rows.count, causal=causal)
     if span is None:
         return full
-    own = plan.sets[span.kept_set] if plan.sets else plan
-    kept = float(own.num_kept)
     if span.part == "mlp":
-        return replace(full, mlp=kept, back_mlp=kept)
-    slots = own.num_slots
+        return replace(full, mlp=rows.kept, back_mlp=rows.kept)
     if span.part == "backward":
         # Causal: a kept query sees about half of the positions.
-        pairs = num_rows * slots * length * (0.5 if causal else 1.0)
-        rows = float(num_rows * slots)
-        others = full.mlp - kept
-        mixer, squares = full.mixer + rows, full.pairs + pairs
-        return Passing(mixer, others + rows, squares, rows, rows, pairs)
-    lengths = own.run_lengths if own.is_packed and causal else [slots] * num_rows
-    return Passing.all_of(lengths, causal=causal)
+        slots = float(rows.count * rows.slots)
+        pairs = slots * rows.length * (0.5 if causal else 1.0)
+        mixer, mlp = full.mixer + slots, full.mlp - rows.kept + slots
+        return Passing(mixer, mlp, full.pairs + pairs, slots, slots, pairs)
+    return Passing.all_of([rows.slots] * rows.count, causal=causal)
 
 
 def _pairs(lengths: Sequence[float], causal: bool) -> float:

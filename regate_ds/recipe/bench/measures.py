@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,23 +60,33 @@ class SavedBytes:
     checkpointed, torch saves their inputs in a way that is not seen here.
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[nn.Module], weights: Iterable[Tensor] = ()) -> None:
+        """weights: what the layers run with in place of their own, if they do."""
         self._layers = list(layers)
-        weights = [p for layer in self._layers for p in layer.parameters()]
-        self._known = {p.untyped_storage()._cdata for p in weights}
+        own = [p for layer in self._layers for p in layer.parameters()]
+        self._known = {p.untyped_storage()._cdata for p in [*own, *weights]}
         self._saved: dict[int, tuple[Tensor, int]] = {}
-        self._depth = 0
+        self._inside: list[int] = []
 
     @property
     def total(self) -> int:
-        return sum(size for _, size in self._saved.values())
+        return sum(self.by_layer)
+
+    @property
+    def by_layer(self) -> list[int]:
+        """The bytes that each layer was the first to save."""
+        sizes = [0] * len(self._layers)
+        for tensor, number in self._saved.values():
+            sizes[number] += tensor.untyped_storage().nbytes()
+        return sizes
 
     @contextmanager
     def watching(self) -> Iterator[SavedBytes]:
         """Count what is saved in the block."""
         handles = []
-        for layer in self._layers:
-            handles.append(layer.register_forward_pre_hook(self._enter))
+        for number, layer in enumerate(self._layers):
+            enter = partial(self._enter, number)
+            handles.append(layer.register_forward_pre_hook(enter))
             handles.append(layer.register_forward_hook(self._leave, always_call=True))
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
@@ -84,17 +95,17 @@ class SavedBytes:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, *_: Any) -> None:
-        self._depth += 1
+    def _enter(self, number: int, *_: Any) -> None:
+        self._inside.append(number)
 
     def _leave(self, *_: Any) -> None:
-        self._depth -= 1
+        self._inside.pop()
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if self._depth > 0 and storage._cdata not in self._known:
+        if self._inside and storage._cdata not in self._known:
             # Held, so that its place is not taken by another that would then be missed.
-            self._saved[storage._cdata] = tensor.detach(), storage.nbytes()
+            self._saved.setdefault(storage._cdata, (tensor.detach(), self._inside[-1]))
         return tensor
 
 

@@ -112,12 +112,18 @@ def _measure_once(  # noqa: PLR0913 (one arm on one host)
     into: Measured,
     device: torch.device,
 ) -> None:
+    # One after the other: what counts saved tensors holds them.
     with host.ready(name) as parts:
-        live, saved, plan = LiveBytes(), SavedBytes(host.layers), parts.plan()
-        with saved.watching(), live:
+        live, plan = LiveBytes(), parts.plan()
+        with live:
             result = parts.passes(plan, lambda micro: micro)
         parts.end(plan, result)
         followed = parts.followed()
+    with host.ready(name) as parts:
+        saved, plan = SavedBytes(host.layers), parts.plan()
+        with saved.watching():
+            result = parts.passes(plan, lambda micro: micro)
+        parts.end(plan, result)
     del result
     into.saved_bytes = None if case.recompute else saved.total
     into.peak_bytes = live.peak if device.type == "cpu" else _cuda_peak(host, name)
