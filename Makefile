@@ -97,7 +97,8 @@ test-faults: setup
 test-slurm test-ssh: setup
 	$(TEST_ENV) $(BIN)/python -m tests.cluster.$(@:test-%=%)
 
-# On a borrowed GPU (or none): PART=oracle or PART=off, with the python and torch that are there.
+# On a borrowed GPU (or none), with the python and torch that are there, by parts of some minutes:
+# PART=off, oracle, zero, megatron, step or loss.
 PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 test-gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -20,10 +21,11 @@ from regate_ds.job.watch import Signs
 from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
-from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
+from regate_ds.recipe.corpus import Corpus, HostLabels, corpus_student, held_out, open_corpus
 from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.choose import data_ranks, make_engine
 from regate_ds.recipe.estimate.plan_walk import walk_plan
+from regate_ds.recipe.estimate.ran import ran_flops, run_shape
 from regate_ds.recipe.estimate.sizes import costs_of
 from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
@@ -80,7 +82,9 @@ class Trainer:
                 saved=self._saved,
             )
         )
-        self._figures = StepFigures(self.engine, process, self.data)
+        shape = run_shape(config, corpus_student(config, weights=False))
+        flops = partial(ran_flops, shape, config.elision)
+        self._figures = StepFigures(self.engine, process, self.data, flops)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from regate_ds.algorithm.executions.execution import Span
-from regate_ds.cost.shape import ModelShape, shape_of
-from regate_ds.families.table import family_of
+from regate_ds.cost.shape import ModelShape
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
@@ -27,10 +26,10 @@ from regate_ds.recipe.estimate.activations import activations_of
 from regate_ds.recipe.estimate.gpus import NETWORK, PER_NODE, Gpu
 from regate_ds.recipe.estimate.needs import estimate
 from regate_ds.recipe.estimate.plan_walk import data_ranks_of
+from regate_ds.recipe.estimate.ran import run_shape
 from regate_ds.recipe.estimate.sizes import costs_of, sizes_of
 from regate_ds.recipe.estimate.steps import StepCost, flops_before, step_cost
 from regate_ds.recipe.order import Order, make_order
-from regate_ds.recipe.students.trainable import trainable
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,7 @@ def forecast(
 
     with_memory: False leaves the memory out, which takes longest to tell.
     """
-    student: Any = trainable(corpus.student, config.model, seed=0)
-    host = student.get_base_model() if hasattr(student, "get_base_model") else student
-    shape = shape_of(host, family_of(corpus.student.model).tower_of(host))
+    shape, host = run_shape(config, corpus.student), corpus.student.model
     sizes = sizes_of(corpus)
     order = _order(config, corpus, machine.num)
     elision = config.elision
