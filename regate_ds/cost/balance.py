@@ -9,6 +9,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from regate_ds.cost.pipeline import smooth_order
+
 Division = list[list[list[int]]]
 """By rank and micro-batch: places of samples in the global batch."""
 
@@ -47,8 +49,10 @@ def divide(  # noqa: PLR0913 (a division and its bounds)
     by_rank = _spread(range(num), costs, num_ranks, least=num_micro, most=most)
     if max_tokens is None or tokens is None:
         each = num // num_ranks // num_micro if equal else num
-        return [_spread(own, costs, num_micro, least=1, most=each) for own in by_rank]
-    return [_within(own, tokens, num_micro, max_tokens) for own in by_rank]
+        division = [_spread(own, costs, num_micro, least=1, most=each) for own in by_rank]
+    else:
+        division = [_within(own, tokens, num_micro, max_tokens) for own in by_rank]
+    return [_in_turn(micro, costs) for micro in division]
 
 
 def micro_batches_needed(
@@ -78,6 +82,13 @@ def imbalance(costs: Sequence[float], division: Division) -> float:
     """Return the largest cost of a rank over the mean: how much longer all take than they could."""
     by_rank = [sum(costs[n] for micro in rank for n in micro) for rank in division]
     return max(by_rank) * len(by_rank) / sum(by_rank)
+
+
+def _in_turn(micro: list[list[int]], costs: Sequence[float]) -> list[list[int]]:
+    """Return a rank's micro-batches in the order that keeps a pipeline busy; ranks that wait for
+    each other in every micro-batch thus have similar ones at the same time."""
+    order = smooth_order([sum(costs[n] for n in each) for each in micro])
+    return [micro[n] for n in order]
 
 
 def _spread(

@@ -21,11 +21,11 @@ from regate_ds.job.watch import Signs
 from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
-from regate_ds.recipe.corpus import Corpus, HostLabels, corpus_student, held_out, open_corpus
+from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
 from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.choose import data_ranks, make_engine
 from regate_ds.recipe.estimate.plan_walk import walk_plan
-from regate_ds.recipe.estimate.ran import ran_flops, run_shape
+from regate_ds.recipe.estimate.ran import ran_flops, run_host, run_shape
 from regate_ds.recipe.estimate.sizes import costs_of
 from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
@@ -82,7 +82,7 @@ class Trainer:
                 saved=self._saved,
             )
         )
-        shape = run_shape(config, corpus_student(config, weights=False))
+        shape = run_shape(run_host(config))
         flops = partial(ran_flops, shape, config.elision)
         self._figures = StepFigures(self.engine, process, self.data, flops)
 

@@ -89,7 +89,7 @@ class SavedBytes:
             handles.append(layer.register_forward_pre_hook(enter))
             handles.append(layer.register_forward_hook(self._leave, always_call=True))
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
                 yield self
         finally:
             for handle in handles:
@@ -107,10 +107,6 @@ class SavedBytes:
             # Held, so that its place is not taken by another that would then be missed.
             self._saved.setdefault(storage._cdata, (tensor.detach(), self._inside[-1]))
         return tensor
-
-
-def _unpack(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class Traffic(TorchDispatchMode):

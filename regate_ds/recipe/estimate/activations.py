@@ -5,7 +5,7 @@ counted is what its code saves, in kernels of a CPU, whose attention saves what 
 
 Memory is highest in the backward pass of one layer: what it and the layers before it have saved is
 there, and the gradients of its own activations. Where layers are checkpointed, the inputs of all
-are there in place of what they saved.
+are there in place of what they saved. Where the MLPs alone are gated, layers count as whole ones.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from regate_ds.recipe.estimate.activations import activations_of
 from regate_ds.recipe.estimate.gpus import NETWORK, PER_NODE, Gpu
 from regate_ds.recipe.estimate.needs import estimate
 from regate_ds.recipe.estimate.plan_walk import data_ranks_of
-from regate_ds.recipe.estimate.ran import run_shape
+from regate_ds.recipe.estimate.ran import run_host, run_shape
 from regate_ds.recipe.estimate.sizes import costs_of, sizes_of
 from regate_ds.recipe.estimate.steps import StepCost, flops_before, step_cost
 from regate_ds.recipe.order import Order, make_order
@@ -67,11 +67,12 @@ class Forecast:
 def forecast(
     config: RunConfig, corpus: Corpus, machine: Machine, *, with_memory: bool = True
 ) -> Forecast:
-    """Forecast the run on this machine; the corpus's student may be on "meta".
+    """Forecast the run on this machine; the corpus's student is left as it is.
 
     with_memory: False leaves the memory out, which takes longest to tell.
     """
-    shape, host = run_shape(config, corpus.student), corpus.student.model
+    host = run_host(config)
+    shape = run_shape(host)
     sizes = sizes_of(corpus)
     order = _order(config, corpus, machine.num)
     elision = config.elision

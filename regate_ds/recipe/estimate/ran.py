@@ -17,15 +17,20 @@ from regate_ds.cost.flops import Rows, plan_flops, rows_flops, tower_flops
 from regate_ds.cost.shape import ModelShape, shape_of
 from regate_ds.families.table import family_of
 from regate_ds.recipe.config.tree import RunConfig
-from regate_ds.recipe.students.student import Student
+from regate_ds.recipe.corpus import corpus_student
 from regate_ds.recipe.students.trainable import trainable
 
 
-def run_shape(config: RunConfig, student: Student) -> ModelShape:
-    """Return the shape of a run's student, with what it trains; the student may be on "meta"."""
+def run_host(config: RunConfig) -> Any:
+    """Return the model of a run's student, on "meta", with what it trains."""
+    student = corpus_student(config, weights=False)
     model: Any = trainable(student, config.model, seed=0)
-    host = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return shape_of(host, family_of(student.model).tower_of(host))
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def run_shape(host: Any) -> ModelShape:
+    """Return the shape of a run's model, its tower included."""
+    return shape_of(host, family_of(host).tower_of(host))
 
 
 def ran_flops(

@@ -127,6 +127,17 @@ def test_a_run_is_told_with_what_would_change_it(corpus, capsys):
     assert "elision.images.keep_share=0.25 would take" in text
 
 
+def test_with_adapters_the_layers_weights_have_no_gradients_of_their_own(corpus, capsys):
+    lora = ["model.lora.rank=2", "elision.execution=none", "--gpus", "1"]
+    adapters = told(capsys, str(corpus), *lora)["run"]
+    assert (
+        0.6
+        < adapters["seconds"]["dense"]
+        / told(capsys, str(corpus), *lora[1:])["run"]["seconds"]["dense"]
+        < 0.9
+    )
+
+
 def test_a_run_that_elides_nothing_costs_what_the_dense_one_does(corpus, capsys):
     run = told(capsys, str(corpus), "elision.execution=none", "--gpus", "1")["run"]
     assert run["steps"]["sparse"] == 0
