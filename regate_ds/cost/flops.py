@@ -50,7 +50,7 @@ def products_flops(products: Products, rows: float, *, needs_input_grad: bool = 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowCounts:
     """A micro-batch in numbers."""
 
     count: int
@@ -76,7 +76,7 @@ def plan_flops(
 
     spans: those of the step's execution. The tower is counted apart (``tower_flops``).
     """
-    rows = Rows(
+    rows = RowCounts(
         count=len(plan.kept_BK),
         length=plan.num_tokens,
         slots=plan.num_slots,
@@ -87,7 +87,7 @@ def plan_flops(
 
 
 def rows_flops(
-    shape: ModelShape, rows: Rows, spans: Sequence[Span], *, causal: bool = False
+    shape: ModelShape, rows: RowCounts, spans: Sequence[Span], *, causal: bool = False
 ) -> float:
     """Return the same from numbers alone; no spans is a dense step."""
     span_of = {n: span for span in spans for n in range(span.first, span.last)}
@@ -114,7 +114,7 @@ def tower_flops(tower: TowerShape, image_tokens: Sequence[int], extra: int = 0) 
     return layers + embedded + behind
 
 
-def _passing(rows: Rows, span: Span | None, causal: bool) -> Passing:
+def _passing(rows: RowCounts, span: Span | None, causal: bool) -> Passing:
     full = Passing.all_of([rows.length] * rows.count, causal=causal)
     if span is None:
         return full

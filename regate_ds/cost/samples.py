@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from regate_ds.algorithm.executions.execution import Span
-from regate_ds.cost.flops import Rows, rows_flops, tower_flops
+from regate_ds.cost.flops import RowCounts, rows_flops, tower_flops
 from regate_ds.cost.shape import ModelShape
 
 
@@ -37,7 +37,7 @@ class SampleSize:
 
 def rows_of_micro(
     samples: Sequence[SampleSize], shares: tuple[float, float] | None, pack_length: int | None
-) -> Rows:
+) -> RowCounts:
     """Return a micro-batch in numbers; shares: of answers and images; None is a dense step."""
     lengths = [one.tokens for one in samples]
     kept = lengths if shares is None else [one.kept(*shares) for one in samples]
@@ -48,7 +48,7 @@ def rows_of_micro(
     else:
         count = max(1, math.ceil(sum(lengths) / pack_length))
         length, slots = sum(lengths) / count, sum(kept) / count
-    return Rows(count=count, length=length, slots=slots, kept=sum(kept), num_targets=targets)
+    return RowCounts(count=count, length=length, slots=slots, kept=sum(kept), num_targets=targets)
 
 
 def sample_flops(

@@ -17,7 +17,7 @@ from regate_ds.cost.sampler import shuffled
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
 
-Costs = Callable[[int], Sequence[float]]
+CostsByStep = Callable[[int], Sequence[float]]
 """The cost of each sample of the data set, by the optimizer step."""
 
 
@@ -33,7 +33,7 @@ class Order:
     seed: int
     total_steps: int
     start_step: int = 0
-    costs: Costs | None = None
+    costs: CostsByStep | None = None
     """What each sample of the data set costs in a step; None divides samples in order."""
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Order:
 
 
 def make_order(
-    config: RunConfig, num_samples: int, data: Process, costs: Costs | None = None
+    config: RunConfig, num_samples: int, data: Process, costs: CostsByStep | None = None
 ) -> Order:
     """Return a data rank's order of samples; its ``total_steps`` is the length of the run."""
     run = config.run

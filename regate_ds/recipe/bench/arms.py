@@ -43,7 +43,7 @@ HOST, DENSE = "host", "dense"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class StepArm:
     """One row."""
 
     about: str
@@ -91,56 +91,56 @@ class Arm:
         return total
 
 
-ARMS: dict[str, Arm] = {
-    HOST: Arm(
+ARMS: dict[str, StepArm] = {
+    HOST: StepArm(
         about="the host's own step, its head at every position",
         execution=NoElision(),
         forward=host_loss,
     ),
-    DENSE: Arm(
+    DENSE: StepArm(
         about="dense, the head on labels alone", execution=NoElision(), forward=labelled_head
     ),
-    "ours_dense": Arm(about="our own dense step (execution=none)", execution=NoElision()),
-    "mask_full_head": Arm(
+    "ours_dense": StepArm(about="our own dense step (execution=none)", execution=NoElision()),
+    "mask_full_head": StepArm(
         about="only the loss is masked, full head", execution=LossOnly(), forward=full_head
     ),
-    "mask": Arm(
+    "mask": StepArm(
         about="only the loss is masked, head on kept labels",
         execution=LossOnly(),
         forward=labelled_head,
     ),
-    "every_layer_full_head": Arm(
+    "every_layer_full_head": StepArm(
         about="gather and scatter in every layer (the paper), full head",
         execution=Elide(),
         forward=every_layer_full_head,
         first_layer=0,
     ),
-    "every_layer": Arm(
+    "every_layer": StepArm(
         about="gather and scatter in every layer, head on kept labels",
         execution=Elide(),
         forward=every_layer_labelled_head,
         first_layer=0,
     ),
-    "elide_0": Arm(about="ours, all layers gated", execution=Elide(), first_layer=0),
-    "elide_1": Arm(about="ours, one dense layer first", execution=Elide()),
-    "images_0": Arm(
+    "elide_0": StepArm(about="ours, all layers gated", execution=Elide(), first_layer=0),
+    "elide_1": StepArm(about="ours, one dense layer first", execution=Elide()),
+    "images_0": StepArm(
         about="ours, and image tokens, all layers gated",
         execution=Elide(),
         first_layer=0,
         elides_images=True,
     ),
-    "images_1": Arm(
+    "images_1": StepArm(
         about="ours, and image tokens, one dense layer first",
         execution=Elide(),
         elides_images=True,
     ),
-    "backward_only": Arm(about="the backward pass alone is elided", execution=BackwardOnly()),
-    "random_ltd": Arm(about="random tokens in each middle layer", execution=RandomLtd()),
-    "mlp_only": Arm(about="the MLPs alone are elided", execution=MlpOnly()),
+    "backward_only": StepArm(about="the backward pass alone is elided", execution=BackwardOnly()),
+    "random_ltd": StepArm(about="random tokens in each middle layer", execution=RandomLtd()),
+    "mlp_only": StepArm(about="the MLPs alone are elided", execution=MlpOnly()),
 }
 
 
-def arms_of(case: StepCase) -> dict[str, Arm]:
+def arms_of(case: StepCase) -> dict[str, StepArm]:
     """Return the rows of a case, the two baselines among them.
 
     ValueError names an arm that the host does not have.
@@ -156,7 +156,7 @@ def arms_of(case: StepCase) -> dict[str, Arm]:
     return {name: arm for name, arm in allowed.items() if name in chosen}
 
 
-def _fits(case: StepCase, arm: Arm) -> bool:
+def _fits(case: StepCase, arm: StepArm) -> bool:
     if arm.elides_images and not case.image_share:
         return False
     if arm.first_layer >= case.layers or (isinstance(arm.execution, RandomLtd) and case.layers < 3):

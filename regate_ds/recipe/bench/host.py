@@ -38,7 +38,7 @@ class StepParts:
     """Returns the plans of the micro-batches that the passes have followed."""
 
 
-class Host(Protocol):
+class StepHost(Protocol):
     """A framework with a model in it, on this rank."""
 
     shape: ModelShape

@@ -20,7 +20,7 @@ from regate_ds.adapters.huggingface.gates import attach_model
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.cost.shape import shape_of
 from regate_ds.parallel.layout import ParallelLayout
-from regate_ds.recipe.bench.arms import Arm, Forward
+from regate_ds.recipe.bench.arms import Forward, StepArm
 from regate_ds.recipe.bench.baselines import Losses
 from regate_ds.recipe.bench.case import StepCase, make_data
 from regate_ds.recipe.bench.host import ENDLESS, OnDevice, StepParts
@@ -32,7 +32,7 @@ from regate_ds.stores.values import Stores
 class HuggingFaceHost:
     """A model, its data, and a session for each arm."""
 
-    def __init__(self, case: StepCase, arms: dict[str, Arm], device: torch.device) -> None:
+    def __init__(self, case: StepCase, arms: dict[str, StepArm], device: torch.device) -> None:
         torch.manual_seed(case.seed)
         self._case, self._arms, self._device = case, arms, device
         self._model = make_model(case, device)
@@ -45,7 +45,7 @@ class HuggingFaceHost:
         self.layers = list(self._model.get_decoder().layers)
         self.weights = list(self._model.parameters())
 
-    def _session(self, arm: Arm) -> Regate:
+    def _session(self, arm: StepArm) -> Regate:
         config, index = arm.config(self._case), self._data.index
         layout = ParallelLayout()
         if self._case.data_ranks > 1:

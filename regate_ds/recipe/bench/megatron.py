@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from regate_ds.cost.shape import shape_of
 from regate_ds.data.collate import Batch
-from regate_ds.recipe.bench.arms import HOST, Arm
+from regate_ds.recipe.bench.arms import HOST, StepArm
 from regate_ds.recipe.bench.case import StepCase, make_data
 from regate_ds.recipe.bench.host import ENDLESS, StepParts, plans_followed
 from regate_ds.recipe.config.sections import ParallelConfig
@@ -27,7 +27,7 @@ from regate_ds.recipe.config.sections import ParallelConfig
 class MegatronHost:
     """This rank's part of the decoder."""
 
-    def __init__(self, case: StepCase, arms: dict[str, Arm], device: torch.device) -> None:
+    def __init__(self, case: StepCase, arms: dict[str, StepArm], device: torch.device) -> None:
         if device.type == "cpu":
             from regate_ds.adapters.megatron_on_cpu.shim import install
 

@@ -19,7 +19,7 @@ from regate_ds.adapters.deepspeed.pipeline import PipelineRegate, attach_pipelin
 from regate_ds.adapters.deepspeed.pipeline_layers import Decoder
 from regate_ds.adapters.deepspeed.pipeline_student import pipeline_student
 from regate_ds.cost.shape import shape_of
-from regate_ds.recipe.bench.arms import HOST, Arm
+from regate_ds.recipe.bench.arms import HOST, StepArm
 from regate_ds.recipe.bench.case import StepCase, make_data
 from regate_ds.recipe.bench.host import ENDLESS, StepParts, plans_followed
 from regate_ds.recipe.bench.huggingface import make_model
@@ -28,7 +28,7 @@ from regate_ds.recipe.bench.huggingface import make_model
 class PipelineHost:
     """Engines with a stage each on this rank."""
 
-    def __init__(self, case: StepCase, arms: dict[str, Arm], device: torch.device) -> None:
+    def __init__(self, case: StepCase, arms: dict[str, StepArm], device: torch.device) -> None:
         import deepspeed
 
         self._data = make_data(case)

@@ -14,16 +14,16 @@ import torch.multiprocessing as mp
 
 from regate_ds.job.deepspeed_launcher import free_port
 from regate_ds.job.process import start_process
-from regate_ds.recipe.bench.arms import Arm, arms_of
+from regate_ds.recipe.bench.arms import StepArm, arms_of
 from regate_ds.recipe.bench.case import StepCase
-from regate_ds.recipe.bench.host import Host
+from regate_ds.recipe.bench.host import StepHost
 from regate_ds.recipe.bench.timing import Measured, measure
 
-Found = list[dict[str, Measured]]
+FoundByRank = list[dict[str, Measured]]
 """What each rank found of each arm."""
 
 
-def run_ranks_of(case: StepCase) -> tuple[Found, dict[str, Any]]:
+def run_ranks_of(case: StepCase) -> tuple[FoundByRank, dict[str, Any]]:
     """Run the case on as many ranks as it has; return what they found, and the machine.
 
     ValueError if a launcher has started another number of ranks.
@@ -36,7 +36,7 @@ def run_ranks_of(case: StepCase) -> tuple[Found, dict[str, Any]]:
             "many, or none: the benchmark then starts its own"
         )
     if started is not None or case.world_size == 1:
-        return run_rank(case, arms), machine_of()
+        return bench_rank(case, arms), machine_of()
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -49,12 +49,12 @@ def run_ranks_of(case: StepCase) -> tuple[Found, dict[str, Any]]:
 def _spawned(rank: int, case: StepCase, address: dict[str, str], results: Any) -> None:
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.world_size}
     os.environ.update({**address, **{k: str(v) for k, v in world.items()}})
-    found = run_rank(case, arms_of(case))
+    found = bench_rank(case, arms_of(case))
     if rank == 0:
         results.put((found, machine_of()))
 
 
-def run_rank(case: StepCase, arms: dict[str, Arm]) -> Found:
+def bench_rank(case: StepCase, arms: dict[str, StepArm]) -> FoundByRank:
     """Run this rank's part; return what every rank found. Collective over the case's ranks."""
     torch.set_num_threads(case.threads)
     needs_groups = case.world_size > 1 or case.host != "huggingface" or case.zero_stage is not None
@@ -72,7 +72,7 @@ def run_rank(case: StepCase, arms: dict[str, Arm]) -> Found:
     return found
 
 
-def _host(case: StepCase, arms: dict[str, Arm], device: torch.device) -> Host:
+def _host(case: StepCase, arms: dict[str, StepArm], device: torch.device) -> StepHost:
     if case.host == "deepspeed_pipeline":
         from regate_ds.recipe.bench.pipeline import PipelineHost
 

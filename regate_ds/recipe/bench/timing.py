@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.recipe.bench.arms import DENSE, HOST, Arm
+from regate_ds.recipe.bench.arms import DENSE, HOST, StepArm
 from regate_ds.recipe.bench.case import StepCase
-from regate_ds.recipe.bench.host import Host, StepParts
+from regate_ds.recipe.bench.host import StepHost, StepParts
 from regate_ds.recipe.bench.measures import DeviceWaits, LiveBytes, SavedBytes, Traffic
 
 
@@ -70,7 +70,7 @@ class Clock:
 
 
 def measure(
-    case: StepCase, host: Host, arms: dict[str, Arm], device: torch.device
+    case: StepCase, host: StepHost, arms: dict[str, StepArm], device: torch.device
 ) -> dict[str, Measured]:
     """Run every arm in turns; return what this rank found of each."""
     found = {name: Measured() for name in arms}
@@ -106,8 +106,8 @@ def _timed_step(parts: StepParts, clock: Clock, into: Measured, *, is_baseline: 
 
 def _measure_once(  # noqa: PLR0913 (one arm on one host)
     case: StepCase,
-    host: Host,
-    arm: Arm,
+    host: StepHost,
+    arm: StepArm,
     name: str,
     into: Measured,
     device: torch.device,
@@ -150,7 +150,7 @@ def _copied(plan: ElisionPlan, waits: DeviceWaits) -> ElisionPlan:
     return replace(plan, **tensors, sets=tuple(_copied(one, waits) for one in plan.sets))
 
 
-def _share(case: StepCase, arm: Arm, plans: Sequence[ElisionPlan]) -> float:
+def _share(case: StepCase, arm: StepArm, plans: Sequence[ElisionPlan]) -> float:
     """Return the rows that passed whole layers over those of a dense step, mean over layers."""
     gated = sum(s.last - s.first for s in arm.spans(case) if s.part == "layer")
     kept = sum(len(one.kept_BK) * one.num_slots for one in plans)
@@ -158,7 +158,7 @@ def _share(case: StepCase, arm: Arm, plans: Sequence[ElisionPlan]) -> float:
     return (gated * kept / full + case.layers - gated) / case.layers
 
 
-def _cuda_peak(host: Host, name: str) -> Any:
+def _cuda_peak(host: StepHost, name: str) -> Any:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from regate_ds.algorithm.executions.execution import Span
 from regate_ds.algorithm.loss import CHUNK
-from regate_ds.cost.flops import Rows
+from regate_ds.cost.flops import RowCounts
 from regate_ds.recipe.bench.measures import SavedBytes
 
 _CAUSAL = "regate_estimate"
@@ -49,7 +49,7 @@ class Activations:
 
 
 def activations_of(
-    host: Any, rows: Rows, spans: Sequence[Span], dtype: torch.dtype, *, recompute: bool
+    host: Any, rows: RowCounts, spans: Sequence[Span], dtype: torch.dtype, *, recompute: bool
 ) -> Activations:
     """Return the activations of a step with these spans; without spans it is dense.
 

@@ -27,7 +27,7 @@ from regate_ds.recipe.estimate.gpus import NETWORK, PER_NODE, Gpu
 from regate_ds.recipe.estimate.needs import estimate
 from regate_ds.recipe.estimate.plan_walk import data_ranks_of
 from regate_ds.recipe.estimate.ran import run_host, run_shape
-from regate_ds.recipe.estimate.sizes import costs_of, sizes_of
+from regate_ds.recipe.estimate.sizes import costs_of, sample_sizes
 from regate_ds.recipe.estimate.steps import StepCost, flops_before, step_cost
 from regate_ds.recipe.order import Order, make_order
 
@@ -73,7 +73,7 @@ def forecast(
     """
     host = run_host(config)
     shape = run_shape(host)
-    sizes = sizes_of(corpus)
+    sizes = sample_sizes(corpus)
     order = _order(config, corpus, machine.num)
     elision = config.elision
     last = elision.last_layer or shape.depth

@@ -13,7 +13,7 @@ import torch
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig
-from regate_ds.cost.flops import Rows, plan_flops, rows_flops, tower_flops
+from regate_ds.cost.flops import RowCounts, plan_flops, rows_flops, tower_flops
 from regate_ds.cost.shape import ModelShape, shape_of
 from regate_ds.families.table import family_of
 from regate_ds.recipe.config.tree import RunConfig
@@ -47,10 +47,10 @@ def ran_flops(
     return total + sum(plan_flops(shape, micro, spans) for micro in plan.micro)
 
 
-def _host_rows(batch: TokenBatch) -> Rows:
+def _host_rows(batch: TokenBatch) -> RowCounts:
     count, length = batch.labels_BT.shape
     every = count * length
-    return Rows(count=count, length=length, slots=length, kept=every, num_targets=every)
+    return RowCounts(count=count, length=length, slots=length, kept=every, num_targets=every)
 
 
 def _tower(shape: ModelShape, batch: TokenBatch) -> float:

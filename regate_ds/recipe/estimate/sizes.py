@@ -12,7 +12,7 @@ from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
 
 
-def sizes_of(corpus: Corpus) -> list[SampleSize]:
+def sample_sizes(corpus: Corpus) -> list[SampleSize]:
     """Return the size of each training sample; an image that truncation has cut counts its rest."""
     data, vision = corpus.train_set, corpus.student.vision
     known: dict[tuple[int, int], int] = {}
@@ -38,7 +38,7 @@ def costs_of(config: RunConfig, corpus: Corpus) -> Callable[[int], Sequence[floa
     elision, model = config.elision, corpus.student.model
     shape = shape_of(model, family_of(model).tower_of(model))
     last = elision.last_layer or shape.depth
-    sizes = sizes_of(corpus)
+    sizes = sample_sizes(corpus)
     # Samples of one size are many.
     of = cache(partial(sample_flops, shape))
     costs = {True: [of(one) for one in sizes]}

@@ -13,7 +13,7 @@ from typing import Any
 from regate_ds.algorithm.executions.backward_only import BackwardOnly
 from regate_ds.algorithm.executions.execution import Span
 from regate_ds.algorithm.executions.random_ltd import RandomLtd
-from regate_ds.cost.flops import Rows, products_flops, rows_flops, tower_flops
+from regate_ds.cost.flops import RowCounts, products_flops, rows_flops, tower_flops
 from regate_ds.cost.samples import SampleSize, rows_of_micro
 from regate_ds.cost.shape import ModelShape
 from regate_ds.recipe.config.tree import RunConfig
@@ -36,7 +36,7 @@ class StepCost:
     parts: dict[str, float]
     """The FLOPs of a mean data rank by what they are for."""
 
-    largest: Rows
+    largest: RowCounts
     """The micro-batch with the most positions."""
 
 
@@ -76,7 +76,7 @@ def step_cost(  # noqa: PLR0913 (a step in its parts)
 def _parts(
     config: RunConfig,
     shape: ModelShape,
-    rows: Rows,
+    rows: RowCounts,
     samples: Sequence[SampleSize],
     spans: Sequence[Span],
 ) -> dict[str, float]:

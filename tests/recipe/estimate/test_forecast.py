@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from regate_ds import cli
 from regate_ds.algorithm.batch import host_labels
-from regate_ds.cost.flops import Rows, rows_flops, tower_flops
+from regate_ds.cost.flops import RowCounts, rows_flops, tower_flops
 from regate_ds.cost.samples import SampleSize, rows_of_micro
 from regate_ds.cost.shape import shape_of
 from regate_ds.families.table import family_of
@@ -36,7 +36,7 @@ def plain():
         return LlamaForCausalLM(CASE.llama())
 
 
-def measured(name: str, *, recompute: bool) -> tuple[int, Rows]:
+def measured(name: str, *, recompute: bool) -> tuple[int, RowCounts]:
     """The peak of live bytes of one step, and its numbers."""
     case = StepCase(**{**vars(CASE), "recompute": recompute})
     host = HuggingFaceHost(case, {name: ARMS[name]}, torch.device("cpu"))
@@ -46,7 +46,7 @@ def measured(name: str, *, recompute: bool) -> tuple[int, Rows]:
             found = parts.passes(plan, lambda micro: micro)
         parts.end(plan, found)
     (micro,) = plan.micro
-    rows = Rows(
+    rows = RowCounts(
         count=case.samples,
         length=micro.num_tokens,
         slots=micro.num_slots,
@@ -81,7 +81,7 @@ def test_flops_of_a_tower_are_those_that_torch_counts():
     with sdpa_kernel(SDPBackend.MATH), counter:
         labels = host_labels(ids.masked_fill(ids == model.config.image_token_id, -100))
         model(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16), labels=labels).loss.backward()
-    rows = Rows(count=2, length=12, slots=12, kept=24, num_targets=24)
+    rows = RowCounts(count=2, length=12, slots=12, kept=24, num_targets=24)
     # One position of the tower is its class, which becomes no token.
     flops = rows_flops(shape, rows, ()) + tower_flops(shape.tower, [4, 4], extra=1)
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -91,9 +91,9 @@ def test_a_micro_batch_in_numbers_is_as_the_plan_would_be():
     samples = [SampleSize(10, 4, (4,)), SampleSize(8, 3, ())]
     rows = rows_of_micro(samples, (0.5, 0.25), None)
     # 2 of the prompt, 1 of 4 of the image, 2 of 4 answers; 5 of the prompt and 2 of 3 answers.
-    assert rows == Rows(count=2, length=10, slots=7, kept=12, num_targets=4)
+    assert rows == RowCounts(count=2, length=10, slots=7, kept=12, num_targets=4)
     packed = rows_of_micro(samples, None, 20)
-    assert packed == Rows(count=1, length=18, slots=18, kept=18, num_targets=7)
+    assert packed == RowCounts(count=1, length=18, slots=18, kept=18, num_targets=7)
 
 
 @pytest.fixture(scope="module")
