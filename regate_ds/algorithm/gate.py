@@ -5,6 +5,7 @@ Shapes: B rows, T positions of a row, K slots of a row after the gate, R real sl
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from regate_ds.algorithm.plan import ElisionPlan
@@ -17,8 +18,11 @@ def keep(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
     """
     if not plan.moves_rows:
         return x_BTH
-    index_BK1 = plan.kept_BK.unsqueeze(-1)
-    return x_BTH.gather(1, index_BK1.expand(-1, -1, x_BTH.shape[-1]))
+    num_rows, num_tokens, hidden = x_BTH.shape
+    start_B1 = num_tokens * torch.arange(num_rows, device=x_BTH.device)[:, None]
+    # Unlike gather, index_select saves its index for the backward pass, and not the rows.
+    flat_K = (plan.kept_BK + start_B1).reshape(-1)
+    return x_BTH.reshape(-1, hidden).index_select(0, flat_K).view(num_rows, -1, hidden)
 
 
 def restore(x_BTH: Tensor, y_BKH: Tensor, plan: ElisionPlan) -> Tensor:

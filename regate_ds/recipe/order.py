@@ -1,18 +1,24 @@
 """The order in which a run sees its samples. The seed fixes it, so that compared runs share it.
 
 A step takes the next ``micro_batch * accumulation * world_size`` samples of the epoch's
-permutation; samples that do not fill a step at the end of an epoch are left out of that epoch.
+permutation; samples that do not fill a step at the end of an epoch are left out of that epoch. With
+costs, these samples are divided over ranks and micro-batches so that ranks have equally much to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from regate_ds.cost.balance import divide
+from regate_ds.cost.sampler import shuffled
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
+
+CostsByStep = Callable[[int], Sequence[float]]
+"""The cost of each sample of the data set, by the optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,8 @@ class Order:
     seed: int
     total_steps: int
     start_step: int = 0
+    costs: CostsByStep | None = None
+    """What each sample of the data set costs in a step; None divides samples in order."""
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -52,18 +60,27 @@ class Order:
         for step in range(self.start_step, self.total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != seen_epoch:
-                seen_epoch, permutation = epoch, self._permutation(epoch)
+                seen_epoch, permutation = epoch, shuffled(self.num_samples, self.seed, epoch)
             begin = step_in_epoch * self.samples_per_step
-            for micro in range(self.accumulation):
-                start = begin + (micro * self.world_size + self.rank) * self.micro_batch
-                yield permutation[start : start + self.micro_batch].tolist()
+            yield from self._own(step, permutation[begin : begin + self.samples_per_step].tolist())
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_samples, generator=generator)
+    def _own(self, step: int, numbers: list[int]) -> list[list[int]]:
+        """Return this rank's micro-batches of a step."""
+        if self.costs is not None:
+            costs = self.costs(step)
+            own = [float(costs[n]) for n in numbers]
+            division = divide(own, self.world_size, self.accumulation, equal=True)
+            return [[numbers[n] for n in micro] for micro in division[self.rank]]
+        starts = [
+            (micro * self.world_size + self.rank) * self.micro_batch
+            for micro in range(self.accumulation)
+        ]
+        return [numbers[start : start + self.micro_batch] for start in starts]
 
 
-def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
+def make_order(
+    config: RunConfig, num_samples: int, data: Process, costs: CostsByStep | None = None
+) -> Order:
     """Return a data rank's order of samples; its ``total_steps`` is the length of the run."""
     run = config.run
     order = Order(
@@ -74,5 +91,6 @@ def make_order(config: RunConfig, num_samples: int, data: Process) -> Order:
         world_size=data.world_size,
         seed=run.seed,
         total_steps=0,
+        costs=costs,
     )
     return replace(order, total_steps=run.steps or run.epochs * order.steps_per_epoch)

@@ -172,8 +172,21 @@ def totals(rows: Sequence[Row], gated_share: float) -> Row:
         "train_cpu_seconds": sum(row["cpu_seconds"] for row in rows),
         "step_seconds_dense": statistics.median(dense) if dense else None,
         "step_seconds_sparse": statistics.median(sparse) if sparse else None,
+        **_rates(rows),
         **({"teacher_seconds": sum(scored)} if scored else {}),
     }
+
+
+def _rates(rows: Sequence[Row]) -> Row:
+    """Return tokens and FLOPs a second, of what ran; FLOPs only if every row has them."""
+    seconds = sum(row["step_seconds"] for row in rows)
+    if not seconds:
+        return {}
+    found = {"tokens_per_second": sum(row["tokens_total"] for row in rows) / seconds}
+    if all("flops" in row for row in rows):
+        flops = sum(row["flops"] for row in rows)
+        found |= {"flops": flops, "flops_per_second": flops / seconds}
+    return found
 
 
 def _processed(rows: Sequence[Row], kind: str, gated_share: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regate_ds.adapters.huggingface.mlp import mlp_share
 from regate_ds.algorithm.batch import IMAGE, TokenBatch
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
@@ -24,9 +25,19 @@ from regate_ds.recipe.engines.base import Engine
 class StepFigures:
     """Measures one optimizer step after the other; ``mean_loss`` and ``row`` are collective."""
 
-    def __init__(self, engine: Engine, process: Process, data: Process) -> None:
-        """Take this process among all ranks, and among those that read different samples."""
+    def __init__(
+        self,
+        engine: Engine,
+        process: Process,
+        data: Process,
+        flops: Callable[[StepPlan | None, Sequence[TokenBatch]], float],
+    ) -> None:
+        """Take this process among all ranks, and among those that read different samples.
+
+        flops: those of a step's micro-batches on this data rank.
+        """
         self._engine, self._process, self._data = engine, process, data
+        self._flops = flops
         self._seen: list[TokenBatch] = []
         self._num_micro = 0
         self.must_stop = False
@@ -73,7 +84,9 @@ class StepFigures:
     def row(self, step: int, loss_mean: float) -> dict[str, Any]:
         """Return the step's row for the metrics file. Collective."""
         seconds, cpu_seconds = self.lap()
-        (cpu_mean,) = self._mean(torch.tensor([cpu_seconds], dtype=torch.float64)).tolist()
+        flops = self._flops(self._engine.plan(), self._seen[: self._num_micro])
+        own = torch.tensor([cpu_seconds, flops], dtype=torch.float64)
+        cpu_mean, flops_mean = self._mean(own).tolist()
         counts = self._counts()
         # An online teacher reads ahead: further batches belong to the next step.
         del self._seen[: self._num_micro]
@@ -83,6 +96,7 @@ class StepFigures:
             **counts,
             "step_seconds": seconds,
             "cpu_seconds": cpu_mean * self._process.world_size,
+            "flops": flops_mean * self._data.world_size,
             "grad_norm": self._engine.grad_norm(),
         }
 

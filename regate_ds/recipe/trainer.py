@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,8 @@ from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
 from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.choose import data_ranks, make_engine
 from regate_ds.recipe.estimate.plan_walk import walk_plan
+from regate_ds.recipe.estimate.ran import ran_flops, run_host, run_shape
+from regate_ds.recipe.estimate.sizes import costs_of
 from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
@@ -61,7 +64,8 @@ class Trainer:
         """What this rank is doing, for the others if it is lost."""
         self.data = data_ranks(config, process)
         require_one_data_set(corpus.index.fingerprint, process)
-        self.order = make_order(config, len(corpus.train_records), self.data)
+        costs = costs_of(config, corpus) if config.run.balance else None
+        self.order = make_order(config, len(corpus.train_records), self.data, costs)
         judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self._saved = self._find_saved()
@@ -78,7 +82,9 @@ class Trainer:
                 saved=self._saved,
             )
         )
-        self._figures = StepFigures(self.engine, process, self.data)
+        shape = run_shape(run_host(config))
+        flops = partial(ran_flops, shape, config.elision)
+        self._figures = StepFigures(self.engine, process, self.data, flops)
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint if the configuration says so."""

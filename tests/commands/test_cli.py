@@ -13,7 +13,7 @@ from regate_ds.recipe.evaluation import finished_run
 from regate_ds.recipe.reports import compare
 from regate_ds.recipe.tasks.digits import scenes as digits
 
-COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "doctor"]
+COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "estimate", "doctor"]
 
 CONFIG = """
 model: {path: student}
@@ -97,8 +97,8 @@ def test_comparing_prints_the_table(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_reads_its_own_arguments(monkeypatch):
     seen = []
     monkeypatch.setattr(bench, "main", seen.append)
-    assert cli.main(["bench", "--pairs", "3"]) == 0
-    assert seen == [["--pairs", "3"]]
+    assert cli.main(["bench", "step", "--json", "f", "tokens=3"]) == 0
+    assert seen == [["--json", "f", "tokens=3"]]
 
 
 def test_an_error_is_one_line_and_exit_code_1(config, capsys):

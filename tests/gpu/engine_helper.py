@@ -36,7 +36,13 @@ CONFIG = RegateConfig(schedule=ScheduleConfig(warmup=0, final_dense_share=0.0))
 
 
 def oracle(device: torch.device) -> Iterator[Check]:
-    yield Check("a step under ZeRO-2 through attach", "bf16", partial(zero2_step, device))
+    yield Check("a step under ZeRO-2 through attach", "bf16", partial(zero_step, device, 2))
+
+
+def zero(device: torch.device) -> Iterator[Check]:
+    for stage in (0, 1, 2, 3):
+        title = f"a step under ZeRO-{stage} through attach"
+        yield Check(title, "bf16", partial(zero_step, device, stage))
 
 
 def off(device: torch.device) -> Iterator[Check]:
@@ -50,7 +56,7 @@ def micro_batch() -> Batch:
     return Batch({"input_ids": ids_BT}, tokens)
 
 
-def zero2_step(device: torch.device) -> Measured:
+def zero_step(device: torch.device, stage: int) -> Measured:
     """Error of the gradients that DeepSpeed's optimizer is given, against one fp32 process.
 
     Allowed is twice the error of a bf16 process without an engine, and 2^-8, the rounding of one
@@ -61,7 +67,7 @@ def zero2_step(device: torch.device) -> Measured:
     wanted, alone = (planned_gradients(copy.deepcopy(m), device) for m in (high, low))
     own = relative_error(alone, wanted)
     before = [p.detach().clone() for p in low.parameters()]
-    found = engine_gradients(low, device)
+    found = engine_gradients(low, device, stage)
     after = list(low.parameters())
     moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     is_finite = all(bool(p.isfinite().all()) for p in after)
@@ -81,13 +87,13 @@ def planned_gradients(model: nn.Module, device: torch.device) -> Gradients:
     return gradients(model)
 
 
-def engine_gradients(model: nn.Module, device: torch.device) -> Gradients:
+def engine_gradients(model: nn.Module, device: torch.device, stage: int) -> Gradients:
     batch = micro_batch()
     join_alone(device)
     start_process()
     reference = RandomReference(index_of([batch.tokens]))
     regate = attach(model, CONFIG, total_steps=NUM_STEPS, reference=reference)
-    engine = start_engine(model, torch.bfloat16)
+    engine = start_engine(model, torch.bfloat16, stage)
     (window,) = regate.windows([batch], engine)
     (inputs,) = window
     engine.backward(regate.loss(engine(**inputs)))
@@ -98,12 +104,12 @@ def engine_gradients(model: nn.Module, device: torch.device) -> Gradients:
     return found
 
 
-def start_engine(model: nn.Module, dtype: torch.dtype) -> Any:
+def start_engine(model: nn.Module, dtype: torch.dtype, stage: int = 2) -> Any:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         # DeepSpeed 0.19.8 clips at 1.0 unless told otherwise.
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }

@@ -26,6 +26,10 @@ def oracle(device: torch.device) -> Iterator[Check | Skipped]:
     yield Skipped("ragged rows with Transformer Engine", why)
 
 
+megatron = oracle
+"""The part of its own has the same checks."""
+
+
 def step(device: torch.device, row_format: str) -> Measured:
     """Largest error of a gradient; the bounds of each are those of the tests on CPUs.
 

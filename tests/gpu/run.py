@@ -2,6 +2,10 @@
 
     python -m tests.gpu.run oracle        the method's arithmetic against slow, plain oracles
     python -m tests.gpu.run off           what is switched off changes nothing, bit for bit
+    python -m tests.gpu.run zero          a step under each ZeRO stage, on one rank
+    python -m tests.gpu.run megatron      a step of a Megatron-core model
+    python -m tests.gpu.run step          time, memory and waits of a step: `regate bench step`
+    python -m tests.gpu.run loss          the loss against plain logits and others' kernels
 
 Nothing is installed. What needs a package that is not there is left out, and said.
 """
@@ -43,19 +47,24 @@ class Section:
 
 ALGORITHM = Section("algorithm", "tests.gpu.algorithm_helper")
 ENGINE = Section("engine", "tests.gpu.engine_helper", ("transformers", "PIL", "deepspeed"))
+MEGATRON = Section("megatron", "tests.gpu.megatron_helper", ("megatron.core",))
 PARTS = {
     "oracle": (
         ALGORITHM,
         Section("decoders", "tests.gpu.decoder_helper", ("transformers",)),
         ENGINE,
         # Last: on a CPU it puts stand-ins for CUDA into torch.
-        Section("megatron", "tests.gpu.megatron_helper", ("megatron.core",)),
+        MEGATRON,
     ),
     "off": (
         ALGORITHM,
         Section("decoders", "tests.gpu.decoder_off_helper", ("transformers", "PIL")),
         ENGINE,
     ),
+    "zero": (ENGINE,),
+    "megatron": (MEGATRON,),
+    "step": (Section("step", "tests.gpu.step_helper", ("transformers",)),),
+    "loss": (Section("loss", "tests.gpu.loss_helper"),),
 }
 
 

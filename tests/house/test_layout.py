@@ -26,6 +26,7 @@ ROOMS = (
     "stores",
     "data",
     "families",
+    "cost",
     "teacher",
     "ranking",
     "open_step",

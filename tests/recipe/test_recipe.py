@@ -59,6 +59,14 @@ def test_train_eval_and_compare_work_from_the_command_line(corpus: Path):
     assert done.returncode == 0, done.stderr
     runs = json.loads((corpus / "table" / "compare.json").read_text())["runs"]
     assert runs["alone"]["tokens_processed"] > 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert runs["alone"]["flops"] == sum(row["flops"] for row in rows)
+    dense, sparse = (
+        sum(r["flops"] for r in rows if r["dense"] is kind)
+        / sum(r["tokens_total"] for r in rows if r["dense"] is kind)
+        for kind in (True, False)
+    )
+    assert 0 < sparse < dense
     assert (corpus / "table" / "accuracy_over_tokens.png").stat().st_size > 1000
 
 

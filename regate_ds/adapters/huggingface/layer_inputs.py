@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regate_ds.adapters.huggingface.attention import (
@@ -56,6 +57,9 @@ class ForwardPass:
         gathers = gathers and plan.moves_rows
         self.num_seen = 0
         """Number of the layers that have been given the plan."""
+        self._rotary_of: dict[int, tuple[Tensor, Tensor]] = {}
+        """What the host gave, by its id, and the same at kept positions: all layers share it, so
+        that the backward pass holds it once."""
         self.holds_kept_rows = False
         """Whether the decoder's stream holds kept rows only, at this moment of the pass."""
         self.ungated = ungated_attention_inputs(plan, host)
@@ -127,7 +131,12 @@ class ForwardPass:
         if given is None:
             return None
         if isinstance(given, Tensor):
-            return _rotary_at_kept(given, self.plan)
+            # A compiled layer would be compiled again for each change of the cache.
+            if torch.compiler.is_compiling():
+                return _rotary_at_kept(given, self.plan)
+            if id(given) not in self._rotary_of:
+                self._rotary_of[id(given)] = given, _rotary_at_kept(given, self.plan)
+            return self._rotary_of[id(given)][1]
         return tuple(self._rotary(one) for one in given)
 
     def _require_known(self, layer: nn.Module, given: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
-"""Benchmarks: CPU time of sparse and dense steps, and time and memory of the teacher's scoring.
+"""Benchmarks of a step and of the teacher's scoring: time, memory and transfers.
 
-They import the library and no other folder of the recipe. Start at `step.py`, which `regate bench`
-calls; `harness.py` has what the benchmarks share.
+Start at `step.py`, which `regate bench step` calls: `case.py` says what is measured, `arms.py` the
+rows, `huggingface.py`, `pipeline.py` and `megatron.py` run them, `timing.py` and `measures.py`
+take the figures, `table.py` shows them. They import the library, and of the recipe what reads YAML
+and what builds Megatron's decoder.
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes of a Llama, its samples, timing, and bytes of live tensors."""
+"""What the benchmarks share: sizes of a Llama, its samples, and timing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from regate_ds.algorithm.batch import IGNORE
@@ -63,40 +60,3 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], num_pairs: int) -> dict[
             if number > 0:
                 seconds[name].append(time.process_time() - begin)
     return seconds
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts, while it is entered, the bytes of live tensors that operators have made.
-
-    ``peak`` is the largest count after any operator. It leaves out memory that a kernel takes and
-    frees within itself, and tensors that were there before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        with self:
-            # In inference mode an operator that is made of others arrives undivided.
-            output = func.decompose(*args, **kwargs)
-        if output is not NotImplemented:
-            return output
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        output = func(*args, **kwargs)
-        for tensor in _tensors(output):
-            storage = tensor.untyped_storage()
-            # A view shares the storage of its source, so it adds no bytes.
-            if storage._cdata not in given:
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._made = {at: made for at, made in self._made.items() if not made[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
-        return output
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]

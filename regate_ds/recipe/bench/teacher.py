@@ -1,4 +1,4 @@
-"""`regate bench --teacher`: compare the teacher's scoring with a forward pass with full logits.
+"""`regate bench teacher`: compare the teacher's scoring with a forward pass with full logits.
 
 Time is process CPU seconds of passes that take turns. Memory is the bytes of live tensors at the
 peak of a pass, without the weights. The ratios hold for one run on one node.
@@ -6,9 +6,12 @@ peak of a pass, without the weights. The ratios hold for one run on one node.
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from regate_ds.recipe.bench.harness import LiveBytes, Sizes, interleaved, text_sample
+from regate_ds.recipe.bench.harness import Sizes, interleaved, text_sample
+from regate_ds.recipe.bench.measures import LiveBytes
 from regate_ds.teacher.scoring import score_samples
 
 
@@ -28,6 +32,20 @@ class TeacherCase(Sizes):
     num_samples: int = 1
     num_tokens: int = 2048
     num_pairs: int = 10
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the benchmark, print a table, and write JSON if asked."""
+    parser = ArgumentParser(prog="regate bench teacher", description=__doc__)
+    parser.add_argument("--pairs", type=int, default=TeacherCase.num_pairs, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    args = parser.parse_args(argv)
+    if args.pairs < 1:
+        parser.error(f"--pairs {args.pairs}: must be at least 1")
+    result = run_teacher_bench(TeacherCase(num_pairs=args.pairs))
+    print(teacher_table(result))
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def run_teacher_bench(case: TeacherCase) -> dict[str, Any]:

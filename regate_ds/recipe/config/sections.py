@@ -178,6 +178,11 @@ class RunSection:
     accumulation: int = 1
     """Micro-batches of one optimizer step on each data rank."""
 
+    balance: bool = False
+    """True divides a step's samples over ranks and micro-batches by what each costs in that step,
+    so that ranks have about equally much to do; false divides them in order. The samples are the
+    same."""
+
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations; bf16 keeps fp32 master weights."""
 

@@ -93,13 +93,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     ValueError is one line with the file, the key, its value and what is allowed.
     """
-    tree = _read_yaml(path)
-    for override in overrides:
-        _apply_override(tree, override)
+    tree = read_tree(path, overrides)
     try:
         return read_section(RunConfig, tree, where="")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def read_tree(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read a YAML file of sections, if one is given, and apply overrides.
+
+    ValueError for what is no such file, and for an override that is none.
+    """
+    tree = {} if path is None else _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
 
 
 def dump_config(config: RunConfig) -> str:

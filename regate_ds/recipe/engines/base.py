@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from regate_ds.adapters.computed import Computed
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
@@ -63,6 +64,10 @@ class Engine(Protocol):
 
     def end_step(self) -> None:
         """Let the method remember the step's losses. Collective."""
+        ...
+
+    def plan(self) -> StepPlan | None:
+        """Return the plan of the step run last, on this data rank; None if nothing is planned."""
         ...
 
     def counts(self) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.torch.loop import LoopRegate, Window
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config, zero_stage
@@ -80,6 +81,9 @@ class ZeroEngine:
 
     def end_step(self) -> None:
         self.regate.step(applied=self.engine.was_step_applied())
+
+    def plan(self) -> StepPlan | None:
+        return self.regate.plan
 
     def counts(self) -> dict[str, Any] | None:
         return None if self.regate.plan is None else self.regate.metrics()

@@ -98,6 +98,7 @@ def test_the_named_configurations_are_valid(path):
         ("elision.enabled=1", "elision.enabled=1: must be true or false"),
         ("elision={}x", "override 'elision={}x': '{}x' is not a YAML value"),
         ("elision=3", "elision=3: must hold keys"),
+        ("run.balance=1", "run.balance=1: must be true or false"),
         ("run.steps=1.5", "run.steps=1.5: must be a whole number"),
         ("run.steps=true", "run.steps=True: must be a whole number"),
         ("run.steps=0", "run.steps=0: must be at least 1, or null"),

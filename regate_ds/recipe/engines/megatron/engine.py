@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from regate_ds.adapters.megatron import MegatronRegate, attach
 from regate_ds.adapters.megatron.groups import group_device
+from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
@@ -165,6 +166,9 @@ class MegatronEngine:
 
     def end_step(self) -> None:
         self.regate.step(applied=self._last.applied)
+
+    def plan(self) -> StepPlan | None:
+        return self.regate.plan
 
     def counts(self) -> dict[str, Any] | None:
         return None if self.regate.plan is None else self.regate.metrics()
