@@ -46,9 +46,11 @@ def print_error(command: str, error: BaseException) -> None:
 def one_line(error: BaseException) -> str:
     """Return the error's message without line breaks, or its type if it has no message."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno in _FULL and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        # A write into a file that was opened before does not say which.
+        what = "a file of this job" if error.filename is None else error.filename
         again = "make room there, then give the same command again"
-        return f"there is no room for {error.filename} ({error.strerror}); {again}"
+        return f"there is no room for {what} ({error.strerror}); {again}"
     return text or f"{type(error).__name__} without a message; --debug shows where"
 
 

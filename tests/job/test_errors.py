@@ -56,9 +56,10 @@ def test_an_error_without_words_is_named(monkeypatch, capsys):
     assert "RuntimeError without a message" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_told_with_what_to_do(capsys):
-    print_error("teacher", OSError(errno.ENOSPC, "No space left on device", "out/manifest.json"))
+@pytest.mark.parametrize("name", ["out/manifest.json", None])
+def test_a_full_disk_is_told_with_what_to_do(capsys, name):
+    print_error("teacher", OSError(errno.ENOSPC, "No space left on device", name))
     assert capsys.readouterr().err == (
-        "regate teacher: there is no room for out/manifest.json (No space left on device); make "
-        "room there, then give the same command again\n"
+        f"regate teacher: there is no room for {name or 'a file of this job'} (No space left on "
+        "device); make room there, then give the same command again\n"
     )

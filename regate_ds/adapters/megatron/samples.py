@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.batch import IGNORE, TokenBatch, number_runs
 from regate_ds.data.keyed import KEY
 
 
@@ -86,7 +86,8 @@ def read_tokens(
         _require_causal(item["attention_mask"].cpu(), _is_used(labels_BT))
     image_BT = None
     if isinstance(image, RepeatedTokens):
-        image_BT = image_runs(_ids_of(item), image)
+        # Images of Qwen-VL never touch, as each has tokens around it.
+        image_BT = number_runs(torch.isin(_ids_of(item), torch.tensor(image.ids)))
     elif image is not None:
         ids_BS = _ids_of(item)
         labels_BT = with_images(labels_BT, ids_BS, image)
@@ -151,16 +152,6 @@ def image_numbers(ids_BS: Tensor, image: ImageTokens, num_positions: int) -> Ten
     token_BT = torch.searchsorted(end_BS, position_BT, right=True)
     number_BS = (is_image_BS.long().cumsum(1) - 1).masked_fill(~is_image_BS, -1)
     return torch.nn.functional.pad(number_BS, (0, 1), value=-1).gather(1, token_BT)
-
-
-def image_runs(ids_BT: Tensor, image: RepeatedTokens) -> Tensor:
-    """Number the images of each row: each run of their tokens is one; -1 at other positions.
-
-    Images of Qwen-VL never touch, as each has tokens around it.
-    """
-    is_image_BT = torch.isin(ids_BT, torch.tensor(image.ids))
-    starts_BT = is_image_BT & ~torch.nn.functional.pad(is_image_BT[:, :-1], (1, 0))
-    return (starts_BT.long().cumsum(1) - 1).masked_fill(~is_image_BT, -1)
 
 
 class TeacherItems(Dataset[dict[str, Any]]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ TAR = ".tar"
 
 ENERGON = ".nv-meta"
 """Folder in which Megatron-Energon keeps what it knows of a folder of shards."""
+
+COLUMNS = ("column_names", "column_encodings", "column_sizes")
+"""What MosaicML's index says of a shard's columns: three lists of one length."""
 
 _SPLITS = "split.yaml"
 _INDEX = "index.json"
@@ -48,8 +50,7 @@ def data_shards(path: Path) -> list[Path]:
     if (folder / ENERGON / _SPLITS).is_file():
         return _existing(_of_split(path, folder), folder, folder / ENERGON / _SPLITS)
     if _is_mds(path):
-        names = [shard["raw_data"]["basename"] for shard in read_index(path)]
-        return _existing(names, path, path / _INDEX)
+        return _existing([*read_index(path)], path, path / _INDEX)
     return sorted(each for each in path.glob(f"*{TAR}") if not each.name.startswith("."))
 
 
@@ -61,7 +62,7 @@ def described_by(path: Path) -> list[Path]:
 
 
 def left_out(path: Path) -> frozenset[str]:
-    """Return the samples that Energon excludes, as "shard/key"."""
+    """Return the samples that Energon excludes, as "folder/shard/key"."""
     splits = folder_of_shards(path) / ENERGON / _SPLITS
     if path.suffix == TAR or not splits.is_file():
         return frozenset()
@@ -69,22 +70,26 @@ def left_out(path: Path) -> frozenset[str]:
     return frozenset(one for name in named for one in _expanded(name))
 
 
-@cache
-def _read_index(text: str) -> Any:
-    return json.loads(text)
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what MosaicML's index says of each shard, by its file's name, in order.
 
-
-def read_index(folder: Path) -> list[dict[str, Any]]:
-    """Return what MosaicML's index says of each shard. ValueError if one cannot be read here."""
-    shards: list[dict[str, Any]] = _read_index((folder / _INDEX).read_text("utf-8"))["shards"]
-    for shard in shards:
-        if shard["format"] != "mds" or shard["compression"] is not None:
-            kind = f"format={shard['format']!r}, compression={shard['compression']!r}"
-            raise ValueError(
-                f"{folder / _INDEX} has shards of {kind}, which are not read; write them by "
-                "MDSWriter without compression"
-            )
-    return shards
+    ValueError if it is no such index, or one of shards that are not read here.
+    """
+    path, found = folder / _INDEX, dict[str, dict[str, Any]]()
+    try:
+        for shard in json.loads(path.read_text("utf-8"))["shards"]:
+            if shard["format"] != "mds" or shard["compression"] is not None:
+                kind = f"format={shard['format']!r}, compression={shard['compression']!r}"
+                raise ValueError(
+                    f"{path} has shards of {kind}, which are not read; write them by MDSWriter "
+                    "without compression"
+                )
+            found[shard["raw_data"]["basename"]] = {key: shard[key] for key in COLUMNS}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no index of MDSWriter ({type(error).__name__}: {error}); write it again"
+        ) from error
+    return found
 
 
 def _is_mds(path: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from regate_ds.data.llava.records import Cause
-from regate_ds.data.shards.folder import read_index
+from regate_ds.data.shards.folder import COLUMNS
 
 _WORD = 4
 """Bytes of a number in a shard."""
@@ -27,30 +27,40 @@ def samples_in_mds(path: Path) -> Iterator[tuple[str, int, int]]:
     ValueError if the file is shorter than it says.
     """
     with path.open("rb") as file:
-        count = int(np.frombuffer(file.read(_WORD), np.uint32)[0])
-        places = np.frombuffer(file.read(_WORD * (count + 1)), np.uint32).tolist()
-    if len(places) != count + 1 or places[-1] != path.stat().st_size:
+        count = int.from_bytes(file.read(_WORD), "little")
+        found = file.read(_WORD * (count + 1))
+    places = np.frombuffer(found, np.uint32, len(found) // _WORD).tolist()
+    if [len(places), *places[-1:]] != [count + 1, path.stat().st_size] or places != sorted(places):
         raise ValueError(f"{path} is not whole; fetch it again")
     for number, (start, end) in enumerate(zip(places, places[1:])):
         yield str(number), start, end
 
 
-def read_mds_sample(content: bytes, shard: Path) -> Any:
-    """Return the raw record of a sample's bytes; a Cause if a column cannot be read."""
-    (about,) = (a for a in read_index(shard.parent) if a["raw_data"]["basename"] == shard.name)
-    names, encodings, sizes = (about[f"column_{what}"] for what in ("names", "encodings", "sizes"))
-    given = iter(np.frombuffer(content, np.uint32, sum(not size for size in sizes)).tolist())
-    begin, record = _WORD * sum(not size for size in sizes), {}
-    for name, encoding, fixed in zip(names, encodings, sizes, strict=True):
-        end = begin + (fixed or next(given))
+def read_mds_sample(content: bytes, about: dict[str, Any]) -> Any:
+    """Return the raw record of a sample's bytes; a Cause if a column cannot be read.
+
+    about: the index's word on the shard's columns, by ``COLUMNS``.
+    """
+    names, encodings, fixed = (about[key] for key in COLUMNS)
+    num_given = sum(not size for size in fixed)
+    num_there = min(num_given, len(content) // _WORD)
+    given = iter(np.frombuffer(content, np.uint32, num_there).tolist())
+    sizes = [size or next(given, 0) for size in fixed]
+    ends = np.cumsum([_WORD * num_given, *sizes]).tolist()
+    if ends[-1] != len(content):
+        return Cause(f"has {len(content)} bytes, where its columns have {ends[-1]}")
+    record: dict[str, Any] = {}
+    for name, encoding, start, end in zip(names, encodings, ends[:-1], ends[1:], strict=True):
         read = _READERS.get(encoding)
         if read is None:
             known = ", ".join(_READERS)
             return Cause(
                 f"column {name!r} has the encoding {encoding!r}, which is not read; use {known}"
             )
-        record[name] = read(content[begin:end])
-        begin = end
+        try:
+            record[name] = read(content[start:end])
+        except (ValueError, RecursionError) as error:
+            return Cause(f"column {name!r} is no {encoding} ({error})")
     return record
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from regate_ds.data.shards.folder import TAR, data_shards, left_out
+from regate_ds.data.shards.folder import TAR, data_shards, folder_of_shards, left_out, read_index
 from regate_ds.data.shards.mds import read_mds_sample, samples_in_mds
 from regate_ds.data.shards.tar import read_tar_sample, samples_in_tar
 
@@ -25,9 +25,10 @@ def find_samples(path: Path) -> np.ndarray:
     """
     places, base, gone = array("q"), 0, left_out(path)
     for shard in data_shards(path):
+        inside = shard.relative_to(folder_of_shards(path)).as_posix()
         samples = samples_in_tar(shard) if shard.suffix == TAR else samples_in_mds(shard)
         for name, start, end in samples:
-            if not gone or f"{shard.name}/{name}" not in gone:
+            if not gone or f"{inside}/{name}" not in gone:
                 places.extend((base + start, base + end))
         base += shard.stat().st_size
     if not places:
@@ -57,8 +58,13 @@ class ShardRecords:
             content = os.pread(handle, end - start, begin)
         finally:
             os.close(handle)
-        is_tar = files[which].suffix == TAR
-        return read_tar_sample(content) if is_tar else read_mds_sample(content, files[which])
+        if files[which].suffix == TAR:
+            return read_tar_sample(content)
+        return read_mds_sample(content, self._columns[files[which].name])
+
+    @cached_property
+    def _columns(self) -> dict[str, dict[str, Any]]:
+        return read_index(self.path)
 
     @cached_property
     def _shards(self) -> tuple[list[Path], np.ndarray]:

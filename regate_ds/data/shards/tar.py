@@ -16,16 +16,18 @@ from typing import Any
 from regate_ds.data.llava.records import Cause
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
+_NUMBERED = re.compile(r"([^0-9]*)([0-9]+)\.[^.]+")
 _META = re.compile(r"__[^/]*__($|/)")
 _IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 _FIELDS = ("image", "images")
 _BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 2048 * _BLOCK
 
 
 def samples_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
     """Yield the name of each sample of a shard, and where its members begin and end.
 
-    ValueError if it is no tar file, or a compressed one.
+    ValueError if it is no tar file, a compressed or a damaged one, or several behind one another.
     """
     name, start, end = None, 0, 0
     try:
@@ -41,12 +43,29 @@ def samples_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
                         yield name, start, end
                     name, start = found[0], member.offset
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+            stop = file.offset
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} cannot be read as a tar file without compression ({error}); write it again"
         ) from error
+    _require_end(path, stop)
     if name is not None:
         yield name, start, end
+
+
+def _require_end(path: Path, stop: int) -> None:
+    """Refuse, by ValueError, a tar file that has more than zeros behind its last member.
+
+    ``tarfile`` takes a header that it cannot read for the end.
+    """
+    with path.open("rb") as file:
+        file.seek(stop)
+        while chunk := file.read(_CHUNK):
+            if any(chunk):
+                raise ValueError(
+                    f"{path} has more behind byte {stop}, where its members end: it is damaged, or "
+                    "several tar files behind one another; write it again"
+                )
 
 
 def read_tar_sample(content: bytes) -> Any:
@@ -56,6 +75,8 @@ def read_tar_sample(content: bytes) -> Any:
         for member in file:
             if (found := _parts(member)) is not None:
                 name, field = found
+                if field in fields:
+                    return Cause(f"{name} has .{field} twice; give each member a name of its own")
                 fields[field] = file.extractfile(member).read()  # type: ignore[union-attr]
     if "json" not in fields:
         return Cause(f"{name} has no .json, but {', '.join(fields)}; its record belongs there")
@@ -76,7 +97,7 @@ def _with_images(record: dict[str, Any], name: str, fields: dict[str, bytes]) ->
         return Cause(f"{name} has .{others[0]}, which is not read; leave it out of the shards")
     given = [field for field in _FIELDS if record.get(field) not in (None, [], "")]
     if not given:
-        return {**record, "images": _inline(fields, name)} if fields else record
+        return {**record, "images": _inline(_in_order(fields), name)} if fields else record
     # The record names its images; what is no member is a file beside the shards.
     members = {**fields, **{f"{name}.{field}": one for field, one in fields.items()}}
     members |= {each.rpartition("/")[2]: one for each, one in members.items()}
@@ -88,6 +109,15 @@ def _with_images(record: dict[str, Any], name: str, fields: dict[str, bytes]) ->
     if unused:
         return Cause(f"{name} has .{unused[0]}, which its record does not name")
     return record
+
+
+def _in_order(fields: dict[str, bytes]) -> dict[str, bytes]:
+    """Return numbered images by their numbers: who sorts their names writes 10 before 2."""
+    found = [_NUMBERED.fullmatch(field) for field in fields]
+    prefixes = {one and one.group(1) for one in found}
+    if None in prefixes or len(prefixes) > 1:
+        return fields
+    return dict(sorted(fields.items(), key=lambda one: int(_NUMBERED.sub(r"\2", one[0]))))
 
 
 def _inline(fields: dict[str, bytes], name: str) -> list[dict[str, Any]]:

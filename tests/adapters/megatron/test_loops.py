@@ -196,7 +196,7 @@ def bridged(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(sys.modules, "megatron.bridge", bare)
     loop: Any = bare.training  # type: ignore[attr-defined]
-    loop.train.get_forward_backward_func = lambda pp_size, vp_size: None
+    loop.train.get_forward_backward_func = lambda pp_size, vp_size: lambda **arguments: None
     loop.callbacks.Callback = type("Callback", (), {})
 
     def provider(num_samples: list[int], config: Any, tokenizer: Any = None) -> Any:
@@ -249,7 +249,6 @@ def test_each_run_of_an_images_tokens_is_an_image():
 
 def test_bridges_callback_ends_steps(bridged, attaching, monkeypatch):
     train = bridged.training.train
-    train.get_forward_backward_func = lambda pp_size, vp_size: lambda **arguments: None
     host = train.get_forward_backward_func
     heard = told(monkeypatch)
     checkpoint = SimpleNamespace(save="ckpt", load="ckpt", async_save=True)
@@ -269,6 +268,12 @@ def test_bridges_callback_ends_steps(bridged, attaching, monkeypatch):
     assert attaching.loaded == [Path("ckpt/iter_0000005")]
     assert heard == [False, Path("ckpt/iter_0000005")]
     assert train.get_forward_backward_func is host
+
+
+def test_a_run_without_bridges_callback_is_refused(bridged):
+    train = bridged.training.train
+    with bridge.installed_in_bridge(SETTINGS), pytest.raises(RuntimeError, match="pass callbacks="):
+        train.get_forward_backward_func(1, None)(model="m")
 
 
 def test_evaluation_is_the_hosts_own():

@@ -14,9 +14,12 @@ from regate_ds.data.llava.formats.sources import Sources
 from regate_ds.data.llava.parse import Parser
 from regate_ds.data.llava.raw import data_files, find_places, image_root_of, open_raw, require_data
 from regate_ds.data.llava.records import Cause, Record
-from regate_ds.data.shards.folder import data_shards, is_shards
+from regate_ds.data.shards.folder import data_shards, is_shards, read_index
+from regate_ds.data.shards.mds import read_mds_sample
 from regate_ds.data.shards.records import ShardRecords, find_samples
+from regate_ds.data.shards.tar import samples_in_tar
 from tests.data.shards.shards_helper import (
+    picture,
     records_of,
     rows,
     samples,
@@ -88,6 +91,14 @@ def test_energons_folder_has_splits_and_leaves_samples_out(tmp_path: Path):
     assert [record.id for record in records_of(tmp_path / "val")] == ["id6"]
     assert data_files(tmp_path / "val") == [splits, tmp_path / "shard-003.tar"]
     assert image_root_of(tmp_path / "val") == tmp_path
+    (tmp_path / "part").mkdir()
+    (tmp_path / "shard-000.tar").rename(tmp_path / "part" / "shard-000.tar")
+    splits.write_text(
+        "split_parts: {train: [part/shard-000.tar, shard-001.tar], val: [shard-003.tar]}\n"
+        "exclude: [part/shard-000.tar/0000, shard-000.tar/0001]\n"
+    )
+    named = [record.id for record in records_of(tmp_path / "train")]
+    assert named == ["id1", "id2", "id3"]
     for path in (tmp_path, tmp_path / "dev"):
         with pytest.raises(ValueError, match=r"has the splits train, val; name one of .*/train"):
             require_data(path)
@@ -139,7 +150,21 @@ def test_files_beside_the_shards_may_be_named(tmp_path: Path):
             lambda folder: (folder / "a.tar").write_bytes(b""),
             "cannot be read as a tar file|without",
         ),
+        (lambda folder: spoiled(folder), r"a.tar has more behind byte \d+, where its members end"),
+        (lambda folder: spoiled(folder, keep=100), "a.tar has more behind byte"),
+        (lambda folder: twice(folder), "several tar files behind one another; write it again"),
         (lambda folder: cut(folder), "shard.00001.mds is not whole; fetch it again"),
+        (lambda folder: cut(folder, keep=0), "shard.00001.mds is not whole"),
+        (lambda folder: cut(folder, keep=2), "shard.00001.mds is not whole"),
+        (lambda folder: cut(folder, keep=9), "shard.00001.mds is not whole"),
+        (
+            lambda folder: (folder / "index.json").write_text('{"shards": [{}]}'),
+            "index.json is no index of MDSWriter .*format",
+        ),
+        (
+            lambda folder: (folder / "index.json").write_text('{"shards"'),
+            "index.json is no index of MDSWriter .*write it again",
+        ),
         (lambda folder: forget(folder), "names the shard .*shard.00001.mds, which is not there"),
         (
             lambda folder: compressed(folder),
@@ -153,10 +178,25 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path, write: Any, messag
         find_places(tmp_path)
 
 
-def cut(folder: Path) -> None:
+def spoiled(folder: Path, keep: int | None = None) -> None:
+    """Write a tar file with a bit of its second sample's first header changed, or cut off there."""
+    (path,) = write_tars(folder, samples(2))
+    path = path.rename(folder / "a.tar")
+    start = list(samples_in_tar(path))[1][1]
+    content = bytearray(path.read_bytes())
+    content[start + 1] ^= 1
+    path.write_bytes(content if keep is None else content[: start + keep])
+
+
+def twice(folder: Path) -> None:
+    (path,) = write_tars(folder, samples(2))
+    path.write_bytes(2 * path.read_bytes())
+
+
+def cut(folder: Path, keep: int = -3) -> None:
     write_mds(folder, rows())
     path = folder / "shard.00001.mds"
-    path.write_bytes(path.read_bytes()[:-3])
+    path.write_bytes(path.read_bytes()[:keep])
 
 
 def forget(folder: Path) -> None:
@@ -178,3 +218,51 @@ def test_a_column_that_cannot_be_read_is_named(tmp_path: Path):
     found = open_raw(tmp_path, find_places(tmp_path))[0]
     assert isinstance(found, Cause)
     assert "column 'number' has the encoding 'pkl', which is not read; use str" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cause"),
+    [
+        (b'"answer 0"', b'"answer 0 ', "column 'conversations' is no json (Unterminated string"),
+        ("é0".encode(), b"\xff\xff0", "column 'id' is no str ('utf-8' codec can't decode"),
+    ],
+)
+def test_a_column_that_is_damaged_makes_a_bad_record(
+    tmp_path: Path, old: bytes, new: bytes, cause: str
+):
+    write_mds(tmp_path, rows())
+    path = tmp_path / "shard.00000.mds"
+    assert path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+    raw = open_raw(tmp_path, find_places(tmp_path))
+    found = raw[0]
+    assert isinstance(found, Cause)
+    assert str(found).startswith(cause)
+    assert isinstance(raw[1], dict)
+
+
+def test_columns_that_do_not_fill_their_sample_make_a_bad_record(tmp_path: Path):
+    write_mds(tmp_path, rows())
+    about = read_index(tmp_path)["shard.00000.mds"]
+    for content in (b"", b"\1\0\0", bytes(12), bytes(21)):
+        found = read_mds_sample(content, about)
+        assert str(found) == f"has {len(content)} bytes, where its columns have 20"
+
+
+def test_numbered_images_stand_in_the_order_of_their_numbers(tmp_path: Path):
+    """webdataset's writer sorts fields by their names, so that 10 comes before 2."""
+    fields = {f"{number}.png": picture(4 + number) for number in range(12)}
+    talked = json.dumps({"conversations": talk(0, 12)}).encode()
+    with webdataset.ShardWriter(str(tmp_path / "%02d.tar"), verbose=0) as writer:
+        writer.write({"__key__": "a", "json": talked, **fields})
+    assert told(records_of(tmp_path)) == told(wanted([list(fields.values())]))
+
+
+def test_a_member_that_stands_twice_makes_a_bad_record(tmp_path: Path):
+    (path,) = write_tars(tmp_path, samples(1))
+    start, end = find_samples(path)[0].tolist()
+    content = path.read_bytes()
+    path.write_bytes(content[start:end] + content[start:])
+    found = open_raw(path, find_places(path))[0]
+    assert isinstance(found, Cause)
+    assert str(found) == "0000 has .json twice; give each member a name of its own"

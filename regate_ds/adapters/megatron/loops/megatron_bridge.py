@@ -37,16 +37,26 @@ def installed_in_bridge(
 
     A run that goes on at a step of a checkpoint goes on there with schedule and difficulty, too.
 
-    ValueError at the start of training if checkpoints are saved asynchronously.
+    ValueError at the start of training if checkpoints are saved asynchronously; RuntimeError if the
+    callback was not passed.
     """
     from megatron.bridge.training import pretrain, train
     from megatron.bridge.training.callbacks import Callback
 
     states: list[Any] = []
+
+    def state() -> Any:
+        if not states:
+            raise RuntimeError(
+                "training began without the callback of installed_in_bridge, which ends its steps; "
+                "pass callbacks=[callback]"
+            )
+        return states[-1]
+
     host_facts = HostFacts(
-        total_steps=lambda: int(states[-1].cfg.train.train_iters),
-        resume=lambda: _loaded_checkpoint(states[-1]),
-        image=lambda: _repeated_tokens(states[-1].cfg.model),
+        total_steps=lambda: int(state().cfg.train.train_iters),
+        resume=lambda: _loaded_checkpoint(state()),
+        image=lambda: _repeated_tokens(state().cfg.model),
     )
     deferred = DeferredAttach(settings, host_facts, tokens=tokens)
     host, host_data = train.get_forward_backward_func, pretrain.get_dataset_provider
