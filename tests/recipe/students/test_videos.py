@@ -20,7 +20,7 @@ from regate_ds.data.chat.vision import ProcessorVision
 from regate_ds.data.collate import Batch, Collator, SampleDataset
 from regate_ds.data.llava.media import Video
 from regate_ds.data.llava.records import Record
-from regate_ds.recipe.rank_job import _images_by_file
+from regate_ds.recipe.rank_job import _Files
 from regate_ds.recipe.students.processor import chat_encoder
 from tests.families.rows import attached
 from tests.families.zoo.cases import Case
@@ -109,4 +109,4 @@ def test_a_run_trains_and_answers_on_videos(name: str, tmp_path: Path):
 def test_a_ranking_of_a_corpus_with_videos_is_refused():
     corpus: Any = SimpleNamespace(train_records=records_of("qwen2_vl"))
     with pytest.raises(ValueError, match=r"mine.json, record \d, has a video"):
-        _images_by_file(corpus)
+        _Files(corpus)
