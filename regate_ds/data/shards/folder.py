@@ -15,7 +15,7 @@ TAR = ".tar"
 ENERGON = ".nv-meta"
 """Folder in which Megatron-Energon keeps what it knows of a folder of shards."""
 
-COLUMNS = ("column_names", "column_encodings", "column_sizes")
+SHARD_COLUMNS = ("column_names", "column_encodings", "column_sizes")
 """What MosaicML's index says of a shard's columns: three lists of one length."""
 
 _SPLITS = "split.yaml"
@@ -84,7 +84,7 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
                     f"{path} has shards of {kind}, which are not read; write them by MDSWriter "
                     "without compression"
                 )
-            found[shard["raw_data"]["basename"]] = {key: shard[key] for key in COLUMNS}
+            found[shard["raw_data"]["basename"]] = {key: shard[key] for key in SHARD_COLUMNS}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no index of MDSWriter ({type(error).__name__}: {error}); write it again"

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from regate_ds.data.llava.records import Cause
-from regate_ds.data.shards.folder import COLUMNS
+from regate_ds.data.shards.folder import SHARD_COLUMNS
 
 _WORD = 4
 """Bytes of a number in a shard."""
@@ -39,9 +39,9 @@ def samples_in_mds(path: Path) -> Iterator[tuple[str, int, int]]:
 def read_mds_sample(content: bytes, about: dict[str, Any]) -> Any:
     """Return the raw record of a sample's bytes; a Cause if a column cannot be read.
 
-    about: the index's word on the shard's columns, by ``COLUMNS``.
+    about: the index's word on the shard's columns, by ``SHARD_COLUMNS``.
     """
-    names, encodings, fixed = (about[key] for key in COLUMNS)
+    names, encodings, fixed = (about[key] for key in SHARD_COLUMNS)
     num_given = sum(not size for size in fixed)
     num_there = min(num_given, len(content) // _WORD)
     given = iter(np.frombuffer(content, np.uint32, num_there).tolist())

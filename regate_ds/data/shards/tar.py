@@ -20,8 +20,7 @@ _NUMBERED = re.compile(r"([^0-9]*)([0-9]+)\.[^.]+")
 _META = re.compile(r"__[^/]*__($|/)")
 _IMAGES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
 _FIELDS = ("image", "images")
-_BLOCK = tarfile.BLOCKSIZE
-_CHUNK = 2048 * _BLOCK
+_CHUNK = 1 << 20
 
 
 def samples_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -42,7 +41,7 @@ def samples_in_tar(path: Path) -> Iterator[tuple[str, int, int]]:
                     if name is not None:
                         yield name, start, end
                     name, start = found[0], member.offset
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                end = file.offset
             stop = file.offset
     except tarfile.TarError as error:
         raise ValueError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,18 @@ def test_a_member_that_stands_twice_makes_a_bad_record(tmp_path: Path):
     found = open_raw(path, find_places(path))[0]
     assert isinstance(found, Cause)
     assert str(found) == "0000 has .json twice; give each member a name of its own"
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
+def test_a_member_with_holes_ends_where_the_file_has_it(tmp_path: Path):
+    for name in ("0.json", "1.json"):
+        (tmp_path / name).write_text(json.dumps(talk(int(name[0]))))
+    with (tmp_path / "0.png").open("wb") as file:
+        file.truncate(1 << 20)
+    words = ["tar", "-S", "--format=gnu", "-cf", "s.tar", "0.json", "0.png", "1.json"]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    path = tmp_path / "s.tar"
+    assert path.stat().st_size < 1 << 20
+    raw = open_raw(path, find_places(path))
+    assert [record["conversations"] for record in (raw[0], raw[1])] == [talk(0), talk(1)]
+    assert len(raw[0]["images"][0]["bytes"]) == 1 << 20
