@@ -85,10 +85,7 @@ VENVS := .venv-streams
 $(VENVS)/ready: | $(READY)
 	$(BIN)/python -m venv $(VENVS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VENVS)/lib/python*/site-packages)/main.pth
-	$(VENVS)/bin/pip install --quiet --no-deps mosaicml-streaming==0.13.0 megatron-energon==7.4.1
-	$(VENVS)/bin/pip install --quiet brotli python-snappy 'xxhash<4' zstd boto3 'catalogue<3' braceexpand click filetype \
-		mfusepy multi-storage-client rapidyaml s3fs paramiko google-cloud-storage 'oci<3' azure-storage-blob \
-		azure-storage-file-datalake azure-identity
+	$(VENVS)/bin/pip install --quiet --no-deps -r tests/data/shards/packages.txt
 	@touch $@
 
 test-streams: $(VENVS)/ready
