@@ -89,7 +89,8 @@ $(VENVS)/ready: | $(READY)
 	@touch $@
 
 test-streams: $(VENVS)/ready
-	PYTHONPATH=. $(TEST_ENV) $(VENVS)/bin/python -m pytest -q --noconftest tests/data/shards/real_packages.py tests/recipe/shards_runs.py
+	PYTHONPATH=. $(TEST_ENV) $(VENVS)/bin/python -m pytest -q --noconftest tests/data/shards/real_packages.py
+	PYTHONPATH=. $(TEST_ENV) $(VENVS)/bin/python -m pytest -q --noconftest tests/recipe/shards_runs.py
 
 # Megatron-Bridge without its dependencies for CUDA, for which regate_ds/adapters/megatron_on_cpu/bridge.py stands in.
 BRIDGE_NEEDS := transformers==5.12.1 megatron-core==0.19.2 'megatron-energon~=6.0' 'diffusers>=0.36' accelerate datasets \
