@@ -15,7 +15,10 @@ from torch.utils.hooks import RemovableHandle
 class Attachment:
     """Everything replaced on one model. It never changes the name of a parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_displace: Callable[[Any], bool] = lambda _: False) -> None:
+        """may_displace: whether a method that a host has put on an instance may be replaced there,
+        until ``remove`` puts it back."""
+        self._may_displace = may_displace
         self._restores: list[Callable[[], None]] = []
 
     def rebind_forward(self, module: nn.Module, forward: Callable[..., Any], **bound: Any) -> None:
@@ -24,8 +27,8 @@ class Attachment:
         bound: keyword arguments that every call of ``forward`` gets.
 
         RuntimeError if the instance's forward is already replaced, by another than accelerate,
-        which moves inputs to a device; all earlier replacements of this attachment are then
-        removed.
+        which moves inputs to a device, or what may be displaced; all earlier replacements of this
+        attachment are then removed.
         """
         self.rebind(module, "forward", forward, **bound)
 
@@ -33,34 +36,9 @@ class Attachment:
         self, module: nn.Module, name: str, method: Callable[..., Any], **bound: Any
     ) -> None:
         """Replace another method of the module, in the same way."""
-        self._rebind(module, name, method, _is_accelerates, bound)
-
-    def displace(
-        self,
-        module: nn.Module,
-        name: str,
-        method: Callable[..., Any],
-        *,
-        is_known: Callable[[Any], bool],
-        **bound: Any,
-    ) -> None:
-        """Replace a method also where a host has put its own on the instance; ``remove`` puts that
-        back.
-
-        is_known: whether what is there is what may be displaced. RuntimeError if it is not.
-        """
-        self._rebind(module, name, method, lambda f: is_known(f) or _is_accelerates(f), bound)
-
-    def _rebind(
-        self,
-        module: nn.Module,
-        name: str,
-        method: Callable[..., Any],
-        may_displace: Callable[[Any], bool],
-        bound: dict[str, Any],
-    ) -> None:
         displaced = vars(module).get(name)
-        if displaced is not None and not may_displace(displaced):
+        known = (_is_accelerates, self._may_displace)
+        if displaced is not None and not any(is_known(displaced) for is_known in known):
             self.remove()
             raise RuntimeError(
                 f"{type(module).__name__}.{name} is already replaced on this model; "

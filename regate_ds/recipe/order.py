@@ -16,6 +16,8 @@ from regate_ds.cost.balance import divide
 from regate_ds.cost.sampler import shuffled
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.corpus import Corpus
+from regate_ds.recipe.estimate.sizes import costs_of
 
 CostsByStep = Callable[[int], Sequence[float]]
 """The cost of each sample of the data set, by the optimizer step."""
@@ -78,19 +80,18 @@ class Order:
         return [numbers[start : start + self.micro_batch] for start in starts]
 
 
-def make_order(
-    config: RunConfig, num_samples: int, data: Process, costs: CostsByStep | None = None
-) -> Order:
+def make_order(config: RunConfig, corpus: Corpus, data: Process) -> Order:
     """Return a data rank's order of samples; its ``total_steps`` is the length of the run."""
     run = config.run
     order = Order(
-        num_samples=num_samples,
+        num_samples=len(corpus.train_records),
         micro_batch=run.micro_batch,
         accumulation=run.accumulation,
         rank=data.rank,
         world_size=data.world_size,
         seed=run.seed,
         total_steps=0,
-        costs=costs,
     )
-    return replace(order, total_steps=run.steps or run.epochs * order.steps_per_epoch)
+    total_steps = run.steps or run.epochs * order.steps_per_epoch
+    costs = costs_of(config, corpus, total_steps) if run.balance else None
+    return replace(order, total_steps=total_steps, costs=costs)

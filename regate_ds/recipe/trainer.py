@@ -26,7 +26,6 @@ from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.choose import data_ranks, make_engine
 from regate_ds.recipe.estimate.plan_walk import walk_plan
 from regate_ds.recipe.estimate.ran import ran_flops, run_host, run_shape
-from regate_ds.recipe.estimate.sizes import costs_of
 from regate_ds.recipe.evaluation.words import evaluate
 from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
@@ -64,8 +63,7 @@ class Trainer:
         """What this rank is doing, for the others if it is lost."""
         self.data = data_ranks(config, process)
         require_one_data_set(corpus.index.fingerprint, process)
-        costs = costs_of(config, corpus) if config.run.balance else None
-        self.order = make_order(config, len(corpus.train_records), self.data, costs)
+        self.order = make_order(config, corpus, self.data)
         judge_length(config.elision, self.order.total_steps)
         self.folder = RunFolder(config.run.out)
         self._saved = self._find_saved()

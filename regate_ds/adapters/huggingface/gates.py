@@ -17,7 +17,6 @@ Shapes: B rows, T positions, K slots, H hidden, L targets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -133,21 +132,20 @@ def attach_model(
     span, is_apart = joined_span(spans, ("layer", "mlp", "backward")), len(spans) > 1
     require_keys_within(decoder.config, span, is_apart=is_apart)
     require_keys_joined(decoder, span)
-    attachment, current = Attachment(), CurrentPass()
+    attachment, current = Attachment(wishes.may_displace), CurrentPass()
     inner = gate_inside(attachment, decoder, span, config.token_multiple)
     gathers = span is not None and span.part == "layer"
     packed_at_end = gathers and last_layer == depth and not is_apart
     gate = _ModelGate(host, support, current, depth, gathers, num_virtual, packed_at_end)
-    displace = partial(attachment.displace, is_known=wishes.may_displace)
-    displace(host, "forward", _model_forward, gate=gate)
+    attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
-        displace(host.base_model, "forward", forward_with_tower, host=host)
+        attachment.rebind_forward(host.base_model, forward_with_tower, host=host)
     head = host.get_output_embeddings()
     with_entropy = wishes.observes or config.records("entropy")
     head_gate = HeadGate(support.change, own_loss, with_entropy, wishes.observes, config.score)
     attachment.rebind_forward(head, head_forward, gate=head_gate)
     if support.deepstack:
-        displace(decoder, METHOD, add_at_kept, current=current)
+        attachment.rebind(decoder, METHOD, add_at_kept, current=current)
     types = getattr(decoder.config, "layer_types", None) or [""] * depth
     for number, layer in enumerate(decoder.layers):
         gated = gathers and config.first_layer <= number < last_layer

@@ -41,8 +41,7 @@ def require_supported_chunks(
 
 def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, str]]:
     kinds = {gpt.position_embedding_type for gpt in chunks}
-    linear = getattr(host, "linear_attention_freq", None)
-    hybrid = getattr(host, "is_hybrid_model", False)
+    linear, hybrid = (getattr(host, n, None) for n in ("linear_attention_freq", "is_hybrid_model"))
     return [
         (
             not host.calculate_per_token_loss,
@@ -50,9 +49,9 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
             "uneven counts; set calculate_per_token_loss=True",
         ),
         (
-            getattr(host, "mtp_num_layers", None) is not None,
-            f"mtp_num_layers={getattr(host, 'mtp_num_layers', None)} is not supported, as "
-            "multi-token prediction needs the neighbours of each position; leave it None",
+            (extra := getattr(host, "mtp_num_layers", None)) is not None,
+            f"mtp_num_layers={extra} is not supported, as multi-token prediction needs the "
+            "neighbours of each position; leave it None",
         ),
         (
             host.multi_latent_attention and host.tensor_model_parallel_size > 1,
@@ -78,12 +77,12 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
             "apply_rope_fusion=True cannot rotate by arbitrary positions; set it False",
         ),
         (
-            getattr(host, "window_size", None) is not None,
-            f"window_size={getattr(host, 'window_size', None)} is not supported, as after "
+            (window := getattr(host, "window_size", None)) is not None,
+            f"window_size={window} is not supported, as after "
             "elision a window would count kept tokens, not positions; leave it None",
         ),
         (
-            linear is not None or hybrid,
+            linear is not None or bool(hybrid),
             f"linear_attention_freq={linear} with is_hybrid_model={hybrid} is not supported; "
             "use full causal attention in all layers",
         ),

@@ -27,7 +27,7 @@ from regate_ds.recipe.estimate.gpus import NETWORK, PER_NODE, Gpu
 from regate_ds.recipe.estimate.needs import estimate
 from regate_ds.recipe.estimate.plan_walk import data_ranks_of
 from regate_ds.recipe.estimate.ran import run_host, run_shape
-from regate_ds.recipe.estimate.sizes import costs_of, sample_sizes
+from regate_ds.recipe.estimate.sizes import sample_sizes
 from regate_ds.recipe.estimate.steps import StepCost, flops_before, step_cost
 from regate_ds.recipe.order import Order, make_order
 
@@ -113,9 +113,7 @@ def _order(config: RunConfig, corpus: Corpus, num_ranks: int) -> Order:
             f"--gpus {num_ranks}: one copy of the model takes {_ranks_of_a_copy(config)} by "
             "parallel.*; give as many, or a multiple"
         )
-    costs = costs_of(config, corpus) if config.run.balance else None
-    process = Process(0, num_data, torch.device("cpu"))
-    return make_order(config, len(corpus.train_records), process, costs)
+    return make_order(config, corpus, Process(0, num_data, torch.device("cpu")))
 
 
 def _ranks_of_a_copy(config: RunConfig) -> int:

@@ -34,7 +34,6 @@ from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.sections import ParallelConfig, judge_length
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
-from regate_ds.recipe.estimate.sizes import costs_of
 from regate_ds.recipe.estimate.unseen import place_unseen, read_orders_of, score_unseen
 from regate_ds.recipe.order import Order, make_order
 from regate_ds.stores.reference.reader import ReferenceStore
@@ -45,8 +44,7 @@ def walk_plan(config: RunConfig, corpus: Corpus) -> dict[str, float]:
     world_size = data_ranks_of(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     show = os.environ.get("RANK", "0") == "0"
     process = Process(0, world_size, torch.device("cpu"))
-    costs = costs_of(config, corpus) if config.run.balance else None
-    order = make_order(config, len(corpus.train_records), process, costs)
+    order = make_order(config, corpus, process)
     judge_length(config.elision, order.total_steps)
     _require_layers(config, corpus)
     planner = _Planner(config, corpus)

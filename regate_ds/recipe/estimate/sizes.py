@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 from regate_ds.cost.samples import SampleSize, sample_flops
-from regate_ds.cost.shape import shape_of
-from regate_ds.families.table import family_of
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
+from regate_ds.recipe.estimate.ran import run_host, run_shape
 
 
 def sample_sizes(corpus: Corpus) -> list[SampleSize]:
@@ -30,13 +29,14 @@ def sample_sizes(corpus: Corpus) -> list[SampleSize]:
     return found
 
 
-def costs_of(config: RunConfig, corpus: Corpus) -> Callable[[int], Sequence[float]]:
+def costs_of(
+    config: RunConfig, corpus: Corpus, total_steps: int
+) -> Callable[[int], Sequence[float]]:
     """Return what each training sample costs in a step: another in a sparse one than in a dense.
 
     Its argument is the optimizer step. Shares that move over the run are taken at its middle.
     """
-    elision, model = config.elision, corpus.student.model
-    shape = shape_of(model, family_of(model).tower_of(model))
+    elision, shape = config.elision, run_shape(run_host(config))
     last = elision.last_layer or shape.depth
     sizes = sample_sizes(corpus)
     # Samples of one size are many.
@@ -44,8 +44,7 @@ def costs_of(config: RunConfig, corpus: Corpus) -> Callable[[int], Sequence[floa
     costs = {True: [of(one) for one in sizes]}
     if elision.chooses:
         spans = elision.execution.spans(elision.first_layer, last)
-        shares = elision.shares_at(0.5)
+        shares = elision.shares_at(0.5) if elision.execution.chooses else None
         costs[False] = [of(one, shares, spans) for one in sizes]
-    num_steps = config.run.steps or config.run.epochs * len(sizes)
-    schedules = elision.schedules(num_steps)
+    schedules = elision.schedules(total_steps)
     return lambda step: costs[schedules.is_dense(step) or not elision.chooses]

@@ -41,7 +41,6 @@ def installed_in_bridge(
     callback was not passed.
     """
     from megatron.bridge.training import pretrain, train
-    from megatron.bridge.training.callbacks import Callback
 
     states: list[Any] = []
 
@@ -65,6 +64,19 @@ def installed_in_bridge(
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
         return deferred.wrap(host(*args, **kwargs))
 
+    train.get_forward_backward_func = get_forward_backward_func
+    pretrain.get_dataset_provider = lambda config: _keyed(host_data(config), settings.dataset)
+    try:
+        yield _callback(deferred, states)
+    finally:
+        train.get_forward_backward_func = host
+        pretrain.get_dataset_provider = host_data
+
+
+def _callback(deferred: DeferredAttach, states: list[Any]) -> Any:
+    """Return what tells the host's steps and saves; it puts the host's state into ``states``."""
+    from megatron.bridge.training.callbacks import Callback
+
     class RegateCallback(Callback):
         def on_train_start(self, context: Any) -> None:
             if context.state.cfg.checkpoint.async_save:
@@ -81,13 +93,7 @@ def installed_in_bridge(
             step = context.state.train_state.step
             deferred.save(Path(context.state.cfg.checkpoint.save) / f"iter_{step:07d}")
 
-    train.get_forward_backward_func = get_forward_backward_func
-    pretrain.get_dataset_provider = lambda config: _keyed(host_data(config), settings.dataset)
-    try:
-        yield RegateCallback()
-    finally:
-        train.get_forward_backward_func = host
-        pretrain.get_dataset_provider = host_data
+    return RegateCallback()
 
 
 def _loaded_checkpoint(state: Any) -> Path | None:
