@@ -17,13 +17,10 @@ from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, SampleKey, starts_segment
 
-BOUNDS = (
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-)
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Names that transformers gives to explicit boundaries; a layer gets all of them or none."""
+
+BOUNDS = (*BOUNDARIES, "seq_idx")
 """Inputs that tell the samples of a row apart, and which the plan makes anew of what is kept."""
 
 _NUM_TEXT_FIRST = 4

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.algorithm.plan import ElisionPlan
-
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Names that transformers gives to explicit boundaries; a layer gets all of them or none."""
+from regate_ds.data.joined import BOUNDARIES
 
 
 def ungated_attention_inputs(plan: ElisionPlan, host: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.adapters.huggingface.attention import (
-    BOUNDARIES,
     attention_inputs,
     attention_of,
     mask_at_kept_queries,
@@ -27,6 +26,7 @@ from regate_ds.adapters.huggingface.calls import require_window, window_of
 from regate_ds.adapters.huggingface.mlp import BranchRows, other_rows
 from regate_ds.adapters.huggingface.tower_calls import Calls
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.data.joined import BOUNDARIES
 from regate_ds.families.hosts import Supported
 
 _UNUSED = ("position_ids", "cache_position", "mm_token_type_ids")

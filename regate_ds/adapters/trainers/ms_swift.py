@@ -26,7 +26,6 @@ from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from transformers import Trainer
 
 from regate_ds.adapters.computed import Reference
-from regate_ds.adapters.huggingface.attention import BOUNDARIES
 from regate_ds.adapters.huggingface.wishes import Wishes
 from regate_ds.adapters.trainers.hf_trainer import NAME, RegateMixin
 from regate_ds.adapters.trainers.limits import refuse
@@ -48,7 +47,7 @@ _LEFT_TO_THE_MODEL = tuple(
 
 That forward does it in their place, as the hook keeps a plan and the words' ids from it."""
 
-_OF_ONE_SAMPLE = ("text_position_ids", *BOUNDARIES)
+_TEXT_POSITIONS = "text_position_ids"
 """What ms-swift adds for rows of several samples; a row with a plan has one."""
 
 make_trainer: Any = None
@@ -80,7 +79,7 @@ class RegateSwiftTrainer(RegateMixin, Seq2SeqTrainer):
             return super()._prepare_inputs(inputs)
         # Past ms-swift's own, which picks the logits of labels that the plan has.
         ready = Trainer._prepare_inputs(self, inputs)
-        return {name: value for name, value in ready.items() if name not in _OF_ONE_SAMPLE}
+        return {name: value for name, value in ready.items() if name != _TEXT_POSITIONS}
 
 
 def install_in_swift(

@@ -31,7 +31,10 @@ def report_of(
     found: dict[str, Any] = {"run": asdict(base), "knobs": {}}
     if what_if:
         changed = load_config(path, [*overrides, *what_if])
-        found["what_if"] = {"settings": list(what_if), **asdict(forecast(changed, corpus, machine))}
+        has_same_samples = (changed.model, changed.data) == (config.model, config.data)
+        own = corpus if has_same_samples else load_corpus(changed, weights=False)
+        again = forecast(changed, own, machine)
+        found["what_if"] = {"settings": list(what_if), **asdict(again)}
     for knob in KNOBS:
         try:
             changed = load_config(path, [*overrides, *knob])

@@ -127,6 +127,15 @@ def test_a_run_is_told_with_what_would_change_it(corpus, capsys):
     assert "elision.images.keep_share=0.25 would take" in text
 
 
+def test_other_data_are_read_for_what_they_would_take(corpus, capsys):
+    half = corpus.parent / "half.json"
+    half.write_text(json.dumps(json.loads((corpus.parent / "data/train.json").read_text())[:6]))
+    data = [f"data.train={half}", f"data.image_root={corpus.parent / 'data'}"]
+    other = told(capsys, str(corpus), "--gpus", "1", "--what-if", *data)["what_if"]
+    del other["settings"]
+    assert other == told(capsys, str(corpus), *data, "--gpus", "1")["run"]
+
+
 def test_with_adapters_the_layers_weights_have_no_gradients_of_their_own(corpus, capsys):
     lora = ["model.lora.rank=2", "elision.execution=none", "--gpus", "1"]
     adapters = told(capsys, str(corpus), *lora)["run"]
