@@ -23,6 +23,7 @@ _HOME = {
     "rank_images": "regate_ds.ranking.api",
     "attach": "regate_ds.adapters.torch.attach",
     "Loop": "regate_ds.adapters.torch.plain",
+    "watch_ranks": "regate_ds.job.supervise",
     "Scored": "regate_ds.adapters.trainers.scored",
     "attach_model": "regate_ds.adapters.huggingface.gates",
 }

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import os
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import Process, start_process
 from regate_ds.job.watch import Failure, Signs, Watch
 from regate_ds.parallel.collectives import broadcast_text, sum_over
+from regate_ds.parallel.layout import num_ranks
 
 GRACE_SECONDS = 10.0
 """Seconds after a failure until a rank that still waits in a collective is ended by force."""
@@ -45,8 +47,56 @@ def join_job(command: str, signs: Signs | None = None) -> Iterator[Process]:
 
 
 @contextmanager
+def watch_ranks(timeout: float | None = 120.0, *, where: Callable[[], str] = str) -> Iterator[None]:
+    """Watch the ranks of a training loop of your own, which torch.distributed has joined.
+
+        with watch_ranks(timeout=120, where=lambda: f"step {step}"):
+            for window in regate.windows(loader, engine): ...
+
+    If one rank fails, dies or is stopped, the others end within seconds, whatever they wait for.
+    Its error is raised there; on the others KeyboardInterrupt ends what they do, and ``JobFailed``,
+    a RuntimeError with the rank and its error, leaves the block. Collective: all ranks enter.
+
+    timeout: seconds without a sign of life after which a rank counts as lost; None waits for ever.
+    where: what this rank is doing, to be named if it is lost; called in another thread.
+    """
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"watch_ranks(timeout={timeout}): must be above 0 seconds, or None")
+    with _watched(_this_process(), "loop", Signs(where, timeout)):
+        yield
+
+
+def _this_process() -> Process:
+    if not dist.is_initialized():
+        if num_ranks() > 1:
+            raise ValueError(
+                f"this job has {num_ranks()} ranks, which have not joined: call watch_ranks after "
+                "torch.distributed.init_process_group, or what calls it for you"
+            )
+        return Process(0, 1, torch.device("cpu"))
+    on_gpu = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
 def watched(process: Process, command: str, signs: Signs | None = None) -> Iterator[None]:
     """End with the other ranks, as ``join_job`` does. All ranks enter and leave it together."""
+    try:
+        with _watched(process, command, signs or Signs()):
+            yield
+    except (JobFailed, Preempted):
+        raise
+    except USER_ERRORS as error:
+        if process.group is None:
+            raise
+        text = str(Failure(process.rank, one_line(error)))
+        raise JobFailed(text, is_printed=False) from error
+
+
+@contextmanager
+def _watched(process: Process, command: str, signs: Signs) -> Iterator[None]:
+    """Raise this rank's own error as it is, and ``JobFailed`` for another rank's."""
     if process.group is None:
         yield
         return
@@ -55,10 +105,12 @@ def watched(process: Process, command: str, signs: Signs | None = None) -> Itera
     notify = partial(_end_with, command=command, process=process, ended=ended)
     # With torchrun, MASTER_ADDR may be another node than the first rank's.
     first_node = broadcast_text(socket.gethostname(), process.group, process.device)
-    addresses = [os.environ["MASTER_ADDR"], first_node]
-    watch = Watch(process.rank, addresses, exchange, notify, signs or Signs())
+    addresses = [*filter(None, [os.environ.get("MASTER_ADDR")]), first_node]
+    watch = Watch(process.rank, addresses, exchange, notify, signs)
     try:
+        watch.start()
         yield
+        watch.close()
     except Preempted:
         watch.close()
         raise
@@ -68,11 +120,9 @@ def watched(process: Process, command: str, signs: Signs | None = None) -> Itera
         failure = watch.fail(text, is_doubtful=_is_echo(error))
         # A collective that waits for a lost peer must not hold the process at its exit.
         atexit.register(_leave_at_once)
-        if isinstance(error, USER_ERRORS) or failure.rank != process.rank:
-            raise JobFailed(str(failure), is_printed=failure.rank != process.rank) from error
+        if failure.rank != process.rank:
+            raise JobFailed(str(failure), is_printed=True) from error
         raise
-    else:
-        watch.close()
     finally:
         ended.set()
 
@@ -83,7 +133,8 @@ def _end_with(failure: Failure, *, command: str, process: Process, ended: thread
         # The lost rank's progress bar may lack an end of line.
         tqdm.write(f"\nregate {command}: {failure}", file=sys.stderr)
         sys.stderr.flush()
-    _thread.interrupt_main()
+    # A signal also ends a sleep or a read, which _thread.interrupt_main would wait for.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
     if not ended.wait(GRACE_SECONDS):
         _leave_at_once()
 

@@ -67,8 +67,9 @@ class Watch:
     ) -> None:
         """Connect to the first rank. All ranks make their watch at the same time.
 
-        addresses: those of the first rank's node, to try in turn. notify: is called once, from a
-        thread, when another rank has failed, unless this one has failed or closed before.
+        addresses: those of the first rank's node, to try in turn. notify: is called once after
+        ``start``, from a thread, when another rank has failed, unless this one has failed or
+        closed before.
         """
         self._rank, self._notify, self._signs = rank, notify, signs
         self._ended = threading.Event()
@@ -85,14 +86,17 @@ class Watch:
         else:
             self._peer = connect(addresses, port)
         send(self._peer, rank, str(token))
-        lines = Lines(self._peer)
-        lines.next()  # The first rank's answer: from now on it hears this rank, and tells it.
+        self._lines = Lines(self._peer)
+        self._lines.next()  # The first rank's answer: from now on it hears this rank, and tells it.
         exchange([0])  # That is true of all ranks now.
-        if signs.patience is not None:
-            seconds = signs.patience / LOOKS
+
+    def start(self) -> None:
+        """Give signs of life, and listen: from now on ``notify`` may be called."""
+        if self._signs.patience is not None:
+            seconds = self._signs.patience / LOOKS
             threading.Thread(target=self._give_signs, args=(seconds,), daemon=True).start()
             self._peer.settimeout(seconds)
-        threading.Thread(target=self._listen, args=(lines,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(self._lines,), daemon=True).start()
 
     def fail(self, text: str, *, is_doubtful: bool = False) -> Failure:
         """Tell the others that this rank failed; return the first failure, maybe another rank's.

@@ -15,6 +15,7 @@ from regate_ds.data.llava.media import InlineImage, PictureSource, Video, VideoF
 from regate_ds.families.pictures import pictures_of
 from regate_ds.job.process import Process
 from regate_ds.job.supervise import join_job
+from regate_ds.job.watch import Signs
 from regate_ds.ranking.api import model_id_for
 from regate_ds.ranking.job import PictureInputs, RankJob, Units, rank_pictures
 from regate_ds.recipe.config.tree import RunConfig
@@ -26,7 +27,7 @@ from regate_ds.stores.image_orders.pictures import PictureTable
 def run_rank(config: RunConfig) -> None:
     """Rank the images of the training set into `rank.store`; keep finished shards."""
     ranking = judge_rank(config)
-    with join_job("rank") as process:
+    with join_job("rank", Signs(patience=config.run.hang_seconds)) as process:
         # Pixels need no model.
         corpus = open_corpus(config, weights=ranking.reads != "pixels")
         require_one_data_set(corpus.index.fingerprint, process)

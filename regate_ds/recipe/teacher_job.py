@@ -11,6 +11,7 @@ from torch import nn
 from regate_ds.job.process import Process
 from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
+from regate_ds.job.watch import Signs
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus, open_corpus
 from regate_ds.recipe.preflight import judge_teacher, require_one_data_set
@@ -27,7 +28,7 @@ def run_teacher(config: RunConfig) -> None:
     finished shards."""
     section = config.teacher
     judge_teacher(config, announce().world_size)
-    with join_job("teacher") as process:
+    with join_job("teacher", Signs(patience=config.run.hang_seconds)) as process:
         # If the teacher is another model, the student's weights are not needed.
         corpus = open_corpus(config, weights=section.path is None or section.column != "text")
         require_one_data_set(corpus.index.fingerprint, process)

@@ -53,7 +53,10 @@ RUN_BY = {
         "teacher = Teacher(": "launch/examples/deepspeed_loop.py",
         "regate = attach(": "launch/examples/deepspeed_loop.py",
     },
-    "loops.md": {"quota=PerWindow(": "tests/house/test_docs.py"},
+    "loops.md": {
+        "quota=PerWindow(": "tests/house/test_docs.py",
+        "with watch_ranks(": "tests/job/test_watch_ranks.py",
+    },
     "megatron_bridge.md": {
         "export PYTHONPATH=": "tests/adapters/megatron_bridge/test_page.py",
     },

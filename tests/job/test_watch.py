@@ -41,6 +41,7 @@ class Rank:
         self._told = threading.Event()
         signs = Signs(lambda: f"step {rank + 5}", patience)
         self.watch = Watch(rank, ["127.0.0.1", "localhost"], exchange, self._hear, signs)
+        self.watch.start()
 
     def _hear(self, failure: Failure) -> None:
         self.heard.append(failure)

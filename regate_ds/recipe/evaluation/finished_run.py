@@ -8,6 +8,7 @@ from typing import Any
 
 from regate_ds.data.llava.template import Template
 from regate_ds.job.supervise import join_job
+from regate_ds.job.watch import Signs
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import held_out, open_corpus
 from regate_ds.recipe.evaluation.generation import evaluate_generated
@@ -37,7 +38,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     if config.model.path is None and data.template is None:
         # Its tokenizer may have brought a chat template, which the run did not use.
         data = replace(data, template=Template())
-    with join_job("eval") as process:
+    with join_job("eval", Signs(patience=config.run.hang_seconds)) as process:
         corpus = open_corpus(replace(config, model=model, data=data))
         student = corpus.student.model.to(process.device)  # type: ignore[arg-type]
         questions = held_out(corpus, config)
