@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,10 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 _GGUF_PACKAGES = ("gguf", "accelerate")
 """Packages that transformers needs to read a GGUF file."""
 
-_GGUF_ERRORS = (ValueError, KeyError, IndexError, OSError, struct.error, NotImplementedError)
+_GGUF_ERRORS = (
+    *(ValueError, KeyError, IndexError, OSError, struct.error, NotImplementedError),
+    *(OverflowError, MemoryError),
+)
 """Errors of transformers for a file that is damaged or of an architecture that it cannot read."""
 
 
@@ -29,9 +31,7 @@ def load_teacher(path: Path) -> PreTrainedModel:
     if path.suffix == GGUF:
         return _load_gguf(path)
     _require_causal_lm(path)
-    with readable_weights(path):
-        teacher = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    return teacher.eval()
+    return load_weights(AutoModelForCausalLM, path).eval()
 
 
 def load_teacher_config(path: Path) -> Any:
@@ -66,7 +66,9 @@ def _load_gguf(path: Path) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):
         # Since transformers 5.24, weights otherwise stay packed if a kernel for them is installed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _read_gguf(path, AutoModelForCausalLM, **options)
+    options["output_loading_info"] = True
+    model, told = _read_gguf(path, AutoModelForCausalLM, **options)
+    require_all_weights(told, path)
     # The unpacked model is a plain one: its name follows from its weights, and it can be saved.
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)
@@ -116,12 +118,33 @@ def _require_causal_config(config: Any, path: Path) -> None:
         )
 
 
-@contextmanager
-def readable_weights(folder: Path) -> Iterator[None]:
-    """Raise a ValueError that names the folder if its weights are damaged; safetensors does not."""
+def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
+    """Load a model with all of its weights.
+
+    ValueError names a folder whose weights are damaged, which safetensors does not, or that lacks
+    some of the model's, which transformers draws at random.
+    """
     try:
-        yield
+        model, told = model_class.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **options
+        )
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}); copy or download them again"
         ) from error
+    require_all_weights(told, folder)
+    return model
+
+
+def require_all_weights(told: Mapping[str, Any], path: Path) -> None:
+    """Refuse, by ValueError, a model of whose weights some were not in the file.
+
+    told: what ``from_pretrained(output_loading_info=True)`` returns beside the model.
+    """
+    missing = sorted(told["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"the weights in {path} lack {', '.join(missing[:3])}{more} of the model, which would "
+            "be random; copy or download it again, or save the whole model"
+        )

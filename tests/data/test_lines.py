@@ -98,6 +98,28 @@ def test_a_file_that_is_not_utf8_is_refused_in_the_same_words(tmp_path, suffix, 
         assert str(one_by_one.value) == str(whole.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "suffix", "told"),
+    [
+        ('[{"é": 1}, {"b": "' + "x" * 200, ".json", "the record at byte 12 is longer than"),
+        ('{"é": 1}\n{"b": "' + "x" * 200, ".jsonl", "the record at byte 10 is longer than"),
+        ("[" + "1, " * 40 + "é", ".json", "Expecting value at byte 121"),
+        ("[" + "1, " * 40 + '{"é" 1}]', ".json", "Expecting ':' delimiter at byte 127"),
+        ("[" + "1, " * 40, ".json", "Expecting value at byte 121"),
+        ("{}" + " " * 99, ".json", "no '\\[' at byte 0"),
+    ],
+)
+@pytest.mark.usefixtures("chunk")
+def test_a_large_file_is_refused_without_reading_it_whole(
+    tmp_path, monkeypatch, text, suffix, told
+):
+    monkeypatch.setattr(lines, "MAX_RECORD", 100)
+    monkeypatch.setattr(lines, "load_raw", None)
+    path = write(tmp_path, text, suffix)
+    with pytest.raises(ValueError, match=rf"data{suffix} is not JSON \({told}"):
+        find_records(path)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no data file .*absent\.json"):
         find_records(tmp_path / "absent.json")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from regate_ds.data.llava.images import sizes_of
 from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.records import SampleError, Turn
 
@@ -229,6 +231,23 @@ def test_a_damaged_image_is_refused(tmp_path: Path):
     (tmp_path / "cat.png").write_bytes(whole)
     bad = record(image="cat.png", conversations=said("<image>", "A cat."))
     assert "is broken" in refused(tmp_path, bad)
+
+
+@pytest.mark.parametrize("verify_images", [True, False])
+def test_an_image_of_more_pixels_than_memory_has_room_for_is_refused(tmp_path, verify_images):
+    content = bytearray(draw(tmp_path / "cat.png").read_bytes())
+    content[16:24] = (20_000).to_bytes(4, "big") * 2  # Its width and height.
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (tmp_path / "cat.png").write_bytes(content)
+    path = write(tmp_path, record(image="cat.png", conversations=said("<image>", "A cat.")))
+    told = r"is broken \(Image size \(400000000 pixels\) exceeds limit"
+    with pytest.raises(SampleError, match=told):
+        _read_with_sizes(path, verify_images)
+
+
+def _read_with_sizes(path: Path, verify_images: bool) -> None:
+    (one,), _ = read_records(path, name="set", verify_images=verify_images)
+    list(sizes_of(one))
 
 
 def test_without_verification_only_missing_images_are_refused(tmp_path: Path):

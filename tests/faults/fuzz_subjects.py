@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 
 from regate_ds.data.llava.formats.sources import Sources
@@ -22,10 +23,14 @@ from regate_ds.data.llava.parse import Cause, Parser
 from regate_ds.data.llava.read import read_records
 from regate_ds.job.ranks import discover
 from regate_ds.recipe.config.tree import dump_config, load_config
+from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.stores.reference.lifecycle import begin_store
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.stores.reference.writer import ReferenceWriter
+from regate_ds.teacher.loading import load_teacher, load_teacher_tokenizer
 from tests.data.formats.formats_helper import llava, messages, text
+from tests.support.gguf_files import write_gguf
+from tests.support.models import causal_lm
 from tests.support.samples import make_index
 
 RECORDS: list[dict[str, Any]] = [
@@ -280,6 +285,33 @@ def _read_environment(folder: Path) -> Any:
     return ranks
 
 
+def _write_gguf(folder: Path) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = train_tokenizer(["What is it?", "A red 7."], vocab_size=270)
+    model = causal_lm(num_layers=1, vocab_size=len(tokenizer))
+    write_gguf(model, tokenizer, folder / "teacher.gguf")
+
+
+def _change_gguf(draw: random.Random, folder: Path) -> str:
+    """Change the header: its numbers, as a bomb does, or any of its bytes."""
+    path = folder / "teacher.gguf"
+    content = bytearray(path.read_bytes())
+    length = content.index(b"token_embd.weight") + 600
+    if draw.random() < 0.5:
+        path.write_bytes(changed_bytes(draw, bytes(content[:length])) + content[length:])
+        return "bytes"
+    at = draw.choice([8, 16, draw.randrange(length)])
+    huge = draw.choice([0, 255, 2**31, 2**33, 2**40, 2**62, 2**64 - 1])
+    content[at : at + 8] = huge.to_bytes(8, "little")
+    path.write_bytes(content)
+    return "numbers"
+
+
+def _read_gguf(folder: Path) -> Any:
+    path = folder / "teacher.gguf"
+    return load_teacher_tokenizer(path), load_teacher(path)
+
+
 SUBJECTS = [
     Subject(
         "JSON list",
@@ -302,6 +334,7 @@ SUBJECTS = [
     ),
     Subject("knob", _write_config, _spoil_config, lambda f: load_config(f / "run.yaml")),
     Subject("store", _write_store, _change_store, _read_store),
+    Subject("GGUF header", _write_gguf, _change_gguf, _read_gguf),
     Subject("environment", _write_environment, _change_environment, _read_environment),
 ]
 

@@ -1,11 +1,13 @@
 """Which folders and files are taken for a teacher, and that a GGUF file is the model it is of."""
 
 import importlib.util
+import re
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from regate_ds.recipe.students.student import save_student
@@ -59,6 +61,19 @@ def test_a_damaged_weights_file_is_named_by_its_folder(tmp_path):
         load_teacher(tmp_path)
 
 
+def test_weights_that_are_missing_are_named_and_not_drawn_at_random(tmp_path):
+    causal_lm().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lacking = [name for name in sorted(weights) if "layers.0" in name]
+    kept = {name: weight for name, weight in weights.items() if name not in lacking}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    told = (
+        f"{', '.join(lacking[:3])} and {len(lacking) - 3} more of the model, which would be random"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"the weights in {tmp_path} lack {told}")):
+        load_teacher(tmp_path)
+
+
 def test_a_decoder_of_another_build_cannot_score(tmp_path):
     config = GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
@@ -97,6 +112,17 @@ def test_a_gguf_files_tokenizer_reads_as_the_one_it_was_made_of(gguf, tokenizer)
         one, other = (t(text, add_special_tokens=False) for t in (loaded, tokenizer))
         assert one["input_ids"] == other["input_ids"]
     assert (loaded.eos_token_id, loaded.bos_token_id) == (1, 0)
+
+
+def test_a_gguf_file_that_tells_of_fewer_weights_is_refused(gguf, tmp_path):
+    content = bytearray(gguf.read_bytes())
+    number = int.from_bytes(content[8:16], "little")
+    # Without the last one, the head, the embedding is the head too.
+    for fewer, lacked in [(number - 2, "model.norm.weight"), (0, "model.embed_tokens.weight")]:
+        content[8:16] = fewer.to_bytes(8, "little")
+        (tmp_path / "fewer.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match=f"the weights in .*fewer.gguf lack .*{lacked}"):
+            load_teacher(tmp_path / "fewer.gguf")
 
 
 def test_a_gguf_teacher_is_named_by_its_weights_not_its_file(gguf, tmp_path):

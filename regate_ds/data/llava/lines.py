@@ -20,11 +20,15 @@ from typing import Any, overload
 import numpy as np
 
 from regate_ds.data.llava.parse import Cause, Parser, id_of
-from regate_ds.data.llava.read import load_raw, parse_line
+from regate_ds.data.llava.read import load_raw, not_json, parse_line
 from regate_ds.data.llava.records import BadRecord, Record
 
 _CHUNK = 1 << 22
 """Bytes that are read at a time."""
+
+MAX_RECORD = 1 << 28
+"""Bytes of a record above which its file is refused: most likely a quote or a line's end is
+missing. A larger file is never read as a whole."""
 
 _BOM = codecs.BOM_UTF8
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -42,9 +46,10 @@ def find_records(path: Path) -> np.ndarray:
             for place in _lines(path) if path.suffix == ".jsonl" else _items(path):
                 places.extend(place)
             return np.frombuffer(places, dtype=np.int64).reshape(-1, 2)
-        except (ValueError, RecursionError):
-            pass
-    # What is wrong is said by the reader that takes the file as a whole.
+        except (ValueError, RecursionError) as error:
+            if path.stat().st_size > MAX_RECORD:
+                raise not_json(path, error) from error
+    # What is wrong is said best by the reader that takes the file as a whole.
     load_raw(path)
     raise AssertionError(f"{path} is read as a whole, but not record by record")
 
@@ -131,7 +136,13 @@ def _lines(path: Path) -> Iterator[tuple[int, int]]:
             yield from _line(text, start, begin, end)
             begin = end + 1
         start, rest = start + begin, text[begin:]
+        _require_short(len(rest), start)
     yield from _line(rest, start, 0, len(rest))
+
+
+def _require_short(num_bytes: int, start: int) -> None:
+    if num_bytes > MAX_RECORD:
+        raise ValueError(f"the record at byte {start} is longer than {MAX_RECORD >> 20} MiB")
 
 
 def _line(text: bytes, start: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -180,10 +191,14 @@ class _Text:
                 # Only what follows tells that a value is at its end: a number may go on.
                 if not self._has_more or self._text[end : end + 1] in (*" \t\n\r,]",):
                     break
-            except ValueError:
+            except json.JSONDecodeError as error:
                 if not self._has_more:
-                    raise
-            self._read(2 * (len(self._text) - self._at))
+                    # json's own place is one in the part that is in memory.
+                    at = self._byte + len(self._text[self._at : error.pos].encode("utf-8"))
+                    raise ValueError(f"{error.msg} at byte {at}") from error
+            length = len(self._text) - self._at
+            _require_short(length, self._byte)
+            self._read(2 * length)
         start = self._byte
         self._step(end - self._at)
         return start, self._byte

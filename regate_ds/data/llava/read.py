@@ -52,16 +52,21 @@ def load_raw(path: Path) -> list[Any]:
             return [parse_line(line) for line in text.split("\n") if line.strip()]
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); give a JSON list of records, or a .jsonl file with one "
-            "object a line"
-        ) from error
+        raise not_json(path, error) from error
     if not isinstance(records, list):
         raise ValueError(
             f"{path} holds a {type(records).__name__}; give a JSON list of records, or a .jsonl "
             "file with one object a line"
         )
     return records
+
+
+def not_json(path: Path, error: Exception) -> ValueError:
+    """Make the error for a file that cannot be read, because of ``error``."""
+    return ValueError(
+        f"{path} is not JSON ({error}); give a JSON list of records, or a .jsonl file with one "
+        "object a line"
+    )
 
 
 def require_file(path: Path) -> None:

@@ -21,7 +21,7 @@ from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.processor import load_processor, names_a_template
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student, fresh_model
-from regate_ds.teacher.loading import readable_weights
+from regate_ds.teacher.loading import load_weights
 
 
 def load_student(
@@ -59,10 +59,7 @@ def load_student(
     own = load_processor(folder, config.model_type) if has_template else None
     model_class = family.load_class()
     if weights:
-        with readable_weights(folder):
-            model = model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, local_files_only=True
-            )
+        model = load_weights(model_class, folder, dtype=dtype, attn_implementation=attention)
     else:
         model = fresh_model(model_class, config, seed=None)
     if own is not None:

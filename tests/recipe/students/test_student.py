@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from regate_ds.families.table import family_of
 from regate_ds.recipe.students.config import LoraConfig, ModelConfig
@@ -183,6 +184,18 @@ def test_damaged_weights_are_named_by_their_folder(tmp_path):
     save_student(make_llava(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"the weights in {tmp_path} cannot be read"):
+        load_student(tmp_path)
+
+
+def test_weights_that_a_students_folder_lacks_are_named(tmp_path):
+    save_student(make_llava(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("linear_1.weight"))
+    del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=f"the weights in {tmp_path} lack .*linear_1.weight of the"
+    ):
         load_student(tmp_path)
 
 
