@@ -18,6 +18,7 @@ from regate_ds.commands.evaluate import add_eval
 from regate_ds.commands.rank import add_rank
 from regate_ds.commands.store import add_store
 from regate_ds.commands.teacher import add_teacher
+from regate_ds.commands.tokenizer import add_tokenizer
 from regate_ds.commands.train import add_train
 from regate_ds.job.arguments_file import OPTION, from_file
 from regate_ds.job.errors import USER_ERRORS, print_error
@@ -25,6 +26,7 @@ from regate_ds.job.preemption import EXIT_CODE, Preempted, restore_signals
 
 COMMANDS = (
     add_data,
+    add_tokenizer,
     add_teacher,
     add_rank,
     add_store,
