@@ -21,9 +21,14 @@ _GGUF_PACKAGES = ("gguf", "accelerate")
 
 _GGUF_ERRORS = (
     *(ValueError, KeyError, IndexError, OSError, struct.error, NotImplementedError),
-    *(OverflowError, MemoryError),
+    *(OverflowError, MemoryError, TypeError),
 )
 """Errors of transformers for a file that is damaged or of an architecture that it cannot read."""
+
+
+_TELLING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""What makes transformers return the names of weights that it could not load, in place of a table
+in the log."""
 
 
 def load_teacher(path: Path) -> PreTrainedModel:
@@ -66,8 +71,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):
         # Since transformers 5.24, weights otherwise stay packed if a kernel for them is installed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    options["output_loading_info"] = True
-    model, told = _read_gguf(path, AutoModelForCausalLM, **options)
+    model, told = _read_gguf(path, AutoModelForCausalLM, **_TELLING, **options)
     require_all_weights(told, path)
     # The unpacked model is a plain one: its name follows from its weights, and it can be saved.
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
@@ -81,9 +85,10 @@ def _read_gguf(path: Path, reader: Any, **options: Any) -> Any:
             path.parent, gguf_file=path.name, local_files_only=True, **options
         )
     except _GGUF_ERRORS as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"teacher.path={path}: cannot be read ({type(error).__name__}: {error}); copy or "
-            "download it again, or give a model of another architecture"
+            f"teacher.path={path}: cannot be read ({cause}); copy or download it again, or give a "
+            "model of another architecture"
         ) from error
 
 
@@ -126,7 +131,7 @@ def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
     """
     try:
         model, told = model_class.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **options
+            folder, local_files_only=True, **_TELLING, **options
         )
     except SafetensorError as error:
         raise ValueError(
@@ -137,14 +142,24 @@ def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
 
 
 def require_all_weights(told: Mapping[str, Any], path: Path) -> None:
-    """Refuse, by ValueError, a model of whose weights some were not in the file.
+    """Refuse, by ValueError, a model of whose weights some were not in the file, or of other sizes.
 
-    told: what ``from_pretrained(output_loading_info=True)`` returns beside the model.
+    told: what ``from_pretrained(**_TELLING)`` returns beside the model.
     """
-    missing = sorted(told["missing_keys"])
+    missing, others = sorted(told["missing_keys"]), sorted(told["mismatched_keys"])
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"the weights in {path} lack {', '.join(missing[:3])}{more} of the model, which would "
-            "be random; copy or download it again, or save the whole model"
+            f"the weights in {path} lack {_some(missing)} of the model, which would be random; "
+            "copy or download it again, or save the whole model"
         )
+    if others:
+        sizes = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in others]
+        raise ValueError(
+            f"the weights in {path} do not fit its config, such as {_some(sizes)}; copy or "
+            "download it again, or correct its config"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"

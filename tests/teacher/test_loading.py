@@ -1,6 +1,7 @@
 """Which folders and files are taken for a teacher, and that a GGUF file is the model it is of."""
 
 import importlib.util
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_weights_that_are_missing_are_named_and_not_drawn_at_random(tmp_path):
         f"{', '.join(lacking[:3])} and {len(lacking) - 3} more of the model, which would be random"
     )
     with pytest.raises(ValueError, match=re.escape(f"the weights in {tmp_path} lack {told}")):
+        load_teacher(tmp_path)
+
+
+def test_weights_of_another_size_are_named(tmp_path):
+    causal_lm(vocab_size=40).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 48}))
+    told = "do not fit its config, such as lm_head.weight [40, 32] for [48, 32], model.embed"
+    with pytest.raises(ValueError, match=re.escape(f"the weights in {tmp_path} {told}")):
         load_teacher(tmp_path)
 
 
