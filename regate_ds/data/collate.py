@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.data.axes import AxesOfSamples
 from regate_ds.data.interfaces import RecordEncoder, VisionInputs
 from regate_ds.data.llava.clips import Visual, visuals_of
 from regate_ds.data.llava.records import BadRecord, Record, SampleError
@@ -122,12 +123,18 @@ class Collator:
     """
 
     def __init__(
-        self, *, pad_id: int, vision: VisionInputs | None, pack_length: int | None = None
+        self,
+        *,
+        pad_id: int,
+        vision: VisionInputs | None,
+        pack_length: int | None = None,
+        axes: AxesOfSamples | None = None,
     ) -> None:
-        """Set up for one model. ``vision`` makes its image inputs; None for a text-only model."""
+        """Set up for one model. ``vision`` makes its image inputs; None for a text-only model.
+        ``axes`` numbers packed samples where the model's positions have several."""
         self._pad_id = pad_id
         self._vision = vision
-        self._pack_length = pack_length
+        self._pack_length, self._axes = pack_length, axes
 
     def __call__(self, samples: Sequence[LoadedSample]) -> Batch:
         rows = self._rows(samples)
@@ -141,11 +148,13 @@ class Collator:
             image_BT=image_BT,
         )
         ids_BT = _pad([[sample.input_ids_S for sample in row] for row in encoded], self._pad_id)
-        inputs = {"input_ids": ids_BT}
+        inputs: dict[str, Any] = {"input_ids": ids_BT}
+        vision = self._vision_inputs(rows, ids_BT, image_BT >= 0)
         if self._pack_length is not None:
             inputs["position_ids"] = position_BT
-        inputs |= self._vision_inputs(rows, ids_BT, image_BT >= 0)
-        return Batch(inputs, tokens)
+            if self._axes is not None:
+                inputs["position_ids"] = self._axes(encoded, position_BT, inputs | vision)
+        return Batch(inputs | vision, tokens)
 
     def _rows(self, samples: Sequence[LoadedSample]) -> list[list[LoadedSample]]:
         if self._pack_length is None:

@@ -81,11 +81,6 @@ class Family:
     in_megatron: bool = False
     """Whether `regate train` can put the vision tower before a decoder of Megatron-core."""
 
-    @property
-    def packs(self) -> bool:
-        """Whether a row may hold several samples: only positions of one axis can restart in it."""
-        return self.num_position_axes == 1
-
     def load_class(self) -> Any:
         """Return the model's class in transformers."""
         return transformers_class(self.model_class)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regate_ds.algorithm.batch import host_labels
+from regate_ds.data.axes import AxesOfSamples
 from regate_ds.data.collate import Batch, Collator, LoadedSample, SampleDataset
 from regate_ds.data.interfaces import RecordEncoder
 from regate_ds.data.llava.encode import Encoder
@@ -22,7 +24,7 @@ from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.evaluation.words import HeldOut
 from regate_ds.recipe.students.load import make_student
 from regate_ds.recipe.students.processor import chat_encoder
-from regate_ds.recipe.students.student import Student
+from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.stores.answer_index import AnswerIndex
 
 
@@ -67,22 +69,26 @@ def load_corpus(config: RunConfig, *, weights: bool = True) -> Corpus:
     `data.skip_bad` the first bad record is an error.
     """
     student = corpus_student(config, weights=weights)
-    family = family_of(student.model)
-    if config.data.pack_length is not None and not family.packs:
-        raise ValueError(
-            f"data.pack_length={config.data.pack_length}: a {family.model_type} student has "
-            f"{family.num_position_axes} position axes, which packed rows do not carry; set it to "
-            "null"
-        )
     encoder = corpus_encoder(student, config.data)
     sets = [_open_set(source, config) for source in sources_of(config.data, encoder)]
     collator = Collator(
         pad_id=student.pad_id,
         vision=student.vision,
         pack_length=config.data.pack_length,
+        axes=_axes_of(student) if config.data.pack_length is not None else None,
     )
     bad = [one for each in sets for one in each.bad]
     return Corpus(student, sets[0], sets[1] if sets[1:] else None, encoder, collator, bad)
+
+
+def _axes_of(student: Student) -> AxesOfSamples | None:
+    """Return what numbers packed samples where positions have several axes."""
+    family: Any = family_of(student.model)
+    if family.num_position_axes == 1:
+        return None
+    # Loader processes get a copy, so it is one without weights.
+    bare: Any = fresh_model(type(student.model), student.model.config, seed=None)
+    return AxesOfSamples(bare.model)
 
 
 def corpus_student(config: RunConfig, *, weights: bool = True) -> Student:
