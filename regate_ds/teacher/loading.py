@@ -45,6 +45,7 @@ def load_teacher_config(path: Path) -> Any:
         _require_gguf(path)
         config = _read_gguf(path, AutoConfig)
         _require_causal_config(config, path)
+        _require_tensors(config, path)
         return config
     _require_causal_lm(path)
     return AutoConfig.from_pretrained(path, local_files_only=True)
@@ -90,6 +91,17 @@ def _read_gguf(path: Path, reader: Any, **options: Any) -> Any:
             f"teacher.path={path}: cannot be read ({cause}); copy or download it again, or give a "
             "model of another architecture"
         ) from error
+
+
+def _require_tensors(config: Any, path: Path) -> None:
+    """Refuse, by ValueError, a header of more layers than tensors: they would be made first."""
+    with path.open("rb") as file:
+        (num_tensors,) = struct.unpack("<8xQ", file.read(16))
+    if config.num_hidden_layers > num_tensors:
+        raise ValueError(
+            f"teacher.path={path}: tells of {config.num_hidden_layers} layers but of {num_tensors} "
+            "tensors; copy or download it again"
+        )
 
 
 def _require_gguf(path: Path) -> None:

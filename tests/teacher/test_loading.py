@@ -135,6 +135,18 @@ def test_a_gguf_file_that_tells_of_fewer_weights_is_refused(gguf, tmp_path):
             load_teacher(tmp_path / "fewer.gguf")
 
 
+def test_a_gguf_file_that_tells_of_more_layers_than_tensors_is_refused(gguf, tmp_path):
+    content = bytearray(gguf.read_bytes())
+    name = b"llama.block_count"
+    at = content.index(name) + len(name) + 4
+    content[at : at + 4] = (1 << 30).to_bytes(4, "little")
+    (tmp_path / "layers.gguf").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"layers.gguf: tells of 1073741824 layers but of \d+ tens"
+    ):
+        load_teacher(tmp_path / "layers.gguf")
+
+
 def test_a_gguf_teacher_is_named_by_its_weights_not_its_file(gguf, tmp_path):
     copy = tmp_path / "other_name.gguf"
     copy.write_bytes(gguf.read_bytes())
