@@ -128,11 +128,12 @@ def test_a_gguf_file_that_tells_of_fewer_weights_is_refused(gguf, tmp_path):
     content = bytearray(gguf.read_bytes())
     number = int.from_bytes(content[8:16], "little")
     # Without the last one, the head, the embedding is the head too.
-    for fewer, lacked in [(number - 2, "model.norm.weight"), (0, "model.embed_tokens.weight")]:
-        content[8:16] = fewer.to_bytes(8, "little")
-        (tmp_path / "fewer.gguf").write_bytes(content)
-        with pytest.raises(ValueError, match=f"the weights in .*fewer.gguf lack .*{lacked}"):
-            load_teacher(tmp_path / "fewer.gguf")
+    content[8:16] = (number - 2).to_bytes(8, "little")
+    (tmp_path / "fewer.gguf").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="the weights in .*fewer.gguf lack model.norm.weight of the"
+    ):
+        load_teacher(tmp_path / "fewer.gguf")
 
 
 def test_a_gguf_file_that_tells_of_more_layers_than_tensors_is_refused(gguf, tmp_path):
