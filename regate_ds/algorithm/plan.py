@@ -148,8 +148,7 @@ def plan_dense(batch: TokenBatch) -> ElisionPlan:
 
 
 def plan_loss(batch: TokenBatch, target_BT: Tensor | None = None) -> ElisionPlan:
-    """Keep every position in every layer, with the loss on the labels, or on those at
-    ``target_BT``."""
+    """Keep every position in every layer; the loss is on all labels, or those at ``target_BT``."""
     kept_BK = torch.arange(batch.labels_BT.shape[1]).expand(len(batch.labels_BT), -1)
     return _pack(batch, kept_BK, target_BT, moves_rows=False)
 
@@ -180,10 +179,8 @@ def _pack(
     is_real_BK = kept_BK < num_tokens
     kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
     segment_BK = batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1)
-    labels_BT = batch.labels_BT
-    if target_BT is not None:
-        labels_BT = labels_BT.masked_fill(~target_BT, IGNORE)
-    labels_P = labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE).reshape(-1)
+    is_none_BK = ~is_real_BK if target_BT is None else ~(is_real_BK & target_BT.gather(1, kept_BK))
+    labels_P = batch.labels_BT.gather(1, kept_BK).masked_fill(is_none_BK, IGNORE).reshape(-1)
     label_slot_L = (labels_P != IGNORE).nonzero().squeeze(1)
     return assemble_plan(
         Slots(kept_BK, segment_BK, label_slot_L, labels_P[label_slot_L]),
