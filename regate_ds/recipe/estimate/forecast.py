@@ -49,6 +49,9 @@ class Forecast:
     seconds: dict[str, float]
     """Of a dense and of a sparse step."""
 
+    flops: dict[str, float]
+    """Of these, over all ranks."""
+
     memory: dict[str, float]
     """Bytes of a rank, dense and sparse, each with and without checkpointing."""
 
@@ -97,6 +100,7 @@ def forecast(
     run = num_dense * seconds["dense"] + num_sparse * seconds["sparse"]
     return Forecast(
         seconds=seconds,
+        flops={kind: cost.flops * order.world_size for kind, cost in costs.items()},
         memory=_memory(config, host, costs, spans, machine.num) if with_memory else {},
         steps={"dense": num_dense, "sparse": num_sparse},
         run_seconds=run + before,
