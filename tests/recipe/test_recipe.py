@@ -61,10 +61,8 @@ def test_train_eval_and_compare_work_from_the_command_line(corpus: Path):
     done = regate("estimate", str(corpus / "run.yaml"), "--gpus=1", f"--seen={out}", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    told, seen = report["run"]["flops"], report["seen"]["flops"]
-    # The run's dense steps are of other samples than its sparse ones; an epoch is told as a whole.
-    assert seen["sparse"] / seen["dense"] == pytest.approx(told["sparse"] / told["dense"], rel=0.1)
-    assert seen["dense"] == pytest.approx(told["dense"], rel=0.1)
+    # Told from lengths alone; nothing here fills rows up to a multiple, which is not told.
+    assert report["seen"]["flops"] == pytest.approx(report["seen"]["told"]["flops"])
     assert runs["alone"]["tokens_processed"] > 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert runs["alone"]["flops"] == sum(row["flops"] for row in rows)

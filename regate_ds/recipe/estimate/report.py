@@ -10,7 +10,7 @@ from typing import Any
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.forecast import Machine, forecast
-from regate_ds.recipe.estimate.seen import seen_steps
+from regate_ds.recipe.estimate.seen import means, rows_by_kind
 
 KNOBS = (
     ("elision.images.keep_share=0.25",),
@@ -31,14 +31,18 @@ def report_of(
 ) -> dict[str, Any]:
     """Return the forecast of a configuration, of the changed one if asked, and what knobs bring.
 
-    seen: the folder of a run of this configuration, whose steps stand beside.
+    seen: the folder of a run of this configuration on as many ranks; what its steps took stands
+        beside what is told of the same steps.
     """
     config = load_config(path, overrides)
     corpus = load_corpus(config, weights=False)
     base = forecast(config, corpus, machine)
     found: dict[str, Any] = {"run": asdict(base), "knobs": {}}
     if seen is not None:
-        found["seen"] = seen_steps(seen)
+        rows = rows_by_kind(seen)
+        steps = {kind: [row["step"] for row in of] for kind, of in rows.items()}
+        told = forecast(config, corpus, machine, with_memory=False, steps=steps)
+        found["seen"] = {"told": {"seconds": told.seconds, "flops": told.flops}, **means(rows)}
     if what_if:
         changed = load_config(path, [*overrides, *what_if])
         has_same_samples = (changed.model, changed.data) == (config.model, config.data)
@@ -65,7 +69,8 @@ def as_lines(report: dict[str, Any], machine: Machine, name: str) -> str:
     ]
     lines += _run_lines(report["run"], machine)
     if "seen" in report:
-        told, seen = report["run"], report["seen"]
+        seen = report["seen"]
+        told = seen["told"]
         lines.append(
             f"  seen: a sparse step took {_ratio(seen['step_seconds'])} of a dense one's seconds, "
             f"{_ratio(seen['cpu_seconds'])} of its CPU seconds (told: {_ratio(told['seconds'])}) "

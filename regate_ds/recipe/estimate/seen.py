@@ -1,11 +1,12 @@
-"""What the steps of a run took, to stand beside what was told of them."""
+"""What the steps of a run took, to stand beside what is told of the same steps."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from regate_ds.recipe.run_folder import RunFolder
+from regate_ds.recipe.run_folder import Row, RunFolder
 
 FIGURES = {
     "step_seconds": statistics.median,
@@ -14,9 +15,12 @@ FIGURES = {
 }
 """Of a run's metrics, and how steps are averaged: now and then one waits for something else."""
 
+MOST_ROWS = 100
+"""Steps of each kind that are looked at, at even distances."""
 
-def seen_steps(run: Path) -> dict[str, dict[str, float]]:
-    """Return each figure of a run folder's dense steps and of its sparse ones.
+
+def rows_by_kind(run: Path) -> dict[str, list[Row]]:
+    """Return rows of a run folder's metrics: of "dense" and of "sparse" steps.
 
     ValueError if the run has steps of one kind alone.
     """
@@ -32,7 +36,12 @@ def seen_steps(run: Path) -> dict[str, dict[str, float]]:
                 "that has both, such as one with elision.schedule.cycle_steps=2 and "
                 "cycle_dense_steps=1"
             )
+    return {kind: found[:: -(-len(found) // MOST_ROWS)] for kind, found in kinds.items()}
+
+
+def means(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
+    """Return each figure of the dense and of the sparse steps."""
     return {
-        figure: {kind: float(mean(row[figure] for row in kinds[kind])) for kind in kinds}
+        figure: {kind: float(mean(row[figure] for row in rows[kind])) for kind in rows}
         for figure, mean in FIGURES.items()
     }

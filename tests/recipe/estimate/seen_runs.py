@@ -1,6 +1,6 @@
 """What `regate estimate` tells beside what runs take: dense and sparse steps take turns.
 
-python -m tests.recipe.estimate.seen_runs FOLDER [STEPS]
+    python -m tests.recipe.estimate.seen_runs FOLDER
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ from transformers import AutoTokenizer
 from regate_ds.adapters.megatron_on_cpu.shim import install
 from regate_ds.recipe.config.tree import RunConfig, load_config
 from regate_ds.recipe.corpus import load_corpus
-from regate_ds.recipe.estimate.forecast import Machine, forecast
+from regate_ds.recipe.estimate.forecast import Machine
 from regate_ds.recipe.estimate.gpus import GPUS
-from regate_ds.recipe.estimate.seen import seen_steps
+from regate_ds.recipe.estimate.report import report_of
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.trainer import Trainer
 from tests.support.ranks import run_ranks
 from tests.support.small_corpus import TEXT, make_corpus
 
-STEPS = 36
-WIDE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+STEPS = 16
+WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}
 GRID = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 6, "spatial_merge_size": 2}
 
 COMMON = (
     "model.freeze_vision=true",
     "data.test=null",
-    "data.max_length=80",
     "elision.score=random",
     "elision.schedule={warmup: 0, cycle_steps: 2, cycle_dense_steps: 1, final_dense_share: 0.0}",
     "run.micro_batch=8",
@@ -44,8 +43,6 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "LLaVA, Megatron TP 2": (2, ("parallel={tensor: 2, sequence: true}", "run.deepspeed=null")),
 }
 """Ranks, and what a run's configuration has beside COMMON."""
-
-_RATIOS = ("seconds", "flops")
 
 
 def make(folder: Path) -> None:
@@ -80,14 +77,13 @@ def main(folder: Path) -> None:
     for name, (ranks, _) in RUNS.items():
         run_ranks(run, ranks, str(folder), name, timeout=1500)
         config = config_of(folder, name)
-        machine = Machine(GPUS["h100"], ranks, 0.4)
-        told = forecast(config, load_corpus(config, weights=False), machine, with_memory=False)
-        seen = seen_steps(config.run.out)
+        run_yaml, machine = config.run.out / "config.yaml", Machine(GPUS["h100"], ranks, 0.4)
+        seen = report_of(run_yaml, (), machine, (), config.run.out)["seen"]
+        told = {key: of["sparse"] / of["dense"] for key, of in seen.pop("told").items()}
         ratio = {key: of["sparse"] / of["dense"] for key, of in seen.items()}
-        own = {key: of["sparse"] / of["dense"] for key, of in vars(told).items() if key in _RATIOS}
         print(
-            f"| {name} | {own['seconds']:.3f}, {ratio['step_seconds']:.3f} | "
-            f"{ratio['cpu_seconds']:.3f} | {own['flops']:.3f}, {ratio['flops']:.3f} |",
+            f"| {name} | {told['seconds']:.3f}, {ratio['step_seconds']:.3f} | "
+            f"{ratio['cpu_seconds']:.3f} | {told['flops']:.3f}, {ratio['flops']:.3f} |",
             flush=True,
         )
 

@@ -15,7 +15,7 @@ from regate_ds.recipe.bench.arms import ARMS
 from regate_ds.recipe.bench.case import StepCase, make_data
 from regate_ds.recipe.bench.measures import LiveBytes
 from regate_ds.recipe.estimate.activations import activations_of
-from regate_ds.recipe.estimate.seen import seen_steps
+from regate_ds.recipe.estimate.seen import means, rows_by_kind
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.values import Stores
@@ -67,7 +67,9 @@ def write_metrics(folder: Path, *kinds: bool) -> None:
 
 def test_steps_of_a_run_are_averaged_by_kind(tmp_path: Path):
     write_metrics(tmp_path, True, False, True, False)
-    seen = seen_steps(tmp_path)
+    rows = rows_by_kind(tmp_path)
+    assert [row["step"] for row in rows["sparse"]] == [1, 3]
+    seen = means(rows)
     assert seen["flops"] == {"dense": 11.0, "sparse": 12.0}
     assert seen["cpu_seconds"] == {"dense": 8.0, "sparse": 8.0}
 
@@ -76,4 +78,4 @@ def test_steps_of_a_run_are_averaged_by_kind(tmp_path: Path):
 def test_a_run_without_steps_of_both_kinds_is_refused(tmp_path: Path, kinds, message):
     write_metrics(tmp_path, *kinds)
     with pytest.raises(ValueError, match=message):
-        seen_steps(tmp_path)
+        rows_by_kind(tmp_path)
