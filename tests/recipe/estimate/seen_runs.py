@@ -1,6 +1,6 @@
 """What `regate estimate` tells beside what runs take: dense and sparse steps take turns.
 
-    python -m tests.recipe.estimate.seen_runs FOLDER
+python -m tests.recipe.estimate.seen_runs FOLDER
 """
 
 from __future__ import annotations
