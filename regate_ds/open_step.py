@@ -40,8 +40,8 @@ class OpenStep:
         number than the plan's targets.
         """
         step = self.plan.step
-        targets = {one.micro: one.num_targets for one in self.plan.micro}
-        is_of_step = plan.step == step and targets.get(plan.micro) == plan.num_targets
+        sizes = (one.num_targets for one in self.plan.micro if one.micro == plan.micro)
+        is_of_step = plan.step == step and plan.num_targets == next(sizes, None)
         if not is_of_step or plan.micro in self.recorded:
             raise RuntimeError(
                 f"losses of step {plan.step}, micro-batch {plan.micro} do not belong here: step "

@@ -69,7 +69,7 @@ class Chooser:
         if self.schedules.is_dense(step):
             return partial(plan_dense_window, window), quota_state
         method = self.config.method(*self.schedules.shares(step))
-        num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
+        num_labels = sum(batch.num_labels for batch in window)
         values_N, num_hard_S = torch.zeros(num_labels, dtype=torch.float64), num_elidable(window)
         reference_N = None
         if self.schedules.chooses_answers(step) and self.config.chooses_after_forward:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ SampleKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch in CPU memory: shifted labels, named samples, marked padding."""
+    """One micro-batch in CPU memory: shifted labels, named samples, marked padding.
+
+    What is made of its fields is made once, so nobody writes to its tensors.
+    """
 
     keys: tuple[tuple[SampleKey, ...], ...]
     """Keys of the samples in each row, in reading order (one, unless rows are packed)."""
@@ -60,7 +64,7 @@ class TokenBatch:
             )
         if self.image_BT is not None:
             _require_image_numbers(self.image_BT, self.labels_BT)
-        labelled_padding = (self.is_label_BT & (self.segment_BT < 0)).nonzero()
+        labelled_padding = ((self.labels_BT != IGNORE) & (self.segment_BT < 0)).nonzero()
         if len(labelled_padding):
             row, position = (int(index) for index in labelled_padding[0])
             raise ValueError(
@@ -68,11 +72,11 @@ class TokenBatch:
                 f"of padding to {IGNORE}"
             )
 
-    @property
+    @cached_property
     def is_label_BT(self) -> Tensor:
         return self.labels_BT != IGNORE
 
-    @property
+    @cached_property
     def kind_BT(self) -> Tensor:
         """ABSENT, ALWAYS, ELIDABLE or IMAGE for every position."""
         kind_BT = torch.full_like(self.labels_BT, ALWAYS)
@@ -82,27 +86,40 @@ class TokenBatch:
         kind_BT = kind_BT.masked_fill(starts_segment(self.segment_BT), ALWAYS)
         return kind_BT.masked_fill(self.segment_BT < 0, ABSENT)
 
-    @property
+    @cached_property
     def sample_BT(self) -> Tensor:
         """Number of each position's sample, counted through the micro-batch; -1 is padding."""
         first_B = torch.tensor([0] + [len(row) for row in self.keys[:-1]]).cumsum(0)
         return torch.where(self.segment_BT < 0, -1, self.segment_BT + first_B[:, None])
 
-    @property
+    @cached_property
     def flat_keys(self) -> list[SampleKey]:
         """Keys of all samples in the order in which ``sample_BT`` counts them."""
         return [key for row in self.keys for key in row]
 
-    @property
+    @cached_property
     def num_labels_per_sample(self) -> list[int]:
-        counts = torch.bincount(self.sample_BT[self.is_label_BT], minlength=len(self.flat_keys))
-        return [int(n) for n in counts]
+        return [int(n) for n in self._count(self.is_label_BT)]
+
+    @property
+    def num_labels(self) -> int:
+        return sum(self.num_labels_per_sample)
+
+    @cached_property
+    def num_elidable_S(self) -> Tensor:
+        """int64: elidable label positions of each sample."""
+        return self._count(self.kind_BT == ELIDABLE)
+
+    def _count(self, among_BT: Tensor) -> Tensor:
+        """Return how many of the marked positions, none of them padding, each sample has."""
+        others = len(self.flat_keys)
+        sample_BT = self.sample_BT.masked_fill(~among_BT, others)
+        return torch.bincount(sample_BT.reshape(-1), minlength=others + 1)[:others]
 
     def at_labels(self, values_N: Tensor, *, empty: float = 0.0) -> Tensor:
         """Spread one value for each label position over [B, T], with ``empty`` elsewhere."""
         values_BT = values_N.new_full(self.labels_BT.shape, empty)
-        values_BT[self.is_label_BT] = values_N
-        return values_BT
+        return values_BT.masked_scatter_(self.is_label_BT, values_N)
 
 
 def _require_image_numbers(image_BT: Tensor, labels_BT: Tensor) -> None:

@@ -38,7 +38,7 @@ def count_step(
     return [
         sum(int((batch.segment_BT >= 0).sum()) for batch in window),
         sum(plan.num_kept for plan in micro),
-        sum(int(batch.is_label_BT.sum()) for batch in window),
+        sum(batch.num_labels for batch in window),
         sum(plan.num_targets for plan in micro),
         sum(_entering(one.is_label_BT, plan) for one, plan in pairs),
         sum(int((batch.kind_BT == IMAGE).sum()) for batch in window),

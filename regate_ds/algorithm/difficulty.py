@@ -50,7 +50,7 @@ def _updated(
     old_N: Tensor,
     recorded: Sequence[Mapping[str, Tensor]],
 ) -> Tensor:
-    olds = old_N.split([int(batch.is_label_BT.sum()) for batch in window])
+    olds = old_N.split([batch.num_labels for batch in window])
     parts = []
     for batch, plan, old_n, values in zip(window, micro, olds, recorded, strict=True):
         if statistic.of not in values:

@@ -130,10 +130,12 @@ def _require_places(ranking: Ranking, inputs: RankingInputs, image_M: Tensor) ->
             f"{type(ranking).__name__} returned {found}; it must return whole numbers of shape "
             f"{tuple(wanted_M.shape)}"
         )
-    order_M = place_M.argsort(stable=True)
-    found_M = place_M[order_M[image_M[order_M].argsort(stable=True)]]
-    if not torch.equal(found_M, wanted_M):
-        image = int(image_M[(found_M != wanted_M).nonzero()[0]])
+    is_inside_M = (place_M >= 0) & (place_M < inputs.sizes_I[image_M])
+    is_taken_M = torch.zeros(len(image_M), dtype=torch.bool)
+    is_taken_M[(start_I[image_M] + place_M)[is_inside_M]] = True
+    # As many places as tokens: where one is out of range or given twice, another is left over.
+    if not is_taken_M.all():
+        image = int(image_M[(~is_taken_M).nonzero()[0]])
         raise ValueError(
             f"{type(ranking).__name__} gave image {inputs.keys[image]} places that are not 0 to "
             f"{int(inputs.sizes_I[image]) - 1}, each once"

@@ -144,11 +144,11 @@ class Slots:
 
 def plan_dense(batch: TokenBatch) -> ElisionPlan:
     """Keep everything: what the host itself would compute, padding included."""
-    return plan_loss(batch, batch.is_label_BT)
+    return plan_loss(batch)
 
 
-def plan_loss(batch: TokenBatch, target_BT: Tensor) -> ElisionPlan:
-    """Keep every position in every layer; only the labels at ``target_BT`` enter the loss."""
+def plan_loss(batch: TokenBatch, target_BT: Tensor | None = None) -> ElisionPlan:
+    """Keep every position in every layer; the loss is on all labels, or those at ``target_BT``."""
     kept_BK = torch.arange(batch.labels_BT.shape[1]).expand(len(batch.labels_BT), -1)
     return _pack(batch, kept_BK, target_BT, moves_rows=False)
 
@@ -156,7 +156,6 @@ def plan_loss(batch: TokenBatch, target_BT: Tensor) -> ElisionPlan:
 def plan_rows(batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor | None = None) -> ElisionPlan:
     """Keep the positions ``kept_BK`` of each row (T means padding), with the loss on the labels
     among them, or on those of them at ``target_BT``."""
-    target_BT = batch.is_label_BT if target_BT is None else target_BT
     return _pack(batch, kept_BK, target_BT, moves_rows=True)
 
 
@@ -173,15 +172,15 @@ def with_all_labels(plan: ElisionPlan, batch: TokenBatch) -> ElisionPlan:
 
 
 def _pack(
-    batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor, *, moves_rows: bool
+    batch: TokenBatch, kept_BK: Tensor, target_BT: Tensor | None, *, moves_rows: bool
 ) -> ElisionPlan:
     """Select by ``kept_BK`` what the decoder and the loss need."""
     num_tokens = batch.labels_BT.shape[1]
     is_real_BK = kept_BK < num_tokens
     kept_BK = kept_BK.masked_fill(~is_real_BK, 0)
     segment_BK = batch.segment_BT.gather(1, kept_BK).masked_fill(~is_real_BK, -1)
-    labels_BT = batch.labels_BT.masked_fill(~target_BT, IGNORE)
-    labels_P = labels_BT.gather(1, kept_BK).masked_fill(~is_real_BK, IGNORE).reshape(-1)
+    is_none_BK = ~is_real_BK if target_BT is None else ~(is_real_BK & target_BT.gather(1, kept_BK))
+    labels_P = batch.labels_BT.gather(1, kept_BK).masked_fill(is_none_BK, IGNORE).reshape(-1)
     label_slot_L = (labels_P != IGNORE).nonzero().squeeze(1)
     return assemble_plan(
         Slots(kept_BK, segment_BK, label_slot_L, labels_P[label_slot_L]),

@@ -24,29 +24,28 @@ def top(ranks: list[Tensor], among_BT: Tensor, group_BT: Tensor, num_top_G: Tens
     Sorted by stable indices, not by a threshold: ranks of one model replica must break ties alike.
     """
     where_P = among_BT.reshape(-1).nonzero().squeeze(1)
-    order_P = torch.arange(len(where_P))
+    place_P = torch.arange(len(where_P))
+    order_P = place_P
     for key_BT in reversed(ranks):
         key_P = key_BT.reshape(-1)[where_P][order_P]
         order_P = order_P[key_P.argsort(descending=True, stable=True)]
     group_P = group_BT.reshape(-1)[where_P]
     order_P = order_P[group_P[order_P].argsort(stable=True)]
-    group_sizes = torch.bincount(group_P, minlength=len(num_top_G))
-    start_P = (group_sizes.cumsum(0) - group_sizes)[group_P[order_P]]
-    chosen_P = torch.arange(len(where_P)) - start_P < num_top_G[group_P[order_P]]
+    size_G = torch.bincount(group_P, minlength=len(num_top_G))
+    end_G = size_G.cumsum(0) - size_G + num_top_G
     top_BT = torch.zeros_like(among_BT)
-    top_BT.view(-1)[where_P[order_P[chosen_P]]] = True
+    top_BT.view(-1)[where_P[order_P]] = place_P < end_G.repeat_interleave(size_G)
     return top_BT
 
 
 def kept_positions(keep_BT: Tensor, multiple: int) -> Tensor:
     """Return int64 [B, K]: kept positions in reading order, then T as padding up to the longest."""
     num_rows, num_tokens = keep_BT.shape
-    longest = int(keep_BT.sum(dim=1).max())
-    num_slots = max(1, math.ceil(longest / multiple)) * multiple
-    positions_BT = torch.where(keep_BT, torch.arange(num_tokens), num_tokens).sort(dim=1).values
+    num_B = keep_BT.sum(dim=1)
+    num_slots = max(1, math.ceil(int(num_B.max()) / multiple)) * multiple
+    is_filled_BK = torch.arange(num_slots) < num_B[:, None]
     kept_BK = torch.full((num_rows, num_slots), num_tokens)
-    kept_BK[:, :num_tokens] = positions_BT[:, :num_slots]
-    return kept_BK
+    return kept_BK.masked_scatter_(is_filled_BK, keep_BT.nonzero()[:, 1])
 
 
 def shift_right(x_BT: Tensor, first: float | bool) -> Tensor:

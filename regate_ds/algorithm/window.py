@@ -160,7 +160,7 @@ def plan_window(
             f"the quota {type(method.quota).__name__} keeps {num_hard_S.tolist()} of samples with "
             f"{num_S.tolist()} positions; count must return whole numbers between 0 and these"
         )
-    sizes = [int(batch.is_label_BT.sum()) for batch in window]
+    sizes = [batch.num_labels for batch in window]
     values = choice.values_N.split(sizes)
     references = choice.reference_N.split(sizes) if choice.reference_N is not None else None
     counts = num_hard_S.split([len(batch.flat_keys) for batch in window])
@@ -195,12 +195,7 @@ def plan_window(
 
 def num_elidable(window: Sequence[TokenBatch]) -> Tensor:
     """Return the number of elidable label positions of each sample: int64 [S]."""
-    return torch.cat([_num_elidable(batch) for batch in window])
-
-
-def _num_elidable(batch: TokenBatch) -> Tensor:
-    is_elidable_BT = batch.kind_BT == ELIDABLE
-    return torch.bincount(batch.sample_BT[is_elidable_BT], minlength=len(batch.flat_keys))
+    return torch.cat([batch.num_elidable_S for batch in window])
 
 
 def plan_dense_window(window: Sequence[TokenBatch]) -> tuple[ElisionPlan, ...]:

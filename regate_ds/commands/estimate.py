@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from regate_ds.commands.config_argument import add_config
 
@@ -22,6 +23,9 @@ def add_estimate(commands: argparse._SubParsersAction, debug: argparse.ArgumentP
     parser.add_argument(
         "--what-if", nargs="+", default=[], metavar="key=value", help="the same with these settings"
     )
+    parser.add_argument(
+        "--seen", type=Path, metavar="RUN", help="what the steps of this run's folder took, beside"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=_run)
 
@@ -39,6 +43,6 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
             "above 0 and at most 1"
         )
     machine = Machine(GPUS[args.gpu], args.gpus, args.efficiency)
-    report = report_of(args.config, args.overrides, machine, args.what_if)
+    report = report_of(args.config, args.overrides, machine, args.what_if, args.seen)
     print(json.dumps(report, indent=1) if args.json else as_lines(report, machine, args.gpu))
     return 0

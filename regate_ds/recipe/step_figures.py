@@ -107,7 +107,7 @@ class StepFigures:
             return {k: v for k, v in counts.items() if k != "step"}
         tokens = sum(int((batch.segment_BT >= 0).sum()) for batch in self._seen)
         padded = sum(batch.segment_BT.numel() for batch in self._seen) - tokens
-        labels = sum(int(batch.is_label_BT.sum()) for batch in self._seen)
+        labels = sum(batch.num_labels for batch in self._seen)
         images = sum(int((batch.kind_BT == IMAGE).sum()) for batch in self._seen)
         data = self._data
         tokens, labels, images, padded = sum_over(

@@ -69,10 +69,9 @@ class SampleKeys(Sequence[SampleKey]):
         asked = SampleKeys.of(keys)
         name_R, record_R = asked.name_numbers_among(self.names), asked.record_numbers
         rows_R = np.full(len(asked), UNKNOWN, dtype=np.int64)
-        for number in range(len(self.names)):
+        for number in {*name_R.tolist()} - {UNKNOWN}:
             is_own_R = name_R == number
-            if is_own_R.any():
-                rows_R[is_own_R] = self._find_records(number, record_R[is_own_R])
+            rows_R[is_own_R] = self._find_records(number, record_R[is_own_R])
         return rows_R
 
     def first_twice(self) -> int | None:

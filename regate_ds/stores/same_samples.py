@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from regate_ds.algorithm.batch import SampleKey, TokenBatch
+from regate_ds.algorithm.window import window_keys
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.digests import hash_labels
 
@@ -22,27 +23,27 @@ def require_as_indexed(window: Sequence[TokenBatch], index: AnswerIndex) -> None
     Its answer tokens and its number of positions are compared. Padding that no attention mask marks
     counts as positions, so a sample that reaches the end of its row may be longer than indexed.
     """
-    for batch in window:
-        rows = index.rows(batch.flat_keys)
-        known = zip(
-            index.num_labels[rows].tolist(),
-            index.label_hashes[rows].tolist(),
-            index.num_positions[rows].tolist(),
+    rows = index.rows(window_keys(window))
+    known = zip(
+        index.num_labels[rows].tolist(),
+        index.label_hashes[rows].tolist(),
+        index.num_positions[rows].tolist(),
+    )
+    samples = (sample for batch in window for sample in labelled_samples(batch))
+    for (key, labels_N, num_positions, at_end), (num_known, hash_known, length) in zip(
+        samples, known, strict=True
+    ):
+        if len(labels_N) != num_known:
+            fault = f"{len(labels_N)} answer tokens here, but {num_known}"
+        elif hash_labels(labels_N) != hash_known:
+            fault = f"other answer tokens here than its {num_known}"
+        elif num_positions < length or (num_positions > length and not at_end):
+            fault = f"{num_positions} positions here, image tokens included, but {length}"
+        else:
+            continue
+        raise ValueError(
+            f"sample {key[0]!r} record {key[1]} has {fault} in the reference store; {_WAYS_OUT}"
         )
-        for (key, labels_N, num_positions, at_end), (num_known, hash_known, length) in zip(
-            labelled_samples(batch), known, strict=True
-        ):
-            if len(labels_N) != num_known:
-                fault = f"{len(labels_N)} answer tokens here, but {num_known}"
-            elif hash_labels(labels_N) != hash_known:
-                fault = f"other answer tokens here than its {num_known}"
-            elif num_positions < length or (num_positions > length and not at_end):
-                fault = f"{num_positions} positions here, image tokens included, but {length}"
-            else:
-                continue
-            raise ValueError(
-                f"sample {key[0]!r} record {key[1]} has {fault} in the reference store; {_WAYS_OUT}"
-            )
 
 
 def labelled_samples(batch: TokenBatch) -> Iterator[tuple[SampleKey, Tensor, int, bool]]:
@@ -50,6 +51,6 @@ def labelled_samples(batch: TokenBatch) -> Iterator[tuple[SampleKey, Tensor, int
     keys = batch.flat_keys
     labels = batch.labels_BT[batch.is_label_BT].split(batch.num_labels_per_sample)
     last_B = batch.sample_BT[:, -1].tolist()
-    counts = batch.sample_BT[batch.sample_BT >= 0].bincount(minlength=len(keys)).tolist()
+    counts = (batch.sample_BT.reshape(-1) + 1).bincount(minlength=len(keys) + 1)[1:].tolist()
     for number, (key, labels_N, count) in enumerate(zip(keys, labels, counts, strict=True)):
         yield key, labels_N, count, number in last_B

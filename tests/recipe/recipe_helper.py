@@ -95,8 +95,21 @@ def check_recipe(rank: int, folder: str) -> None:
     check_a_run_that_is_asked_to_end_resumes(root)
     check_disabled_is_the_plain_loop(root)
     check_other_length_is_refused(root)
+    check_a_balanced_run_is_the_run(root)
     check_a_failed_evaluation_loses_nothing(root)
     check_a_loss_that_is_not_finite_ends_the_run(root)
+
+
+def check_a_balanced_run_is_the_run(root: Path) -> None:
+    """Other ranks read the samples of a step; losses and counts are those of the step all the same,
+    but for the order of sums and the padding."""
+    made = run(root, "balanced", "run.balance=true")
+    balanced, plain = ([*replace(made.order, costs=costs)] for costs in (made.order.costs, None))
+    assert sorted(sum(balanced, [])) != sorted(sum(plain, []))
+    for mine, whole in zip(rows(root, "balanced"), rows(root, "whole"), strict=True):
+        for key in mine.keys() - {"padded", "flops"}:
+            rounded = key in ("loss", "grad_norm")
+            assert mine[key] == (pytest.approx(whole[key], rel=1e-4) if rounded else whole[key])
 
 
 class Unevaluated(Trainer):

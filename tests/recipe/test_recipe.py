@@ -58,6 +58,11 @@ def test_train_eval_and_compare_work_from_the_command_line(corpus: Path):
     done = regate("compare", str(out), "--out", str(corpus / "table"))
     assert done.returncode == 0, done.stderr
     runs = json.loads((corpus / "table" / "compare.json").read_text())["runs"]
+    done = regate("estimate", str(corpus / "run.yaml"), "--gpus=1", f"--seen={out}", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    # Told from lengths alone; nothing here fills rows up to a multiple, which is not told.
+    assert report["seen"]["flops"] == pytest.approx(report["seen"]["told"]["flops"])
     assert runs["alone"]["tokens_processed"] > 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert runs["alone"]["flops"] == sum(row["flops"] for row in rows)

@@ -48,16 +48,16 @@ class Elide:
     def _aligned(self, batch: TokenBatch, score_BT: Tensor, num_hard_S: Tensor) -> Tensor:
         """Mark the elidable positions that each sample's hard targets keep."""
         is_elidable_BT, sample_BT = batch.kind_BT == ELIDABLE, batch.sample_BT
+        if self.align == "predictor":
+            return top([score_BT], is_elidable_BT, sample_BT, num_hard_S)
         # Position u holds the target of position u - 1, where that one is a label of its sample.
         holds_BT = shift_right(is_elidable_BT, False) & is_elidable_BT & follows_in_sample(batch)
-        if self.align == "target":
-            held_BT = torch.where(holds_BT, shift_right(score_BT, 0.0), score_BT)
-            # Positions that hold no target come after all that do, ranked by their own score.
-            return top([holds_BT, held_BT], is_elidable_BT, sample_BT, num_hard_S)
-        hard_BT = top([score_BT], is_elidable_BT, sample_BT, num_hard_S)
         if self.align == "both":
+            hard_BT = top([score_BT], is_elidable_BT, sample_BT, num_hard_S)
             return hard_BT | (shift_right(hard_BT, False) & holds_BT)
-        return hard_BT
+        held_BT = torch.where(holds_BT, shift_right(score_BT, 0.0), score_BT)
+        # Positions that hold no target come after all that do, ranked by their own score.
+        return top([holds_BT, held_BT], is_elidable_BT, sample_BT, num_hard_S)
 
 
 def rows_with(
@@ -90,6 +90,8 @@ def _fill(batch: TokenBatch, keep_BT: Tensor, ranked: Ranked, rows: RowLayout) -
 
     First come the next-best label positions, then the next image tokens in their images' orders.
     """
+    if rows.fill_multiple == 1:
+        return torch.zeros_like(keep_BT)
     row_BT = torch.arange(len(keep_BT))[:, None].expand_as(keep_BT)
     group_BT = row_BT if rows.fills_rows else torch.zeros_like(row_BT)
     missing_G = -torch.bincount(group_BT[keep_BT]) % rows.fill_multiple

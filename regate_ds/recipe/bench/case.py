@@ -191,6 +191,11 @@ class CaseData:
         return self.values_N[self.index.locate(keys)]
 
 
+def as_loaded(batches: Sequence[Batch]) -> list[Batch]:
+    """Return micro-batches as a loader gives them: nothing has been made of their tokens yet."""
+    return [replace(batch, tokens=replace(batch.tokens)) for batch in batches]
+
+
 def make_data(case: StepCase, data_rank: int = 0) -> CaseData:
     """Make a data rank's batches, and the index of all ranks' samples; the same on every rank."""
     generator = torch.Generator().manual_seed(case.seed)

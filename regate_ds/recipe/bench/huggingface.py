@@ -22,7 +22,7 @@ from regate_ds.cost.shape import shape_of
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.recipe.bench.arms import Forward, StepArm
 from regate_ds.recipe.bench.baselines import Losses
-from regate_ds.recipe.bench.case import StepCase, make_data
+from regate_ds.recipe.bench.case import StepCase, as_loaded, make_data
 from regate_ds.recipe.bench.host import ENDLESS, OnDevice, StepParts
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
@@ -63,7 +63,7 @@ class HuggingFaceHost:
         config = arm.config(self._case)
         attachment = attach_model(self._model, config) if arm.attaches else None
         self._stepper.arm = arm.forward
-        tokens, plans = [b.tokens for b in self._data.batches], list[StepPlan]()
+        tokens, plans = [b.tokens for b in as_loaded(self._data.batches)], list[StepPlan]()
 
         def plan() -> StepPlan:
             plans.append(session.plan_step(tokens))

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from regate_ds.cost.shape import shape_of
 from regate_ds.data.collate import Batch
 from regate_ds.recipe.bench.arms import HOST, StepArm
-from regate_ds.recipe.bench.case import StepCase, make_data
+from regate_ds.recipe.bench.case import StepCase, as_loaded, make_data
 from regate_ds.recipe.bench.host import ENDLESS, StepParts, plans_followed
 from regate_ds.recipe.config.sections import ParallelConfig
 
@@ -77,7 +77,7 @@ class MegatronHost:
     def _passes(self, schedule: Any) -> Any:
         return schedule(
             forward_step_func=_forward_step,
-            data_iterator=iter(self._batches),
+            data_iterator=iter(as_loaded(self._batches)),
             model=self._chunk,
             num_microbatches=len(self._batches),
             seq_length=self._case.tokens,

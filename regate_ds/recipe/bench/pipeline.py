@@ -20,7 +20,7 @@ from regate_ds.adapters.deepspeed.pipeline_layers import Decoder
 from regate_ds.adapters.deepspeed.pipeline_student import pipeline_student
 from regate_ds.cost.shape import shape_of
 from regate_ds.recipe.bench.arms import HOST, StepArm
-from regate_ds.recipe.bench.case import StepCase, make_data
+from regate_ds.recipe.bench.case import StepCase, as_loaded, make_data
 from regate_ds.recipe.bench.host import ENDLESS, StepParts, plans_followed
 from regate_ds.recipe.bench.huggingface import make_model
 
@@ -57,7 +57,7 @@ class PipelineHost:
     def ready(self, name: str) -> Iterator[StepParts]:
         engine, regate = self._engines[name]
         self.layers = [m for m in engine.module.modules() if isinstance(m, Decoder)]
-        batches = self._data.batches
+        batches = as_loaded(self._data.batches)
         yield StepParts(
             plan=lambda: None,
             passes=lambda *_: regate.train_batch(iter(batches)),

@@ -11,7 +11,7 @@ ratios.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from regate_ds.recipe.estimate.needs import estimate
 from regate_ds.recipe.estimate.plan_walk import data_ranks_of
 from regate_ds.recipe.estimate.ran import run_host, run_shape
 from regate_ds.recipe.estimate.sizes import sample_sizes
-from regate_ds.recipe.estimate.steps import StepCost, flops_before, step_cost
+from regate_ds.recipe.estimate.steps import StepCost, counted_steps, flops_before, step_cost
 from regate_ds.recipe.order import Order, make_order
 
 
@@ -49,6 +49,9 @@ class Forecast:
     seconds: dict[str, float]
     """Of a dense and of a sparse step."""
 
+    flops: dict[str, float]
+    """Of these, over all ranks."""
+
     memory: dict[str, float]
     """Bytes of a rank, dense and sparse, each with and without checkpointing."""
 
@@ -65,11 +68,17 @@ class Forecast:
 
 
 def forecast(
-    config: RunConfig, corpus: Corpus, machine: Machine, *, with_memory: bool = True
+    config: RunConfig,
+    corpus: Corpus,
+    machine: Machine,
+    *,
+    with_memory: bool = True,
+    steps: Mapping[str, Sequence[int]] | None = None,
 ) -> Forecast:
     """Forecast the run on this machine; the corpus's student is left as it is.
 
     with_memory: False leaves the memory out, which takes longest to tell.
+    steps: the steps whose mean a "dense" and a "sparse" step are; None takes an epoch's for both.
     """
     host = run_host(config)
     shape = run_shape(host)
@@ -81,9 +90,10 @@ def forecast(
     shares = elision.shares_at(0.5) if elision.chooses else None
     if shares is not None and not elision.execution.chooses:
         shares = None
+    of = steps or dict.fromkeys(("dense", "sparse"), counted_steps(order))
     costs = {
-        "dense": step_cost(config, shape, sizes, order, None, ()),
-        "sparse": step_cost(config, shape, sizes, order, shares, spans),
+        "dense": step_cost(config, shape, sizes, order, None, (), of["dense"]),
+        "sparse": step_cost(config, shape, sizes, order, shares, spans, of["sparse"]),
     }
     sent = _sent_seconds(config, host, shape, costs, machine)
     bubble = _bubble(config)
@@ -97,6 +107,7 @@ def forecast(
     run = num_dense * seconds["dense"] + num_sparse * seconds["sparse"]
     return Forecast(
         seconds=seconds,
+        flops={kind: cost.flops * order.world_size for kind, cost in costs.items()},
         memory=_memory(config, host, costs, spans, machine.num) if with_memory else {},
         steps={"dense": num_dense, "sparse": num_sparse},
         run_seconds=run + before,

@@ -105,7 +105,7 @@ def plan_of(world: World, data_rank: int) -> StepPlan:
     generator = torch.Generator().manual_seed(data_rank)
     window = [_random_batch(world, number, generator) for number in range(world.num_micro)]
     config = RegateConfig(keep_share=world.keep_share)
-    reference_N = torch.rand(sum(int(b.is_label_BT.sum()) for b in window), generator=generator)
+    reference_N = torch.rand(sum(b.num_labels for b in window), generator=generator)
     rows = world.cut.row_layout("padded", 1)
     _, micro = plan_unseen(config, window, reference_N, rows, in_reading_order)
     return StepPlan(0, False, micro, sum(plan.num_targets for plan in micro), {})

@@ -10,6 +10,7 @@ from typing import Any
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.forecast import Machine, forecast
+from regate_ds.recipe.estimate.seen import means, rows_by_kind
 
 KNOBS = (
     ("elision.images.keep_share=0.25",),
@@ -22,13 +23,26 @@ KNOBS = (
 
 
 def report_of(
-    path: Path, overrides: Sequence[str], machine: Machine, what_if: Sequence[str]
+    path: Path,
+    overrides: Sequence[str],
+    machine: Machine,
+    what_if: Sequence[str],
+    seen: Path | None = None,
 ) -> dict[str, Any]:
-    """Return the forecast of a configuration, of the changed one if asked, and what knobs bring."""
+    """Return the forecast of a configuration, of the changed one if asked, and what knobs bring.
+
+    seen: the folder of a run of this configuration on as many ranks; what its steps took stands
+        beside what is told of the same steps.
+    """
     config = load_config(path, overrides)
     corpus = load_corpus(config, weights=False)
     base = forecast(config, corpus, machine)
     found: dict[str, Any] = {"run": asdict(base), "knobs": {}}
+    if seen is not None:
+        rows = rows_by_kind(seen)
+        steps = {kind: [row["step"] for row in of] for kind, of in rows.items()}
+        told = forecast(config, corpus, machine, with_memory=False, steps=steps)
+        found["seen"] = {"told": {"seconds": told.seconds, "flops": told.flops}, **means(rows)}
     if what_if:
         changed = load_config(path, [*overrides, *what_if])
         has_same_samples = (changed.model, changed.data) == (config.model, config.data)
@@ -54,6 +68,14 @@ def as_lines(report: dict[str, Any], machine: Machine, name: str) -> str:
         "cancels in ratios; nothing was run"
     ]
     lines += _run_lines(report["run"], machine)
+    if "seen" in report:
+        seen = report["seen"]
+        told = seen["told"]
+        lines.append(
+            f"  seen: a sparse step took {_ratio(seen['step_seconds'])} of a dense one's seconds, "
+            f"{_ratio(seen['cpu_seconds'])} of its CPU seconds (told: {_ratio(told['seconds'])}) "
+            f"and {_ratio(seen['flops'])} of its FLOPs (told: {_ratio(told['flops'])})"
+        )
     if "what_if" in report:
         settings = " ".join(report["what_if"]["settings"])
         share = report["what_if"]["run_seconds"] / report["run"]["run_seconds"]
@@ -62,6 +84,10 @@ def as_lines(report: dict[str, Any], machine: Machine, name: str) -> str:
     for knob, share in sorted(report["knobs"].items(), key=lambda pair: pair[1]):
         lines.append(f"{knob} would take {share:.2f} of the run")
     return "\n".join(lines)
+
+
+def _ratio(of: dict[str, float]) -> str:
+    return f"{of['sparse'] / of['dense']:.3f}"
 
 
 def _run_lines(run: dict[str, Any], machine: Machine) -> list[str]:

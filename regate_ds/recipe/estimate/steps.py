@@ -1,7 +1,7 @@
 """FLOPs of a run's steps and of what goes before it, by what they are for.
 
-Of an epoch, steps at even distances are counted, each on all data ranks, with the padding of their
-rows. Image tokens, answers and the rest share the gated layers' work by their numbers.
+Steps are counted each on all data ranks, with the padding of their rows. Image tokens, answers and
+the rest share the gated layers' work by their numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from regate_ds.recipe.order import Order
 
 MOST_STEPS = 20
 """Steps of the epoch that are counted, at even distances."""
+
+
+def counted_steps(order: Order) -> range:
+    """Return steps of the first epoch that stand for all."""
+    return range(0, order.steps_per_epoch, max(1, order.steps_per_epoch // MOST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,9 @@ def step_cost(  # noqa: PLR0913 (a step in its parts)
     order: Order,
     shares: tuple[float, float] | None,
     spans: Sequence[Span],
+    steps: Sequence[int],
 ) -> StepCost:
-    every = max(1, order.steps_per_epoch // MOST_STEPS)
     flops, busiest, parts, largest = 0.0, 0.0, dict[str, float](), None
-    steps = range(0, order.steps_per_epoch, every)
     for step in steps:
         by_rank = []
         for rank in range(order.world_size):

@@ -32,7 +32,7 @@ def score_unseen(
 
     reference_N: the teacher's losses; None scores as if they were all 0.
     """
-    num_labels = sum(int(batch.is_label_BT.sum()) for batch in window)
+    num_labels = sum(batch.num_labels for batch in window)
     statistics = {
         one.name: torch.full((num_labels,), one.unseen) for one in method.score.statistics
     }

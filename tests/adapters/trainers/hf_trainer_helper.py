@@ -17,7 +17,9 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainingArgumen
 
 from regate_ds import ImagesConfig, Keyed, ReferenceStore, RegateConfig, ScheduleConfig, attach
 from regate_ds.adapters.trainers.hf_trainer import RegateMixin, RegateTrainer
+from regate_ds.algorithm.executions.none import NoElision
 from regate_ds.algorithm.scores.entropy import Entropy
+from regate_ds.cost.sampler import BalancedSampler
 from tests.support.paths import ROOT
 
 EXAMPLES = ROOT / "launch" / "examples"
@@ -42,6 +44,7 @@ def check_trainer(rank: int, folder: str) -> None:
     check_a_resumed_run_is_the_run(root, first)
     check_the_gradients_are_those_of_a_loop_of_your_own(root)
     check_disabled_is_trainers_own_run(root)
+    check_a_balanced_run_has_the_same_steps(root)
     check_what_cannot_work_is_refused(root)
     # Last: after a pipeline, DeepSpeed takes every engine of the process for one.
     check_the_pipeline_example(root)
@@ -213,6 +216,47 @@ def check_disabled_is_trainers_own_run(root: Path) -> None:
     assert len(ours) == STEPS
     for name, weight in their_weights.items():
         assert torch.equal(weight, our_weights[name]), name
+
+
+class Balanced(Recorded):
+    """Divides a step's samples by what they cost, if ``costs`` are given."""
+
+    costs: list[float] | None = None
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return BalancedSampler(
+            self.costs or [1.0] * NUM_TRAIN, batch_size=8, world_size=2, micro_batches=2
+        )
+
+
+def check_a_balanced_run_has_the_same_steps(root: Path) -> None:
+    """Each step has the same samples and so, to rounding, the same loss; ranks share them."""
+    found = []
+    for costs in (None, [1.0 + n**2 for n in range(NUM_TRAIN)]):
+        model, data, collate = parts(root)
+        trainer = Balanced(
+            model=model,
+            args=settings(root, gradient_accumulation_steps=2, max_steps=2, logging_steps=1),
+            train_dataset=data,
+            data_collator=collate,
+            regate=RegateConfig(execution=NoElision()),
+        )
+        trainer.costs = costs
+        trainer.train()
+        keys = [[batch.tokens.flat_keys for batch in window] for window in trainer.windows]
+        steps: list[Any] = [None, None]
+        dist.all_gather_object(steps, keys)
+        found.append((steps, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
+    (plain, losses), (balanced, own_losses) = found
+    assert balanced != plain
+    for step in range(2):
+        ours, theirs = (
+            sorted(key for rank in steps for micro in rank[step] for key in micro)
+            for steps in (balanced, plain)
+        )
+        assert ours == theirs
+        assert len(ours) == 8
+    assert own_losses == pytest.approx(losses, rel=1e-4)
 
 
 class Stream(IterableDataset[Any]):

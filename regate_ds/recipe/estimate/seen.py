@@ -1,0 +1,47 @@
+"""What the steps of a run took, to stand beside what is told of the same steps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from regate_ds.recipe.run_folder import Row, RunFolder
+
+FIGURES = {
+    "step_seconds": statistics.median,
+    "cpu_seconds": statistics.median,
+    "flops": statistics.mean,
+}
+"""Of a run's metrics, and how steps are averaged: now and then one waits for something else."""
+
+MOST_ROWS = 100
+"""Steps of each kind that are looked at, at even distances."""
+
+
+def rows_by_kind(run: Path) -> dict[str, list[Row]]:
+    """Return rows of a run folder's metrics: of "dense" and of "sparse" steps.
+
+    ValueError if the run has steps of one kind alone.
+    """
+    rows = RunFolder(run).metrics()
+    kinds = {
+        "dense": [row for row in rows if row["dense"]],
+        "sparse": [row for row in rows if not row["dense"]],
+    }
+    for kind, found in kinds.items():
+        if not found:
+            raise ValueError(
+                f"--seen {run}: of its {len(rows)} steps none is {kind}; give the folder of a run "
+                "that has both, such as one with elision.schedule.cycle_steps=2 and "
+                "cycle_dense_steps=1"
+            )
+    return {kind: found[:: -(-len(found) // MOST_ROWS)] for kind, found in kinds.items()}
+
+
+def means(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
+    """Return each figure of the dense and of the sparse steps."""
+    return {
+        figure: {kind: float(mean(row[figure] for row in rows[kind])) for kind in rows}
+        for figure, mean in FIGURES.items()
+    }
