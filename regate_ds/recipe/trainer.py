@@ -170,6 +170,7 @@ class Trainer:
             fingerprint=self.corpus.index.fingerprint,
             samples_per_step=self.order.samples_per_step,
             num_ranks=self.process.world_size,
+            layout=self.config.layout,
             figures=self.folder.figures_before(done) if self.process.is_first else "",
         )
         save_checkpoint(checkpoints, state, self.engine, self.process)
@@ -185,7 +186,7 @@ class Trainer:
         return saved
 
     def _resume(self, saved: Checkpoint) -> int:
-        load_checkpoint(saved, self.engine, self.process)
+        load_checkpoint(saved, self.engine, self.process, self.config.layout)
         done = saved.done.step
         if self.process.is_first:
             if self.folder.figures_before(done) != saved.done.figures:

@@ -39,8 +39,11 @@ class Setup:
 
     @property
     def has_other_ranks(self) -> bool:
-        """Whether the run goes on with another number of ranks than it was saved by."""
-        return self.saved is not None and self.saved.done.num_ranks != self.process.world_size
+        """Whether the run goes on with other ranks: another number, or another layout."""
+        if self.saved is None:
+            return False
+        done = self.saved.done
+        return (done.num_ranks, done.layout) != (self.process.world_size, self.config.layout)
 
 
 class Engine(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -56,6 +57,8 @@ def trainer_of(run: Run, kind: type[Trainer] = Trainer) -> Trainer:
         run.folder / "run.yaml", [f"run.out={run.folder / run.out}", *run.overrides]
     )
     judge_run(config)
+    # As at a job's start: no rank begins the run before all have judged it.
+    dist.barrier()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return kind(config, load_corpus(config), Process(rank, world_size, torch.device("cpu")))
 

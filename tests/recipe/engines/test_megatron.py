@@ -20,7 +20,6 @@ from tests.support.paths import ROOT
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.algorithm.counts import COUNTS
-from regate_ds.recipe.engines.megatron.engine import require_same_ranks
 from regate_ds.recipe.reports.compare import compare_runs
 from tests.adapters.megatron.pool_helper import Pool
 from tests.recipe.engines.reference_helper import STEPS

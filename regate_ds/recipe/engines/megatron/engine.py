@@ -28,7 +28,12 @@ from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.engines.base import Setup
-from regate_ds.recipe.engines.megatron.checkpoint import load_rank, save_rank
+from regate_ds.recipe.engines.megatron.checkpoint import (
+    load_random,
+    load_shards,
+    save_random,
+    save_shards,
+)
 from regate_ds.recipe.engines.megatron.chunks import build_chunks, context_part, student_chunks
 from regate_ds.recipe.engines.megatron.export import fill_student
 from regate_ds.recipe.engines.megatron.padding import windows
@@ -68,7 +73,6 @@ class MegatronEngine:
         assert config.parallel is not None
         reference = setup.computed.reference
         assert not isinstance(reference, OnlineReference)
-        require_same_ranks(setup)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = _DTYPES[config.run.precision]
@@ -186,25 +190,20 @@ class MegatronEngine:
         model.to("cpu")
 
     def save(self, checkpoint: Path) -> None:
-        save_rank(checkpoint, self.chunks, self.optimizer, {"num_done": self._num_done})
+        save_shards(checkpoint, student_chunks(self.chunks), self.optimizer)
+        save_random(checkpoint)
         self.regate.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
-        more = load_rank(checkpoint, self.chunks, self.optimizer)
-        self._num_done = more["num_done"]
+        saved = self._setup.saved
+        assert saved is not None
+        load_shards(checkpoint, student_chunks(self.chunks), self.optimizer)
+        if not self._setup.has_other_ranks:
+            load_random(checkpoint)
+        self._num_done = saved.done.step
 
     def load_method(self, checkpoint: Path) -> None:
         self.regate.load(checkpoint)
-
-
-def require_same_ranks(setup: Setup) -> None:
-    """Refuse, by ValueError, to go on from a checkpoint of another number of ranks."""
-    if setup.saved is not None and setup.has_other_ranks:
-        num_saved = setup.saved.done.num_ranks
-        raise ValueError(
-            f"{setup.saved.folder} was written by {num_saved} ranks of Megatron-core, but this job "
-            f"has {setup.process.world_size}; resume with {num_saved} ranks"
-        )
 
 
 def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
