@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
 from regate_ds.recipe.engines.megatron.trusted import require_plain
@@ -34,32 +34,41 @@ FOLDER = "megatron"
 
 
 def save_shards(checkpoint: Path, chunks: Sequence[StudentChunk], optimizer: Any) -> None:
-    """Write this rank's part of weights and optimizer. Collective over the job."""
+    """Write this rank's part of weights and optimizer. Collective over the job.
+
+    OSError if a rank cannot write.
+    """
     folder = checkpoint / FOLDER
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
     state = _state(chunks, optimizer, is_loading=False)
-    dist_checkpointing.save(state, str(folder), InThisProcess("torch_dist", 1))
+    try:
+        dist_checkpointing.save(state, str(folder), InThisProcess("torch_dist", 1))
+    except CheckpointException as error:
+        raise OSError(_first_line(error)) from error
 
 
 def load_shards(checkpoint: Path, chunks: Sequence[StudentChunk], optimizer: Any) -> None:
     """Load this rank's part of what ranks of any layout have saved. Collective over the job.
 
-    OSError if the checkpoint lacks a tensor, or one has another shape.
+    OSError if it cannot be read, lacks a tensor, or one has another shape; what might run code is
+    refused as in ``require_plain``.
     """
     folder = checkpoint / FOLDER
     require_plain(folder)
+    _begin_steps(optimizer)
     try:
-        state = dist_checkpointing.load(
-            _state(chunks, optimizer, is_loading=True), str(folder)
-        )
+        state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))
+    except CheckpointException as error:
+        raise OSError(_first_line(error)) from error
     except CheckpointingException as error:
-        raise OSError(f"{folder} is not of this model: {error}") from error
+        raise OSError(str(error)) from error
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{number}"])
-    optimizer.load_state_dict(state["optimizer"])
-    _part_steps(optimizer)
+        others = chunk.load_state_dict(state[f"model{number}"], strict=False)
+        assert not others.unexpected_keys
+        assert all(_is_extra(name) for name in others.missing_keys), others
+    _load_optimizer(optimizer, state["optimizer"])
 
 
 class InThisProcess(TorchDistSaveShardedStrategy):
@@ -102,21 +111,59 @@ def _state(chunks: Sequence[StudentChunk], optimizer: Any, *, is_loading: bool) 
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
     }
-    model = {
-        f"model{number}": chunk.sharded_state_dict(metadata=how)
-        for number, chunk in enumerate(chunks)
-    }
+    model = {f"model{number}": _tensors(chunk, how) for number, chunk in enumerate(chunks)}
     optimized = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=how)
     return {**model, "optimizer": optimized}
 
 
-def _part_steps(optimizer: Any) -> None:
-    """Give each weight a step of its own.
+def _tensors(chunk: StudentChunk, how: dict[str, Any]) -> dict[str, Any]:
+    named = chunk.sharded_state_dict(metadata=how)
+    return {name: tensor for name, tensor in named.items() if not _is_extra(name)}
 
-    DistributedOptimizer (megatron-core 0.16.1 and 0.19.2) gives all weights one tensor as their
-    step where it runs torch's optimizer, which then counts once for each of them.
-    """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+
+def _is_extra(name: str) -> bool:
+    """Return whether a name is of a layer's scales for fp8, which the recipe does not have."""
+    return name.endswith("._extra_state")
+
+
+def _first_line(error: CheckpointException) -> str:
+    """Return what went wrong, and on which rank: torch's own text is a traceback of each."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+def _begin_steps(optimizer: Any) -> None:
+    """Give a new torch optimizer the state that DistributedOptimizer asks for before it loads."""
+    for one in filter(_is_distributed_on_torch, _parts(optimizer)):
+        one.init_state_fn(one.optimizer, one.config)
         for state in one.optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def _load_optimizer(optimizer: Any, loaded: Any) -> None:
+    """Load the optimizer's state.
+
+    DistributedOptimizer on torch's AdamW (megatron-core 0.16.1 and 0.19.2) looks for a step among
+    the loaded tensors, where there is none, and gives all weights one tensor as their step, which
+    counts up once for each of them. So steps are taken away meanwhile, and parted then.
+    """
+    parts = _parts(optimizer)
+    for one, state in zip(parts, [loaded] if len(parts) == 1 else loaded.values(), strict=True):
+        if not _is_distributed_on_torch(one):
+            one.load_state_dict(state)
+            continue
+        tensors = state.pop("param_state")
+        one.load_state_dict(state)
+        of_weights = one.optimizer.state
+        steps = {weight: of_weight.pop("step") for weight, of_weight in of_weights.items()}
+        one.load_parameter_state_from_fully_reshardable(tensors)
+        for weight, step in steps.items():
+            of_weights[weight]["step"] = step.clone()
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_distributed_on_torch(one: Any) -> bool:
+    return isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam)
