@@ -21,9 +21,17 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.algorithm.counts import COUNTS
 from regate_ds.recipe.reports.compare import compare_runs
+from tests.adapters.megatron.cases_helper import Case
 from tests.adapters.megatron.pool_helper import Pool
 from tests.recipe.engines.reference_helper import STEPS
-from tests.recipe.engines.runs_helper import Run, train, train_plainly, train_with_own_attention
+from tests.recipe.engines.runs_helper import (
+    Reading,
+    Run,
+    check_reading,
+    train,
+    train_plainly,
+    train_with_own_attention,
+)
 
 TIMES = {"step_seconds", "cpu_seconds"}
 
@@ -60,7 +68,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
+    """The finished student's, without the head, which is tied to the embedding."""
+    found = load_file(run / "model" / "model.safetensors")
+    return {name: weight for name, weight in found.items() if name != "lm_head.weight"}
 
 
 def difficulty(run: Path) -> list[np.ndarray]:
@@ -157,6 +167,12 @@ def test_the_plan_that_is_printed_is_what_the_run_keeps(pool: Pool, corpus: Path
     # Without sequence parallelism rows are multiples of 3, not of 6.
     other = printed_plan(corpus, 1, *common)
     assert other["filled"] != figures["filled"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Case(tp=2), Case(pp=2)], ids=str)
+def test_a_rank_reads_its_own_part_of_the_students_weights(pool: Pool, corpus: Path, layout: Case):
+    pool.run(layout.world, check_reading, Reading(corpus, layout))
 
 
 @pytest.mark.slow
