@@ -26,7 +26,7 @@ def is_in_safetensors(config: ModelConfig) -> bool:
     return config.path is not None and any((config.path / n).is_file() for n in (INDEX, SINGLE))
 
 
-def weights_of(student: Student, config: ModelConfig) -> WeightSource:
+def source_of_student(student: Student, config: ModelConfig) -> WeightSource:
     """Return the student's weights by their names in the model.
 
     They come from its folder where the model is on "meta", else from the model itself.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
-from regate_ds.recipe.engines.megatron.trusted import require_plain
+from regate_ds.recipe.engines.megatron.trusted import require_harmless
 
 
 class Hostile:
@@ -29,7 +29,7 @@ def write(folder: Path, values: dict[str, Any]) -> None:
 def test_tensors_and_plain_values_pass(tmp_path: Path):
     write(tmp_path, {"step": 3, "groups": [{"lr": 0.1}]})
     torch.save({"step": 3}, tmp_path / "common.pt")
-    require_plain(tmp_path)
+    require_harmless(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["table", "value", "common"])
@@ -41,11 +41,11 @@ def test_what_would_run_code_is_refused_and_does_not_run(tmp_path: Path, file: s
     if file == "common":
         torch.save(Hostile(mark), folder / "common.pt")
     with pytest.raises((ValueError, pickle.UnpicklingError), match="mkdir"):
-        require_plain(folder)
+        require_harmless(folder)
     assert not mark.exists()
 
 
 def test_the_line_of_a_hostile_table_names_the_way_out(tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
     with pytest.raises(ValueError, match=r"\.metadata names posix\.mkdir, which .*; ask who wrote"):
-        require_plain(tmp_path)
+        require_harmless(tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.recipe.students.load import load_student
-from regate_ds.recipe.students.stored import is_in_safetensors, weights_of
+from regate_ds.recipe.students.stored import is_in_safetensors, source_of_student
 from regate_ds.recipe.students.student import Student, save_student
 from regate_ds.teacher.sharding.weights import WeightCut
 from tests.support.tiny_students import make_llava
@@ -30,7 +30,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Student:
 def require_read(student: Student, folder: Path) -> None:
     """Every weight comes back, and a part of one."""
     empty, state = load_student(folder, weights=False), student.model.state_dict()
-    found = weights_of(empty, ModelConfig(path=folder))
+    found = source_of_student(empty, ModelConfig(path=folder))
     is_tied = student.model.config.tie_word_embeddings
     for name, weight in state.items():
         if name != "lm_head.weight" or not is_tied:
@@ -60,7 +60,7 @@ def test_files_of_the_models_names_are_read(saved: Student, tmp_path: Path):
 def test_a_student_that_is_loaded_is_read_from_memory(saved: Student, tmp_path: Path):
     loaded = load_student(tmp_path)
     assert torch.equal(
-        weights_of(loaded, ModelConfig(path=Path("gone"))).read(QUERY),
+        source_of_student(loaded, ModelConfig(path=Path("gone"))).read(QUERY),
         saved.model.state_dict()[QUERY],
     )
 
@@ -71,7 +71,7 @@ def test_a_missing_weight_is_named(saved: Student, tmp_path: Path):
     save_file(weights, tmp_path / FILE, metadata={"format": "pt"})
     line = r"have no model.multi_modal_projector.linear_1.bias \(1 of \d+ are missing\); give the"
     with pytest.raises(ValueError, match=line):
-        weights_of(load_student(tmp_path, weights=False), ModelConfig(path=tmp_path))
+        source_of_student(load_student(tmp_path, weights=False), ModelConfig(path=tmp_path))
 
 
 def test_only_safetensors_are_read_in_parts(saved: Student, tmp_path: Path):

@@ -27,9 +27,9 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
-from regate_ds.recipe.engines.megatron.trusted import require_plain
+from regate_ds.recipe.engines.megatron.trusted import require_harmless
 
-FOLDER = "megatron"
+_FOLDER = "megatron"
 """Name of the distributed checkpoint's folder in a checkpoint of the run."""
 
 
@@ -38,7 +38,7 @@ def save_shards(checkpoint: Path, chunks: Sequence[StudentChunk], optimizer: Any
 
     OSError if a rank cannot write.
     """
-    folder = checkpoint / FOLDER
+    folder = checkpoint / _FOLDER
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
@@ -53,10 +53,10 @@ def load_shards(checkpoint: Path, chunks: Sequence[StudentChunk], optimizer: Any
     """Load this rank's part of what ranks of any layout have saved. Collective over the job.
 
     OSError if it cannot be read, lacks a tensor, or one has another shape; what might run code is
-    refused as in ``require_plain``.
+    refused as in ``require_harmless``.
     """
-    folder = checkpoint / FOLDER
-    require_plain(folder)
+    folder = checkpoint / _FOLDER
+    require_harmless(folder)
     _begin_steps(optimizer)
     try:
         state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))

@@ -33,7 +33,7 @@ from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
 from regate_ds.recipe.engines.megatron.weights import load_cut
 from regate_ds.recipe.students.config import ModelConfig
-from regate_ds.recipe.students.stored import weights_of
+from regate_ds.recipe.students.stored import source_of_student
 from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
@@ -138,7 +138,7 @@ def build_chunks(
     """
     backbone = text_backbone(student.model)
     config = decoder_config(backbone.config, parallel, dtype)
-    weights = weights_of(student, model)
+    weights = source_of_student(student, model)
     text = TextWeights(weights, family_of(student.model).decoder)
     chunks = []
     for number in range(parallel.virtual):

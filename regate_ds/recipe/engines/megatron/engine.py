@@ -35,7 +35,7 @@ from regate_ds.recipe.engines.megatron.checkpoint import (
 )
 from regate_ds.recipe.engines.megatron.chunks import build_chunks, context_part, student_chunks
 from regate_ds.recipe.engines.megatron.export import student_weights
-from regate_ds.recipe.engines.megatron.forward import predict
+from regate_ds.recipe.engines.megatron.forward import predict_in_stages
 from regate_ds.recipe.engines.megatron.optimizer import DTYPES, optimizer_settings
 from regate_ds.recipe.engines.megatron.padding import to_one_length, windows
 from regate_ds.recipe.evaluation.forward import Predict, dense_inference
@@ -189,7 +189,7 @@ class MegatronEngine:
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pad_id = self._setup.corpus.student.pad_id
         (padded,) = to_one_length([batch], pad_id=pad_id, multiple=self._multiple)
-        return predict(self.chunks, padded.to(self._setup.process.device))
+        return predict_in_stages(self.chunks, padded.to(self._setup.process.device))
 
     def weights(self) -> dict[str, Tensor]:
         student, device = self._setup.corpus.student, self._setup.process.device

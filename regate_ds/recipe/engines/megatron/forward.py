@@ -22,7 +22,7 @@ from regate_ds.recipe.engines.megatron.chunks import context_part, student_chunk
 from regate_ds.recipe.engines.megatron.transfer import receive_tensor, send_tensor
 
 
-def predict(chunks: Sequence[nn.Module], batch: Batch) -> tuple[Tensor, Tensor]:
+def predict_in_stages(chunks: Sequence[nn.Module], batch: Batch) -> tuple[Tensor, Tensor]:
     """Return whether the argmax is right, and the loss in nats, at each label position [N].
 
     As evaluation/forward.py's: both on the CPU, row by row. Collective over the ranks that hold the

@@ -48,7 +48,7 @@ class _TableReader(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def require_plain(folder: Path) -> None:
+def require_harmless(folder: Path) -> None:
     """Refuse a distributed checkpoint that would run code when it is read.
 
     ValueError says what of `.metadata` would; pickle.UnpicklingError, of other plain values.
