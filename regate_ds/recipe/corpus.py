@@ -24,6 +24,7 @@ from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.evaluation.words import HeldOut
 from regate_ds.recipe.students.load import make_student
 from regate_ds.recipe.students.processor import chat_encoder
+from regate_ds.recipe.students.stored import is_in_safetensors
 from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.stores.answer_index import AnswerIndex
 
@@ -97,6 +98,18 @@ def corpus_student(config: RunConfig, *, weights: bool = True) -> Student:
     return make_student(config.model, seed=seed, own_template=own)
 
 
+def loads_whole(config: RunConfig) -> bool:
+    """Return whether each rank of a training run needs the whole student at its start.
+
+    Through Megatron-core it reads its part of the weights from safetensors. The tower is read
+    whole to name it, where image tokens are ranked by its features.
+    """
+    if config.parallel is None or not is_in_safetensors(config.model):
+        return True
+    ranking = config.elision.stored_ranking
+    return ranking is not None and ranking.reads != "pixels"
+
+
 def corpus_encoder(student: Student, data: DataConfig) -> RecordEncoder:
     """Return what writes the records as the student's tokens."""
     if student.has_chat_template:
@@ -165,7 +178,9 @@ class HostLabels:
 
 def held_out(corpus: Corpus, config: RunConfig) -> HeldOut:
     """Return the corpus's held-out questions in the form that evaluation takes."""
+    by_rows = {} if config.parallel is None else {"batch_size": config.run.micro_batch}
     return HeldOut(
+        **by_rows,
         records=corpus.test_records,
         encoder=corpus.encoder,
         tokenizer=corpus.student.tokenizer,

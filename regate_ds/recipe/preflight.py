@@ -27,6 +27,12 @@ MAY_CHANGE = {
     # Their product with the number of data ranks stays: see saving/contents.py.
     "run.micro_batch",
     "run.accumulation",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.virtual",
+    "parallel.sequence",
+    "parallel.recompute",
     "run.resume",
     "run.grace_seconds",
     "run.hang_seconds",

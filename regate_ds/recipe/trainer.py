@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from regate_ds.data.collate import Batch
@@ -21,12 +20,12 @@ from regate_ds.job.watch import Signs
 from regate_ds.recipe.computed import open_computed, origin_of
 from regate_ds.recipe.config.sections import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
-from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, open_corpus
+from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, loads_whole, open_corpus
 from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.choose import data_ranks, make_engine
 from regate_ds.recipe.estimate.plan_walk import walk_plan
 from regate_ds.recipe.estimate.ran import ran_flops, run_host, run_shape
-from regate_ds.recipe.evaluation.words import evaluate
+from regate_ds.recipe.evaluation.words import evaluate_by
 from regate_ds.recipe.order import make_order
 from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
@@ -50,7 +49,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     made: list[Trainer] = []
     signs = Signs(lambda: made[0].place if made else "its start", config.run.hang_seconds)
     with join_job("train", signs) as process:
-        made.append(Trainer(config, open_corpus(config), process))
+        made.append(Trainer(config, open_corpus(config, weights=loads_whole(config)), process))
         return made[0].run()
 
 
@@ -170,6 +169,7 @@ class Trainer:
             fingerprint=self.corpus.index.fingerprint,
             samples_per_step=self.order.samples_per_step,
             num_ranks=self.process.world_size,
+            layout=self.config.layout,
             figures=self.folder.figures_before(done) if self.process.is_first else "",
         )
         save_checkpoint(checkpoints, state, self.engine, self.process)
@@ -185,7 +185,7 @@ class Trainer:
         return saved
 
     def _resume(self, saved: Checkpoint) -> int:
-        load_checkpoint(saved, self.engine, self.process)
+        load_checkpoint(saved, self.engine, self.process, self.config.layout)
         done = saved.done.step
         if self.process.is_first:
             if self.folder.figures_before(done) != saved.done.figures:
@@ -201,13 +201,8 @@ class Trainer:
         """Evaluate the dense model on the held-out samples; the time does not count as training."""
         if not self.corpus.test_records:
             return {}
-        with self.engine.full_model() as model:
-            return self._evaluate_model(model, done)
-
-    def _evaluate_model(self, model: nn.Module, done: int) -> dict[str, Any]:
-        if not self.corpus.test_records:
-            return {}
-        scores = evaluate(model, held_out(self.corpus, self.config), self.process)
+        with self.engine.answering() as predict:
+            scores = evaluate_by(predict, held_out(self.corpus, self.config), self.data)
         if self.process.is_first:
             self.folder.append_eval({"step": done, **scores, **self._totals()})
         return scores
@@ -220,9 +215,10 @@ class Trainer:
         total = self.order.total_steps
         if start < total:
             self._save(total)
-        with self.engine.full_model() as model:
-            save_model(self.folder.model, self.corpus.student, model, self.process)
-            scores = self._evaluate_model(model, total)
+        weights = self.engine.weights()
+        save_model(self.folder.model, self.corpus.student, weights, self.process)
+        del weights
+        scores = self._evaluate(total)
         peak = peak_memory(self.process)
         if not self.process.is_first:
             return {}

@@ -1,7 +1,9 @@
-"""``python -m tests.faults.elastic``: runs saved on 1 to 4 ranks go on with every other number.
+"""``python -m tests.faults.elastic``: runs saved on some ranks go on with others.
 
-Each is compared with the run that the saving ranks would have ended: the same kept counts, and
-losses and weights within rounding. Prints a row for each; exit code 1 if one differs.
+Under DeepSpeed these are 1 to 4 ranks, and every other number; under Megatron-core, the cuts of
+LAYOUTS, and every other cut. Each is compared with the run that the saving ranks would have ended:
+the same kept counts, and losses and weights within rounding. Prints a row for each; exit code 1 if
+one differs.
 """
 
 from __future__ import annotations
@@ -11,46 +13,85 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from regate_ds.adapters.megatron_on_cpu.shim import install
 from tests.recipe.recipe_helper import Killed, KilledTrainer, rows, run, weights
 from tests.support.ranks import run_ranks
-from tests.support.small_corpus import make_corpus
+from tests.support.small_corpus import TEXT, make_corpus
 
 GLOBAL_BATCH = 12
 """What 1, 2, 3 and 4 ranks divide."""
 
 STAGES = (0, 1, 2, 3)
 
+LAYOUTS = {
+    "tensor: 1": 1,
+    "tensor: 2": 2,
+    "tensor: 2, sequence: true": 1,
+    "pipeline: 2": 1,
+    "pipeline: 2, virtual: 2": 2,
+    "tensor: 2, pipeline: 2": 1,
+}
+"""Data ranks of each cut."""
+
 TOLERANCE = 1e-5
 """Largest relative difference of a loss; sums over ranks differ in their last bits."""
 
 
-def settings(stage: int, world_size: int) -> list[str]:
-    return [
-        f"run.deepspeed={{zero_optimization: {{stage: {stage}}}}}",
-        "run.micro_batch=1",
-        f"run.accumulation={GLOBAL_BATCH // world_size}",
-        "optimizer.lr=1e-2",
-        "optimizer.weight_decay=0.1",
-        "optimizer.warmup_steps=4",
-    ]
+@dataclass(frozen=True)
+class Ranks:
+    """Some ranks that a run may have, and its settings there."""
+
+    name: str
+    number: int
+    settings: tuple[str, ...]
+    on_megatron: bool = False
 
 
-def train_whole(rank: int, folder: str, out: str, stage: int, world_size: int) -> None:
-    run(Path(folder), out, *settings(stage, world_size))
+def of_deepspeed(stage: int) -> list[Ranks]:
+    zero = f"run.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
+    return [Ranks(f"ZeRO {stage}, {n} ranks", n, (zero, batch(n))) for n in (1, 2, 3, 4)]
 
 
-def train_half(rank: int, folder: str, out: str, stage: int, world_size: int) -> None:
+def of_megatron(more: str) -> list[Ranks]:
+    found = []
+    for axes, data in LAYOUTS.items():
+        number = data * (1 + ("tensor: 2" in axes)) * (1 + ("pipeline: 2" in axes))
+        # Rows are filled up to what sequence parallelism needs, under every cut.
+        cut = (f"parallel={{{axes}{more}}}", "elision.token_multiple=2")
+        settings = ("run.deepspeed=null", *cut, batch(data))
+        found.append(Ranks(f"{axes}{more}, {number} ranks", number, settings, on_megatron=True))
+    return found
+
+
+def batch(data_ranks: int) -> str:
+    return f"run.accumulation={GLOBAL_BATCH // data_ranks}"
+
+
+COMMON = (
+    "run.micro_batch=1",
+    "optimizer.lr=1e-2",
+    "optimizer.weight_decay=0.1",
+    "optimizer.warmup_steps=4",
+)
+
+
+def train_whole(rank: int, folder: str, out: str, ranks: Ranks, *more: str) -> None:
+    if ranks.on_megatron:
+        install()
+    run(Path(folder), out, *COMMON, *ranks.settings, *more)
+
+
+def train_half(rank: int, folder: str, out: str, ranks: Ranks) -> None:
+    if ranks.on_megatron:
+        install()
     try:
-        run(Path(folder), out, *settings(stage, world_size), trainer=KilledTrainer)
+        run(Path(folder), out, *COMMON, *ranks.settings, trainer=KilledTrainer)
     except Killed:
         return
     raise AssertionError("the run was not killed")
-
-
-def go_on(rank: int, folder: str, out: str, stage: int, world_size: int) -> None:
-    run(Path(folder), out, *settings(stage, world_size), "run.resume=true")
 
 
 def difference(folder: Path, one: str, other: str) -> float:
@@ -64,6 +105,8 @@ def difference(folder: Path, one: str, other: str) -> float:
     apart = [
         float((resumed[name] - weight).abs().max() / weight.abs().max().clamp(min=1e-3))
         for name, weight in whole.items()
+        # The gradient of a key's bias is zero in theory: its steps are made of rounding.
+        if not name.endswith("k_proj.bias")
     ]
     return max(*losses, *apart)
 
@@ -71,21 +114,31 @@ def difference(folder: Path, one: str, other: str) -> float:
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder, failed = Path(name), 0
-        make_corpus(folder)
+        make_corpus(folder, text={**TEXT, "num_hidden_layers": 4})
         teacher = [sys.executable, "-m", "regate_ds.cli", "teacher", str(folder / "run.yaml")]
         subprocess.run(teacher, check=True)
-        for stage, saving in itertools.product(STAGES, (1, 2, 3, 4)):
-            whole, half = f"whole-{stage}-{saving}", f"half-{stage}-{saving}"
-            run_ranks(train_whole, saving, name, whole, stage, saving)
-            run_ranks(train_half, saving, name, half, stage, saving)
-            for going_on in (n for n in (1, 2, 3, 4) if n != saving):
-                out = f"{half}-{going_on}"
-                shutil.copytree(folder / half, folder / out)
-                run_ranks(go_on, going_on, name, out, stage, going_on)
-                found = difference(folder, whole, out)
-                failed += found > TOLERANCE
-                print(f"ZeRO {stage}: saved by {saving}, resumed on {going_on}: {found:.1e}")
+        kinds = [of_deepspeed(stage) for stage in STAGES]
+        kinds += [of_megatron(more) for more in ("", ", distributed_optimizer: true")]
+        for number, kind in enumerate(kinds):
+            for saving, going_on in itertools.permutations(kind, 2):
+                failed += resumed_apart(folder, number, saving, going_on) > TOLERANCE
         return min(failed, 1)
+
+
+def resumed_apart(folder: Path, kind: int, saving: Ranks, going_on: Ranks) -> float:
+    """Return how far the resumed run is from the whole one of the saving ranks; print it."""
+    stem = f"{kind}-{saving.name}".replace(" ", "").replace(":", "").replace(",", "-")
+    whole, half = f"{stem}-whole", f"{stem}-half"
+    if not (folder / half).exists():
+        run_ranks(train_whole, saving.number, str(folder), whole, saving)
+        run_ranks(train_half, saving.number, str(folder), half, saving)
+    out = f"{stem}-resumed"
+    shutil.copytree(folder / half, folder / out)
+    run_ranks(train_whole, going_on.number, str(folder), out, going_on, "run.resume=true")
+    found = difference(folder, whole, out)
+    print(f"saved by {saving.name}, resumed on {going_on.name}: {found:.1e}", flush=True)
+    shutil.rmtree(folder / out)
+    return found
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ _OF_ONE_RUN = {"summary.json", "config.yaml"}
 
 
 def _untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if "seconds" not in key}
+    return {key: value for key, value in row.items() if "second" not in key}
 
 
 def _last_checkpoint(out: Path) -> str:

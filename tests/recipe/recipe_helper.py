@@ -115,10 +115,10 @@ def check_a_balanced_run_is_the_run(root: Path) -> None:
 class Unevaluated(Trainer):
     """Whose evaluation at the end of the run fails."""
 
-    def _evaluate_model(self, model: Any, done: int) -> dict[str, Any]:
+    def _evaluate(self, done: int) -> dict[str, Any]:
         if done == STEPS:
             raise Killed
-        return super()._evaluate_model(model, done)
+        return super()._evaluate(done)
 
 
 class Diverging(Trainer):

@@ -109,7 +109,7 @@ DONE = Done(step=5, fingerprint="ab", samples_per_step=8, num_ranks=1, figures="
 
 def resume(folder, engine, process=ALONE):
     saved = newest_checkpoint(folder)
-    load_checkpoint(saved, engine, process)
+    load_checkpoint(saved, engine, process, "")
     return saved.done
 
 

@@ -6,7 +6,13 @@ import torch
 from regate_ds.job.process import Process
 from regate_ds.recipe import preflight
 from regate_ds.recipe.config.tree import dump_config, load_config
-from regate_ds.recipe.preflight import describe_run, judge_run, judge_teacher, require_one_data_set
+from regate_ds.recipe.preflight import (
+    describe_run,
+    judge_run,
+    judge_teacher,
+    require_one_data_set,
+    require_same_run,
+)
 from regate_ds.recipe.run_folder import RunFolder
 
 CONFIG = """
@@ -44,6 +50,15 @@ def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(begun):
 def test_what_does_not_change_the_training_may_differ_on_resume(begun):
     free = ["save_every=3", "eval_every=0", "log_every=2", "keep_checkpoints=null"]
     judge_run(begun("run.resume=true", "data.num_workers=0", *(f"run.{key}" for key in free)))
+
+
+def test_a_run_may_go_on_under_another_layout_but_not_under_another_optimizer(load, tmp_path):
+    written = tmp_path / "config.yaml"
+    written.write_text(dump_config(load("parallel={tensor: 2, sequence: true}")))
+    require_same_run(load("parallel={pipeline: 2, virtual: 2}", "run.accumulation=4"), written)
+    for other in ("parallel={distributed_optimizer: true}", "parallel=null"):
+        with pytest.raises(ValueError, match="parallel.*was started with"):
+            require_same_run(load(other), written)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,14 @@ class ParallelConfig:
         require(self, "sequence", not self.sequence or tensor, "needs parallel.tensor above 1")
 
     @property
+    def layout(self) -> str:
+        """How the ranks hold the model, in words."""
+        return (
+            f"tensor {self.tensor}, pipeline {self.pipeline}, context {self.context}, "
+            f"virtual {self.virtual}"
+        )
+
+    @property
     def ranks_per_copy(self) -> int:
         """Number of ranks that hold one copy of the model; they read the same samples."""
         return self.tensor * self.pipeline * self.context

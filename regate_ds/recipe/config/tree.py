@@ -78,6 +78,11 @@ class RunConfig:
             )
 
     @property
+    def layout(self) -> str:
+        """How the ranks hold the model, in words; empty if all of them hold it alike."""
+        return "" if self.parallel is None else self.parallel.layout
+
+    @property
     def scores_online(self) -> bool:
         """True if the teacher runs inside the training job."""
         return self.needs_teacher and self.teacher.mode == "online"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from regate_ds.adapters.computed import Computed
 from regate_ds.algorithm.plan import StepPlan
@@ -16,6 +16,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.job.process import Process
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
+from regate_ds.recipe.evaluation.forward import Predict
 from regate_ds.recipe.saving.contents import Checkpoint
 
 
@@ -39,8 +40,11 @@ class Setup:
 
     @property
     def has_other_ranks(self) -> bool:
-        """Whether the run goes on with another number of ranks than it was saved by."""
-        return self.saved is not None and self.saved.done.num_ranks != self.process.world_size
+        """Whether the run goes on with other ranks: another number, or another layout."""
+        if self.saved is None:
+            return False
+        done = self.saved.done
+        return (done.num_ranks, done.layout) != (self.process.world_size, self.config.layout)
 
 
 class Engine(Protocol):
@@ -78,8 +82,18 @@ class Engine(Protocol):
         """Return the norm of the gradient before clipping; None where it is not measured."""
         ...
 
-    def full_model(self) -> AbstractContextManager[nn.Module]:
-        """Return a context that yields the student as a Hugging Face model. Collective."""
+    def answering(self) -> AbstractContextManager[Predict]:
+        """Return a context in which the dense student answers micro-batches, without training.
+
+        Data ranks may give it different ones. Collective, as each answer is.
+        """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the student's weights, with adapters merged, in the first rank's CPU memory.
+
+        Their names are those of the Hugging Face model. Other ranks get nothing. Collective.
+        """
         ...
 
     def save(self, checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from regate_ds.job.process import Process
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config, zero_stage
 from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.universal import add_universal, converted, mended_stage_3
+from regate_ds.recipe.evaluation.forward import Predict, dense_inference, predict
 from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
+from regate_ds.recipe.saving.model import whole_weights
 from regate_ds.recipe.students.trainable import trainable
 
 
@@ -104,8 +107,12 @@ class ZeroEngine:
         return get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
 
     @contextmanager
-    def full_model(self) -> Iterator[nn.Module]:
-        yield self.engine.module
+    def answering(self) -> Iterator[Predict]:
+        with dense_inference(self.model):
+            yield partial(predict, self.model)
+
+    def weights(self) -> dict[str, Tensor]:
+        return whole_weights(self.model, self._process)
 
     def save(self, checkpoint: Path) -> None:
         folder, tag = str(checkpoint.parent), checkpoint.name

@@ -6,13 +6,16 @@ Shapes: B rows, T positions, U columns with a label in any row, N label position
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from regate_ds.data.collate import Batch
+
+Predict = Callable[[Batch], tuple[Tensor, Tensor]]
+"""What ``predict`` says of a micro-batch, with the model bound."""
 
 
 @contextmanager

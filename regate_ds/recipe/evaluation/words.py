@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.preemption import leave_to_parent
 from regate_ds.job.process import Process
 from regate_ds.parallel.collectives import sum_over
-from regate_ds.recipe.evaluation.forward import dense_inference, predict
+from regate_ds.recipe.evaluation.forward import Predict, dense_inference, predict
 
 WORD = re.compile(r"\S+")
 
@@ -86,15 +87,24 @@ Scores = dict[str, float | int | None]
 def evaluate(model: nn.Module, held_out: HeldOut, process: Process) -> Scores:
     """Run every held-out sample through the dense model once. Collective.
 
-    Returns ``accuracy_visual`` and ``accuracy_plain`` (None if there are no such words), ``loss``
-    (mean over answer tokens, nats) and ``num_words_visual``, ``num_words_plain``, the same on all
-    ranks. The model, its random state and its train mode are left as they were.
+    The model, its random state and its train mode are left as they were. Returns what
+    ``evaluate_by`` does.
+    """
+    with dense_inference(model):
+        return evaluate_by(partial(predict, model), held_out, process)
+
+
+def evaluate_by(predict: Predict, held_out: HeldOut, process: Process) -> Scores:
+    """Ask for the answers to every held-out sample once; ``process`` says this rank's share.
+
+    Collective. Returns ``accuracy_visual`` and ``accuracy_plain`` (None if there are no such
+    words), ``loss`` (mean over answer tokens, nats) and ``num_words_visual``, ``num_words_plain``,
+    the same on all ranks.
     """
     tally = Tally()
-    with dense_inference(model):
-        for samples, batch, is_counted in _batches(held_out, process):
-            found = _run(model, held_out.records, samples, batch.to(process.device))
-            tally = tally + found if is_counted else tally
+    for samples, batch, is_counted in _batches(held_out, process):
+        found = _run(predict, held_out.records, samples, batch.to(process.device))
+        tally = tally + found if is_counted else tally
     total = Tally(*sum_over(tally.counts, process.group, process.device))
     return {
         "accuracy_visual": ratio(total.right_visual, total.num_visual),
@@ -203,12 +213,12 @@ class _Joined:
 
 
 def _run(
-    model: nn.Module,
+    predict: Predict,
     records: Sequence[Record],
     samples: list[tuple[int, EncodedSample]],
     batch: Batch,
 ) -> Tally:
-    is_right_N, loss_N = predict(model, batch)
+    is_right_N, loss_N = predict(batch)
     tally = Tally(micro_nats=round(float(loss_N.sum()) * _MICRO), num_tokens=loss_N.numel())
     parts = is_right_N.split(batch.tokens.num_labels_per_sample)
     for (number, encoded), part in zip(samples, parts):

@@ -80,17 +80,19 @@ def save_checkpoint(folder: Path, done: Done, engine: Engine, process: Process) 
             write_atomically(folder / "latest", tag.encode())
 
 
-def load_checkpoint(saved: Checkpoint, engine: Engine, process: Process) -> None:
+def load_checkpoint(saved: Checkpoint, engine: Engine, process: Process, layout: str) -> None:
     """Load a checkpoint. Collective.
 
     ValueError if a file of it has changed. A rank that the saved run did not have keeps the random
-    state that it has at the call.
+    state that it has at the call. Under another ``layout`` than the saved one all ranks do: those
+    that hold one copy of a module together must draw the same.
     """
     saved.contents.require_whole(saved.folder, process)
     with _reading(saved.folder):
         engine.load(saved.folder)
         random_file = saved.folder / f"random-{process.rank}.pt"
-        random_state = torch.load(random_file, weights_only=True) if random_file.is_file() else None
+        is_mine = random_file.is_file() and saved.done.layout == layout
+        random_state = torch.load(random_file, weights_only=True) if is_mine else None
     engine.load_method(saved.folder)
     if random_state is not None:
         _set_random_state(random_state, process)

@@ -36,6 +36,9 @@ class Done:
     num_ranks: int
     """Ranks of the job that saved."""
 
+    layout: str = ""
+    """How the ranks held the model (`ParallelConfig.layout`); empty under DeepSpeed."""
+
     figures: str
     """Hash of the run's figures of these steps, as the first rank has it."""
 

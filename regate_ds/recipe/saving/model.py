@@ -15,18 +15,27 @@ from regate_ds.recipe.students.student import Student
 from regate_ds.stores.atomic_file import sync_files
 
 
-def save_model(folder: Path, student: Student, model: nn.Module, process: Process) -> None:
-    """Write the trained student as a Hugging Face folder, with adapters merged. Collective."""
-    weights = full_weights(model, process)
+def save_model(
+    folder: Path, student: Student, weights: dict[str, Tensor], process: Process
+) -> None:
+    """Write the student with its trained weights as a Hugging Face folder. Collective.
+
+    The weights are the first rank's.
+    """
     if process.is_first:
-        if hasattr(model, "peft_config"):
-            weights = merge_lora(weights, model.peft_config["default"])
         with writing(folder):
             student.model.save_pretrained(folder, state_dict=weights)
             student.tokenizer.save_pretrained(folder)
             student.vision.processor.save_pretrained(folder)
             sync_files(folder)
     dist.barrier()
+
+
+def whole_weights(model: nn.Module, process: Process) -> dict[str, Tensor]:
+    """Return every weight under the bare model's names, with adapters merged; see below."""
+    weights = full_weights(model, process)
+    config: Any = getattr(model, "peft_config", None)
+    return merge_lora(weights, config["default"]) if config and weights else weights
 
 
 def full_weights(model: nn.Module, process: Process) -> dict[str, Tensor]:

@@ -61,6 +61,9 @@ def load_student(
     if weights:
         model = load_weights(model_class, folder, dtype=dtype, attn_implementation=attention)
     else:
+        # As transformers' own loading notes it, for the model that is written in the end.
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = dtype
         model = fresh_model(model_class, config, seed=None)
     if own is not None:
         patch = own.tokenizer.convert_ids_to_tokens(config.image_token_id)

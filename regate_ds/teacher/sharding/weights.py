@@ -1,11 +1,12 @@
-"""Read a teacher's weights one tensor, or a part of it, at a time: no rank has to hold them all."""
+"""Read a model's weights one tensor, or a part of it, at a time: no rank has to hold them all."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,10 @@ class WeightSource(Protocol):
 
     def __contains__(self, name: object) -> bool: ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the whole tensor, without reading it."""
+        ...
+
     def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         """Return the tensor, or the part ``cut`` of it, on the CPU."""
         ...
@@ -41,6 +46,9 @@ class LoadedWeights:
 
     def __contains__(self, name: object) -> bool:
         return name in self._state
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
 
     def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         tensor = self._state[name].detach().cpu()
@@ -63,21 +71,34 @@ class SavedWeights:
         """Dtype of the first tensor by name."""
         return self.read(min(self._files)).dtype
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the whole tensor. ValueError as in ``read``."""
+        with self._opened(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         """Read the tensor, or the part ``cut`` of it. ValueError if it is missing or unreadable."""
+        with self._opened(name) as file:
+            if cut is None:
+                return file.get_tensor(name)
+            part, rows = file.get_slice(name), slice(cut.start, cut.stop)
+            return part[rows].clone() if cut.dim == 0 else part[:, rows].clone()
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """Open the tensor's file, anew each time, so that the pages read are freed with it."""
         if name not in self._files:
             raise ValueError(
                 f"the weights in {self.folder} have no {name}; give the folder of a whole causal "
                 "language model"
             )
         try:
-            # The file is opened anew each time, so that the pages read are freed with the mapping.
             with safe_open(self._files[name], framework="pt") as file:
-                if cut is None:
-                    return file.get_tensor(name)
-                part = file.get_slice(name)
-                rows = slice(cut.start, cut.stop)
-                return part[rows].clone() if cut.dim == 0 else part[:, rows].clone()
+                yield file
         except SafetensorError as error:
             raise _unreadable(self.folder, error) from error
 

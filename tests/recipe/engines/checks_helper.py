@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch.nn import functional as F
 
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
 from regate_ds.recipe.engines.megatron.weights import (
-    from_megatron,
-    gather_full,
-    load_full,
-    to_megatron,
+    gather_to_first,
+    load_cut,
 )
+from regate_ds.teacher.sharding.weights import LoadedWeights
 from tests.adapters.megatron.build_helper import join
 from tests.adapters.megatron.cases_helper import Case
 from tests.support.models import VOCABULARY, causal_lm
@@ -38,10 +38,11 @@ def check_weights(case: BridgeCase) -> float:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     config = transformer_config(model.config, pipeline_dtype=torch.float32)
     chunk = gpt_chunk(model.config, config)
-    load_full([chunk], to_megatron(model.state_dict(), model.config))
+    load_cut([chunk], LoadedWeights(model.state_dict()), model.config)
 
-    back = from_megatron(gather_full([chunk]), model.config)
-    for name, weight in model.state_dict().items():
+    back = gather_to_first([chunk], model.config, torch.device("cpu"))
+    assert bool(back) == (dist.get_rank() == 0)
+    for name, weight in model.state_dict().items() if back else ():
         if name != "lm_head.weight" or not case.tied:
             assert torch.equal(back[name], weight), name
     if mpu.get_pipeline_model_parallel_world_size() > 1:

@@ -9,19 +9,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_ds.adapters.megatron_on_cpu.modules import layer_spec
 from regate_ds.job.process import Process
 from regate_ds.recipe.config import megatron_limits as fits
+from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.config.tree import load_config
-from regate_ds.recipe.corpus import load_corpus
-from regate_ds.recipe.engines.megatron import decoder as student
+from regate_ds.recipe.corpus import load_corpus, loads_whole
+from regate_ds.recipe.engines.megatron import decoder
+from regate_ds.recipe.engines.megatron.chunks import build_chunks
 from regate_ds.recipe.engines.megatron.engine import MegatronEngine, forward_step
 from regate_ds.recipe.preflight import judge_run
 from regate_ds.recipe.saving.model import save_model
+from regate_ds.recipe.students.config import ModelConfig
+from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.trainer import Trainer
+from regate_ds.teacher.sharding.weights import SavedWeights, WeightCut
+from tests.adapters.megatron.build_helper import join
+from tests.adapters.megatron.cases_helper import Case
 from tests.adapters.megatron.checks_helper import dismantle
 
 
@@ -34,6 +42,14 @@ class Run:
     overrides: tuple[str, ...]
     stop_after: int | None = None
     """Steps after which the machine is lost."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The student of the corpus in ``folder``, read by the ranks of a layout."""
+
+    folder: Path
+    layout: Case
 
 
 class Killed(Exception):
@@ -56,8 +72,11 @@ def trainer_of(run: Run, kind: type[Trainer] = Trainer) -> Trainer:
         run.folder / "run.yaml", [f"run.out={run.folder / run.out}", *run.overrides]
     )
     judge_run(config)
+    # As at a job's start: no rank begins the run before all have judged it.
+    dist.barrier()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return kind(config, load_corpus(config), Process(rank, world_size, torch.device("cpu")))
+    corpus = load_corpus(config, weights=loads_whole(config))
+    return kind(config, corpus, Process(rank, world_size, torch.device("cpu")))
 
 
 def train(run: Run) -> None:
@@ -69,7 +88,32 @@ def train(run: Run) -> None:
         trainer.run()
     except Killed:
         assert run.stop_after is not None
+    # No rank has had the whole student: neither to begin with, nor to evaluate or write it.
+    assert all(weight.is_meta for weight in trainer.corpus.student.model.parameters())
     dismantle(trainer.engine.chunks)
+
+
+def check_reading(case: Reading) -> None:
+    """This rank reads as many numbers as it has, which are those of a student loaded whole."""
+    join(case.layout)
+    folder, read = case.folder / "student", []
+
+    def counted(self: SavedWeights, name: str, cut: WeightCut | None = None) -> torch.Tensor:
+        read.append(part := own_read(self, name, cut))
+        return part
+
+    own_read, made = SavedWeights.read, []
+    layout = ParallelConfig(tensor=case.layout.tp, pipeline=case.layout.pp)
+    with mock.patch.object(SavedWeights, "read", counted):
+        for is_whole in (False, True):
+            student = load_student(folder, weights=is_whole)
+            made += build_chunks(student, ModelConfig(path=folder), layout, torch.float32)
+            if not is_whole:
+                assert all(weight.is_meta for weight in student.model.parameters())
+    mine, theirs = (list(chunk.parameters()) for chunk in made)
+    assert sum(part.numel() for part in read) == sum(weight.numel() for weight in mine)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    dismantle(made)
 
 
 def _own_layers(**settings: Any) -> Any:
@@ -80,7 +124,7 @@ def train_with_own_attention(run: Run) -> None:
     """Packed rows and context ranks, in the place of Transformer Engine's attention."""
     with (
         mock.patch.object(fits, "is_installed", return_value=True),
-        mock.patch.object(student, "get_gpt_layer_local_spec", _own_layers),
+        mock.patch.object(decoder, "get_gpt_layer_local_spec", _own_layers),
     ):
         train(run)
 
@@ -107,6 +151,5 @@ def train_plainly(run: Run) -> None:
             forward_only=False,
         )
         host.optimizer.step()
-    with host.full_model() as model:
-        save_model(trainer.folder.model, trainer.corpus.student, model, trainer.process)
+    save_model(trainer.folder.model, trainer.corpus.student, host.weights(), trainer.process)
     dismantle(host.chunks)

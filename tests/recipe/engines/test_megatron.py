@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,23 @@ from tests.support.paths import ROOT
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.algorithm.counts import COUNTS
-from regate_ds.recipe.engines.megatron.engine import require_same_ranks
 from regate_ds.recipe.reports.compare import compare_runs
+from tests.adapters.megatron.cases_helper import Case
 from tests.adapters.megatron.pool_helper import Pool
 from tests.recipe.engines.reference_helper import STEPS
-from tests.recipe.engines.runs_helper import Run, train, train_plainly, train_with_own_attention
+from tests.recipe.engines.runs_helper import (
+    Reading,
+    Run,
+    check_reading,
+    train,
+    train_plainly,
+    train_with_own_attention,
+)
 
 TIMES = {"step_seconds", "cpu_seconds"}
+
+HALF = "run.accumulation=2"
+"""Two data ranks have the batch of one."""
 
 TIMEOUT_SECONDS = 400
 """Seconds for a whole run, its model's loading and its evaluation, on a loaded machine."""
@@ -58,7 +68,15 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
+    """The finished student's, without the head, which is tied to the embedding."""
+    found = load_file(run / "model" / "model.safetensors")
+    return {name: weight for name, weight in found.items() if name != "lm_head.weight"}
+
+
+def difficulty(run: Path) -> list[np.ndarray]:
+    """What each data rank held at the end."""
+    last = run / "checkpoints" / f"step-{STEPS:06d}" / "regate"
+    return [np.load(path)["column.difficulty"] for path in sorted(last.glob("difficulty-*.npz"))]
 
 
 def require_equal_runs(found: Path, wanted: Path) -> None:
@@ -152,6 +170,12 @@ def test_the_plan_that_is_printed_is_what_the_run_keeps(pool: Pool, corpus: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [Case(tp=2), Case(pp=2)], ids=str)
+def test_a_rank_reads_its_own_part_of_the_students_weights(pool: Pool, corpus: Path, layout: Case):
+    pool.run(layout.world, check_reading, Reading(corpus, layout))
+
+
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     parallel = "parallel={pipeline: 2, distributed_optimizer: true}"
     common = (parallel, "run.accumulation=2", "run.save_every=3")
@@ -166,13 +190,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     assert resumed == whole
     for name, weight in weights(corpus / "whole").items():
         assert torch.equal(weights(corpus / "resumed")[name], weight), name
-    mine, theirs = (
-        [np.load(path)["column.difficulty"] for path in sorted(last.glob("difficulty-*.npz"))]
-        for last in (
-            corpus / name / "checkpoints" / f"step-{STEPS:06d}" / "regate"
-            for name in ("whole", "resumed")
-        )
-    )
+    mine, theirs = (difficulty(corpus / name) for name in ("whole", "resumed"))
     assert len(mine) == 2
     assert any(values.any() for values in mine)
     assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
@@ -206,10 +224,21 @@ def test_the_command_trains_in_half_precision(corpus: Path):
     assert all(w.dtype == torch.bfloat16 for w in weights(corpus / "half").values())
 
 
-def test_another_number_of_ranks_is_refused():
-    saved = SimpleNamespace(folder="step-000005", done=SimpleNamespace(num_ranks=4))
-    setup: Any = SimpleNamespace(
-        saved=saved, has_other_ranks=True, process=SimpleNamespace(world_size=2)
-    )
-    with pytest.raises(ValueError, match="step-000005 was written by 4 ranks of Megatron-core, bu"):
-        require_same_ranks(setup)
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_layout(pool: Pool, corpus: Path):
+    """Saved on two tensor ranks, it becomes the run of one DeepSpeed rank under every other cut."""
+
+    def cut(axes: str) -> str:
+        return f"parallel={{{axes}, distributed_optimizer: true}}"
+
+    saved = (cut("tensor: 2, sequence: true"), "run.save_every=3")
+    pool.run(2, train, Run(corpus, "cut", saved, stop_after=4), TIMEOUT_SECONDS)
+    others = {"stages": (cut("pipeline: 2, virtual: 2"),), "replicas": (cut("tensor: 1"), HALF)}
+    for out, settings in others.items():
+        shutil.copytree(corpus / "cut", corpus / out)
+        more = (*settings, "run.save_every=3", "run.resume=true")
+        pool.run(2, train, Run(corpus, out, more), TIMEOUT_SECONDS)
+        require_equal_runs(corpus / out, corpus / "deepspeed")
+    mine, theirs = (difficulty(corpus / name) for name in ("stages", "deepspeed"))
+    assert theirs[0].any()
+    np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from regate_ds.families.table import family_of
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
-from regate_ds.recipe.engines.megatron.weights import load_full, to_megatron
+from regate_ds.recipe.engines.megatron.weights import load_cut
 from regate_ds.recipe.students.config import ModelConfig
-from regate_ds.recipe.students.student import Student
+from regate_ds.recipe.students.stored import source_of_student
+from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.teacher.backbone import text_backbone
+from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -130,31 +133,59 @@ def build_chunks(
 ) -> list[DistributedDataParallel]:
     """Build this rank's part of the student with its weights, wrapped for data parallelism.
 
-    The student itself is left as it is.
+    The student itself is left as it is. Where it lies on "meta", its weights are read from its
+    folder, and of each weight only the part that this rank has.
     """
     backbone = text_backbone(student.model)
     config = decoder_config(backbone.config, parallel, dtype)
-    weights = to_megatron(backbone.state_dict(), backbone.config)
+    weights = source_of_student(student, model)
+    text = TextWeights(weights, family_of(student.model).decoder)
     chunks = []
     for number in range(parallel.virtual):
         gpt = gpt_chunk(backbone.config, config, number if parallel.virtual > 1 else None)
-        load_full([gpt], weights)
-        vision = _vision(student, model) if gpt.pre_process else None
+        load_cut([gpt], text, backbone.config)
+        vision = _vision(student, model, weights) if gpt.pre_process else None
         chunk = StudentChunk(gpt, vision, student.model.config.image_token_id).train()
         chunks.append(_wrap(chunk, config, parallel))
     return chunks
 
 
-def _vision(student: Student, config: ModelConfig) -> nn.Module:
-    """Return a copy of the student without its decoder."""
+@dataclass(frozen=True)
+class TextWeights:
+    """A student's decoder and head, by their names in a causal LM."""
+
+    student: WeightSource
+    decoder: str
+    """Name of the decoder in the student."""
+
+    def __contains__(self, name: object) -> bool:
+        return self._name(str(name)) in self.student
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.student.shape(self._name(name))
+
+    def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
+        return self.student.read(self._name(name), cut)
+
+    def _name(self, name: str) -> str:
+        inside = name.removeprefix("model.")
+        return name if inside == name else f"model.{self.decoder}.{inside}"
+
+
+def _vision(student: Student, config: ModelConfig, weights: WeightSource) -> nn.Module:
+    """Return the student without its decoder, filled with its weights."""
     family = family_of(student.model)
-    inner: Any = student.model.model
-    decoder = family.decoder_of(student.model)
-    setattr(inner, family.decoder, None)
-    try:
-        vision = copy.deepcopy(inner)
-    finally:
-        setattr(inner, family.decoder, decoder)
+    settings = copy.deepcopy(student.model.config)
+    text: Any = settings.get_text_config()
+    # Tables that lie in no file are computed where a model is made, so it is made, without layers.
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 1, None
+    made: Any = fresh_model(type(student.model), settings, seed=0)
+    made.set_attn_implementation(config.attn_implementation)
+    vision: Any = made.model
+    setattr(vision, family.decoder, None)
+    with torch.no_grad():
+        for name, value in vision.state_dict().items():
+            value.copy_(weights.read(f"model.{name}"))
     if config.freeze_vision:
         getattr(vision, family.tower).requires_grad_(False)
     return vision

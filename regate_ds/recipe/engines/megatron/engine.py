@@ -7,7 +7,7 @@ user's own training loop (regate_ds/adapters/megatron/attach.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -26,16 +26,21 @@ from regate_ds.algorithm.plan import StepPlan
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
-from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.engines.base import Setup
-from regate_ds.recipe.engines.megatron.checkpoint import load_rank, save_rank
+from regate_ds.recipe.engines.megatron.checkpoint import (
+    load_random,
+    load_shards,
+    save_random,
+    save_shards,
+)
 from regate_ds.recipe.engines.megatron.chunks import build_chunks, context_part, student_chunks
-from regate_ds.recipe.engines.megatron.export import fill_student
-from regate_ds.recipe.engines.megatron.padding import windows
+from regate_ds.recipe.engines.megatron.export import student_weights
+from regate_ds.recipe.engines.megatron.forward import predict_in_stages
+from regate_ds.recipe.engines.megatron.optimizer import DTYPES, optimizer_settings
+from regate_ds.recipe.engines.megatron.padding import to_one_length, windows
+from regate_ds.recipe.evaluation.forward import Predict, dense_inference
 from regate_ds.recipe.optimizer import lr_share
 from regate_ds.teacher.online import OnlineReference
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -68,13 +73,12 @@ class MegatronEngine:
         assert config.parallel is not None
         reference = setup.computed.reference
         assert not isinstance(reference, OnlineReference)
-        require_same_ranks(setup)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
-        dtype = _DTYPES[config.run.precision]
+        dtype = DTYPES[config.run.precision]
         chunks = build_chunks(student, config.model, config.parallel, dtype)
-        # From here on the student is only filled with weights, to be evaluated or written.
-        model.to(dtype)
+        # From here on the student is only asked for its shapes and written by its weights' names.
+        model.to("meta", dtype)
         regate = attach(
             chunks,
             config.elision,
@@ -96,17 +100,15 @@ class MegatronEngine:
         return self._setup.config.optimizer.lr * self._lr_share(self._num_done)
 
     def windows(self, loader: Iterable[Batch]) -> Iterator[list[Batch]]:
-        config = self._setup.config
-        assert config.parallel is not None
-        parallel = config.parallel
-        return windows(
-            loader,
-            config.run.accumulation,
-            pad_id=self._setup.corpus.student.pad_id,
-            multiple=SequenceCut(
-                parallel.context, parallel.tensor if parallel.sequence else 1
-            ).multiple,
-        )
+        size, pad_id = self._setup.config.run.accumulation, self._setup.corpus.student.pad_id
+        return windows(loader, size, pad_id=pad_id, multiple=self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        """What the lengths of micro-batches are multiples of."""
+        parallel = self._setup.config.parallel
+        assert parallel is not None
+        return SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple
 
     def run_step(self, window: list[Batch]) -> list[Tensor]:
         for chunk in self.chunks:
@@ -178,33 +180,36 @@ class MegatronEngine:
         return self._last.grad_norm
 
     @contextmanager
-    def full_model(self) -> Iterator[nn.Module]:
-        student = self._setup.corpus.student
-        fill_student(student, student_chunks(self.chunks))
-        model: Any = student.model
-        yield model.to(self._setup.process.device)
-        model.to("cpu")
+    def answering(self) -> Iterator[Predict]:
+        with ExitStack() as stack:
+            for chunk in self.chunks:
+                stack.enter_context(dense_inference(chunk))
+            yield self._predict
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        pad_id = self._setup.corpus.student.pad_id
+        (padded,) = to_one_length([batch], pad_id=pad_id, multiple=self._multiple)
+        return predict_in_stages(self.chunks, padded.to(self._setup.process.device))
+
+    def weights(self) -> dict[str, Tensor]:
+        student, device = self._setup.corpus.student, self._setup.process.device
+        return student_weights(student, student_chunks(self.chunks), device)
 
     def save(self, checkpoint: Path) -> None:
-        save_rank(checkpoint, self.chunks, self.optimizer, {"num_done": self._num_done})
+        save_shards(checkpoint, student_chunks(self.chunks), self.optimizer)
+        save_random(checkpoint)
         self.regate.save(checkpoint)
 
     def load(self, checkpoint: Path) -> None:
-        more = load_rank(checkpoint, self.chunks, self.optimizer)
-        self._num_done = more["num_done"]
+        saved = self._setup.saved
+        assert saved is not None
+        load_shards(checkpoint, student_chunks(self.chunks), self.optimizer)
+        if not self._setup.has_other_ranks:
+            load_random(checkpoint)
+        self._num_done = saved.done.step
 
     def load_method(self, checkpoint: Path) -> None:
         self.regate.load(checkpoint)
-
-
-def require_same_ranks(setup: Setup) -> None:
-    """Refuse, by ValueError, to go on from a checkpoint of another number of ranks."""
-    if setup.saved is not None and setup.has_other_ranks:
-        num_saved = setup.saved.done.num_ranks
-        raise ValueError(
-            f"{setup.saved.folder} was written by {num_saved} ranks of Megatron-core, but this job "
-            f"has {setup.process.world_size}; resume with {num_saved} ranks"
-        )
 
 
 def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
@@ -227,22 +232,3 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
         return total, count.int(), {"lm loss": report}
 
     return output, loss
-
-
-def optimizer_settings(config: RunConfig) -> OptimizerConfig:
-    """Return the settings of AdamW as under DeepSpeed; Megatron too leaves vectors undecayed."""
-    ours, is_half = config.optimizer, config.run.precision == "bf16"
-    assert config.parallel is not None
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=ours.lr,
-        weight_decay=ours.weight_decay,
-        decoupled_weight_decay=True,
-        adam_beta1=ours.betas[0],
-        adam_beta2=ours.betas[1],
-        adam_eps=ours.eps,
-        clip_grad=ours.grad_clip or 0.0,
-        bf16=is_half,
-        params_dtype=_DTYPES[config.run.precision],
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-    )

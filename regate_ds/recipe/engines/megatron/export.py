@@ -1,9 +1,8 @@
-"""Put the trained student together from all ranks, in its Hugging Face form."""
+"""Put the trained student together on the first rank, in its Hugging Face form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,38 +11,29 @@ from torch import Tensor
 
 from regate_ds.families.table import family_of
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
-from regate_ds.recipe.engines.megatron.weights import from_megatron, gather_full
+from regate_ds.recipe.engines.megatron.weights import gather_to_first
 from regate_ds.recipe.students.student import Student
 from regate_ds.teacher.backbone import text_backbone
 
 
-def fill_student(student: Student, chunks: Sequence[StudentChunk]) -> None:
-    """Copy all trained weights into the student, in CPU memory.
+def student_weights(
+    student: Student, chunks: Sequence[StudentChunk], device: torch.device
+) -> dict[str, Tensor]:
+    """Return all trained weights on the job's first rank, in CPU memory, and nothing elsewhere.
 
     Collective over the ranks that hold the model together.
     """
-    model: Any = student.model
-    model.to("cpu")
-    backbone = text_backbone(model)
-    decoder = from_megatron(gather_full([chunk.gpt for chunk in chunks]), backbone.config)
-    vision = _gather_vision(chunks)
-    with torch.no_grad():
-        # The backbone is a view: its weights are the student's own storage.
-        for name, parameter in backbone.named_parameters():
-            parameter.copy_(decoder[name])
-        for name, parameter in model.model.named_parameters():
-            if not name.startswith(f"{family_of(model).decoder}."):
-                parameter.copy_(vision[name])
-
-
-def _gather_vision(chunks: Sequence[StudentChunk]) -> dict[str, Tensor]:
-    """Return the weights of tower and projector, from the first stage."""
-    own_weights = {
-        name: parameter.detach().cpu()
-        for chunk in chunks
-        if chunk.vision is not None
-        for name, parameter in chunk.vision.named_parameters()
-    }
-    stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, own_weights, group=mpu.get_pipeline_model_parallel_group())
-    return stages[0]
+    if mpu.get_data_parallel_rank(with_context_parallel=True) != 0:
+        return {}
+    config = text_backbone(student.model).config
+    text = gather_to_first([chunk.gpt for chunk in chunks], config, device)
+    decoder = family_of(student.model).decoder
+    found: dict[str, Tensor] = {}
+    for name, weight in text.items():
+        inside = name.removeprefix("model.")
+        found[name if inside == name else f"model.{decoder}.{inside}"] = weight
+    for chunk in chunks:
+        if chunk.vision is not None:
+            for name, parameter in chunk.vision.named_parameters():
+                found[f"model.{name}"] = parameter.detach().cpu()
+    return found if dist.get_rank() == 0 else {}

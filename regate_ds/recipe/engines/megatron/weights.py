@@ -1,13 +1,13 @@
 """Turn weights of a Llama-shaped Hugging Face decoder into Megatron-core's, and back.
 
 full names      Megatron's names, with layers counted through the whole model
-into a model    every rank takes its cut of each full weight
-out of a model  the tensor ranks' cuts are joined, and the stages' weights are put together
+into a model    every rank reads its cut of each weight
+out of a model  the tensor ranks' cuts are joined, and each stage's weights go to the first rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
+
+from regate_ds.recipe.engines.megatron.transfer import receive_tensor, send_tensor
+from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
 Weights = dict[str, Tensor]
 
@@ -68,29 +71,17 @@ def parts_of(config: Any) -> Iterator[WeightMap]:
         yield WeightMap(f"{to}mlp.linear_fc1.weight", names, _join_halves, _split_halves)
 
 
-def to_megatron(weights: Mapping[str, Tensor], config: Any) -> Weights:
-    """Return the full weights of a causal LM under Megatron's names."""
-    present = (part for part in parts_of(config) if part.theirs[0] in weights)
-    return {part.ours: part.join(*(weights[name] for name in part.theirs)) for part in present}
-
-
-def from_megatron(full: Mapping[str, Tensor], config: Any) -> Weights:
-    """Return weights under Hugging Face's names; the inverse of ``to_megatron``."""
-    weights: Weights = {}
-    for part in parts_of(config):
-        if part.ours in full:
-            weights |= dict(zip(part.theirs, part.split(full[part.ours]), strict=True))
-    return weights
-
-
 def head_size(config: Any) -> int:
     size = getattr(config, "head_dim", None)
     return size or config.hidden_size // config.num_attention_heads
 
 
 def _join_heads(config: Any, *query_key_value: Tensor) -> Tensor:
-    """Join in Megatron's order: each group's queries, then its key, then its value."""
-    groups, rest = config.num_key_value_heads, query_key_value[0].shape[1:]
+    """Join in Megatron's order: each group's queries, then its key, then its value.
+
+    They may be a tensor rank's part, of some of the groups.
+    """
+    groups, rest = len(query_key_value[1]) // head_size(config), query_key_value[0].shape[1:]
     parts = [x.view(groups, -1, head_size(config), *rest) for x in query_key_value]
     return torch.cat(parts, dim=1).reshape(-1, *rest)
 
@@ -110,12 +101,16 @@ def _split_halves(full: Tensor) -> tuple[Tensor, ...]:
     return full.chunk(2)
 
 
-def load_full(chunks: Sequence[nn.Module], full: Mapping[str, Tensor]) -> None:
-    """Fill this rank's GPTModel chunks with its cut of every weight."""
-    size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> None:
+    """Fill this rank's GPTModel chunks; ``source`` has the weights of a causal LM by name.
+
+    Of each weight the rank reads its own cut, and nothing of the other stages' weights.
+    """
+    parts = {part.ours: part for part in parts_of(config)}
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
-            cut = _pieces(name, full[name], parameter, size)[rank]
+            part = parts[name]
+            cut = part.join(*(_read_cut(source, one, parameter) for one in part.theirs))
             if cut.shape != parameter.shape:
                 raise ValueError(
                     f"{name} has {tuple(parameter.shape)} on this rank, but the student's cut has "
@@ -124,21 +119,60 @@ def load_full(chunks: Sequence[nn.Module], full: Mapping[str, Tensor]) -> None:
             parameter.copy_(cut)
 
 
-def gather_full(chunks: Sequence[nn.Module]) -> Weights:
-    """Return all weights of the model, in CPU memory on every rank.
+def _read_cut(source: WeightSource, name: str, parameter: Any) -> Tensor:
+    """Read this tensor rank's part of a weight: queries, keys and gates are each cut evenly."""
+    size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return source.read(name)
+    dim = parameter.partition_dim
+    length = source.shape(name)[dim] // size
+    return source.read(name, WeightCut(dim, rank * length, (rank + 1) * length))
 
-    Collective over the ranks that hold the model together.
+
+def gather_to_first(chunks: Sequence[nn.Module], config: Any, device: torch.device) -> Weights:
+    """Return all weights under Hugging Face's names on each replica's first rank, else nothing.
+
+    Collective over the ranks that hold the model together. They are sent one by one, and lie in
+    CPU memory.
     """
-    size, found = mpu.get_tensor_model_parallel_world_size(), {}
-    for name, parameter in named_parameters(chunks):
-        pieces = [torch.empty_like(parameter.data) for _ in range(size)]
-        dist.all_gather(
-            pieces, parameter.data.contiguous(), group=mpu.get_tensor_model_parallel_group()
-        )
-        found[name] = _joined(name, pieces, parameter).cpu()
-    stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, found, group=mpu.get_pipeline_model_parallel_group())
-    return {name: value for stage in stages for name, value in stage.items()}
+    own, parts = dict(named_parameters(chunks)), list(parts_of(config))
+    has = torch.tensor([part.ours in own for part in parts], dtype=torch.int32, device=device)
+    stages = mpu.get_pipeline_model_parallel_group()
+    of_stages = [torch.empty_like(has) for _ in range(stages.size())]
+    dist.all_gather(of_stages, has, group=stages)
+    has_SP, found = torch.stack(of_stages).cpu(), {}
+    for number, part in enumerate(parts):
+        if not has_SP[:, number].any():
+            continue
+        owner = int(has_SP[:, number].int().argmax())
+        pieces = _joined_cuts(part, own[part.ours]) if stages.rank() == owner else ()
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            moved = _to_first_stage(pieces, owner, len(part.theirs), device)
+            found |= dict(zip(part.theirs, moved, strict=False))
+    return found
+
+
+def _joined_cuts(part: WeightMap, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+    """Join a weight's cuts from all tensor ranks. Collective over them."""
+    tensor = mpu.get_tensor_model_parallel_group()
+    pieces = [torch.empty_like(parameter.data) for _ in range(tensor.size())]
+    dist.all_gather(pieces, parameter.data.contiguous(), group=tensor)
+    return part.split(_joined(part.ours, pieces, parameter))
+
+
+def _to_first_stage(
+    pieces: Sequence[Tensor], owner: int, number: int, device: torch.device
+) -> list[Tensor]:
+    """Send tensors from stage ``owner`` to the first, which returns them, on the CPU."""
+    stages = mpu.get_pipeline_model_parallel_group()
+    if stages.rank() == 0 and owner == 0:
+        return [piece.cpu() for piece in pieces]
+    if stages.rank() == owner:
+        for piece in pieces:
+            send_tensor(piece, 0, stages)
+    if stages.rank() == 0:
+        return [receive_tensor(owner, stages, device).cpu() for _ in range(number)]
+    return []
 
 
 def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,16 +192,6 @@ def _full_name(chunk: Any, name: str) -> str:
     return (
         ".".join([*parts[:3], _FUSED_NORMS[inside]]) if inside in _FUSED_NORMS else ".".join(parts)
     )
-
-
-def _pieces(name: str, full: Tensor, parameter: Any, size: int) -> list[Tensor]:
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return [full] * size
-    if "linear_fc1" in name:
-        # Gate and value are each cut over the ranks.
-        gates, values = (half.chunk(size) for half in full.chunk(2))
-        return [torch.cat(pair) for pair in zip(gates, values, strict=True)]
-    return list(full.chunk(size, dim=parameter.partition_dim))
 
 
 def _joined(name: str, pieces: list[Tensor], parameter: Any) -> Tensor:
