@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,22 @@ def leaves_in_order(rank: int) -> None:
             dist.barrier()
     with watch_ranks(timeout=None):
         dist.barrier()
+    for code in (None, 0):
+        with pytest.raises(SystemExit), watch_ranks():
+            sys.exit(code)
+
+
+def exits(rank: int) -> None:
+    expected = SystemExit if rank == LOST else JobFailed
+    with pytest.raises(expected) as raised, watch_ranks():
+        _wait_or_exit(rank)
+    assert str(raised.value) == ("3" if rank == LOST else f"rank {LOST}: exit code 3")
+
+
+def _wait_or_exit(rank: int) -> None:
+    if rank == LOST:
+        sys.exit(3)
+    time.sleep(FOR_EVER)
 
 
 def fails(rank: int) -> None:
@@ -51,7 +69,7 @@ def _wait_or_fail(rank: int) -> None:
     time.sleep(FOR_EVER)
 
 
-@pytest.mark.parametrize("check", [leaves_in_order, fails])
+@pytest.mark.parametrize("check", [leaves_in_order, fails, exits])
 def test_a_loop_ends_with_its_ranks(check):
     run_ranks(check, 3)
 
@@ -115,6 +133,14 @@ def test_what_cannot_be_watched_is_refused(monkeypatch):
     told = r"^watch_ranks\(timeout=0\): must be above 0 seconds"
     with pytest.raises(ValueError, match=told), watch_ranks(timeout=0):
         pass
+
+    def enter() -> None:
+        with watch_ranks():
+            pass
+
+    told = "but only the main thread can be interrupted"
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=told):
+        pool.submit(enter).result()
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = "^this job has 2 ranks, which have not joined: call"
     with pytest.raises(ValueError, match=told), watch_ranks():
