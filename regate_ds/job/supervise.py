@@ -176,5 +176,8 @@ def _text_of(error: BaseException) -> str:
 
 def _is_echo(error: BaseException) -> bool:
     """Return whether the error may only follow from another rank's."""
+    if isinstance(error, JobFailed):
+        # Of a watch inside this one: the rank that failed tells this one too.
+        return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(echo in text for echo in _ECHOES)

@@ -7,7 +7,9 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,16 @@ def _wait_or_exit(rank: int) -> None:
     time.sleep(FOR_EVER)
 
 
-def fails(rank: int) -> None:
+@contextmanager
+def watched_twice() -> Iterator[None]:
+    with watch_ranks(), watch_ranks():
+        yield
+
+
+def fails(rank: int, watch: Callable[[], AbstractContextManager[None]] = watch_ranks) -> None:
     own = BatchError if rank == LOST else JobFailed
     began = time.monotonic()
-    with pytest.raises(own, match="a bad\\s*batch") as raised, watch_ranks():
+    with pytest.raises(own, match="a bad\\s*batch") as raised, watch():
         _wait_or_fail(rank)
     assert time.monotonic() - began < FOR_EVER
     expected = "a bad\nbatch" if rank == LOST else f"rank {LOST}: a bad batch"
@@ -69,7 +77,11 @@ def _wait_or_fail(rank: int) -> None:
     time.sleep(FOR_EVER)
 
 
-@pytest.mark.parametrize("check", [leaves_in_order, fails, exits])
+def fails_in_two(rank: int) -> None:
+    fails(rank, watched_twice)
+
+
+@pytest.mark.parametrize("check", [leaves_in_order, fails, fails_in_two, exits])
 def test_a_loop_ends_with_its_ranks(check):
     run_ranks(check, 3)
 
