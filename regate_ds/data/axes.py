@@ -16,6 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from regate_ds.data.llava.sample import EncodedSample
 
 _MARKS = "mm_token_type_ids"
+"""Input that marks the positions of images and videos."""
+
+_NUM_AXES = 3
+"""Time, height and width."""
 
 
 class AxesOfSamples:
@@ -40,8 +44,11 @@ class AxesOfSamples:
         """Return positions [1 + A, B, T], the text's own first.
 
         rows: the samples of each packed row. text_BT: positions that restart in each sample, and in
-        the padding. inputs: the model's other inputs, images in the order of the rows.
+        the padding. inputs: the model's other inputs, images in the order of the rows; without
+        marks there are no images.
         """
+        if _MARKS not in inputs:
+            return text_BT.repeat(1 + _NUM_AXES, 1, 1)
         places = _places(rows)
         mask_NS = pad_sequence([torch.ones(end - start) for _, start, end in places], True)
         axes_ANS, _ = self._number(

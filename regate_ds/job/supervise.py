@@ -57,11 +57,18 @@ def watch_ranks(timeout: float | None = 120.0, *, where: Callable[[], str] = str
     Its error is raised there; on the others KeyboardInterrupt ends what they do, and ``JobFailed``,
     a RuntimeError with the rank and its error, leaves the block. Collective: all ranks enter.
 
+    ``sys.exit`` with 0 or nothing leaves in order; other codes fail, and are kept.
+
     timeout: seconds without a sign of life after which a rank counts as lost; None waits for ever.
     where: what this rank is doing, to be named if it is lost; called in another thread.
     """
     if timeout is not None and not timeout > 0:
         raise ValueError(f"watch_ranks(timeout={timeout}): must be above 0 seconds, or None")
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            f"watch_ranks is called in {threading.current_thread().name}, but only the main thread "
+            "can be interrupted when a rank is lost: call it there, around what waits for this one"
+        )
     with _watched(_this_process(), "loop", Signs(where, timeout)):
         yield
 
@@ -111,15 +118,14 @@ def _watched(process: Process, command: str, signs: Signs) -> Iterator[None]:
         watch.start()
         yield
         watch.close()
-    except Preempted:
-        watch.close()
-        raise
     except BaseException as error:
-        is_interrupt = isinstance(error, KeyboardInterrupt)
-        text = "interrupted" if is_interrupt else one_line(error)
-        failure = watch.fail(text, is_doubtful=_is_echo(error))
+        if _is_in_order(error):
+            watch.close()
+            raise
+        failure = watch.fail(_text_of(error), is_doubtful=_is_echo(error))
         # A collective that waits for a lost peer must not hold the process at its exit.
-        atexit.register(_leave_at_once)
+        code = error.code if isinstance(error, SystemExit) else 1
+        atexit.register(_leave_at_once, code if isinstance(code, int) else 1)
         if failure.rank != process.rank:
             raise JobFailed(str(failure), is_printed=True) from error
         raise
@@ -147,14 +153,31 @@ def _speaks_for(lost: int, process: Process) -> bool:
     return process.rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
 
-def _leave_at_once() -> None:
-    """Exit with code 1, without waiting for anything."""
+def _leave_at_once(code: int = 1) -> None:
+    """Exit without waiting for anything."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(1)
+    os._exit(code)
+
+
+def _is_in_order(error: BaseException) -> bool:
+    """Return whether this rank leaves early, as all ranks do: no other one is told of a failure."""
+    # Megatron-LM's own loop, for one, ends by sys.exit() where it was asked to stop.
+    return isinstance(error, Preempted) or (
+        isinstance(error, SystemExit) and error.code in (None, 0)
+    )
+
+
+def _text_of(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return f"exit code {error.code}" if isinstance(error, SystemExit) else one_line(error)
 
 
 def _is_echo(error: BaseException) -> bool:
     """Return whether the error may only follow from another rank's."""
+    if isinstance(error, JobFailed):
+        # Of a watch inside this one: the rank that failed tells this one too.
+        return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(echo in text for echo in _ECHOES)

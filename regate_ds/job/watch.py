@@ -123,7 +123,14 @@ class Watch:
 
     def _give_signs(self, every: float) -> None:
         while not self._ended.wait(every):
-            send(self._peer, self._rank, f"{ALIVE}{self._signs.where()}")
+            send(self._peer, self._rank, f"{ALIVE}{self._place()}")
+
+    def _place(self) -> str:
+        try:
+            return self._signs.where()
+        except Exception as error:  # noqa: BLE001 (it is the user's, and may raise anything)
+            # Without signs the rank would be taken for lost.
+            return f"a place that cannot be told ({type(error).__name__}: {error})"
 
     def _listen(self, lines: Lines) -> None:
         """Wait until the first rank sends a failure, leaves, is gone, or is silent."""

@@ -38,8 +38,9 @@ class Sum:
 class Rank:
     def __init__(self, rank: int, exchange: Callable, patience: float | None = 60) -> None:
         self.heard: list[Failure] = []
+        self.place = f"step {rank + 5}"
         self._told = threading.Event()
-        signs = Signs(lambda: f"step {rank + 5}", patience)
+        signs = Signs(lambda: self.place, patience)
         self.watch = Watch(rank, ["127.0.0.1", "localhost"], exchange, self._hear, signs)
         self.watch.start()
 
@@ -134,6 +135,17 @@ def test_ranks_that_give_signs_are_not_lost():
     assert [rank.heard for rank in ranks] == [[], [], []]
     assert ranks[2].watch.fail("mine").text == "mine"
     assert ranks[1].wait() == [Failure(2, "mine")]
+
+
+def test_a_rank_whose_place_cannot_be_told_is_not_lost():
+    ranks = ranks_with(0.4)
+    del ranks[1].place
+    time.sleep(1.5)
+    assert [rank.heard for rank in ranks] == [[], [], []]
+    ranks[1].watch._ended.set()
+    ranks[1].die()
+    (failure,) = ranks[0].wait()
+    assert "(it was last in a place that cannot be told (AttributeError: " in failure.text
 
 
 def test_a_rank_that_dies_is_named_with_what_it_did_last():

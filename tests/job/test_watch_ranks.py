@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,12 +37,34 @@ def leaves_in_order(rank: int) -> None:
             dist.barrier()
     with watch_ranks(timeout=None):
         dist.barrier()
+    for code in (None, 0):
+        with pytest.raises(SystemExit), watch_ranks():
+            sys.exit(code)
 
 
-def fails(rank: int) -> None:
+def exits(rank: int) -> None:
+    expected = SystemExit if rank == LOST else JobFailed
+    with pytest.raises(expected) as raised, watch_ranks():
+        _wait_or_exit(rank)
+    assert str(raised.value) == ("3" if rank == LOST else f"rank {LOST}: exit code 3")
+
+
+def _wait_or_exit(rank: int) -> None:
+    if rank == LOST:
+        sys.exit(3)
+    time.sleep(FOR_EVER)
+
+
+@contextmanager
+def watched_twice() -> Iterator[None]:
+    with watch_ranks(), watch_ranks():
+        yield
+
+
+def fails(rank: int, watch: Callable[[], AbstractContextManager[None]] = watch_ranks) -> None:
     own = BatchError if rank == LOST else JobFailed
     began = time.monotonic()
-    with pytest.raises(own, match="a bad\\s*batch") as raised, watch_ranks():
+    with pytest.raises(own, match="a bad\\s*batch") as raised, watch():
         _wait_or_fail(rank)
     assert time.monotonic() - began < FOR_EVER
     expected = "a bad\nbatch" if rank == LOST else f"rank {LOST}: a bad batch"
@@ -51,7 +77,11 @@ def _wait_or_fail(rank: int) -> None:
     time.sleep(FOR_EVER)
 
 
-@pytest.mark.parametrize("check", [leaves_in_order, fails])
+def fails_in_two(rank: int) -> None:
+    fails(rank, watched_twice)
+
+
+@pytest.mark.parametrize("check", [leaves_in_order, fails, fails_in_two, exits])
 def test_a_loop_ends_with_its_ranks(check):
     run_ranks(check, 3)
 
@@ -115,6 +145,14 @@ def test_what_cannot_be_watched_is_refused(monkeypatch):
     told = r"^watch_ranks\(timeout=0\): must be above 0 seconds"
     with pytest.raises(ValueError, match=told), watch_ranks(timeout=0):
         pass
+
+    def enter() -> None:
+        with watch_ranks():
+            pass
+
+    told = "but only the main thread can be interrupted"
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match=told):
+        pool.submit(enter).result()
     monkeypatch.setenv("WORLD_SIZE", "2")
     told = "^this job has 2 ranks, which have not joined: call"
     with pytest.raises(ValueError, match=told), watch_ranks():

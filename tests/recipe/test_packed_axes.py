@@ -67,6 +67,18 @@ def test_rows_are_fewer_and_the_texts_own_positions_come_first(path):
             assert own_n.tolist() == list(range(len(own_n)))
 
 
+def test_rows_of_texts_alone_have_the_texts_positions_on_all_axes(tmp_path):
+    path = make_chat_corpus(tmp_path, "qwen2_vl", num_train=3)
+    given = [f"data.pack_length={LENGTH}", "data.template={}"]
+    corpus = load_corpus(load_config(path, given), weights=False)
+    (text,) = (row for row in range(3) if not corpus.train.encode(row).images)
+    batch = corpus.collator([corpus.train[text]] * 2)
+    assert "mm_token_type_ids" not in batch.inputs
+    length = len(corpus.train.encode(text))
+    expected = torch.arange(length).repeat(2)
+    assert torch.equal(batch.inputs["position_ids"], expected.expand(4, 1, -1))
+
+
 def train(given: list[str]) -> None:
     sys.exit(main(["train", *given]))
 

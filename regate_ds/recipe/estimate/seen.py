@@ -22,9 +22,14 @@ MOST_ROWS = 100
 def rows_by_kind(run: Path) -> dict[str, list[Row]]:
     """Return rows of a run folder's metrics: of "dense" and of "sparse" steps.
 
-    ValueError if the run has steps of one kind alone.
+    ValueError if the run has steps of one kind alone, or lacks a figure.
     """
     rows = RunFolder(run).metrics()
+    if lacking := [name for name in FIGURES if any(name not in row for row in rows)]:
+        raise ValueError(
+            f"--seen {run}: its metrics have no {lacking[0]}, so an older version made them; give "
+            "the folder of a new run"
+        )
     kinds = {
         "dense": [row for row in rows if row["dense"]],
         "sparse": [row for row in rows if not row["dense"]],

@@ -27,12 +27,14 @@ from regate_ds.teacher.loading import load_weights
 def load_student(
     folder: Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     attention: str = "sdpa",
     weights: bool = True,
     own_template: bool = False,
 ) -> Student:
     """Load what ``save_student`` or the model's publisher wrote; nothing is downloaded.
+
+    dtype: None keeps the one in which the weights are stored.
 
     Without ``weights`` the model is on "meta": it has shapes, but cannot run. Its image inputs are
     made by the folder's own processor if that has a chat template, unless samples are written by
@@ -59,7 +61,8 @@ def load_student(
     own = load_processor(folder, config.model_type) if has_template else None
     model_class = family.load_class()
     if weights:
-        model = load_weights(model_class, folder, dtype=dtype, attn_implementation=attention)
+        kept = "auto" if dtype is None else dtype
+        model = load_weights(model_class, folder, dtype=kept, attn_implementation=attention)
     else:
         # As transformers' own loading notes it, for the model that is written in the end.
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):

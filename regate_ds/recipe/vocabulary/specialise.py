@@ -16,6 +16,7 @@ from regate_ds.data.llava.raw import find_places, open_raw
 from regate_ds.job.progress import progress
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus, corpus_encoder, open_corpus
+from regate_ds.recipe.students.load import load_student
 from regate_ds.recipe.students.student import Student, save_student
 from regate_ds.recipe.vocabulary.bpe import added_ids, train_in_place_of
 from regate_ds.recipe.vocabulary.pieces import old_pieces
@@ -40,10 +41,12 @@ def specialise(config: RunConfig, out: Path, *, size: int, by: str | None) -> di
         )
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise ValueError(f"--out {out}: is not empty; give another folder")
-    corpus = open_corpus(config)
+    corpus = open_corpus(config, weights=False)
     old: Any = corpus.student.tokenizer
     new = train_in_place_of(old, _texts(corpus), size=size)
-    student = _with_tokenizer(corpus.student, new, old)
+    own = config.data.template is not None
+    stored = load_student(config.model.path, dtype=None, own_template=own)
+    student = _with_tokenizer(stored, new, old)
     counts = _counts(config, corpus, student, old, by)
     make_folder(out)
     save_student(student, out)

@@ -5,14 +5,14 @@ Shapes: V old and W new tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-_ID_ENDINGS = ("_token_id", "_token_ids", "_token_index")
+_ID_ENDINGS = ("_token_id", "_token_ids", "_token_index", "_words_ids", "suppress_tokens")
 
 
 def transfer(model: PreTrainedModel, pieces: Sequence[Sequence[int]]) -> None:
@@ -47,7 +47,7 @@ def mean_rows(rows_VH: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
     return (sums_WH / counts_W[:, None]).to(rows_VH.dtype)
 
 
-def renumber(config: PreTrainedConfig, old: Any, new: Any) -> None:
+def renumber(config: PreTrainedConfig | GenerationConfig, old: Any, new: Any) -> None:
     """Give the ids of special tokens in a config, and in those inside it, their new numbers.
 
     An id that the old tokenizer does not have stays. ValueError names a token that the new one
@@ -55,27 +55,35 @@ def renumber(config: PreTrainedConfig, old: Any, new: Any) -> None:
     """
     vocabulary = new.get_vocab()
     for holder, key, value in list(_ids(config)):
-        ids = [value] if isinstance(value, int) else value
-        found = []
-        for one in ids:
-            token = old.convert_ids_to_tokens(one) if 0 <= one < len(old) else None
-            if token is not None and token not in vocabulary:
-                raise ValueError(
-                    f"{type(holder).__name__}.{key}={one} is {token!r}, which the new tokenizer "
-                    "does not have as one token; make it an added token of the old one first"
-                )
-            found.append(one if token is None else vocabulary[token])
-        setattr(holder, key, found[0] if isinstance(value, int) else found)
+        name = f"{type(holder).__name__}.{key}"
+        setattr(holder, key, _renumbered(name, value, old, vocabulary))
+
+
+def _renumbered(name: str, value: Any, old: Any, vocabulary: Mapping[str, int]) -> Any:
+    """Return an id, or the ids of a list, which may hold lists, by their new numbers."""
+    if isinstance(value, list | tuple):
+        return [_renumbered(name, one, old, vocabulary) for one in value]
+    token = old.convert_ids_to_tokens(value) if 0 <= value < len(old) else None
+    if token is not None and token not in vocabulary:
+        raise ValueError(
+            f"{name}={value} is {token!r}, which the new tokenizer does not have as one token; "
+            "make it an added token of the old one first"
+        )
+    return value if token is None else vocabulary[token]
 
 
 def _ids(config: Any) -> Iterator[tuple[Any, str, Any]]:
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             yield from _ids(value)
-        elif key.endswith(_ID_ENDINGS) and not isinstance(value, bool):
-            is_list = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
-            if isinstance(value, int) or is_list:
-                yield config, key, value
+        elif key.endswith(_ID_ENDINGS) and _is_of_ids(value):
+            yield config, key, value
+
+
+def _is_of_ids(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_of_ids, value))
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_no_other_rows(model: PreTrainedModel, known: Any) -> None:

@@ -49,3 +49,9 @@ def test_the_line_of_a_hostile_table_names_the_way_out(tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
     with pytest.raises(ValueError, match=r"\.metadata names posix\.mkdir, which .*; ask who wrote"):
         require_harmless(tmp_path)
+
+
+def test_what_is_no_table_is_told(tmp_path: Path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"weight": 1}))
+    with pytest.raises(ValueError, match=r"\.metadata holds a dict, which is no part of a table"):
+        require_harmless(tmp_path)

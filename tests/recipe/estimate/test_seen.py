@@ -79,3 +79,10 @@ def test_a_run_without_steps_of_both_kinds_is_refused(tmp_path: Path, kinds, mes
     write_metrics(tmp_path, *kinds)
     with pytest.raises(ValueError, match=message):
         rows_by_kind(tmp_path)
+
+
+def test_a_run_of_an_older_version_is_refused(tmp_path: Path):
+    row = {"step": 0, "dense": True, "step_seconds": 4.0, "cpu_seconds": 8.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="its metrics have no flops, so an older version made"):
+        rows_by_kind(tmp_path)

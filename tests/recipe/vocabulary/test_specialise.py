@@ -6,12 +6,15 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.cli import main
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
+from regate_ds.recipe.students.load import load_student
+from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.vocabulary.specialise import specialise
 from tests.support.chat_corpus import make_chat_corpus
 from tests.support.small_corpus import TEXT, VISION, make_corpus
@@ -54,6 +57,20 @@ def test_the_same_samples_have_the_same_texts_and_images(pair):
             lengths[which] += int((~one.is_placeholder_S).sum())
     assert lengths == [counts["all"].old_tokens, counts["all"].new_tokens]
     assert counts["all"].samples == len(old.train)
+
+
+def test_weights_keep_the_precision_in_which_they_are_stored(own, tmp_path):
+    stored = load_student(own / "student", dtype=torch.bfloat16)
+    save_student(stored, tmp_path / "half")
+    config = load_config(own / "run.yaml", [f"model.path={tmp_path / 'half'}"])
+    specialise(config, tmp_path / "new", size=300, by=None)
+    new = load_student(tmp_path / "new", dtype=None)
+    assert new.model.config.dtype == torch.bfloat16
+    old_rows, rows = (one.model.get_input_embeddings().weight for one in (stored, new))
+    token = sorted({*stored.tokenizer.get_vocab()} & {*new.tokenizer.get_vocab()})[0]
+    before, after = (one.tokenizer.convert_tokens_to_ids(token) for one in (stored, new))
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows[after], old_rows[before])
 
 
 def said(ids, corpus) -> str:

@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
-from transformers import LlavaConfig, PhiConfig, PhiForCausalLM
+from transformers import GenerationConfig, LlavaConfig, PhiConfig, PhiForCausalLM
 
 from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.recipe.vocabulary.bpe import train_in_place_of
@@ -104,6 +104,19 @@ def test_ids_of_special_tokens_are_numbered_anew_in_every_config():
         ValueError, match="image_token_.*=.* is 'Ġred', which the new tokenizer does"
     ):
         renumber(config, old, new)
+
+
+def test_ids_of_words_that_are_never_generated_are_numbered_anew():
+    old = train_tokenizer(["red red blue"], vocab_size=300)
+    old.add_tokens(["<extra>"], special_tokens=True)
+    new = train_in_place_of(old, ["green green grass"], size=280)
+    before, after = (one.convert_tokens_to_ids("<extra>") for one in (old, new))
+    assert before != after
+    # Idefics3 has such ones of its image tokens.
+    config = GenerationConfig(bad_words_ids=[[before], [before, before]], suppress_tokens=[before])
+    renumber(config, old, new)
+    assert config.bad_words_ids == [[after], [after, after]]
+    assert config.suppress_tokens == [after]
 
 
 def test_a_vocabulary_carried_over_to_itself_changes_nothing():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 _METADATA = {
     "BytesStorageMetadata",
@@ -57,6 +57,8 @@ def require_harmless(folder: Path) -> None:
     with path.open("rb") as file:
         try:
             table = _TableReader(file).load()
+            if not isinstance(table, Metadata):
+                raise ValueError(f"holds a {type(table).__name__}")
         except ValueError as error:
             raise ValueError(
                 f"{path} {error}, which is no part of a table of tensors, and might run code; ask "

@@ -114,7 +114,8 @@ def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> 
             if cut.shape != parameter.shape:
                 raise ValueError(
                     f"{name} has {tuple(parameter.shape)} on this rank, but the student's cut has "
-                    f"{tuple(cut.shape)}; choose parallel sizes that divide the student"
+                    f"{tuple(cut.shape)}; choose parallel sizes that divide the student, or "
+                    "correct its config.json"
                 )
             parameter.copy_(cut)
 
