@@ -55,3 +55,8 @@ def test_what_is_no_table_is_told(tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"weight": 1}))
     with pytest.raises(ValueError, match=r"\.metadata holds a dict, which is no part of a table"):
         require_harmless(tmp_path)
+
+
+def test_a_checkpoint_of_before_is_told(tmp_path: Path):
+    with pytest.raises(ValueError, match="step-000003 is of a version before Megatron-core's dist"):
+        require_harmless(tmp_path / "step-000003" / "megatron")

@@ -54,6 +54,11 @@ def require_harmless(folder: Path) -> None:
     ValueError says what of `.metadata` would; pickle.UnpicklingError, of other plain values.
     """
     path = folder / ".metadata"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder.parent} is of a version before Megatron-core's distributed checkpoints; go "
+            "on with that version, or start a run from its model"
+        )
     with path.open("rb") as file:
         try:
             table = _TableReader(file).load()
