@@ -31,6 +31,10 @@ _ECHOES = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe
 """Words in the errors of a collective that lost a peer, which do not name the cause."""
 
 
+_TOLD = threading.Event()
+"""Set once this process has heard that a rank of its job is lost."""
+
+
 @contextmanager
 def join_job(command: str, signs: Signs | None = None) -> Iterator[Process]:
     """Join the job, run the block, and leave the job.
@@ -115,9 +119,10 @@ def _watched(process: Process, command: str, signs: Signs) -> Iterator[None]:
     addresses = [*filter(None, [os.environ.get("MASTER_ADDR")]), first_node]
     watch = Watch(process.rank, addresses, exchange, notify, signs)
     try:
-        watch.start()
-        yield
-        watch.close()
+        with _interruptible():
+            watch.start()
+            yield
+            watch.close()
     except BaseException as error:
         if _is_in_order(error):
             watch.close()
@@ -133,12 +138,36 @@ def _watched(process: Process, command: str, signs: Signs) -> Iterator[None]:
         ended.set()
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt this rank when another is lost, also where it is ignored, as in jobs
+    that a shell has put into the background, or ends a process at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if before not in (signal.SIG_IGN, signal.SIG_DFL):
+        yield
+        return
+
+    def heed(*_: object) -> None:
+        if _TOLD.is_set():
+            raise KeyboardInterrupt
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, heed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _end_with(failure: Failure, *, command: str, process: Process, ended: threading.Event) -> None:
     """End this rank after another has failed, by force if need be. Runs in a thread of its own."""
     if failure.is_unsaid and _speaks_for(failure.rank, process):
         # The lost rank's progress bar may lack an end of line.
         tqdm.write(f"\nregate {command}: {failure}", file=sys.stderr)
         sys.stderr.flush()
+    _TOLD.set()
     # A signal also ends a sleep or a read, which _thread.interrupt_main would wait for.
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
     if not ended.wait(GRACE_SECONDS):

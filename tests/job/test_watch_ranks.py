@@ -81,7 +81,30 @@ def fails_in_two(rank: int) -> None:
     fails(rank, watched_twice)
 
 
-@pytest.mark.parametrize("check", [leaves_in_order, fails, fails_in_two, exits])
+def fails_where_interrupts_are_ignored(rank: int) -> None:
+    """As in a job that a shell has put into the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fails(rank)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def fails_where_interrupts_end_a_process(rank: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fails(rank)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        leaves_in_order,
+        fails,
+        fails_where_interrupts_are_ignored,
+        fails_where_interrupts_end_a_process,
+        fails_in_two,
+        exits,
+    ],
+)
 def test_a_loop_ends_with_its_ranks(check):
     run_ranks(check, 3)
 

@@ -88,7 +88,7 @@ def check_round(_: int, folder: str) -> None:
         # A process joins a job once: deepspeed does not forget a group that has ended.
         process = start_process()
         for module in (teacher_job, train_job, cost_job):
-            patch.setattr(module, "join_job", lambda _: nullcontext(process))
+            patch.setattr(module, "join_job", lambda *_: nullcontext(process))
         _check(Path(folder))
 
 
