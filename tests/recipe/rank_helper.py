@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import deepspeed  # noqa: F401 (for the processes to come)
@@ -44,6 +45,9 @@ def in_a_process(arguments: list[str]) -> int:
         code = 1
         try:
             code = main(arguments)
+        except BaseException:
+            # The process ends below, before Python would show it.
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
