@@ -20,11 +20,16 @@ _GGUF_PACKAGES = ("gguf", "accelerate")
 """Packages that transformers needs to read a GGUF file."""
 
 _GGUF_ERRORS = (
-    *(ValueError, KeyError, IndexError, OSError, struct.error, NotImplementedError),
-    *(OverflowError, MemoryError, TypeError),
+    ArithmeticError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    struct.error,
 )
 """Errors of transformers for a file that is damaged or of an architecture that it cannot read."""
-
 
 _TELLING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """What makes transformers return the names of weights that it could not load, in place of a table

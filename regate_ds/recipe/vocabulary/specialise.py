@@ -14,6 +14,7 @@ from typing import Any
 from regate_ds.data.collate import SampleDataset
 from regate_ds.data.llava.raw import find_places, open_raw
 from regate_ds.job.progress import progress
+from regate_ds.parallel.layout import num_ranks
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus, corpus_encoder, open_corpus
 from regate_ds.recipe.students.load import load_student
@@ -34,6 +35,11 @@ def specialise(config: RunConfig, out: Path, *, size: int, by: str | None) -> di
     by: field of the records by whose values tokens are counted apart. Returns the counts, which are
     also written beside the student. ValueError names what cannot get another vocabulary.
     """
+    if num_ranks() > 1:
+        raise ValueError(
+            f"this job has {num_ranks()} ranks, and each would write the student; give the command "
+            "to one process"
+        )
     if config.model.path is None:
         raise ValueError(
             "model.path=None: a fresh student has nothing to carry over to another vocabulary; "
@@ -58,11 +64,11 @@ def specialise(config: RunConfig, out: Path, *, size: int, by: str | None) -> di
 def _texts(corpus: Corpus) -> Iterator[str]:
     student = corpus.student
     special = added_ids(student.tokenizer).union(student.placeholder_ids)
-    for row in progress_of(len(corpus.train), "texts"):
+    for row in _rows_with_progress(len(corpus.train), "texts"):
         yield from texts_of(corpus.train.encode(row).input_ids_S, student.tokenizer, special)
 
 
-def progress_of(total: int, what: str) -> Iterator[int]:
+def _rows_with_progress(total: int, what: str) -> Iterator[int]:
     with progress(total, desc=what, unit="sample") as bar:
         for number in range(total):
             yield number
@@ -89,7 +95,7 @@ def _counts(
     path = config.data.train
     raw = None if by is None else open_raw(path, find_places(path))
     counts = {ALL: TextCount()}
-    for row in progress_of(len(corpus.train), "tokens"):
+    for row in _rows_with_progress(len(corpus.train), "tokens"):
         before, after = corpus.train.encode(row), anew.encode(row)
         one = count_of(before, after, texts_of(before.input_ids_S, old, special))
         counts[ALL].add(one)

@@ -104,6 +104,12 @@ def test_the_new_student_trains_and_another_vocabularys_store_is_refused(own, ca
     assert main(["train", *new, store, "run.steps=6", "run.deepspeed=null"]) == 0
 
 
+def test_several_ranks_are_refused(own, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^this job has 2 ranks, and each would write the student"):
+        specialise(load_config(own / "run.yaml"), tmp_path / "new", size=500, by=None)
+
+
 def test_what_cannot_be_done_is_told_before_anything_is_read(own, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
