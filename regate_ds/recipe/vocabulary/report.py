@@ -33,7 +33,7 @@ class TextCount:
 
 
 def count_of(old: EncodedSample, new: EncodedSample, texts: Iterable[str]) -> TextCount:
-    """TextCount one sample, encoded by both tokenizers."""
+    """Count one sample, encoded by both tokenizers."""
     return TextCount(
         1,
         sum(map(len, texts)),

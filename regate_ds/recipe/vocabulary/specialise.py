@@ -89,7 +89,7 @@ def _with_tokenizer(student: Student, new: Any, old: Any) -> Student:
 def _counts(
     config: RunConfig, corpus: Corpus, student: Student, old: Any, by: str | None
 ) -> dict[str, TextCount]:
-    """TextCount the training set's tokens, encoded anew."""
+    """Count the training set's tokens, encoded anew."""
     special = added_ids(old).union(corpus.student.placeholder_ids)
     anew = SampleDataset(corpus.train_records, corpus_encoder(student, config.data))
     path = config.data.train

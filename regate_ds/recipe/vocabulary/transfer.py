@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 _ID_ENDINGS = ("_token_id", "_token_ids", "_token_index", "_words_ids", "suppress_tokens")
+"""Ends of the names of settings that hold ids."""
 
 
 def transfer(model: PreTrainedModel, pieces: Sequence[Sequence[int]]) -> None:
