@@ -45,7 +45,8 @@ class Process:
 def start_process() -> Process:
     """Join the job that a launcher announced in the environment, or start one of one process."""
     ranks = announce()
-    if ranks.launcher == "none":
+    is_alone = ranks.launcher == "none"
+    if is_alone:
         _announce_single_process()
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", ranks.local_rank), "nccl"
@@ -54,7 +55,7 @@ def start_process() -> Process:
         device, backend = torch.device("cpu"), "gloo"
         # Set before deepspeed is imported, which chooses its accelerator once.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _init_groups(backend)
+    _init_groups(backend, is_alone)
     return Process(ranks.rank, ranks.world_size, device)
 
 
@@ -63,7 +64,7 @@ def _announce_single_process() -> None:
     os.environ.update(alone, MASTER_PORT=str(free_port()))
 
 
-def _init_groups(backend: str) -> None:
+def _init_groups(backend: str, is_alone: bool) -> None:
     import deepspeed.ops
     from deepspeed import init_distributed
 
@@ -74,4 +75,8 @@ def _init_groups(backend: str) -> None:
     if not minutes.isdecimal() or int(minutes) == 0:
         raise ValueError(f"DEEPSPEED_TIMEOUT={minutes}: must be a whole number of minutes above 0")
     patience = timedelta(minutes=int(minutes))
+    if is_alone and not dist.is_initialized():
+        # Nobody else is to find this process, so it need not listen on a port, which others take.
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
     init_distributed(dist_backend=backend, verbose=False, timeout=patience)
