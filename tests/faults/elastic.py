@@ -45,7 +45,7 @@ TOLERANCE = 1e-5
 """Largest relative difference of a loss or weight; sums over ranks differ in their last bits."""
 
 BF16_TOLERANCE = 4e-2
-"""The same in bf16, whose last bit is 2**-8 of a value: whole runs on other ranks differ as much."""
+"""The same in bf16, whose last bit is 2**-8 of a value."""
 
 
 @dataclass(frozen=True)
