@@ -48,7 +48,7 @@ _TELLING = {
     **dict.fromkeys(("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE"), 0),
     **dict.fromkeys(("LOCAL_RANK", "GROUP_RANK", "CROSS_RANK", "SLURM_PROCID", "SLURM_LOCALID"), 1),
     **{name: 1 for _, index, _, local in _OF_MPI for name in (index, *local)},
-    **dict.fromkeys(("WORLD_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE"), 2),
+    **dict.fromkeys(("WORLD_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE", "SLURM_STEP_NUM_TASKS"), 2),
     **dict.fromkeys(("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), 2),
     **{size: 2 for _, _, size, _ in _OF_MPI},
 }

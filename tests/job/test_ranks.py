@@ -119,6 +119,7 @@ def test_tasks_of_other_launchers_are_ranks(launcher, names):
         {"PALS_RANKID": "0"},
         {"GROUP_WORLD_SIZE": "2"},
         {"SLURM_PROCID": "1"},
+        {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "0"},
     ],
 )
 def test_a_process_with_some_variables_of_a_task_is_not_alone(environment):
