@@ -119,7 +119,8 @@ test-families: setup
 	$(BIN)/python -m tests.families.page build/families
 
 # Jobs that lose their machine, files that lose a bit, ranks that are lost, runs on other numbers of
-# ranks, full disks, changed inputs; SEEDS, FLIPS and INPUTS say how many. What is in build/faults is not tried again.
+# ranks, full disks, changed inputs, drawn inputs; SEEDS, FLIPS, INPUTS and EXAMPLES say how many. What is in
+# build/faults is not tried again.
 test-faults: setup
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.kills --seeds $(or $(SEEDS),25)
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.flips --flips $(or $(FLIPS),500)
@@ -128,6 +129,7 @@ test-faults: setup
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.elastic
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.full_disk
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.fuzz --inputs $(or $(INPUTS),20000)
+	EXAMPLES=$(or $(EXAMPLES),1000) $(TEST_ENV) $(BIN)/python -m pytest -q tests/properties
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
 # the packages slurm-wlm, munge, openssh-server and pdsh; skipped with a message elsewhere.
@@ -174,5 +176,5 @@ bench: setup
 	$(BIN)/regate bench step host=megatron pipeline=2 micro_batches=4
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

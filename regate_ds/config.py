@@ -177,9 +177,9 @@ class RegateConfig:
         """Return, by key, the schedules that elide nothing in so many steps of what is to be."""
         schedules, own = self.schedules(num_steps), self.images.schedule
         found: dict[str, ScheduleConfig] = {}
-        if schedules.answers is not None and schedules.answers.num_sparse(num_steps) == 0:
+        if schedules.answers is not None and not schedules.answers.ever_chooses(num_steps):
             found["schedule"] = self.schedule
-        if schedules.images is not None and schedules.images.num_sparse(num_steps) == 0:
+        if schedules.images is not None and not schedules.images.ever_chooses(num_steps):
             found["schedule" if own is None else "images.schedule"] = own or self.schedule
         return found
 

@@ -26,6 +26,7 @@ from regate_ds.settings.section import plain_values
 from regate_ds.stores.atomic_file import write_atomically
 from regate_ds.stores.difficulty.indexed import DifficultyStore
 from regate_ds.stores.difficulty.stream import StreamDifficulty
+from regate_ds.stores.kind import sealed
 from regate_ds.stores.values import Stores
 from regate_ds.teacher.online import OnlineReference
 
@@ -64,7 +65,7 @@ class Opened:
                 "num_writes": self.difficulty.num_writes,
             }
         if self.session.is_first:
-            write_atomically(folder / "state.json", json.dumps(state).encode())
+            write_atomically(folder / "state.json", sealed(state))
 
     def load(self, checkpoint_dir: str | Path) -> None:
         """Load what ``save`` wrote; the number of data ranks may differ from the saved one.
@@ -136,11 +137,21 @@ def warn_of_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str
 
 
 def read_state(checkpoint_dir: str | Path) -> dict[str, Any]:
-    """Return what all ranks share of a checkpoint; ValueError if it has none."""
+    """Return what all ranks share of a checkpoint; ValueError if it has none, or a damaged one."""
     folder = Path(checkpoint_dir) / STATE_FOLDER
-    if not (folder / "state.json").is_file():
+    path = folder / "state.json"
+    if not path.is_file():
         raise ValueError(f"{folder} has no state.json; resume from a checkpoint of regate.save")
-    return json.loads((folder / "state.json").read_text())
+    content = path.read_bytes()
+    try:
+        state = json.loads(content)
+        if sealed(state) != content:
+            raise ValueError("its text does not match its checksum")
+    except (AttributeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); resume from another checkpoint of regate.save"
+        ) from error
+    return {name: value for name, value in state.items() if name != "sha256"}
 
 
 def open_session(

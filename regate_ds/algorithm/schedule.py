@@ -156,9 +156,13 @@ class Course:
         """Return whether the step ranks, or weighs, what the share is of."""
         return self.at(step) < 1.0 or (self.weighs and not self.schedule.is_dense(step))
 
-    def num_sparse(self, num_steps: int) -> int:
-        """Return how many of the first ``num_steps`` steps choose something."""
-        return sum(map(self.chooses, range(num_steps)))
+    def ever_chooses(self, num_steps: int) -> bool:
+        """Return whether one of the first ``num_steps`` steps chooses something."""
+        schedule = self.schedule
+        # Those before are dense; a run may have more steps than can be asked one by one.
+        first = schedule.warmup_steps + min(schedule.cycle_dense_steps, schedule.cycle_steps)
+        last = min(num_steps, schedule.total_steps - schedule.final_dense_steps)
+        return any(map(self.chooses, range(first, last)))
 
     def expected_share(self, num_steps: int | None = None) -> float:
         """Return the mean over steps of the share kept.

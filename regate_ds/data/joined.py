@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,31 +26,6 @@ BOUNDS = (*BOUNDARIES, "seq_idx")
 
 _NUM_TEXT_FIRST = 4
 """Axes of ``position_ids`` with the text's positions before time, row and column."""
-
-
-def padding_of(inputs: Mapping[str, Any], labels_BT: Tensor) -> Tensor:
-    """Return bool [B, T], True at tokens, by the batch's ``attention_mask`` if it has one.
-
-    ValueError for a mask that says more than which positions are padding.
-    """
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(labels_BT, dtype=torch.bool)
-    if not isinstance(mask, Tensor) or mask.shape != labels_BT.shape:
-        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"the collated batch has an attention_mask {found} for labels "
-            f"{tuple(labels_BT.shape)}; elision reads padding off a mask [rows, tokens], and the "
-            "samples of a row off position_ids that begin again in each: give these"
-        )
-    mask_BT = mask.cpu()
-    if bool((mask_BT > 1).any()):
-        raise ValueError(
-            f"the collated batch's attention_mask numbers the samples of a row (up to "
-            f"{int(mask_BT.max())}), which elision would not read; leave the mask out, and give "
-            "position_ids that begin again in each sample"
-        )
-    return mask_BT.bool()
 
 
 def read_segments(
@@ -187,20 +163,45 @@ def _without_padding(segment_BT: Tensor, labels_BT: Tensor, num_keys: int) -> Te
 def require_order(
     items: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], segment_BT: Tensor
 ) -> None:
-    """Refuse joined rows whose samples are not the items, in their order: ValueError.
+    """Refuse rows whose samples are not the items, in their order: ValueError.
 
-    Items without token ids cannot be compared.
+    Items without token ids cannot be compared. Rows of one sample each may be cut, or have image
+    tokens that the items lack: there a row that is another item is refused.
     """
     ids_BT = inputs.get("input_ids")
-    if not isinstance(ids_BT, Tensor) or any("input_ids" not in item for item in items):
+    if not isinstance(ids_BT, Tensor) or ids_BT.shape != segment_BT.shape:
+        return
+    if not all(_has_ids(item) for item in items):
         return
     ids_BT = ids_BT.cpu()
     wanted = [torch.as_tensor(item["input_ids"]).flatten() for item in items]
-    if not torch.equal(ids_BT[segment_BT >= 0], torch.cat(wanted)):
+    if not bool((segment_BT > 0).any()):
+        _require_own_rows([row[of >= 0] for row, of in zip(ids_BT, segment_BT)], wanted)
+    elif not torch.equal(ids_BT[segment_BT >= 0], torch.cat(wanted)):
         raise ValueError(
             f"the collate function made rows {tuple(ids_BT.shape)} whose tokens are not those of "
             "the items in their order; elision tells joined samples by their order: keep it"
         )
+
+
+def _has_ids(item: Mapping[str, Any]) -> bool:
+    return isinstance(item.get("input_ids"), Tensor | list | np.ndarray)
+
+
+def _require_own_rows(rows: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for number, (row, own) in enumerate(zip(rows, wanted)):
+        if not _begins(own, row):
+            for other, ids in enumerate(wanted):
+                if _begins(ids, row):
+                    raise ValueError(
+                        f"row {number} of the collated batch has the tokens of item {other}; "
+                        "elision tells samples by their order: let the collate function keep it, "
+                        "and not sort them by length"
+                    )
+
+
+def _begins(ids: Tensor, row: Tensor) -> bool:
+    return 0 < len(row) <= len(ids) and torch.equal(ids[: len(row)].to(row.dtype), row)
 
 
 def within_samples(labels_BT: Tensor, segment_BT: Tensor) -> Tensor:

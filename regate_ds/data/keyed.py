@@ -20,11 +20,11 @@ from regate_ds.data.joined import (
     BOUNDS,
     keys_of_rows,
     number_in_samples,
-    padding_of,
     read_segments,
     require_order,
     within_samples,
 )
+from regate_ds.data.padding import labels_of, padding_of
 
 KEY = "regate_key"
 """Name of the key in an item."""
@@ -45,8 +45,18 @@ class Keyed(Dataset[dict[str, Any]]):
     def __init__(self, dataset: Any, name: str) -> None:
         """Wrap ``dataset``; ``name`` is the data set's name in the keys, unique among data sets.
 
-        ValueError if ``dataset`` has no length or no items by number.
+        ValueError if ``dataset`` has no length or no items by number, or ``name`` is no name.
         """
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"the data set's name is {name!r}; give a text, as Keyed(data, 'mine')"
+            )
+        if isinstance(dataset, Mapping) and 0 not in dataset:
+            names = ", ".join(map(str, dataset))
+            raise ValueError(
+                f"{type(dataset).__name__} has items by name ({names}); give the data set of one "
+                "split"
+            )
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise ValueError(
                 f"{type(dataset).__name__} has no length or no items by number; elision needs "
@@ -66,6 +76,8 @@ class Keyed(Dataset[dict[str, Any]]):
         return getattr(self._dataset, name)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        if not isinstance(number, SupportsIndex):
+            raise ValueError(f"there is no item {number!r}: items are read by their number, each")
         return self._keyed(number, self._dataset[number])
 
     def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
@@ -83,7 +95,9 @@ class Keyed(Dataset[dict[str, Any]]):
                 f"item {number} is a {type(item).__name__}; elision adds a key to each item: make "
                 "the data set return dicts"
             )
-        return {**item, KEY: (self._name, number)}
+        # A sample has one key, though -1 is the last one as well.
+        number = index(number)
+        return {**item, KEY: (self._name, number if number >= 0 else len(self) + number)}
 
 
 class KeyedCollate:
@@ -121,19 +135,12 @@ class KeyedCollate:
         """
         keys = [_keys_of(item) for item in items]
         inputs = self._collate_fn([_without_key(item) for item in items])
-        labels_BT = inputs.get("labels")
-        if not isinstance(labels_BT, Tensor):
-            raise ValueError(
-                f"the collated batch has labels {type(labels_BT).__name__}, not a tensor [rows, "
-                "tokens]; make the collate function return such labels, which elision follows"
-            )
-        labels_BT = labels_BT.cpu()
+        labels_BT = labels_of(inputs)
         is_token_BT = padding_of(inputs, labels_BT)
-        _require_right_padding(is_token_BT, inputs.get("input_ids"))
         segment_BT = read_segments(inputs, is_token_BT, labels_BT, sum(map(len, keys)))
         targets_BT, image_BT = shift_labels(labels_BT), self._images(inputs, labels_BT)
+        require_order(items, inputs, segment_BT)
         if bool((segment_BT > 0).any()):
-            require_order(items, inputs, segment_BT)
             targets_BT = within_samples(targets_BT, segment_BT)
             image_BT = None if image_BT is None else number_in_samples(image_BT, segment_BT)
         gone = ("labels", IMAGES, *BOUNDS)
@@ -196,21 +203,6 @@ def _key_of(given: Any) -> SampleKey:
                 f"an item's {KEY!r} is {given!r}; make it the data set's name and a whole number "
                 "of 64 bits, as stream_key does, for one sample"
             )
-
-
-def _require_right_padding(mask_BT: Tensor, ids_BT: Any) -> None:
-    """Refuse, by ValueError, a row with masked positions before or among its tokens."""
-    rises_BT = mask_BT[:, 1:] & ~mask_BT[:, :-1]
-    if not bool(rises_BT.any()):
-        return
-    row, position = (int(index) for index in rises_BT.nonzero()[0])
-    if not bool(mask_BT[row, : position + 1].any()):
-        raise ValueError(f"row {row} has padding before tokens; set padding_side='right'")
-    token = f" (id {int(ids_BT[row, position])})" if isinstance(ids_BT, Tensor) else ""
-    raise ValueError(
-        f"row {row}: the attention_mask leaves out position {position}{token} among its tokens; "
-        "where the padding is also the end of a turn, make the mask from the samples' lengths"
-    )
 
 
 def _without_key(item: Any) -> Any:

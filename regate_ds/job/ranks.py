@@ -1,9 +1,8 @@
 """Find this process's rank in the job from what its launcher announced. Imports no framework.
 
-RANK ...                set by torchrun and deepspeed, and read by the rest of the package
-SLURM_PROCID ...        a task of srun
-OMPI_COMM_WORLD_RANK    a task of Open MPI's mpirun
-PMI_RANK ...            a task of mpiexec, of MPICH and what comes from it (Intel MPI, PALS)
+RANK ...                    set by torchrun and deepspeed, and read by the rest of the package
+SLURM_PROCID ...            a task of srun
+OMPI_COMM_WORLD_RANK ...    a task of an MPI or of flux: see tasks.py
 
 torchrun and deepspeed may run inside such a task, one on each node. Two announcements that
 contradict each other are an error.
@@ -17,7 +16,7 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from regate_ds.job.tasks import Announcement, integer, task_of
+from regate_ds.job.tasks import Announcement, integer, refuse_remains, task_of
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -40,7 +39,7 @@ class Ranks:
     """The place of this process among those of the job."""
 
     launcher: str
-    """Source of the announcement: "deepspeed", "torchrun", "srun", "mpirun", "mpiexec",
+    """Source of the announcement: "deepspeed", "torchrun", a launcher of tasks such as "srun",
     "environment" or "none"."""
 
     rank: int = 0
@@ -60,7 +59,8 @@ def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
     if "RANK" in environment:
         return _announced(environment, outer)
     if outer is None or outer.size == 1:
-        _refuse_batch_script(environment, outer)
+        if outer is None:
+            _refuse_several(environment)
         return Ranks("none", node=socket.gethostname())
     return Ranks(
         outer.launcher,
@@ -76,7 +76,7 @@ def discover(environment: Mapping[str, str] = os.environ) -> Ranks:
 def announce(environment: MutableMapping[str, str] = os.environ) -> Ranks:
     """Discover, and for a task of srun or of MPI also set RANK and its siblings."""
     ranks = discover(environment)
-    if ranks.launcher in ("srun", "mpirun", "mpiexec"):
+    if "RANK" not in environment and ranks.world_size > 1:
         values = (ranks.rank, ranks.world_size, ranks.local_rank, ranks.address, ranks.port)
         environment.update(zip(RANK_NAMES, map(str, values)))
     return ranks
@@ -114,7 +114,7 @@ def _announced(environment: Mapping[str, str], outer: Announcement | None) -> Ra
         local_rank,
         str(agent.index) if agent else _node(environment),
         environment["MASTER_ADDR"],
-        integer(environment, "MASTER_PORT"),
+        _open_port(environment),
     )
 
 
@@ -151,13 +151,14 @@ def _agent(environment: Mapping[str, str]) -> Announcement | None:
     return None
 
 
-def _refuse_batch_script(environment: Mapping[str, str], outer: Announcement | None) -> None:
-    tasks = environment.get("SLURM_NTASKS", "1")
-    if outer is None and tasks != "1":
+def _refuse_several(environment: Mapping[str, str]) -> None:
+    """Refuse to run alone where something tells of several tasks, as in a batch script."""
+    if (tasks := integer(environment, "SLURM_NTASKS", "1")) != 1:
         raise ValueError(
             f"SLURM_NTASKS={tasks}, but this process is no task of srun: start by srun, deepspeed, "
             "torchrun or launch/, or set SLURM_NTASKS=1 to run one process"
         )
+    refuse_remains(environment)
 
 
 def _node(environment: Mapping[str, str]) -> str:
@@ -179,8 +180,9 @@ def _address(environment: Mapping[str, str], outer: Announcement) -> str:
 def _given(outer: Announcement, *values: str) -> str:
     """Return the command by which a launcher gives its tasks these variables."""
     if outer.launcher == "mpiexec":
-        return " ".join(["mpiexec", *(f"-genv {value.replace('=', ' ')}" for value in values)])
-    return " ".join(["mpirun", *(f"-x {value}" for value in values)])
+        values = tuple(value.replace("=", " ") for value in values)
+    option = {"mpiexec": "-genv", "jsrun": "-E", "flux run": "--env"}.get(outer.launcher, "-x")
+    return " ".join([outer.launcher, *(f"{option} {value}" for value in values)])
 
 
 def first_host(nodes: str) -> str:
@@ -193,13 +195,20 @@ def first_host(nodes: str) -> str:
 
 def _port(environment: Mapping[str, str], outer: Announcement) -> int:
     if "MASTER_PORT" in environment:
-        return integer(environment, "MASTER_PORT")
+        return _open_port(environment)
     if "SLURM_JOB_ID" not in environment:
         raise ValueError(
             f"{outer.launcher} says {outer}, but MASTER_PORT is not set: give all ranks one port, "
             f"as by {_given(outer, 'MASTER_PORT=29500')}"
         )
     return job_port(integer(environment, "SLURM_JOB_ID"))
+
+
+def _open_port(environment: Mapping[str, str]) -> int:
+    port = integer(environment, "MASTER_PORT")
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"MASTER_PORT={port}: must be from 1 to 65535; give all ranks a free one")
+    return port
 
 
 def job_port(job: int) -> int:

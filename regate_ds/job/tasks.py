@@ -2,7 +2,9 @@
 
 SLURM_PROCID ...        a task of srun
 OMPI_COMM_WORLD_RANK    a task of Open MPI's mpirun
+JSM_NAMESPACE_RANK      a task of jsrun (LSF)
 PMI_RANK ...            a task of mpiexec, of MPICH and what comes from it (Intel MPI, PALS)
+FLUX_TASK_RANK          a task of flux run, which speaks PMI as well unless told not to
 """
 
 from __future__ import annotations
@@ -11,10 +13,46 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_OPENMPI = ("RANK", "SIZE", "LOCAL_RANK")
+_OF_MPI = (
+    (
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+    ),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", ("JSM_NAMESPACE_LOCAL_RANK",)),
+    (
+        "mpiexec",
+        "PMI_RANK",
+        "PMI_SIZE",
+        (
+            "MPI_LOCALRANKID",
+            "PMI_LOCAL_RANK",
+            "PALS_LOCAL_RANKID",
+            "MV2_COMM_WORLD_LOCAL_RANK",
+            "FLUX_TASK_LOCAL_ID",
+        ),
+    ),
+    (
+        "mpiexec",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        ("MV2_COMM_WORLD_LOCAL_RANK",),
+    ),
+    ("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",)),
+)
+"""For each way in which tasks are told their places: who starts them, the names of a task's number
+and of the number of tasks, and those under which its number on its node may be found."""
 
-_PMI_LOCAL = ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID", "MV2_COMM_WORLD_LOCAL_RANK")
-"""Names under which a task of mpiexec may find its number on its node."""
+_TELLING = {
+    **dict.fromkeys(("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE"), 0),
+    **dict.fromkeys(("LOCAL_RANK", "GROUP_RANK", "CROSS_RANK", "SLURM_PROCID", "SLURM_LOCALID"), 1),
+    **{name: 1 for _, index, _, local in _OF_MPI for name in (index, *local)},
+    **dict.fromkeys(("WORLD_SIZE", "GROUP_WORLD_SIZE", "CROSS_SIZE", "SLURM_STEP_NUM_TASKS"), 2),
+    **dict.fromkeys(("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), 2),
+    **{size: 2 for _, _, size, _ in _OF_MPI},
+}
+"""Variables that tell of several tasks, each from this value on."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +66,13 @@ class Announcement:
     index_name: str
     size_name: str
 
+    def __post_init__(self) -> None:
+        if self.index >= self.size:
+            raise ValueError(
+                f"{self}: {self.launcher} counts from 0, so that no process has this number; unset "
+                f"{self.index_name}, or correct {self.size_name}"
+            )
+
     def __str__(self) -> str:
         return f"{self.index_name}={self.index}, {self.size_name}={self.size}"
 
@@ -35,7 +80,7 @@ class Announcement:
 def task_of(environment: Mapping[str, str]) -> Announcement | None:
     """Return the task of MPI or srun that this process is, or runs in; None if there is none."""
     srun = _srun(environment)
-    mpi = _mpirun(environment) or _mpiexec(environment, srun)
+    mpi = _mpi(environment, srun)
     if srun is None or mpi is None:
         return mpi or srun
     # MPI starts a helper by srun on each node, so there may be fewer tasks, not more.
@@ -47,28 +92,42 @@ def task_of(environment: Mapping[str, str]) -> Announcement | None:
     return mpi
 
 
-def _mpirun(environment: Mapping[str, str]) -> Announcement | None:
-    if "OMPI_COMM_WORLD_RANK" not in environment:
-        return None
-    return _place(environment, "mpirun", [f"OMPI_COMM_WORLD_{x}" for x in _OPENMPI])
+def refuse_remains(environment: Mapping[str, str]) -> None:
+    """Refuse, by ValueError, variables that tell of several tasks, but not which of them this is.
+
+    A container, sudo or ssh may have dropped the others. Only for a process that is no task.
+    """
+    for name, least in _TELLING.items():
+        if name in environment and integer(environment, name) >= least:
+            raise ValueError(
+                f"{name}={environment[name]} tells of several tasks, but no variable says which of "
+                "them this is: start by srun, mpirun, deepspeed, torchrun or launch/, and let a "
+                f"container pass all of their variables on, or unset {name} to run one process"
+            )
 
 
-def _mpiexec(environment: Mapping[str, str], srun: Announcement | None) -> Announcement | None:
-    if "PMI_RANK" not in environment:
-        return None
-    index, size = (integer(environment, name) for name in ("PMI_RANK", "PMI_SIZE"))
-    if srun is not None and (srun.index, srun.size) == (index, size):
-        # srun itself speaks PMI to its tasks.
-        return None
-    local = next((name for name in _PMI_LOCAL if name in environment), None)
-    if local is None and size > 1:
-        raise ValueError(
-            f"PMI_RANK={index}, PMI_SIZE={size}, but none of {', '.join(_PMI_LOCAL)} is set, which "
-            "says the task's number on its node: set MPI_LOCALRANKID, or start by torchrun, "
-            "deepspeed or srun"
-        )
-    local_rank = 0 if local is None else integer(environment, local)
-    return Announcement("mpiexec", index, size, local_rank, "PMI_RANK", "PMI_SIZE")
+def _mpi(environment: Mapping[str, str], srun: Announcement | None) -> Announcement | None:
+    for launcher, index_name, size_name, local_names in _OF_MPI:
+        if index_name not in environment:
+            continue
+        index, size = (integer(environment, name) for name in (index_name, size_name))
+        if index_name == "PMI_RANK" and srun and (srun.index, srun.size) == (index, size):
+            # srun itself speaks PMI to its tasks.
+            return None
+        local = next((name for name in local_names if name in environment), None)
+        if local is None and size > 1:
+            raise ValueError(
+                f"{index_name}={index}, {size_name}={size}, but {_none_of(local_names)} set, which "
+                f"says the task's number on its node: set {local_names[0]}, or start by torchrun, "
+                "deepspeed or srun"
+            )
+        local_rank = 0 if local is None else integer(environment, local)
+        return Announcement(launcher, index, size, local_rank, index_name, size_name)
+    return None
+
+
+def _none_of(names: Sequence[str]) -> str:
+    return f"{names[0]} is not" if len(names) == 1 else f"none of {', '.join(names)} is"
 
 
 def _srun(environment: Mapping[str, str]) -> Announcement | None:
@@ -76,17 +135,14 @@ def _srun(environment: Mapping[str, str]) -> Announcement | None:
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    return _place(environment, "srun", ["SLURM_PROCID", size, "SLURM_LOCALID"])
-
-
-def _place(environment: Mapping[str, str], launcher: str, names: Sequence[str]) -> Announcement:
-    index, size, local_rank = (integer(environment, name) for name in names)
-    return Announcement(launcher, index, size, local_rank, names[0], names[1])
+    names = ("SLURM_PROCID", size, "SLURM_LOCALID")
+    return Announcement("srun", *(integer(environment, name) for name in names), *names[:2])
 
 
 def integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
     """Return the whole number that a variable holds. ValueError if it holds none."""
     text = environment.get(name, default)
-    if text is None or not re.fullmatch(r"[0-9]+", text):
-        raise ValueError(f"{name}={text}: must be a whole number, as launchers set it")
+    if text is None or not re.fullmatch(r"[0-9]{1,18}", text):
+        shown = None if text is None else " ".join(text.split())
+        raise ValueError(f"{name}={shown}: must be a whole number, as launchers set it")
     return int(text)

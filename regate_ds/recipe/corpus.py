@@ -119,13 +119,16 @@ def corpus_encoder(student: Student, data: DataConfig) -> RecordEncoder:
             max_length=data.max_length,
             video_frames=data.video_frames,
         )
-    return Encoder(
+    encoder = Encoder(
         student.tokenizer,
         image_token=student.image_token,
         num_image_tokens=student.vision.num_tokens,
         max_length=data.max_length,
         template=data.template or Template(),
     )
+    # The positions of these models follow from the runs of placeholders.
+    has_runs = family_of(student.model).num_position_axes > 1
+    return encoder.with_images_apart() if has_runs else encoder
 
 
 def sources_of(data: DataConfig, encoder: RecordEncoder) -> list[Source]:

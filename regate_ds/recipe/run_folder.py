@@ -139,8 +139,8 @@ class RunFolder:
                 "one, or finish this one with run.resume=true"
             )
         try:
-            return json.loads(self._summary.read_text())
-        except json.JSONDecodeError as error:
+            return _row(self._summary.read_bytes())
+        except ValueError as error:
             raise ValueError(
                 f"{self._summary} is not JSON ({error}); write it again with run.resume=true"
             ) from None
@@ -217,14 +217,23 @@ def _read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
-    return [_row(line, path, number) for number, line in enumerate(lines, 1) if line[-1:] == b"\n"]
+    return [
+        _figures(line, path, number) for number, line in enumerate(lines, 1) if line[-1:] == b"\n"
+    ]
 
 
-def _row(line: bytes, path: Path, number: int) -> Row:
+def _figures(line: bytes, path: Path, number: int) -> Row:
     try:
-        row = json.loads(line)
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError("it is no row of figures")
+        row = _row(line)
+        if "step" not in row:
+            raise ValueError("it has no step")
     except ValueError as error:
         raise ValueError(f"{path}, line {number}, is damaged ({error}); delete that line") from None
+    return row
+
+
+def _row(content: bytes) -> Row:
+    row = json.loads(content)
+    if not isinstance(row, dict):
+        raise ValueError("it is no row of figures")
     return row

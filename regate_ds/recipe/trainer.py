@@ -37,6 +37,7 @@ from regate_ds.recipe.saving.checkpoint import (
 )
 from regate_ds.recipe.saving.contents import Checkpoint, Done
 from regate_ds.recipe.saving.model import save_model
+from regate_ds.recipe.saving.one_job import only_job
 from regate_ds.recipe.step_figures import StepFigures, gated_share, peak_memory, shown
 
 
@@ -48,7 +49,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         return walk_plan(config, open_corpus(config, weights=False))
     made: list[Trainer] = []
     signs = Signs(lambda: made[0].place if made else "its start", config.run.hang_seconds)
-    with join_job("train", signs) as process:
+    with (
+        join_job("train", signs) as process,
+        only_job(config.run.out, is_first=process.is_first),
+    ):
         made.append(Trainer(config, open_corpus(config, weights=loads_whole(config)), process))
         return made[0].run()
 

@@ -145,6 +145,8 @@ def _score(
     store: Path,
     group: ProcessGroup | None,
 ) -> Throughput:
+    if not index.num_samples:
+        raise ValueError("the data set has no samples, so there is nothing to score")
     _warn_of_unlabelled(index)
     job = TeacherJob(
         index=index,

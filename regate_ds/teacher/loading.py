@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 GGUF = ".gguf"
 
+_ADAPTERS = "adapter_config.json"
+
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 _GGUF_PACKAGES = ("gguf", "accelerate")
@@ -121,7 +123,21 @@ def _require_gguf(path: Path) -> None:
         )
 
 
+def refuse_adapters(folder: Path) -> None:
+    """Refuse, by ValueError, a folder of adapters of PEFT, alone or beside a whole model.
+
+    transformers would put them into the model, and then tell nothing of weights that this lacks.
+    """
+    if (folder / _ADAPTERS).is_file():
+        raise ValueError(
+            f"{folder} holds adapters of PEFT ({_ADAPTERS}), which are not read; merge them into "
+            "their model (merge_and_unload, then save_pretrained) and give its folder, or move "
+            "them out of this one"
+        )
+
+
 def _require_causal_lm(path: Path) -> None:
+    refuse_adapters(path)
     if not (path / "config.json").is_file():
         found = ", ".join(sorted(file.name for file in path.glob(f"*{GGUF}")))
         raise ValueError(

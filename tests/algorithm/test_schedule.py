@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from regate_ds.algorithm.schedule import Course, MovingShare, Schedule
+from regate_ds.algorithm.schedule import Course, KeepShare, MovingShare, Schedule
 
 
 def schedule(total=20, warmup=0, cycle=0, cycle_dense=0, final=0) -> Schedule:
@@ -84,7 +84,8 @@ def test_a_line_with_bends_stays_at_its_last_point_and_is_dense_where_it_keeps_a
     wanted = [1.0, 0.7, 0.4, 0.45, 0.5, 0.55, 0.6, 0.6, 0.6]
     assert [made.at(step) for step in range(9)] == pytest.approx(wanted)
     assert [step for step in range(9) if not made.chooses(step)] == [0]
-    assert made.num_sparse(9) == 8
+    assert made.ever_chooses(9)
+    assert not made.ever_chooses(1)
 
 
 def test_steps_hold_each_share_up_to_the_next():
@@ -112,3 +113,15 @@ def test_the_mean_of_a_share_that_does_not_move_is_the_papers_formula_bit_for_bi
         num_sparse = sum(not made.is_dense(step) for step in range(100))
         found = Course(schedule=made, share=share).expected_share()
         assert found == 1.0 - num_sparse * (1.0 - share) / 100
+
+
+@pytest.mark.parametrize("share", [0.5, LINE, BENT])
+def test_whether_a_run_is_ever_sparse_is_found_without_a_walk_over_its_steps(share: KeepShare):
+    for parts in itertools.product((0, 2, 9), (0, 3), (0, 1, 3), (0, 4, 9)):
+        warmup, cycle, cycle_dense, final = parts
+        made = schedule(9, warmup, cycle, min(cycle, cycle_dense), final)
+        course = Course(schedule=made, share=share)
+        for num_steps in (0, 1, 3, 9):
+            assert course.ever_chooses(num_steps) == any(map(course.chooses, range(num_steps)))
+    endless = schedule(10**15, warmup=10**14)
+    assert Course(schedule=endless, share=share).ever_chooses(10**15)

@@ -263,3 +263,18 @@ def test_the_pattern_of_special_tokens_has_one_order_in_every_process():
     tokenizer = SimpleNamespace(all_special_tokens=marks, added_tokens_decoder={})
     found = special_tokens(tokenizer, "<longer>")
     assert found.pattern.split("|") == ["<longer>", *sorted(marks)]
+
+
+def test_a_model_that_reads_images_by_their_runs_is_given_none_that_touch(tmp_path: Path):
+    images = (draw(tmp_path / "a.png", 4), draw(tmp_path / "b.png", 6))
+    touching = make(("<image><image>which", "y"), images=images)
+    frames = make(("<video>which", "y"), images=images, per=(2,))
+    apart = make(("<image> <image>which", "y"), images=images)
+    strict = build().with_images_apart()
+    for record in (touching, frames):
+        with pytest.raises(SampleError, match="record 4 .*two images or frames with nothing betwe"):
+            strict.encode(record)
+        marked = build(image_start="(", image_end=")").with_images_apart().encode(record)
+        assert spell(marked.input_ids_S.tolist()) == "^U:($$)($$$)which A:y|"
+        build().encode(record)
+    assert spell(strict.encode(apart).input_ids_S.tolist()) == "^U:$$ $$$which A:y|"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image, ImageChops, ImageOps, features
 
-from regate_ds.data.llava.images import image_fault, image_size, load_all, load_rgb
+from regate_ds.data.llava.formats.sources import Sources
+from regate_ds.data.llava.images import image_fault, image_size, load_all, load_rgb, shown
 from regate_ds.data.llava.media import InlineImage
 
 FORMATS = ["jpeg", "png", "webp", "tiff"] + ["avif"] * features.check("avif")
@@ -47,6 +48,47 @@ def test_orientation_6_has_the_stored_left_on_top(tmp_path: Path):
     (red, _, top), (bottom, _, blue) = image.getpixel((8, 2)), image.getpixel((8, 37))  # type: ignore[misc]
     assert min(red, blue) > 200
     assert max(top, bottom) < 50
+
+
+def _palette() -> Image.Image:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([0, 0, 0, 200, 0, 0])
+    image.putpixel((0, 0), 1)
+    return image
+
+
+TRANSPARENT = {
+    "RGBA": (Image.new("RGBA", (4, 2), (0, 0, 0, 0)), "PNG", {}),
+    "RGBA in WebP": (Image.new("RGBA", (4, 2), (9, 0, 0, 0)), "WEBP", {"exact": True}),
+    "LA": (Image.new("LA", (4, 2), (0, 0)), "PNG", {}),
+    "palette": (_palette(), "PNG", {"transparency": 0}),
+    "GIF": (_palette(), "GIF", {"transparency": 0}),
+    "a colour of RGB": (Image.new("RGB", (4, 2), (1, 2, 3)), "PNG", {"transparency": (1, 2, 3)}),
+    "a grey": (Image.new("L", (4, 2), 7), "PNG", {"transparency": 7}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_a_transparent_image_is_on_white(name: str):
+    image, format, options = TRANSPARENT[name]
+    buffer = BytesIO()
+    image.save(buffer, format=format, **options)
+    source = InlineImage(buffer.getvalue(), "a")
+    assert image_fault(source) is None
+    assert load_rgb(source).getpixel((3, 1)) == (255, 255, 255)
+    table = Sources(Path()).image("image", Image.open(buffer), 0)
+    assert isinstance(table, InlineImage)
+    assert not ImageChops.difference(load_rgb(table), load_rgb(source)).getbbox()
+
+
+def test_half_transparent_red_is_pink_and_what_is_opaque_is_as_it_was():
+    half = Image.new("RGBA", (4, 2), (255, 0, 0, 128))
+    half.putpixel((0, 0), (10, 20, 30, 255))
+    assert shown(half).getpixel((3, 1)) == (255, 127, 127)
+    assert shown(half).getpixel((0, 0)) == (10, 20, 30)
+    noise = Image.effect_noise((9, 5), 80).convert("RGB")
+    opaque = noise.convert("RGBA")
+    assert shown(opaque).tobytes() == noise.tobytes()
 
 
 def test_an_orientation_after_a_pngs_pixels_is_read_nowhere(tmp_path: Path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections import UserDict
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -143,10 +145,105 @@ def test_items_that_are_not_dicts_are_refused():
         Keyed([(1, 2)], "mine")[0]
 
 
+@pytest.mark.parametrize(
+    ("data", "name", "message"),
+    [
+        ([{}], "", "the data set's name is ''; give a text"),
+        ([{}], 7, "the data set's name is 7; give a text"),
+        (
+            {"train": [{}], "test": [{}]},
+            "mine",
+            r"items by name \(train, test\); give the data",
+        ),
+    ],
+)
+def test_what_gives_no_keys_is_refused_at_once(data: Any, name: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        Keyed(data, name)
+
+
+def test_a_sample_has_one_key_however_it_is_asked_for():
+    keyed = Keyed([{"a": 1}, {"a": 2}], "mine")
+    asked = [-1, 1, torch.tensor(1), np.int64(-1)]
+    assert {keyed[number]["regate_key"] for number in asked} == {("mine", 1)}
+    assert [one["regate_key"] for one in keyed.__getitems__([-2, 1])] == [("mine", 0), ("mine", 1)]
+    with pytest.raises(ValueError, match=r"no item slice\(0, 2, None\): items are read by "):
+        keyed[0:2]  # type: ignore[index]
+
+
 @pytest.mark.parametrize("labels", [None, [[5, 6, 7]]])
 def test_labels_that_are_no_tensor_are_refused(labels):
     with pytest.raises(ValueError, match=f"has labels {type(labels).__name__}, not a tensor"):
         KeyedCollate(lambda items: {**stack(items), "labels": labels})([item(3)])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.ones(1, 3), r"has labels torch.float32 \(1, 3\), not a tensor of whole numbers"),
+        (torch.ones(3, dtype=torch.int64), r"has labels torch.int64 \(3,\), not a tensor"),
+        (
+            torch.tensor([[5, -1, 7]]),
+            "the label at position 1 of row 0 is -1; a label is a",
+        ),
+    ],
+)
+def test_labels_that_no_loss_takes_are_refused(labels: torch.Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        KeyedCollate(lambda items: {**stack(items), "labels": labels})([item(3)])
+
+
+@pytest.mark.parametrize("made", [None, (1, 2), [{"labels": 1}]])
+def test_a_collate_function_that_makes_no_dict_is_named(made: Any):
+    with pytest.raises(ValueError, match=f"function returned a {type(made).__name__}; make"):
+        KeyedCollate(lambda items: made)([item(3)])
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[0.0, 0.0, -1e9]], r"mask holds -1000000000.0; give the mask .*, not one that is added"),
+        ([[1.0, 1.0, 0.5]], "mask holds 0.5; give the mask"),
+        ([[1.0, 1.0, math.nan]], "mask holds nan; give the mask"),
+        (
+            [[False, False, True]],
+            "row 0: the attention_mask is 0 at all positions .* wrong way",
+        ),
+        ([[0.0, 0.0, 0.0]], "row 0: the attention_mask is 0 at all positions .* wrong way"),
+    ],
+)
+def test_a_mask_of_another_meaning_is_named(mask: list, message: str):
+    made = {"attention_mask": torch.tensor(mask)}
+    with pytest.raises(ValueError, match=message):
+        KeyedCollate(lambda items: {**stack(items), **made})([item(3, labels=[5, 6, IGNORE])])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
+def test_a_mask_may_be_of_any_type(dtype: torch.dtype):
+    items = [item(0, attention_mask=[1, 1, 0], labels=[5, 6, IGNORE])]
+
+    def collate(given: list[dict]) -> dict[str, torch.Tensor]:
+        made = stack(given)
+        return {**made, "attention_mask": made["attention_mask"].to(dtype)}
+
+    assert KeyedCollate(collate)(items).tokens.segment_BT.tolist() == [[0, 0, -1]]
+
+
+def test_an_empty_row_is_named():
+    items = [item(0), item(1, attention_mask=[0, 0, 0], labels=[IGNORE] * 3)]
+    with pytest.raises(ValueError, match="row 1 has no token by its attention_mask; leave empty"):
+        KeyedCollate(stack)([{**items[0], "attention_mask": [1, 1, 1]}, items[1]])
+
+
+def test_a_collate_function_that_sorts_the_samples_is_named():
+    items = [item(0), item(1, input_ids=[8, 9, 7])]
+    message = "row 0 of the collated batch has the tokens of item 1; .* not sort them by length"
+    with pytest.raises(ValueError, match=message):
+        KeyedCollate(lambda given: stack(given[::-1]))(items)
+    # Cut samples, and items that are equal, are in their order.
+    cut = KeyedCollate(lambda given: {n: x[:, :2] for n, x in stack(given).items()})(items)
+    assert cut.tokens.keys == ((("mine", 0),), (("mine", 1),))
+    KeyedCollate(lambda given: stack(given[::-1]))([item(0), item(1)])
 
 
 class OnDevice(torch.Tensor):

@@ -15,20 +15,14 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 
-from regate_ds.data.llava.formats.sources import Sources
-from regate_ds.data.llava.lines import RawRecords, find_records
-from regate_ds.data.llava.parse import Cause, Parser
-from regate_ds.data.llava.read import read_records
-from regate_ds.job.ranks import discover
 from regate_ds.recipe.config.tree import dump_config, load_config
 from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.stores.reference.lifecycle import begin_store
 from regate_ds.stores.reference.reader import ReferenceStore
 from regate_ds.stores.reference.writer import ReferenceWriter
 from regate_ds.teacher.loading import load_teacher, load_teacher_tokenizer
-from tests.data.formats.formats_helper import llava, messages, text
+from tests.data.formats.formats_helper import llava, messages, read_both_ways, text
 from tests.support.gguf_files import write_gguf
 from tests.support.models import causal_lm
 from tests.support.samples import make_index
@@ -77,9 +71,6 @@ PIECES = [
     ),
 ]
 """What is put into texts: marks of the formats, and what parsers have stumbled over."""
-
-WRONG: list[Any] = [None, 7, -1.5, True, [], {}, [["x"]], {"a": 1}, "", "no such thing", 10**400]
-"""Values of other types than a reader expects."""
 
 
 @dataclass(frozen=True)
@@ -136,49 +127,8 @@ def _write_lines(folder: Path) -> None:
 
 
 def _read_both_ways(path: Path) -> Any:
-    """Read a file as a whole and record by record: both say the same of each record."""
     (path.parent / "a.png").touch()
-    whole, bad = read_records(path, name="set", skip_bad=True, verify_images=False)
-    raw = RawRecords(path, find_records(path))
-    parser = Parser(path, "set", Sources(path.parent), verify_images=False)
-    found: list[Any] = []
-    causes: list[tuple[int, str]] = []
-    for number in range(len(raw)):
-        try:
-            found.append(parser.record(number, raw[number]))
-        except Cause as cause:
-            causes.append((number, str(cause)))
-    if found != whole or causes != [(one.number, one.cause) for one in bad]:
-        raise AssertionError(f"the two readers differ: {found} {causes}, {whole} {bad}")
-    return found, [cause for _, cause in causes]
-
-
-def _spoil(draw: random.Random, folder: Path) -> str:
-    """Make one record wrong in a way that must be told, whatever else is in it."""
-    records = json.loads((folder / "data.json").read_text())
-    record = draw.choice(records)
-    name = "messages" if "messages" in record else "conversations"
-    said = "content" if name == "messages" else "value"
-    turns, number = record[name], draw.randrange(len(record[name]))
-    wrong = draw.choice([value for value in WRONG if not isinstance(value, str | list)])
-    spoil: list[Callable[[], Any]] = [
-        lambda: turns[number].update({said: wrong}),
-        lambda: turns[number].pop(said),
-        lambda: turns.reverse(),
-        lambda: turns[number].update({"role" if name == "messages" else "from": wrong}),
-        lambda: record.update({name: wrong}),
-        lambda: turns[0].update({said: "<image> <image> <video>"}),
-        lambda: turns.__setitem__(number, wrong),
-        lambda: record.update(image="no-such-file.png"),
-    ]
-    draw.choice(spoil)()
-    (folder / "data.json").write_text(json.dumps([record]))
-    return MUST
-
-
-def _read_strictly(folder: Path) -> Any:
-    (folder / "a.png").touch()
-    return read_records(folder / "data.json", name="set", verify_images=False)
+    return read_both_ways(path)
 
 
 def _write_config(folder: Path) -> None:
@@ -187,24 +137,6 @@ def _write_config(folder: Path) -> None:
     )
     whole = dump_config(load_config(folder / "given.yaml"))
     (folder / "run.yaml").write_text(whole)
-
-
-def _spoil_config(draw: random.Random, folder: Path) -> str:
-    """Put a mapping, where there is none, or a key that no section has."""
-    tree = yaml.safe_load((folder / "run.yaml").read_text())
-    section = draw.choice([value for value in tree.values() if isinstance(value, dict)])
-    while inner := [v for v in section.values() if isinstance(v, dict)]:
-        if draw.random() < 0.4:
-            break
-        section = draw.choice(inner)
-    # DeepSpeed's own settings are its own.
-    leaves = [k for k, v in section.items() if not isinstance(v, dict) and k != "deepspeed"]
-    if leaves and draw.random() < 0.7:
-        section[draw.choice(leaves)] = {"no_such_knob": 1, "nor_this": [2]}
-    else:
-        section["no_such_knob"] = draw.choice(["", 1, None])
-    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-    return MUST
 
 
 def _write_store(folder: Path) -> None:
@@ -236,53 +168,6 @@ def _read_store(folder: Path) -> Any:
     index = make_index(8)
     store = ReferenceStore(folder / "store", verify="full")
     return store.read(index.keys).tolist()
-
-
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
-MORE = (
-    "SLURM_NTASKS",
-    "SLURM_LOCALID",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NODELIST",
-    "PMI_RANK",
-    "PMI_SIZE",
-)
-
-
-def _write_environment(folder: Path) -> None:
-    names = dict(zip(LAUNCHERS[:5], ("1", "4", "1", "host", "29500"), strict=True))
-    (folder / "environment.json").write_text(json.dumps(names))
-
-
-def _change_environment(draw: random.Random, folder: Path) -> str:
-    path = folder / "environment.json"
-    given = json.loads(path.read_text())
-    values = (
-        "",
-        "0",
-        "1",
-        "-1",
-        "7",
-        "1.5",
-        "x",
-        " 2",
-        "99999999999",
-        "²",
-        "node[1-3]",
-        "a,b",
-        "[",
-    )
-    for _ in range(draw.randint(1, 5)):
-        name = draw.choice(LAUNCHERS + MORE)
-        given.pop(name, None) if draw.random() < 0.3 else given.update({name: draw.choice(values)})
-    path.write_text(json.dumps(given))
-    return "variables"
-
-
-def _read_environment(folder: Path) -> Any:
-    ranks = discover(json.loads((folder / "environment.json").read_text()))
-    assert 0 <= ranks.rank < ranks.world_size
-    return ranks
 
 
 def _write_gguf(folder: Path) -> None:
@@ -325,17 +210,14 @@ SUBJECTS = [
         _change_file("data.jsonl"),
         lambda f: _read_both_ways(f / "data.jsonl"),
     ),
-    Subject("record", _write_list, _spoil, _read_strictly),
     Subject(
         "configuration",
         _write_config,
         _change_file("run.yaml"),
         lambda f: load_config(f / "run.yaml"),
     ),
-    Subject("knob", _write_config, _spoil_config, lambda f: load_config(f / "run.yaml")),
     Subject("store", _write_store, _change_store, _read_store),
     Subject("GGUF header", _write_gguf, _change_gguf, _read_gguf),
-    Subject("environment", _write_environment, _change_environment, _read_environment),
 ]
 
 

@@ -91,6 +91,51 @@ def test_tasks_of_mpiexec_are_ranks(local):
     assert (environment["RANK"], environment["LOCAL_RANK"]) == ("3", "1")
 
 
+@pytest.mark.parametrize(
+    ("launcher", "names"),
+    [
+        ("jsrun", ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK")),
+        ("mpiexec", ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK")),
+        ("flux run", ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID")),
+        ("mpiexec", ("PMI_RANK", "PMI_SIZE", "FLUX_TASK_LOCAL_ID")),
+    ],
+)
+def test_tasks_of_other_launchers_are_ranks(launcher, names):
+    environment = dict(zip(names, ("3", "8", "1"))) | GROUP
+    found = announce(environment)
+    assert (found.launcher, found.rank, found.world_size, found.local_rank) == (launcher, 3, 8, 1)
+    assert environment["RANK"] == "3"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", **GROUP},
+        {"LOCAL_RANK": "1"},
+        {"LOCAL_WORLD_SIZE": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "2"},
+        {"PMIX_RANK": "0"},
+        {"PALS_RANKID": "0"},
+        {"GROUP_WORLD_SIZE": "2"},
+        {"SLURM_PROCID": "1"},
+        {"SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "0"},
+    ],
+)
+def test_a_process_with_some_variables_of_a_task_is_not_alone(environment):
+    """A container passes some of the variables on, and drops others."""
+    name, value = next(iter(environment.items()))
+    with pytest.raises(
+        ValueError, match=f"^{name}={value} tells of several tasks, but no variable"
+    ):
+        discover(environment)
+
+
+def test_a_lone_process_may_say_so():
+    alone = {"WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    assert discover(alone).world_size == 1
+
+
 def test_srun_that_speaks_pmi_is_srun_and_a_single_task_of_mpiexec_runs_alone():
     found = discover(srun(3, 8) | PMI)
     assert (found.launcher, found.rank, found.world_size) == ("srun", 3, 8)
@@ -117,6 +162,10 @@ def test_mpiexec_inside_a_slurm_job_has_its_own_ranks_and_the_jobs_address():
             "mpiexec says .*, but MASTER_ADDR is not set: .*mpiexec -g",
         ),
         ({"PMI_RANK": "1"}, "PMI_SIZE=None: must be a whole number"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "0"}, "PMI_RANK=0, PMI_SIZE=0: mpiexec counts from 0"),
+        ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"}, "but FLUX_TASK_LOCAL_ID is not set"),
+        (RANK | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be from 1 to 65535"),
+        (RANK | {"RANK": "1\n2"}, "RANK=1 2: must be a whole number"),
         (srun(3, 16) | PMI | {"MPI_LOCALRANKID": "0"}, "srun says .*, mpiexec says PMI_RANK=3"),
         (srun(3, 8) | TORCHRUN, "torchrun says GROUP_RANK=1, GROUP_WORLD_SIZE=4, srun says SLURM"),
         (srun(3, 8) | DEEPSPEED, "deepspeed says CROSS_RANK=1, CROSS_SIZE=4, srun says SLURM_PROC"),

@@ -1,8 +1,15 @@
 import json
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
 from regate_ds.recipe.run_folder import RunFolder, totals
+from regate_ds.recipe.saving import one_job
+from regate_ds.recipe.saving.one_job import only_job
 
 
 @pytest.fixture
@@ -159,3 +166,34 @@ def test_a_damaged_line_is_named(folder, line):
         file.write(line + b"\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is damaged .*; delete that line"):
         folder.metrics()
+
+
+def hold(folder: Path, ready: Connection) -> None:
+    with only_job(folder, is_first=True):
+        if (worker := os.fork()) == 0:
+            # As a loader's worker: it has the open file, and must not keep the lock.
+            signal.pause()
+        ready.send((os.getpid(), worker))
+        signal.pause()
+
+
+def test_a_second_job_in_a_run_folder_is_told_and_a_killed_one_leaves_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(one_job, "PATIENCE", 0)
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, there))
+    process.start()
+    holder, worker = here.recv()
+    message = rf"run\.out={tmp_path} is in use by another job \(process {holder} on .*\); wait for"
+    with pytest.raises(ValueError, match=message), only_job(tmp_path, is_first=True):
+        pass
+    assert f"is in use (process {holder} on " in capsys.readouterr().out
+    with only_job(tmp_path, is_first=False):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    process.join()
+    with only_job(tmp_path, is_first=True):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not any(tmp_path.iterdir())
+    os.kill(worker, signal.SIGKILL)

@@ -66,6 +66,12 @@ def test_samples_without_a_label_are_named_before_training(tmp_path: Path, recwa
         score_dataset(Keyed(items, "set"), collate, teacher, tmp_path / "store")
 
 
+def test_a_data_set_without_samples_is_named(tmp_path: Path):
+    teacher = Teacher(model=causal_lm(num_layers=1).eval(), pad_id=0, image_token_id=None)
+    with pytest.raises(ValueError, match="the data set has no samples, so there is nothing to sco"):
+        score_dataset(Keyed([], "set"), collate, teacher, tmp_path / "store")
+
+
 def test_a_second_call_finds_the_work_done(tmp_path: Path):
     teacher = Teacher(model=causal_lm(), pad_id=PAD, image_token_id=IMAGE)
     arguments = (Keyed(host_items(3), "set"), collate, teacher, tmp_path / "store")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -60,6 +61,16 @@ class Encoder:
         self._num_image_tokens = num_image_tokens
         self._max_length = max_length
         self._template = template
+        self._images_apart = False
+
+    def with_images_apart(self) -> Encoder:
+        """Make the encoder for a model that takes placeholders that touch for one image.
+
+        A record whose images touch is then a bad one.
+        """
+        other = copy(self)
+        other._images_apart = True
+        return other
 
     def encode(self, record: Record) -> EncodedSample:
         """Encode one record; only the sizes of its images are read. SampleError if it is bad."""
@@ -118,6 +129,7 @@ class Encoder:
             "max_length": self._max_length,
             "template": asdict(self._template),
             "image_tokens": [self._counted((w, h)) for w in _PROBED for h in _PROBED],
+            **({"images_apart": True} if self._images_apart else {}),
         }
 
     def is_cut(self, sample: EncodedSample) -> bool:
@@ -130,6 +142,13 @@ class Encoder:
 
     def _sample(self, record: Record, tape: Tape) -> EncodedSample:
         length = min(len(tape.ids), self._max_length)
+        if self._images_apart and tape.images_touch():
+            cause = (
+                "has two images or frames with nothing between them, which this model takes for "
+                "one; set data.template.image_start and image_end, such as '<|vision_start|>' and "
+                "'<|vision_end|>', or write a text between them"
+            )
+            raise bad_record(describe(record, cause))
         if tape.cuts_an_image(length):
             raise self._too_long(record, len(tape.ids), "would cut an image's placeholders off")
         sample = tape.sample(record, length)

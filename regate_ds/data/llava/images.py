@@ -52,12 +52,23 @@ def image_size(source: PictureSource) -> tuple[int, int]:
 
 
 def load_rgb(source: PictureSource) -> Image.Image:
-    """Decode an image as the student sees it, upright. One of IMAGE_ERRORS if it is broken."""
+    """Decode an image as the student sees it, as ``shown``. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return read_frames(source.video, [(source.number, source.of)])[0]
     with _open(source) as image:
-        upright = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+        return shown(image, is_upright=_orientation(image) == 1)
+
+
+def shown(image: Image.Image, *, is_upright: bool = False) -> Image.Image:
+    """Return an image as a viewer shows it: upright, RGB, and on white where it is transparent.
+
+    Pillow's own conversion would show the colour that lies under a transparent pixel, mostly black.
+    """
+    upright = image if is_upright else ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
         return upright.convert("RGB")
+    over = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
 
 
 def load_all(sources: Sequence[PictureSource]) -> list[Image.Image]:

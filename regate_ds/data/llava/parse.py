@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regate_ds.data.llava.clips import fault_of
-from regate_ds.data.llava.formats.fields import require_used, turns_of
+from regate_ds.data.llava.formats.fields import require_text_alone, require_used, turns_of
 from regate_ds.data.llava.formats.said import Medium, Said, require_plain
 from regate_ds.data.llava.formats.sources import Sources, listed
 from regate_ds.data.llava.formats.table import read_turns
@@ -66,6 +66,8 @@ class Parser:
         entries = _entries(raw, "image", "images", named)
         images = [self._sources.image(*each, number) for number, each in enumerate(entries)]
         videos = _entries(raw, "video", "videos", named)
+        if not entries and not videos:
+            require_text_alone(raw)
         if not images and "<video>" not in markers and len(markers) == len(videos):
             # As LLaVA-NeXT writes it: the frames stand where the question has <image>.
             markers = ["<video>"] * len(videos)

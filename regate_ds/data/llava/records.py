@@ -81,7 +81,8 @@ class BadRecord:
     def __str__(self) -> str:
         name = "" if self.id is None else f" (id {self.id})"
         text = f"{self.source}, record {self.number}{name}: {self.cause}"
-        return text.encode("utf-8", "backslashreplace").decode()
+        # An id, or the name of a file, may hold the end of a line.
+        return " ".join(text.splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
 class SampleError(ValueError):

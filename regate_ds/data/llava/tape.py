@@ -6,6 +6,7 @@ Shapes: S positions of the sample.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,6 +53,10 @@ class Tape:
     def cuts_an_image(self, length: int) -> bool:
         """Return whether a cut at ``length`` tokens takes placeholders off."""
         return any(max(start, length) < end for start, end in self.images)
+
+    def images_touch(self) -> bool:
+        """Return whether the placeholders of an image begin where those of another one end."""
+        return any(end == start for (_, end), (start, _) in pairwise(self.images))
 
     def sample(self, record: Record, length: int) -> EncodedSample:
         """Return the first ``length`` tokens as a sample of the record."""

@@ -15,6 +15,7 @@ from regate_ds.families.hosts import Supported, supported_as
 from regate_ds.families.table import ALL_STUDENTS, FAMILIES
 from regate_ds.recipe.doctor.check import Check
 from regate_ds.recipe.students.processor import chat_encoder, load_processor, names_a_template
+from regate_ds.teacher.loading import refuse_adapters
 
 _SLOW_CONV3D = "2.9."
 """Versions of torch whose Conv3d makes some towers 10 to 20 times slower."""
@@ -32,6 +33,7 @@ def examine_model(folder: Path) -> list[Check]:
 
     ValueError if the folder has no readable configuration.
     """
+    refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a checkpoint")
     try:

@@ -21,7 +21,7 @@ from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.processor import load_processor, names_a_template
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student, fresh_model
-from regate_ds.teacher.loading import load_weights
+from regate_ds.teacher.loading import load_weights, refuse_adapters
 
 
 def load_student(
@@ -43,6 +43,7 @@ def load_student(
     Raises:
         ValueError: the folder holds no model, or one of an unsupported type.
     """
+    refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from regate_ds.data.llava.formats.sources import Sources
+from regate_ds.data.llava.lines import RawRecords, find_records
 from regate_ds.data.llava.parse import Parser
+from regate_ds.data.llava.read import read_records
 from regate_ds.data.llava.records import Cause, Record
 
 SPOKEN = (("human", "user"), ("gpt", "assistant"))
@@ -23,6 +25,23 @@ def cause(raw: Any, folder: Path = Path(".")) -> str:
     with pytest.raises(Cause) as error:
         parse(raw, folder)
     return str(error.value)
+
+
+def read_both_ways(path: Path) -> tuple[list[Record], list[str]]:
+    """Read a file as a whole, and record by record, which must say the same."""
+    whole, bad = read_records(path, name="set", skip_bad=True, verify_images=False)
+    raw = RawRecords(path, find_records(path))
+    parser = Parser(path, "set", Sources(path.parent), verify_images=False)
+    found: list[Record] = []
+    causes: list[tuple[int, str]] = []
+    for number in range(len(raw)):
+        try:
+            found.append(parser.record(number, raw[number]))
+        except Cause as cause:
+            causes.append((number, str(cause)))
+    assert found == whole
+    assert causes == [(one.number, one.cause) for one in bad]
+    return whole, [str(one) for one in bad]
 
 
 def llava(*texts: str, **fields: Any) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def test_an_empty_system_text_says_nothing(fields: dict[str, Any]):
         ({"weight": 0}, False),
         ({"weight": 1.0}, True),
         ({"train": False}, False),
+        ({"loss_mask": 0}, False),
+        ({"trainable": False}, False),
         ({"training": True, "weight": 1}, True),
     ],
 )

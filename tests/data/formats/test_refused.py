@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from regate_ds.data.llava.formats.fields import OTHER_FORMATS, REFUSED
+from regate_ds.data.llava.formats.fields import OTHER_FORMATS, OTHER_NAMES, REFUSED
 from regate_ds.data.llava.formats.said import REFUSED_OF_TURN
 from tests.data.formats.formats_helper import cause, draw_media, llava, messages, parse, text, turn
 from tests.support.paths import ROOT
@@ -210,6 +210,18 @@ def test_a_field_that_means_something_elsewhere_is_refused_unless_it_is_empty(fi
         assert cause(llava("q", "a", **{field: value})) == line
     for empty in (None, [], "", {}):
         parse(llava("q", "a", **{field: empty}))
+
+
+@pytest.mark.parametrize("field", OTHER_NAMES)
+def test_an_image_under_another_name_is_not_left_out_in_silence(field: str, tmp_path: Path):
+    line = f"has '{field}', but {OTHER_NAMES[field]}s are read from '{OTHER_NAMES[field]}' and"
+    for question in ("q", "<image>q"):
+        assert cause(llava(question, "a", **{field: "a.png"})).startswith(line)
+    # Beside an image it may say where that came from.
+    folder = draw_media(tmp_path)
+    parse(llava("<image>q", "a", image="a.png", **{field: "a.png"}), folder)
+    parse(user(A, text("q")) | {field: ["a.png"]}, folder)
+    parse(llava("q", "a", **{field: None}))
 
 
 @pytest.mark.parametrize("field", REFUSED_OF_TURN)

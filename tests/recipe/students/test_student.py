@@ -5,12 +5,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from regate_ds.families.table import family_of
+from regate_ds.recipe.doctor.model import examine_model
 from regate_ds.recipe.students.config import LoraConfig, ModelConfig
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student, make_student
 from regate_ds.recipe.students.student import save_student
 from regate_ds.recipe.students.trainable import trainable
 from regate_ds.teacher.backbone import text_backbone
+from regate_ds.teacher.loading import load_teacher, load_teacher_config
 from tests.support.tiny_students import (
     CLIP,
     STUDENTS,
@@ -149,6 +151,18 @@ def test_an_image_token_the_tokenizer_lacks_is_refused_by_name():
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         load_student(tmp_path)
+
+
+@pytest.mark.parametrize("read", [load_student, load_teacher, load_teacher_config, examine_model])
+@pytest.mark.parametrize("has_config", [False, True])
+def test_a_folder_of_adapters_is_refused_by_name(tmp_path, read, has_config):
+    """Beside a whole model they would hide the weights that this lacks."""
+    adapted = trainable(make_llava(), ModelConfig(path=tmp_path, lora=LoraConfig()), seed=0)
+    if has_config:
+        save_student(make_llava(), tmp_path)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds adapters of PEFT \(adapter_config\.json\).*merge"):
+        read(tmp_path)
 
 
 def test_a_model_that_is_no_student_is_refused_by_type(tmp_path):

@@ -13,6 +13,8 @@ REFUSED = {
     "channel": "a group to log losses under",
     "chat_template_kwargs": "arguments of a chat template",
     "chosen": "the better of two answers",
+    "documents": "texts to answer from, for a chat template",
+    "functions": "tools, which belong into 'tools'",
     "history": "earlier turns beside the conversation",
     "kto_tag": "a verdict on the answer",
     "label": "a verdict on the answer, or a class",
@@ -26,9 +28,21 @@ REFUSED = {
     "rejected_images": "the worse of two inputs",
     "rejected_messages": "the worse of two answers",
     "rejected_response": "the worse of two answers",
+    "system_message": "a system text, which belongs into 'system'",
+    "system_prompt": "a system text, which belongs into 'system'",
+    "video_end": "where to cut the video",
+    "video_start": "where to cut the video",
     "weight": "a weight of the loss",
 }
 """Fields that other trainers read and this one does not, and what they say."""
+
+OTHER_NAMES = {
+    **dict.fromkeys(("img", "imgs", "img_path", "image_file", "image_files"), "image"),
+    **dict.fromkeys(("image_path", "image_paths", "image_url", "image_urls"), "image"),
+    **dict.fromkeys(("video_file", "video_files", "video_path", "video_paths"), "video"),
+    **dict.fromkeys(("video_url", "video_urls"), "video"),
+}
+"""Names under which a record of another tool may hold its images or videos."""
 
 OTHER_FORMATS = {
     ("instruction", "output"): "Alpaca's format",
@@ -46,6 +60,16 @@ def require_used(raw: dict[str, Any]) -> None:
         raise Cause(
             f"has {field!r} ({REFUSED[field]}), which is not used; take it out, or leave the "
             "record out"
+        )
+
+
+def require_text_alone(raw: dict[str, Any]) -> None:
+    """Refuse, by Cause, a record that shows nothing, but names an image or a video elsewhere."""
+    if field := first_said(raw, OTHER_NAMES):
+        kind = OTHER_NAMES[field]
+        raise Cause(
+            f"has {field!r}, but {kind}s are read from '{kind}' and '{kind}s' alone; name the file "
+            "there, or take the field out"
         )
 
 

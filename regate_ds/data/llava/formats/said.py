@@ -18,7 +18,7 @@ ROLES = {
 }
 """The words of the formats for who speaks."""
 
-LEARN_FIELDS = ("loss", "weight", "train", "training")
+LEARN_FIELDS = ("loss", "loss_mask", "weight", "train", "trainable", "training")
 """Fields of a turn that say whether its answer is learnt."""
 
 REFUSED_OF_TURN = {
@@ -27,7 +27,9 @@ REFUSED_OF_TURN = {
     "image": "an image of one turn, which belongs into the record's 'images'",
     "images": "images of one turn, which belong into the record's 'images'",
     "loss_scale": "a weight of its loss",
+    "loss_weight": "a weight of its loss",
     "name": "a name of the speaker",
+    "reasoning": "a train of thought beside the answer",
     "reasoning_content": "a train of thought beside the answer",
     "refusal": "an answer that refuses",
     "thinking": "a train of thought beside the answer",

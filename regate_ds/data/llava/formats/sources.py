@@ -10,10 +10,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from regate_ds.data.llava.formats.said import shortened
-from regate_ds.data.llava.images import MODES, unusable_name
+from regate_ds.data.llava.images import MODES, shown, unusable_name
 from regate_ds.data.llava.media import ImageSource, InlineImage, Video, VideoFrame
 from regate_ds.data.llava.records import Cause
 from regate_ds.data.llava.video import require_av
@@ -146,11 +146,11 @@ def _decoded(field: str, text: str) -> bytes:
 
 
 def _encoded(image: Image.Image, number: int) -> InlineImage:
-    """Return a picture of Pillow as a file without loss, upright."""
+    """Return a picture of Pillow as a file without loss, as it is shown."""
     if image.mode not in MODES:
         raise Cause(f"has an image with pixels of mode {image.mode}; make it 8-bit grey or RGB")
     buffer = BytesIO()
-    ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG", compress_level=1)
+    shown(image).save(buffer, format="PNG", compress_level=1)
     return InlineImage(buffer.getvalue(), f"{number} of Pillow")
 
 
