@@ -95,7 +95,6 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
     advice = "cannot be combined with parallel.*; set it to"
     yield config.scores_online, f"teacher.mode=online {advice} store"
-    yield model.lora is not None, f"model.lora={model.lora} {advice} null"
     yield (
         config.data.pack_length is not None,
         f"data.pack_length={config.data.pack_length} {advice} null",

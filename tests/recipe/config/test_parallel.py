@@ -45,7 +45,6 @@ TEXT: dict[str, Any] = {
         ("sequence: true", (), "parallel.sequence=True: needs parallel.tensor above 1"),
         ("row_format: thd", (), "parallel.row_format='thd': must be one of padded, ragged"),
         ("expert: 2", (), "parallel.expert=2: unknown key; known are tensor, pipeline"),
-        ("tensor: 2", ("model.lora={}",), "model.lora=.* cannot be combined .* set it to null"),
         ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be .* set it to store"),
         ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be combined"),
         ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed={} cannot be .* set it to null"),

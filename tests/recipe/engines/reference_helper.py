@@ -1,6 +1,7 @@
 """A small corpus, its reference losses, and its run on DeepSpeed: what `parallel` must reproduce.
 
-``python -m tests.recipe.engines.reference_helper FOLDER``, a process of its own: no shim is in it.
+``python -m tests.recipe.engines.reference_helper FOLDER KEY=VALUE ...``, a process of its own,
+without the shim.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ def make(folder: Path) -> None:
     path.write_text(yaml.safe_dump(config))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *overrides: str) -> None:
     make(folder)
     # Without ZeRO the engine tells no norm of the gradient.
     zero = "run.deepspeed={zero_optimization: {stage: 1}}"
-    config = load_config(folder / "run.yaml", [f"run.out={folder / 'deepspeed'}", zero])
+    config = load_config(folder / "run.yaml", [f"run.out={folder / 'deepspeed'}", zero, *overrides])
     process, corpus = start_process(), load_corpus(config)
     pad_id = corpus.student.pad_id
     assert config.teacher.store is not None
@@ -57,4 +58,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

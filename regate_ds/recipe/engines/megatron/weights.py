@@ -7,7 +7,7 @@ out of a model  the tensor ranks' cuts are joined, and each stage's weights go t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -133,10 +133,18 @@ def _read_cut(source: WeightSource, name: str, parameter: Any) -> Tensor:
 def gather_to_first(chunks: Sequence[nn.Module], config: Any, device: torch.device) -> Weights:
     """Return all weights under Hugging Face's names on each replica's first rank, else nothing.
 
-    Collective over the ranks that hold the model together. They are sent one by one, and lie in
-    CPU memory.
+    Collective over the ranks that hold the model together. They lie in CPU memory.
     """
-    own, parts = dict(named_parameters(chunks)), list(parts_of(config))
+    return gather_parts(dict(named_parameters(chunks)), list(parts_of(config)), device)
+
+
+def gather_parts(
+    own: Mapping[str, nn.Parameter], parts: Sequence[WeightMap], device: torch.device
+) -> Weights:
+    """Return those ``parts`` that any rank has as its ``own``, as ``gather_to_first`` does.
+
+    They are sent one by one.
+    """
     has = torch.tensor([part.ours in own for part in parts], dtype=torch.int32, device=device)
     stages = mpu.get_pipeline_model_parallel_group()
     of_stages = [torch.empty_like(has) for _ in range(stages.size())]
@@ -198,6 +206,6 @@ def _full_name(chunk: Any, name: str) -> str:
 def _joined(name: str, pieces: list[Tensor], parameter: Any) -> Tensor:
     if len(pieces) == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return pieces[0]
-    if "linear_fc1" in name:
+    if name.endswith("linear_fc1.weight"):
         return torch.cat([half for i in (0, 1) for half in (p.chunk(2)[i] for p in pieces)])
     return torch.cat(pieces, dim=parameter.partition_dim)
