@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.context",
+    "parallel.expert",
     "parallel.virtual",
     "parallel.sequence",
     "parallel.recompute",

@@ -103,7 +103,8 @@ def check_reading(case: Reading) -> None:
         return part
 
     own_read, made = SavedWeights.read, []
-    layout = ParallelConfig(tensor=case.layout.tp, pipeline=case.layout.pp)
+    cut = case.layout
+    layout = ParallelConfig(tensor=cut.tp, pipeline=cut.pp, sequence=cut.sp, expert=cut.ep)
     with mock.patch.object(SavedWeights, "read", counted):
         for is_whole in (False, True):
             student = load_student(folder, weights=is_whole)

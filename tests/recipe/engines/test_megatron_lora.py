@@ -63,7 +63,7 @@ LORA = f"model.lora={{rank: 2, alpha: 8, target_modules: [{', '.join(ALL)}]}}"
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus with its reference losses and a run of peft's adapters on DeepSpeed."""
     folder = tmp_path_factory.mktemp("recipe")
-    start("tests.recipe.engines.reference_helper", str(folder), LORA)
+    start("tests.recipe.engines.reference_helper", str(folder), "llama", LORA)
     return folder
 
 

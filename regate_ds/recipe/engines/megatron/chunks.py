@@ -31,6 +31,7 @@ from regate_ds.families.table import family_of
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
+from regate_ds.recipe.engines.megatron.experts import SplitExperts
 from regate_ds.recipe.engines.megatron.lora import Adapters, add_adapters, start_adapters
 from regate_ds.recipe.engines.megatron.weights import load_cut
 from regate_ds.recipe.students.config import ModelConfig
@@ -157,7 +158,7 @@ def build_chunks(
     config = decoder_config(backbone.config, parallel, dtype)
     weights = source_of_student(student, model)
     decoder, lora, chunks = family_of(student.model).decoder, model.lora, []
-    text = TextWeights(weights, decoder)
+    text = SplitExperts(TextWeights(weights, decoder))
     for number in range(parallel.virtual):
         gpt = gpt_chunk(backbone.config, config, number if parallel.virtual > 1 else None)
         load_cut([gpt], text, backbone.config)

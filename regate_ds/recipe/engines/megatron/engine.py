@@ -27,7 +27,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
 from regate_ds.recipe.engines.base import Setup
-from regate_ds.recipe.engines.megatron.checkpoint import (
+from regate_ds.recipe.engines.megatron.checkpoint.shards import (
     load_random,
     load_shards,
     save_random,

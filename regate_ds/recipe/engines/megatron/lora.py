@@ -29,8 +29,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regate_ds.recipe.engines.megatron.names import head_size
 from regate_ds.recipe.engines.megatron.norm import rms_norm
-from regate_ds.recipe.engines.megatron.weights import head_size
 from regate_ds.recipe.students.config import LoraConfig
 
 _COLUMNS = {
@@ -154,6 +154,8 @@ def add_adapters(gpt: GPTModel, text: Any, lora: LoraConfig) -> Adapters:
     for layer in gpt.decoder.layers:
         adapters = nn.ModuleDict()
         for where, (_, names) in [*_COLUMNS.items(), *_ROWS.items()]:
+            if not set(names) & set(lora.target_modules):
+                continue  # a layer of experts has no linear layers of these names
             linear: Any = layer.get_submodule(where)
             is_row, parts = where in _ROWS, []
             for name in names:
@@ -162,8 +164,7 @@ def add_adapters(gpt: GPTModel, text: Any, lora: LoraConfig) -> Adapters:
                 if name in lora.target_modules:
                     one = adapters[name] = Adapter(sizes, lora, is_row=is_row, cuts=cuts)
                 parts.append((one, sizes[1]))
-            if any(part for part, _ in parts):
-                linear.register_forward_hook(_Update(parts, groups.get(where, 1)))
+            linear.register_forward_hook(_Update(parts, groups.get(where, 1)))
         found[str(layer.layer_number - 1)] = adapters
     return found
 
