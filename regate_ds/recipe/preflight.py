@@ -30,7 +30,6 @@ MAY_CHANGE = {
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.context",
-    "parallel.expert",
     "parallel.virtual",
     "parallel.sequence",
     "parallel.recompute",

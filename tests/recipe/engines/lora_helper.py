@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.chunks import build_chunks
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
+from regate_ds.recipe.engines.megatron.experts import SplitExperts
 from regate_ds.recipe.engines.megatron.lora import Adapter, Adapters, add_adapters
 from regate_ds.recipe.engines.megatron.norm import rms_norm
 from regate_ds.recipe.engines.megatron.weights import load_cut
@@ -58,7 +59,7 @@ def check_adapters(case: AdapterCase) -> tuple[float, float]:
             if "lora_" in name:
                 weight.normal_(std=0.3)
     gpt = gpt_chunk(config, transformer_config(config, sequence_parallel=case.layout.sp))
-    load_cut([gpt], LoadedWeights(base), config)
+    load_cut([gpt], SplitExperts(LoadedWeights(base)), config)
     if case.fused_norm:
         fuse_norms(gpt)
     adapters = add_adapters(gpt, config, lora)

@@ -57,9 +57,7 @@ def test_a_rank_reads_its_own_experts(pool: Pool, corpus: Path, layout: Case):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_one_that_never_stopped_and_goes_on_under_another_layout(
-    pool: Pool, corpus: Path
-):
+def test_a_resumed_run_equals_one_that_never_stopped(pool: Pool, corpus: Path):
     cut = "parallel={expert: 2, distributed_optimizer: true}"
     common = (cut, HALF, "run.save_every=3")
     pool.run(2, train, Run(corpus, "whole", common), TIMEOUT_SECONDS)
@@ -72,8 +70,29 @@ def test_a_resumed_run_equals_one_that_never_stopped_and_goes_on_under_another_l
     assert resumed == whole
     mine, theirs = weights(corpus / "resumed"), weights(corpus / "whole")
     assert all(torch.equal(mine[name], weight) for name, weight in theirs.items())
-    pool.run(2, train, Run(corpus, "cut", common, stop_after=4), TIMEOUT_SECONDS)
-    others = "parallel={tensor: 2, sequence: true, distributed_optimizer: true}"
-    more = (others, "run.save_every=3", "run.resume=true")
-    pool.run(2, train, Run(corpus, "cut", more), TIMEOUT_SECONDS)
-    require_equal_runs(corpus / "cut", corpus / "deepspeed")
+
+
+CHANGES = [
+    ("expert: 2", (HALF,), "tensor: 2, sequence: true, expert: 2", ()),
+    ("tensor: 2, sequence: true", (), "pipeline: 2", ()),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "more", "others", "more_then"), CHANGES)
+def test_a_run_goes_on_under_another_layout(
+    pool: Pool, corpus: Path, saved: str, more: tuple, others: str, more_then: tuple
+):
+    def cut(axes: str) -> str:
+        return f"parallel={{{axes}, distributed_optimizer: true}}"
+
+    out, every = f"from {saved}".replace(": ", ""), "run.save_every=3"
+    begun = Run(corpus, out, (cut(saved), every, *more), stop_after=4)
+    pool.run(2, train, begun, TIMEOUT_SECONDS)
+    pool.run(
+        2,
+        train,
+        Run(corpus, out, (cut(others), every, *more_then, "run.resume=true")),
+        TIMEOUT_SECONDS,
+    )
+    require_equal_runs(corpus / out, corpus / "deepspeed")

@@ -39,6 +39,7 @@ CASES = [
     AdapterCase(layout=Case(tp=2, sp=True)),
     AdapterCase(targets=("q_proj", "v_proj", "up_proj"), layout=Case(tp=2, sp=True)),
     AdapterCase(targets=("down_proj",), layout=Case(tp=2)),
+    AdapterCase("mixtral", targets=ALL[:4], layout=Case(tp=2, sp=True)),
     AdapterCase("qwen2", fused_norm=True, layout=Case(tp=2, sp=True)),
 ]
 
