@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 
 from regate_ds.recipe.students.load import load_student
@@ -167,7 +166,8 @@ def test_a_run_of_low_rank_adapters_in_bf16_trains_and_can_be_evaluated(corpus: 
     merged: Any = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload()
     for name, weight in trained.state_dict().items():
         # The run adds them up in half precision.
-        assert torch.allclose(merged.state_dict()[name], weight, rtol=1e-2, atol=1e-4), name
+        error = float((merged.state_dict()[name] - weight).norm())
+        assert error <= 5e-3 * float(weight.norm()), (name, error)
 
 
 def test_a_wrong_setting_ends_in_one_line(corpus: Path):
