@@ -138,16 +138,19 @@ class _SummedLoss(torch.autograd.Function):
         for start in range(0, len(targets_L), CHUNK):
             h_CH, targets_C = hidden_LH[start : start + CHUNK], targets_L[start : start + CHUNK]
             logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
-            normaliser_C = logits_CV.logsumexp(dim=1)
+            top_C = logits_CV.amax(dim=1)
             at_target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-            losses.append(normaliser_C - at_target_C)
             if with_entropy:
                 entropies.append(entropy_of(logits_CV))
             if top1_L is not None:
-                top1_L[start : start + CHUNK] = at_target_C >= logits_CV.amax(dim=1)
+                top1_L[start : start + CHUNK] = at_target_C >= top_C
+            slope_CV = change.slope(logits_CV) if any(wants) else 1.0
+            # In place: logits, then their exponentials, then the loss's gradient by the logits.
+            residual_CV = logits_CV.sub_(top_C[:, None]).exp_()
+            sum_C = residual_CV.sum(dim=1)
+            losses.append(sum_C.log() + top_C - at_target_C)
             if any(wants):
-                slope_CV = change.slope(logits_CV)
-                residual_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
+                residual_CV.div_(sum_C[:, None])
                 residual_CV.scatter_add_(
                     1, targets_C[:, None], -torch.ones_like(at_target_C)[:, None]
                 )
@@ -172,7 +175,7 @@ class _SummedLoss(torch.autograd.Function):
             )
         # Free the gradients: the head's is [V, H], and the loss may outlive this step.
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [None if g is None else g * grads[0].to(g.dtype) for g in gradients]
+        scaled = [None if g is None else g.mul_(grads[0].to(g.dtype)) for g in gradients]
         return (*scaled, None, None, None)
 
 
@@ -193,7 +196,9 @@ class _Gradients:
     def add(self, start: int, h_CH: Tensor, residual_CV: Tensor) -> None:
         if self.hidden is not None:
             self.hidden[start : start + len(h_CH)] = residual_CV @ self._weight_VH
-        if self.weight is not None:
+        if self.weight is not None and self.weight.dtype == h_CH.dtype:
+            self.weight.addmm_(residual_CV.mT, h_CH)
+        elif self.weight is not None:
             self.weight += residual_CV.mT @ h_CH
         if self.bias is not None:
             self.bias += residual_CV.sum(dim=0)

@@ -132,6 +132,9 @@ def _watched(process: Process, command: str, signs: Signs) -> Iterator[None]:
         code = error.code if isinstance(error, SystemExit) else 1
         atexit.register(_leave_at_once, code if isinstance(code, int) else 1)
         if failure.rank != process.rank:
+            if not watch.has_notified:
+                # This rank's own error was here before the news of its cause.
+                _say_if_unsaid(failure, command, process)
             raise JobFailed(str(failure), is_printed=True) from error
         raise
     finally:
@@ -163,15 +166,20 @@ def _interruptible() -> Iterator[None]:
 
 def _end_with(failure: Failure, *, command: str, process: Process, ended: threading.Event) -> None:
     """End this rank after another has failed, by force if need be. Runs in a thread of its own."""
-    if failure.is_unsaid and _speaks_for(failure.rank, process):
-        # The lost rank's progress bar may lack an end of line.
-        tqdm.write(f"\nregate {command}: {failure}", file=sys.stderr)
-        sys.stderr.flush()
+    _say_if_unsaid(failure, command, process)
     _TOLD.set()
     # A signal also ends a sleep or a read, which _thread.interrupt_main would wait for.
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
     if not ended.wait(GRACE_SECONDS):
         _leave_at_once()
+
+
+def _say_if_unsaid(failure: Failure, command: str, process: Process) -> None:
+    """Print the failure, if the rank could not, and this is the one that prints it instead."""
+    if failure.is_unsaid and _speaks_for(failure.rank, process):
+        # The lost rank's progress bar may lack an end of line.
+        tqdm.write(f"\nregate {command}: {failure}", file=sys.stderr)
+        sys.stderr.flush()
 
 
 def _speaks_for(lost: int, process: Process) -> bool:

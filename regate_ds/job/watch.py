@@ -69,10 +69,11 @@ class Watch:
 
         addresses: those of the first rank's node, to try in turn. notify: is called once after
         ``start``, from a thread, when another rank has failed, unless this one has failed or
-        closed before.
+        closed before; ``has_notified`` says whether it was.
         """
         self._rank, self._notify, self._signs = rank, notify, signs
         self._ended = threading.Event()
+        self.has_notified = False
         self._first: Failure | None = None
         self._known, self._lock = threading.Event(), threading.Lock()
         self._is_over = False
@@ -139,9 +140,9 @@ class Watch:
             return
         with self._lock:
             self._first = failure
-            is_news = not self._is_over
+            self.has_notified = not self._is_over
         self._known.set()
-        if is_news:
+        if self.has_notified:
             self._notify(failure)
 
     def _next_failure(self, lines: Lines) -> Failure | None:

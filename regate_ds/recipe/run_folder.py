@@ -128,9 +128,13 @@ class RunFolder:
     def write_summary(self, summary: Row) -> None:
         write_atomically(self._summary, (json.dumps(summary, indent=2) + "\n").encode())
 
+    @property
+    def is_finished(self) -> bool:
+        return self._summary.is_file()
+
     def summary(self) -> Row:
         """Return the final figures; ValueError if the run is not finished."""
-        if not self._summary.is_file():
+        if not self.is_finished:
             raise ValueError(
                 f"{self.path} has no summary.json, so it holds no finished run; give the folder of "
                 "one, or finish this one with run.resume=true"

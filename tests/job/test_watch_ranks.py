@@ -138,6 +138,44 @@ def lines_of_the_page() -> str:
     return block.replace("timeout=120,", "timeout=2,")
 
 
+def hears_an_echo(rank: int, lost: int, folder: Path) -> None:
+    """Every rank but the lost one has an error of its own before the news of that one."""
+    os.environ.pop("MASTER_ADDR", None)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/joined", rank=rank, world_size=3)
+    sys.stderr = (folder / f"{rank}").open("w")
+    with watch_ranks():
+        dist.barrier()
+        if rank == lost:
+            time.sleep(1.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("gloo: Connection closed by peer")
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_lost_rank_is_named_once_where_its_echo_is_faster(lost, tmp_path):
+    run_until_all_end(hears_an_echo, (lost, tmp_path))
+    said = [(tmp_path / f"{rank}").read_text() for rank in range(3) if rank != lost]
+    lines = [line for text in said for line in text.splitlines() if line.startswith("regate loop")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"regate loop: rank {lost}: {DIED}")
+
+
+def run_until_all_end(target: Callable[..., None], args: tuple[object, ...]) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    ranks = [context.Process(target=target, args=(rank, *args)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(FOR_EVER)
+            assert process.exitcode
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
 @pytest.mark.parametrize(("how", "said"), [(signal.SIGKILL, DIED), (signal.SIGSTOP, SILENT)])
 def test_a_lost_rank_is_named_with_what_it_was_doing(how, said, tmp_path):
     context = mp.get_context("forkserver")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
+from regate_ds.recipe.config.tree import load_config
+from regate_ds.recipe.estimate.seen import require_same
 from regate_ds.recipe.students.load import load_student
 from regate_ds.stores.reference.reader import ReferenceStore
 from tests.recipe.recipe_helper import (
@@ -66,6 +68,12 @@ def test_train_eval_and_compare_work_from_the_command_line(corpus: Path):
     report = json.loads(done.stdout)
     # Told from lengths alone; nothing here fills rows up to a multiple, which is not told.
     assert report["seen"]["flops"] == pytest.approx(report["seen"]["told"]["flops"])
+    config = load_config(corpus / "run.yaml", [])
+    with pytest.raises(ValueError, match=r"ran on 1 ranks, but --gpus is 8; give --gpus=1"):
+        require_same(out, config, 8)
+    other = load_config(corpus / "run.yaml", ["elision.images.keep_share=0.125"])
+    with pytest.raises(ValueError, match=r"but the configuration says 0.125; give \S+config.yaml"):
+        require_same(out, other, 1)
     assert runs["alone"]["tokens_processed"] > 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert runs["alone"]["flops"] == sum(row["flops"] for row in rows)

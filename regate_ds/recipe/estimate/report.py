@@ -10,7 +10,7 @@ from typing import Any
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.corpus import load_corpus
 from regate_ds.recipe.estimate.forecast import Machine, forecast
-from regate_ds.recipe.estimate.seen import means, rows_by_kind
+from regate_ds.recipe.estimate.seen import means, require_same, rows_by_kind
 
 KNOBS = (
     ("elision.images.keep_share=0.25",),
@@ -39,6 +39,7 @@ def report_of(
     base = forecast(config, corpus, machine)
     found: dict[str, Any] = {"run": asdict(base), "knobs": {}}
     if seen is not None:
+        require_same(seen, config, machine.num)
         rows = rows_by_kind(seen)
         steps = {kind: [row["step"] for row in of] for kind, of in rows.items()}
         told = forecast(config, corpus, machine, with_memory=False, steps=steps)

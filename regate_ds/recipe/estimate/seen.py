@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from regate_ds.recipe.run_folder import Row, RunFolder
+from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.run_folder import Row, RunFolder, leaves
+from regate_ds.settings.section import plain_values
 
 FIGURES = {
     "step_seconds": statistics.median,
@@ -17,6 +19,32 @@ FIGURES = {
 
 MOST_ROWS = 100
 """Steps of each kind that are looked at, at even distances."""
+
+_OF_COST = ("model.", "data.train", "data.max_length", "data.pack_length", "data.template")
+_OF_COST += ("elision.", "parallel", "run.epochs", "run.steps", "run.micro_batch")
+_OF_COST += ("run.accumulation", "run.balance", "run.seed")
+"""Settings, or how they begin, by which a step's cost and its samples are told."""
+
+
+def require_same(run: Path, config: RunConfig, num_gpus: int) -> None:
+    """Refuse, by ValueError, a run whose steps are not those that are told of ``config``."""
+    folder = RunFolder(run)
+    ran, told = folder.settings(), dict(leaves(plain_values(config)))
+    if not ran:
+        raise ValueError(f"--seen {run}: has no config.yaml; give the folder of a run")
+    for key in dict.fromkeys([*told, *ran]):
+        if key.startswith(_OF_COST) and ran.get(key) != told.get(key):
+            raise ValueError(
+                f"--seen {run}: ran with {key}={ran.get(key)}, but the configuration says "
+                f"{told.get(key)}; give {folder.config} as the configuration"
+            )
+    # A run that was ended has none, and does not say it elsewhere.
+    num_ranks = folder.summary()["world_size"] if folder.is_finished else num_gpus
+    if num_ranks != num_gpus:
+        raise ValueError(
+            f"--seen {run}: ran on {num_ranks} ranks, but --gpus is {num_gpus}; give "
+            f"--gpus={num_ranks}"
+        )
 
 
 def rows_by_kind(run: Path) -> dict[str, list[Row]]:
