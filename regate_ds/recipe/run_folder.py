@@ -8,6 +8,7 @@ metrics.jsonl    step, loss, dense, tokens_total, tokens_kept, answer_total, ans
 evals.jsonl      step, accuracies, and the totals of all steps so far
 summary.json     the final figures
 checkpoints/     see saving/checkpoint.py; model/ is the trained student
+adapter/         with LoRA: the adapters alone, as peft loads them; in model/ they are merged
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
-        self.model = path / "model"
+        self.model, self.adapter = path / "model", path / "adapter"
         self._metrics, self._evals = path / "metrics.jsonl", path / "evals.jsonl"
         self._summary = path / "summary.json"
 

@@ -36,7 +36,7 @@ from regate_ds.recipe.saving.checkpoint import (
     save_checkpoint,
 )
 from regate_ds.recipe.saving.contents import Checkpoint, Done
-from regate_ds.recipe.saving.model import save_model
+from regate_ds.recipe.saving.model import merge_lora, save_adapters, save_model
 from regate_ds.recipe.saving.one_job import only_job
 from regate_ds.recipe.step_figures import StepFigures, gated_share, peak_memory, shown
 
@@ -215,13 +215,19 @@ class Trainer:
         """Return sums over all steps in the metrics file; call it on the first rank only."""
         return totals(self.folder.metrics(), self._gated_share)
 
+    def _write_model(self) -> None:
+        weights, model = self.engine.weights(), self.config.model
+        student, process = self.corpus.student, self.process
+        if model.lora is not None:
+            save_adapters(self.folder.adapter, student, weights, model, process)
+            weights = merge_lora(weights, model.lora)
+        save_model(self.folder.model, student, weights, process)
+
     def _finish(self, start: int) -> dict[str, Any]:
         total = self.order.total_steps
         if start < total:
             self._save(total)
-        weights = self.engine.weights()
-        save_model(self.folder.model, self.corpus.student, weights, self.process)
-        del weights
+        self._write_model()
         scores = self._evaluate(total)
         peak = peak_memory(self.process)
         if not self.process.is_first:

@@ -8,11 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from peft import PeftModel
 
 from regate_ds.recipe.config.tree import load_config
 from regate_ds.recipe.estimate.seen import require_same
+from regate_ds.recipe.students.load import load_student
 from regate_ds.stores.reference.reader import ReferenceStore
 from tests.recipe.recipe_helper import (
     check_half_under_zero_3,
@@ -167,6 +170,12 @@ def test_a_run_of_low_rank_adapters_in_bf16_trains_and_can_be_evaluated(corpus: 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert regate("eval", str(out)).returncode == 0
+    trained, base = (load_student(folder).model for folder in (out / "model", corpus / "student"))
+    merged: Any = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload()
+    for name, weight in trained.state_dict().items():
+        # The run adds them up in half precision.
+        error = float((merged.state_dict()[name] - weight).norm())
+        assert error <= 5e-3 * float(weight.norm()), (name, error)
 
 
 def test_a_wrong_setting_ends_in_one_line(corpus: Path):

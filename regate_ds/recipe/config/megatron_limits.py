@@ -51,6 +51,11 @@ def is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+def num_experts(text: Any) -> int:
+    """Return the experts of each layer; 0 in a decoder without them."""
+    return getattr(text, "num_local_experts", 0)
+
+
 def require_ranks(parallel: Any, world_size: int) -> None:
     """Refuse, by ValueError, a number of ranks that does not hold whole copies of the model."""
     size = parallel.ranks_per_copy
@@ -61,7 +66,12 @@ def require_ranks(parallel: Any, world_size: int) -> None:
                 f"parallel.tensor={parallel.tensor} times parallel.pipeline={parallel.pipeline} "
                 f"times parallel.context={parallel.context} is {size} ranks for one copy of the "
                 f"model, but the job has {world_size}; start it on a multiple of {size} ranks",
-            )
+            ),
+            (
+                world_size // parallel.pipeline % parallel.expert != 0,
+                f"parallel.expert={parallel.expert} must divide the ranks of a stage, of which the "
+                f"job has {world_size // parallel.pipeline}; set it to a divisor",
+            ),
         ]
     )
 
@@ -95,7 +105,6 @@ def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
     advice = "cannot be combined with parallel.*; set it to"
     yield config.scores_online, f"teacher.mode=online {advice} store"
-    yield model.lora is not None, f"model.lora={model.lora} {advice} null"
     yield (
         config.data.pack_length is not None,
         f"data.pack_length={config.data.pack_length} {advice} null",
@@ -141,6 +150,28 @@ def _decoder_problems(text: Any) -> Iterator[Problem]:
             f"{name}={value} in the decoder's config is not supported with Megatron-core; use "
             "another student",
         )
+    window = getattr(text, "sliding_window", None)
+    yield (
+        window is not None,
+        f"sliding_window={window} in the decoder's config is not supported with Megatron-core; "
+        "use another student",
+    )
+    yield (
+        getattr(text, "output_router_logits", False),
+        "output_router_logits=True asks for the experts' auxiliary loss, which is not added to "
+        "the loss of kept tokens; set it false in the student's config.json",
+    )
+    yield (
+        num_experts(text) > 0 and text.num_experts_per_tok == 1,
+        "num_experts_per_tok=1 is not supported with Megatron-core, whose router would weigh the "
+        "expert of a token otherwise; use a student with more",
+    )
+    noise = getattr(text, "router_jitter_noise", 0.0)
+    yield (
+        noise != 0.0,
+        f"router_jitter_noise={noise} is not supported with Megatron-core; set it to 0 in the "
+        "student's config.json",
+    )
     yield (
         text.hidden_act != "silu",
         f"hidden_act={text.hidden_act!r} is not supported with Megatron-core; use a student with "
@@ -154,6 +185,22 @@ def _size_problems(text: Any, parallel: Any) -> Iterator[Problem]:
         text.num_hidden_layers % parts != 0,
         f"the student's {text.num_hidden_layers} layers cannot be cut into {parts} equal parts "
         "(parallel.pipeline times parallel.virtual); choose two whose product divides the layers",
+    )
+    experts = num_experts(text)
+    yield (
+        parallel.expert > 1 and not experts,
+        f"parallel.expert={parallel.expert}: the student's decoder {text.model_type!r} has no "
+        "experts; set parallel.expert to 1",
+    )
+    yield (
+        experts % parallel.expert != 0,
+        f"the student's {experts} experts cannot be shared by parallel.expert={parallel.expert} "
+        f"ranks; set parallel.expert to a divisor of {experts}",
+    )
+    yield (
+        experts > 0 and parallel.tensor > 1 and not parallel.sequence,
+        f"parallel.tensor={parallel.tensor}: a student with experts needs the sequence cut, too; "
+        "set parallel.sequence=true",
     )
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
         value = getattr(text, name)

@@ -125,6 +125,10 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share each sample's positions (needs Transformer Engine)."""
 
+    expert: int = 1
+    """Ranks of a stage that each hold some of a layer's experts whole; 1 cuts each expert over the
+    tensor ranks."""
+
     virtual: int = 1
     """Parts of the decoder on each stage; above 1 the schedule interleaves them."""
 
@@ -142,7 +146,7 @@ class ParallelConfig:
     """What the backward pass computes again: nothing, attention, or whole layers."""
 
     def __post_init__(self) -> None:
-        for key in ("tensor", "pipeline", "context", "virtual"):
+        for key in ("tensor", "pipeline", "context", "expert", "virtual"):
             require(self, key, getattr(self, key) >= 1, "must be at least 1")
         stages, tensor = self.pipeline > 1, self.tensor > 1
         require(self, "virtual", self.virtual == 1 or stages, "needs parallel.pipeline above 1")
@@ -151,9 +155,10 @@ class ParallelConfig:
     @property
     def layout(self) -> str:
         """How the ranks hold the model, in words."""
+        experts = f", expert {self.expert}" if self.expert > 1 else ""
         return (
             f"tensor {self.tensor}, pipeline {self.pipeline}, context {self.context}, "
-            f"virtual {self.virtual}"
+            f"virtual {self.virtual}{experts}"
         )
 
     @property
@@ -165,6 +170,11 @@ class ParallelConfig:
     def weight_parts(self) -> int:
         """Number of ranks that the weights of one copy of the model are cut over."""
         return self.tensor * self.pipeline
+
+    @property
+    def expert_parts(self) -> int:
+        """Number of ranks that the experts of one copy of the model are cut or shared over."""
+        return self.pipeline * (self.expert if self.expert > 1 else self.tensor)
 
 
 @dataclass(frozen=True, kw_only=True)

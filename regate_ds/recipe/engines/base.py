@@ -90,9 +90,10 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the student's weights, with adapters merged, in the first rank's CPU memory.
+        """Return the student's weights in the first rank's CPU memory, and nothing elsewhere.
 
-        Their names are those of the Hugging Face model. Other ranks get nothing. Collective.
+        Their names are those of the Hugging Face model. The two matrices of an adapter stand beside
+        the weight that they belong to: X.lora_A.weight, X.lora_B.weight, X.weight. Collective.
         """
         ...
 

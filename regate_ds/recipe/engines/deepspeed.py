@@ -21,7 +21,7 @@ from regate_ds.recipe.engines.base import Setup
 from regate_ds.recipe.engines.universal import add_universal, converted, mended_stage_3
 from regate_ds.recipe.evaluation.forward import Predict, dense_inference, predict
 from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
-from regate_ds.recipe.saving.model import whole_weights
+from regate_ds.recipe.saving.model import full_weights
 from regate_ds.recipe.students.trainable import trainable
 
 
@@ -112,7 +112,7 @@ class ZeroEngine:
             yield partial(predict, self.model)
 
     def weights(self) -> dict[str, Tensor]:
-        return whole_weights(self.model, self._process)
+        return full_weights(self.model, self._process)
 
     def save(self, checkpoint: Path) -> None:
         folder, tag = str(checkpoint.parent), checkpoint.name

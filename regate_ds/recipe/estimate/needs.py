@@ -8,7 +8,8 @@
                         optimizer; and the finished model: weights
 
 Megatron-core keeps gradients in 4 bytes. Its tensor and pipeline ranks each hold their part of the
-decoder. The estimate is for a rank of the first stage, which holds tower and projector whole.
+decoder, and expert ranks theirs of the experts. The estimate is for a rank of the first stage,
+which holds tower and projector whole.
 """
 
 from __future__ import annotations
@@ -45,20 +46,26 @@ def estimate(config: RunConfig, num_ranks: int) -> Needs:
 
     student = corpus_student(config, weights=False)
     model = trainable(student, config.model, seed=0)
-    is_bf16, parts = config.run.precision == "bf16", 1
+    is_bf16, parts, expert_parts = config.run.precision == "bf16", 1, 1
     weights, gradients, optimizer = (2, 2, 12) if is_bf16 else (4, 4, 8)
     if config.parallel is not None:
         gradients, parts = 4, config.parallel.weight_parts
-    shards, stage = max(num_ranks // parts, 1), _zero_stage(config, num_ranks)
-    per_weight = weights / (shards if stage >= 3 else 1)
-    per_trained = gradients / (shards if stage >= 2 else 1)
-    per_trained += optimizer / (shards if stage >= 1 else 1)
+        expert_parts = config.parallel.expert_parts
+    stage = _zero_stage(config, num_ranks)
+
+    def bytes_each(parts: int, is_trained: bool) -> float:
+        shards = max(num_ranks // parts, 1)
+        per_trained = gradients / (shards if stage >= 2 else 1)
+        per_trained += optimizer / (shards if stage >= 1 else 1)
+        return weights / (shards if stage >= 3 else 1) + per_trained * is_trained
+
     decoder = family_of(student.model).decoder
     memory, disk, checkpoints = 0.0, 0, _num_checkpoints(config) + 1
     for name, parameter in model.named_parameters():
         size, is_trained = parameter.numel(), parameter.requires_grad
-        num_parts = parts if _is_of_decoder(name, decoder) else 1
-        memory += size * (per_weight + per_trained * is_trained) / num_parts
+        held = expert_parts if ".experts." in name else parts
+        num_parts = held if _is_of_decoder(name, decoder) else 1
+        memory += size * bytes_each(held, is_trained) / num_parts
         disk += size * (checkpoints * (weights + optimizer * is_trained) + weights)
     return Needs(int(memory), disk)
 

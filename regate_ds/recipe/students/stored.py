@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -39,7 +41,11 @@ def source_of_student(student: Student, config: ModelConfig) -> WeightSource:
 
 
 class StoredWeights:
-    """The safetensors files of a student's folder, by the names of transformers' model."""
+    """The safetensors files of a student's folder, by the names of transformers' model.
+
+    Where a model has the experts of a layer in one tensor and the files have each in its own, they
+    are read one by one, as `...experts.3.up_proj.weight`.
+    """
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         """Find each weight under the names that transformers' own loading reads it by."""
@@ -47,18 +53,21 @@ class StoredWeights:
         wanted = model.state_dict()
         changes = get_model_conversion_mapping(model)
         renamings = [one for one in changes if isinstance(one, WeightRenaming)]
-        self._names: dict[str, str] = {}
+        names: dict[str, str] = {}
         for stored in self._saved.names:
             name, _ = rename_source_key(
                 stored, renamings, [], model.base_model_prefix, meta_state_dict=wanted
             )
-            self._names[stored if name not in wanted else name] = stored
+            name = _name_of_expert(name)
+            names[name if name in wanted or _is_of_one_expert(name) else stored] = stored
         tied = set(getattr(model, "all_tied_weights_keys", {}))
-        if missing := sorted(wanted.keys() - self._names.keys() - tied):
+        needed = {part for name, weight in wanted.items() for part in _parts(name, weight, names)}
+        if missing := sorted(needed - names.keys() - tied):
             raise ValueError(
                 f"the weights in {folder} have no {missing[0]} ({len(missing)} of {len(wanted)} "
                 "are missing); give the folder of a whole student"
             )
+        self._names = names
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -68,3 +77,29 @@ class StoredWeights:
 
     def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
         return self._saved.read(self._names[name], cut)
+
+
+_STORED = re.compile(r"(.*\.experts\.\d+)\.(w1|w2|w3)\.weight")
+"""Names of an expert's weights in Mixtral's files."""
+
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Tensors of all experts of a layer, and what they are for each."""
+
+
+def _is_of_one_expert(name: str) -> bool:
+    return re.search(r"\.experts\.\d+\.", name) is not None
+
+
+def _name_of_expert(name: str) -> str:
+    found = _STORED.fullmatch(name)
+    return f"{found[1]}.{_PROJECTIONS[found[2]]}.weight" if found else name
+
+
+def _parts(name: str, weight: Tensor, stored: Mapping[str, str]) -> list[str]:
+    """Return the names under which a weight of the model is read."""
+    stem, _, last = name.rpartition(".")
+    if name in stored or not stem.endswith(".experts") or last not in _FUSED:
+        return [name]
+    return [f"{stem}.{n}.{one}.weight" for n in range(len(weight)) for one in _FUSED[last]]

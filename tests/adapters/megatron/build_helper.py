@@ -58,6 +58,7 @@ def join(case: Case) -> None:
         virtual_pipeline_model_parallel_size=case.vpp if case.vpp > 1 else None,
         context_parallel_size=case.cp,
         expert_model_parallel_size=case.ep,
+        expert_tensor_parallel_size=1 if case.ep > 1 else case.tp,
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(1)

@@ -44,8 +44,8 @@ TEXT: dict[str, Any] = {
         ("virtual: 2", (), "parallel.virtual=2: needs parallel.pipeline above 1"),
         ("sequence: true", (), "parallel.sequence=True: needs parallel.tensor above 1"),
         ("row_format: thd", (), "parallel.row_format='thd': must be one of padded, ragged"),
-        ("expert: 2", (), "parallel.expert=2: unknown key; known are tensor, pipeline"),
-        ("tensor: 2", ("model.lora={}",), "model.lora=.* cannot be combined .* set it to null"),
+        ("experts: 2", (), "parallel.experts=2: unknown key; did you mean parallel.expert"),
+        ("expert: 0", (), "parallel.expert=0: must be at least 1"),
         ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be .* set it to store"),
         ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be combined"),
         ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed={} cannot be .* set it to null"),
@@ -70,6 +70,32 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path, parallel, others, mess
     (tmp_path / "run.yaml").write_text(CONFIG)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "run.yaml", [f"parallel={{{parallel}}}", *others])
+
+
+def test_experts_must_be_shared_by_ranks_of_a_stage():
+    require_ranks(ParallelConfig(pipeline=2, expert=4), 8)
+    with pytest.raises(ValueError, match="expert=4 must divide .* has 6; set it to a divisor"):
+        require_ranks(ParallelConfig(pipeline=2, expert=4), 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "parallel", "message"),
+    [
+        ({"num_local_experts": 0}, {"expert": 2}, "expert=2: .* decoder 'mixtral' has no experts"),
+        ({}, {"expert": 3}, "4 experts cannot be shared by .*expert=3 ranks; .* a divisor of 4"),
+        ({}, {"tensor": 2}, "tensor=2: a student with experts .* set parallel.sequence=true"),
+        ({"sliding_window": 8}, {}, "sliding_window=8 in the decoder's config"),
+        ({"output_router_logits": True}, {}, "output_router_logits=True asks .* set it false"),
+        ({"num_experts_per_tok": 1}, {}, "num_experts_per_tok=1 is not supported"),
+        ({"router_jitter_noise": 0.1}, {}, "router_jitter_noise=0.1 .* set it to 0"),
+    ],
+)
+def test_a_student_with_experts_that_does_not_fit_is_refused(change, parallel, message):
+    text = {**TEXT, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    fits = ParallelConfig(tensor=2, sequence=True, expert=2)
+    require_student("llava", SimpleNamespace(**text), fits)
+    with pytest.raises(ValueError, match=message):
+        require_student("llava", SimpleNamespace(**text | change), ParallelConfig(**parallel))
 
 
 def test_a_job_must_hold_whole_copies_of_the_model():

@@ -87,7 +87,7 @@ def test_the_named_configurations_are_valid(path):
             "elisoin={'keep_share': 0.5}: unknown key; did you mean elision?",
         ),
         ("run.qqq=1", "run.qqq=1: unknown key; known are out, epochs, "),
-        ("parallel.expert=2", "parallel.expert=2: unknown key; known are tensor, pipeline"),
+        ("parallel.experts=2", "parallel.experts=2: unknown key; did you mean parallel.expert"),
         ("model.lora.ranks=2", "model.lora.ranks=2: unknown key; did you mean model.lora.rank?"),
         (
             "data.template.usr=2",

@@ -10,6 +10,7 @@ from megatron.core import parallel_state as mpu
 from torch.nn import functional as F
 
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
+from regate_ds.recipe.engines.megatron.experts import SplitExperts, join_experts
 from regate_ds.recipe.engines.megatron.weights import (
     gather_to_first,
     load_cut,
@@ -17,6 +18,7 @@ from regate_ds.recipe.engines.megatron.weights import (
 from regate_ds.teacher.sharding.weights import LoadedWeights
 from tests.adapters.megatron.build_helper import join
 from tests.adapters.megatron.cases_helper import Case
+from tests.recipe.engines.lora_helper import losses_of
 from tests.support.models import VOCABULARY, causal_lm
 
 
@@ -36,20 +38,22 @@ def check_weights(case: BridgeCase) -> float:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight") or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    config = transformer_config(model.config, pipeline_dtype=torch.float32)
+    config = transformer_config(
+        model.config, pipeline_dtype=torch.float32, sequence_parallel=case.layout.sp
+    )
     chunk = gpt_chunk(model.config, config)
-    load_cut([chunk], LoadedWeights(model.state_dict()), model.config)
+    load_cut([chunk], SplitExperts(LoadedWeights(model.state_dict())), model.config)
 
-    back = gather_to_first([chunk], model.config, torch.device("cpu"))
+    back = join_experts(gather_to_first([chunk], model.config, torch.device("cpu")))
     assert bool(back) == (dist.get_rank() == 0)
     for name, weight in model.state_dict().items() if back else ():
         if name != "lm_head.weight" or not case.tied:
             assert torch.equal(back[name], weight), name
     if mpu.get_pipeline_model_parallel_world_size() > 1:
         return 0.0
-    ids = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(9).expand(2, -1)
-    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).triu(1)
-    found = chunk.eval()(ids, positions, mask, labels=ids)
+    # Expert ranks have rows of their own, of different lengths.
+    rank, drawn = mpu.get_data_parallel_rank(), torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (2, 8 + 4 * rank), generator=drawn)
+    found = losses_of(chunk.eval(), ids)
     wanted = F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten(), reduction="none")
     return float((found.flatten() - wanted).abs().max() / wanted.abs().max())

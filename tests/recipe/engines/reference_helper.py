@@ -1,6 +1,7 @@
 """A small corpus, its reference losses, and its run on DeepSpeed: what `parallel` must reproduce.
 
-``python -m tests.recipe.engines.reference_helper FOLDER``, a process of its own: no shim is in it.
+``python -m tests.recipe.engines.reference_helper FOLDER DECODER KEY=VALUE ...``, a process of its
+own, without the shim.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,8 +26,14 @@ STEPS = 6
 """Two dense, three sparse, one dense; the second epoch begins before the last."""
 
 
-def make(folder: Path) -> None:
-    make_corpus(folder, text={**TEXT, "num_hidden_layers": 4, "tie_word_embeddings": True})
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def make(folder: Path, decoder: str) -> None:
+    make_corpus(folder, text={**TEXT, "num_hidden_layers": 4, **DECODERS[decoder]})
     path = folder / "run.yaml"
     config = yaml.safe_load(path.read_text())
     # Filled up to a multiple of what sequence and context parallelism need.
@@ -36,11 +44,11 @@ def make(folder: Path) -> None:
     path.write_text(yaml.safe_dump(config))
 
 
-def main(folder: Path) -> None:
-    make(folder)
+def main(folder: Path, decoder: str, *overrides: str) -> None:
+    make(folder, decoder)
     # Without ZeRO the engine tells no norm of the gradient.
     zero = "run.deepspeed={zero_optimization: {stage: 1}}"
-    config = load_config(folder / "run.yaml", [f"run.out={folder / 'deepspeed'}", zero])
+    config = load_config(folder / "run.yaml", [f"run.out={folder / 'deepspeed'}", zero, *overrides])
     process, corpus = start_process(), load_corpus(config)
     pad_id = corpus.student.pad_id
     assert config.teacher.store is not None
@@ -57,4 +65,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

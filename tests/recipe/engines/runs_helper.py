@@ -103,11 +103,12 @@ def check_reading(case: Reading) -> None:
         return part
 
     own_read, made = SavedWeights.read, []
-    layout = ParallelConfig(tensor=case.layout.tp, pipeline=case.layout.pp)
+    cut = case.layout
+    layout = ParallelConfig(tensor=cut.tp, pipeline=cut.pp, sequence=cut.sp, expert=cut.ep)
     with mock.patch.object(SavedWeights, "read", counted):
         for is_whole in (False, True):
             student = load_student(folder, weights=is_whole)
-            made += build_chunks(student, ModelConfig(path=folder), layout, torch.float32)
+            made += build_chunks(student, ModelConfig(path=folder), layout, torch.float32, 0)
             if not is_whole:
                 assert all(weight.is_meta for weight in student.model.parameters())
     mine, theirs = (list(chunk.parameters()) for chunk in made)

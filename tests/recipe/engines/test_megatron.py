@@ -59,7 +59,7 @@ def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus with its reference losses and a run on DeepSpeed."""
     folder = tmp_path_factory.mktemp("recipe")
-    start("tests.recipe.engines.reference_helper", str(folder))
+    start("tests.recipe.engines.reference_helper", str(folder), "llama")
     return folder
 
 

@@ -16,6 +16,11 @@ CASES = [
     BridgeCase("qwen2", layout=Case(tp=2)),
     BridgeCase(tied=True, layout=Case(pp=2)),
     BridgeCase(layout=Case(tp=2, pp=2)),
+    BridgeCase("mixtral"),
+    BridgeCase("mixtral", layout=Case(tp=2, sp=True)),
+    BridgeCase("mixtral", layout=Case(dp=2, ep=2)),
+    BridgeCase("mixtral", layout=Case(tp=2, sp=True, dp=2, ep=2)),
+    BridgeCase("mixtral", tied=True, layout=Case(pp=2, dp=2, ep=2)),
 ]
 
 

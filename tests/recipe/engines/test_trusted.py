@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
-from regate_ds.recipe.engines.megatron.trusted import require_harmless
+from regate_ds.recipe.engines.megatron.checkpoint.trusted import require_harmless
 
 
 class Hostile:

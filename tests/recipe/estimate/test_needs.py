@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ def test_ranks_hold_parts_of_the_decoder_and_data_ranks_those_of_the_optimizer(
     tower = sum(p.numel() for p in inner.parameters()) - decoder
     found = estimate(config, 4).memory
     assert found == pytest.approx(bytes_each * (decoder / 2 + tower), abs=4)
+
+
+def test_expert_ranks_hold_parts_of_the_experts(load, size):
+    experts = {**TEXT, "model_type": "mixtral", "num_local_experts": 4}
+    layout = "parallel={expert: 4, distributed_optimizer: true}"
+    config = load(f"model.text={json.dumps(experts)}", layout)
+    inner: Any = make_student(config.model, seed=None).model
+    sizes = {name: weight.numel() for name, weight in inner.named_parameters()}
+    shared = sum(number for name, number in sizes.items() if ".experts." in name)
+    rest = sum(sizes.values()) - shared
+    assert shared > rest / 2
+    wanted = (2 + 4 + 12 / 4) * rest + (2 + 4 + 12) * shared / 4
+    assert estimate(config, 4).memory == pytest.approx(wanted, abs=4)
 
 
 def test_context_ranks_hold_all_weights_each(load, size):

@@ -8,6 +8,7 @@ import peft
 import torch
 
 from regate_ds.recipe.saving.model import full_weights, merge_lora
+from regate_ds.recipe.students.config import LoraConfig
 from tests.support.models import causal_lm
 
 
@@ -21,9 +22,8 @@ def test_merged_adapters_give_the_adapted_models_logits():
                 parameter.normal_(std=0.1)
     ids = torch.tensor([[3, 5, 7, 9]])
     wanted = model(input_ids=ids).logits
-    weights = merge_lora(
-        full_weights(model, SimpleNamespace(is_first=True)), model.peft_config["default"]
-    )
+    lora = LoraConfig(rank=4, alpha=8.0)
+    weights = merge_lora(full_weights(model, SimpleNamespace(is_first=True)), lora)
     bare = causal_lm().eval()
     bare.load_state_dict(weights)
     assert torch.allclose(bare(input_ids=ids).logits, wanted, atol=1e-5)

@@ -74,6 +74,22 @@ def test_a_missing_weight_is_named(saved: Student, tmp_path: Path):
         source_of_student(load_student(tmp_path, weights=False), ModelConfig(path=tmp_path))
 
 
+def test_experts_are_read_one_by_one_and_a_missing_one_is_named(tmp_path: Path):
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    student = make_llava(**experts)
+    save_student(student, tmp_path)
+    source = source_of_student(load_student(tmp_path, weights=False), ModelConfig(path=tmp_path))
+    at = "model.language_model.layers.1.mlp.experts"
+    gate_up = student.model.state_dict()[f"{at}.gate_up_proj"]
+    assert torch.equal(source.read(f"{at}.1.up_proj.weight"), gate_up[1].chunk(2)[1])
+    assert f"{at}.gate_up_proj" not in source
+    weights = load_file(tmp_path / FILE)
+    del weights["language_model.model.layers.1.block_sparse_moe.experts.1.w3.weight"]
+    save_file(weights, tmp_path / FILE, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"have no {at}\.1\.up_proj\.weight \(1 of"):
+        source_of_student(load_student(tmp_path, weights=False), ModelConfig(path=tmp_path))
+
+
 def test_only_safetensors_are_read_in_parts(saved: Student, tmp_path: Path):
     assert is_in_safetensors(ModelConfig(path=tmp_path))
     (tmp_path / FILE).rename(tmp_path / "pytorch_model.bin")

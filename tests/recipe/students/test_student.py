@@ -10,7 +10,7 @@ from regate_ds.recipe.students.config import LoraConfig, ModelConfig
 from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.load import load_student, make_student
 from regate_ds.recipe.students.student import save_student
-from regate_ds.recipe.students.trainable import trainable
+from regate_ds.recipe.students.trainable import adapter_starts, trainable
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.loading import load_teacher, load_teacher_config
 from tests.support.tiny_students import (
@@ -186,6 +186,18 @@ def test_adapters_get_their_weights_from_the_runs_seed_alone(tmp_path):
     first, second = found
     assert first
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_adapters_that_are_drawn_one_by_one_are_pefts(tmp_path):
+    wanted = adapters(tmp_path, target_modules=("q_proj", "down_proj"))
+    lora = LoraConfig(rank=2, target_modules=("q_proj", "down_proj"))
+    student = make_llava()
+    student.model.to("meta")
+    found = dict(adapter_starts(student, lora, seed=3))
+    assert len(found) == len(wanted) / 2 > 0
+    for name, start in found.items():
+        assert torch.equal(wanted[f"base_model.model.{name}.lora_A.default.weight"], start)
+        assert not wanted[f"base_model.model.{name}.lora_B.default.weight"].any()
 
 
 @pytest.mark.parametrize("target", ["qkv_proj", "self_attn", "q.proj"])

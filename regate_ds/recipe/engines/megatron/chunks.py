@@ -31,10 +31,13 @@ from regate_ds.families.table import family_of
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
+from regate_ds.recipe.engines.megatron.experts import SplitExperts
+from regate_ds.recipe.engines.megatron.lora import Adapters, add_adapters, start_adapters
 from regate_ds.recipe.engines.megatron.weights import load_cut
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.recipe.students.stored import source_of_student
 from regate_ds.recipe.students.student import Student, fresh_model
+from regate_ds.recipe.students.trainable import adapter_starts
 from regate_ds.teacher.backbone import text_backbone
 from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
@@ -50,11 +53,18 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 class StudentChunk(MegatronModule):
-    """One part of the decoder; the first part also has the tower and the projector."""
+    """One part of the decoder, with its adapters; the first also has tower and projector."""
 
-    def __init__(self, gpt: GPTModel, vision: nn.Module | None, image_id: int) -> None:
+    def __init__(
+        self,
+        gpt: GPTModel,
+        vision: nn.Module | None,
+        image_id: int,
+        adapters: Adapters | None = None,
+    ) -> None:
         super().__init__(config=gpt.config)
         self.gpt, self.vision, self._image_id = gpt, vision, image_id
+        self.adapters = adapters
         # Megatron's schedules and its finalisation of gradients read these attributes.
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = gpt.pre_process, gpt.post_process
@@ -89,6 +99,10 @@ class StudentChunk(MegatronModule):
         if self.config.sequence_parallel:
             # Its backward gathers, so every tensor rank gets the gradient of the whole sequence.
             words_TBH = scatter_to_sequence_parallel_region(words_TBH)
+        if torch.is_grad_enabled() and not words_TBH.requires_grad:
+            # Behind a frozen embedding. A layer that is computed again needs an input that asks for
+            # a gradient, or its adapters get none.
+            words_TBH.requires_grad_()
         return words_TBH
 
     def set_input_tensor(self, input_tensor: Any) -> None:
@@ -129,25 +143,32 @@ def decoder_config(text: Any, parallel: ParallelConfig, dtype: torch.dtype) -> T
 
 
 def build_chunks(
-    student: Student, model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype
+    student: Student,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    seed: int,
 ) -> list[DistributedDataParallel]:
     """Build this rank's part of the student with its weights, wrapped for data parallelism.
 
-    The student itself is left as it is. Where it lies on "meta", its weights are read from its
-    folder, and of each weight only the part that this rank has.
+    Adapters begin as peft's do with ``seed``. The student itself is left as it is. Where it lies on
+    "meta", its weights are read from its folder, and of each only the part that this rank has.
     """
     backbone = text_backbone(student.model)
     config = decoder_config(backbone.config, parallel, dtype)
     weights = source_of_student(student, model)
-    text = TextWeights(weights, family_of(student.model).decoder)
-    chunks = []
+    decoder, lora, chunks = family_of(student.model).decoder, model.lora, []
+    text = SplitExperts(TextWeights(weights, decoder))
     for number in range(parallel.virtual):
         gpt = gpt_chunk(backbone.config, config, number if parallel.virtual > 1 else None)
         load_cut([gpt], text, backbone.config)
         vision = _vision(student, model, weights) if gpt.pre_process else None
-        chunk = StudentChunk(gpt, vision, student.model.config.image_token_id).train()
-        chunks.append(_wrap(chunk, config, parallel))
-    return chunks
+        adapters = None if lora is None else add_adapters(gpt, backbone.config, lora)
+        chunks.append(StudentChunk(gpt, vision, student.model.config.image_token_id, adapters))
+    if lora is not None:
+        own = [chunk.adapters for chunk in chunks if chunk.adapters is not None]
+        start_adapters(own, adapter_starts(student, lora, seed=seed), decoder)
+    return [_wrap(chunk.train(), config, parallel) for chunk in chunks]
 
 
 @dataclass(frozen=True)
@@ -186,7 +207,9 @@ def _vision(student: Student, config: ModelConfig, weights: WeightSource) -> nn.
     with torch.no_grad():
         for name, value in vision.state_dict().items():
             value.copy_(weights.read(f"model.{name}"))
-    if config.freeze_vision:
+    if config.lora is not None:
+        vision.requires_grad_(False)
+    elif config.freeze_vision:
         getattr(vision, family.tower).requires_grad_(False)
     return vision
 

@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.nn import functional as F
 
 from regate_ds.families.text_decoders import TEXT_DECODERS
-from regate_ds.recipe.config.megatron_limits import require_decoder
+from regate_ds.recipe.config.megatron_limits import num_experts, require_decoder
+from regate_ds.recipe.engines.megatron.names import head_size
 from regate_ds.recipe.engines.megatron.norm import RootMeanSquareNorm
-from regate_ds.recipe.engines.megatron.weights import head_size
 
 try:
     import transformer_engine  # noqa: F401
@@ -62,14 +62,33 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         "context_parallel_size": mpu.get_context_parallel_world_size(),
         "pipeline_model_parallel_size": mpu.get_pipeline_model_parallel_world_size(),
     }
-    return TransformerConfig(**{**settings, **more})
+    return TransformerConfig(**{**settings, **_expert_settings(text), **more})
+
+
+def _expert_settings(text: Any) -> dict[str, Any]:
+    """Return what a decoder with experts needs: each token meets its best ones, as many as fit.
+
+    Megatron weighs them by a softmax over the best, which is Hugging Face's over all, rescaled.
+    """
+    if not num_experts(text):
+        return {}
+    return {
+        "num_moe_experts": num_experts(text),
+        "moe_router_topk": text.num_experts_per_tok,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_ffn_hidden_size": text.intermediate_size,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": mpu.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": mpu.get_expert_tensor_parallel_world_size(),
+    }
 
 
 def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None) -> GPTModel:
     """Build this rank's part of the decoder, with embedding and output layer where they belong."""
     return GPTModel(
         config,
-        get_gpt_layer_with_transformer_engine_spec() if HAS_ENGINE else _plain_layers(config),
+        _engine_layers(config) if HAS_ENGINE else _plain_layers(config),
         text.vocab_size,
         text.max_position_embeddings,
         pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -82,9 +101,15 @@ def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None)
     )
 
 
+def _engine_layers(config: TransformerConfig) -> Any:
+    return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts)
+
+
 def _plain_layers(config: TransformerConfig) -> Any:
     """Return the specs of this rank's layers, made of torch's own operations."""
-    layer: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer: Any = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm"
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RootMeanSquareNorm
     num_parts = config.pipeline_model_parallel_size * (

@@ -27,7 +27,7 @@ from regate_ds.data.collate import Batch
 from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config.megatron_limits import require_student
 from regate_ds.recipe.engines.base import Setup
-from regate_ds.recipe.engines.megatron.checkpoint import (
+from regate_ds.recipe.engines.megatron.checkpoint.shards import (
     load_random,
     load_shards,
     save_random,
@@ -76,7 +76,7 @@ class MegatronEngine:
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = DTYPES[config.run.precision]
-        chunks = build_chunks(student, config.model, config.parallel, dtype)
+        chunks = build_chunks(student, config.model, config.parallel, dtype, config.run.seed)
         # From here on the student is only asked for its shapes and written by its weights' names.
         model.to("meta", dtype)
         regate = attach(
@@ -192,8 +192,9 @@ class MegatronEngine:
         return predict_in_stages(self.chunks, padded.to(self._setup.process.device))
 
     def weights(self) -> dict[str, Tensor]:
-        student, device = self._setup.corpus.student, self._setup.process.device
-        return student_weights(student, student_chunks(self.chunks), device)
+        setup, chunks = self._setup, student_chunks(self.chunks)
+        lora = setup.config.model.lora
+        return student_weights(setup.corpus.student, chunks, lora, setup.process.device)
 
     def save(self, checkpoint: Path) -> None:
         save_shards(checkpoint, student_chunks(self.chunks), self.optimizer)

@@ -19,6 +19,10 @@ def join(config: RunConfig, process: Process) -> Process:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        # An expert is whole on one rank, or cut over the tensor ranks: tokens of several ranks that
+        # go to a part of an expert would be gathered unevenly, which gloo cannot do.
+        expert_tensor_parallel_size=1 if parallel.expert > 1 else parallel.tensor,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         create_gloo_process_groups=False,
     )

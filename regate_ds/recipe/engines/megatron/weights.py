@@ -1,15 +1,12 @@
-"""Turn weights of a Llama-shaped Hugging Face decoder into Megatron-core's, and back.
+"""Turn weights of a Hugging Face decoder into Megatron-core's, and back.
 
-full names      Megatron's names, with layers counted through the whole model
 into a model    every rank reads its cut of each weight
 out of a model  the tensor ranks' cuts are joined, and each stage's weights go to the first rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,88 +14,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor, nn
 
+from regate_ds.recipe.engines.megatron.names import (
+    WeightMap,
+    full_name,
+    is_of_expert,
+    parts_of,
+    tensor_group,
+)
 from regate_ds.recipe.engines.megatron.transfer import receive_tensor, send_tensor
 from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
 Weights = dict[str, Tensor]
-
-
-_PLAIN = {
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "input_layernorm.weight": "input_layernorm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-}
-"""Names inside a layer that hold one weight in both forms: Megatron's, then Hugging Face's."""
-
-_OUTSIDE_LAYERS = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-"""Names outside the layers, in the same order."""
-
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Names of norms where Transformer Engine's linear layers hold them, and their plain names."""
-
-
-@dataclass(frozen=True)
-class WeightMap:
-    """A full weight of Megatron-core, and the Hugging Face weights that it is made of."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    join: Callable[..., Tensor] = lambda weight: weight
-    split: Callable[[Tensor], tuple[Tensor, ...]] = lambda full: (full,)
-
-
-def parts_of(config: Any) -> Iterator[WeightMap]:
-    """Yield every weight that a decoder with this Hugging Face config may have."""
-    for ours, theirs in _OUTSIDE_LAYERS.items():
-        yield WeightMap(ours, (theirs,))
-    for number in range(config.num_hidden_layers):
-        at, to = f"model.layers.{number}.", f"decoder.layers.{number}."
-        for ours, theirs in _PLAIN.items():
-            yield WeightMap(to + ours, (at + theirs,))
-        for kind in ("weight", "bias"):
-            names = tuple(f"{at}self_attn.{x}_proj.{kind}" for x in "qkv")
-            heads = partial(_join_heads, config), partial(_split_heads, config)
-            yield WeightMap(f"{to}self_attention.linear_qkv.{kind}", names, *heads)
-        names = tuple(f"{at}mlp.{x}_proj.weight" for x in ("gate", "up"))
-        yield WeightMap(f"{to}mlp.linear_fc1.weight", names, _join_halves, _split_halves)
-
-
-def head_size(config: Any) -> int:
-    size = getattr(config, "head_dim", None)
-    return size or config.hidden_size // config.num_attention_heads
-
-
-def _join_heads(config: Any, *query_key_value: Tensor) -> Tensor:
-    """Join in Megatron's order: each group's queries, then its key, then its value.
-
-    They may be a tensor rank's part, of some of the groups.
-    """
-    groups, rest = len(query_key_value[1]) // head_size(config), query_key_value[0].shape[1:]
-    parts = [x.view(groups, -1, head_size(config), *rest) for x in query_key_value]
-    return torch.cat(parts, dim=1).reshape(-1, *rest)
-
-
-def _split_heads(config: Any, joined: Tensor) -> tuple[Tensor, ...]:
-    groups, rest = config.num_key_value_heads, joined.shape[1:]
-    parts = joined.view(groups, -1, head_size(config), *rest)
-    sizes = [config.num_attention_heads // groups, 1, 1]
-    return tuple(x.reshape(-1, *rest) for x in parts.split(sizes, dim=1))
-
-
-def _join_halves(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.cat([gate, up])
-
-
-def _split_halves(full: Tensor) -> tuple[Tensor, ...]:
-    return full.chunk(2)
 
 
 def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> None:
@@ -122,82 +48,89 @@ def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> 
 
 def _read_cut(source: WeightSource, name: str, parameter: Any) -> Tensor:
     """Read this tensor rank's part of a weight: queries, keys and gates are each cut evenly."""
-    size, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
-    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    tensor = tensor_group(name)
+    if tensor.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return source.read(name)
-    dim = parameter.partition_dim
-    length = source.shape(name)[dim] // size
+    dim, rank = parameter.partition_dim, tensor.rank()
+    length = source.shape(name)[dim] // tensor.size()
     return source.read(name, WeightCut(dim, rank * length, (rank + 1) * length))
 
 
 def gather_to_first(chunks: Sequence[nn.Module], config: Any, device: torch.device) -> Weights:
-    """Return all weights under Hugging Face's names on each replica's first rank, else nothing.
+    """Return all weights under Hugging Face's names on the job's first rank, else nothing.
 
-    Collective over the ranks that hold the model together. They are sent one by one, and lie in
-    CPU memory.
+    Collective over the job. They lie in CPU memory.
     """
-    own, parts = dict(named_parameters(chunks)), list(parts_of(config))
+    return gather_parts(dict(named_parameters(chunks)), list(parts_of(config)), device)
+
+
+def gather_parts(
+    own: Mapping[str, nn.Parameter], parts: Sequence[WeightMap], device: torch.device
+) -> Weights:
+    """Return those ``parts`` that any rank has as its ``own``, as ``gather_to_first`` does.
+
+    They are sent one by one.
+    """
+    experts, stages = mpu.get_expert_model_parallel_group(), mpu.get_pipeline_model_parallel_group()
+    is_first_copy = mpu.get_data_parallel_rank(with_context_parallel=True) == 0
     has = torch.tensor([part.ours in own for part in parts], dtype=torch.int32, device=device)
-    stages = mpu.get_pipeline_model_parallel_group()
-    of_stages = [torch.empty_like(has) for _ in range(stages.size())]
-    dist.all_gather(of_stages, has, group=stages)
-    has_SP, found = torch.stack(of_stages).cpu(), {}
+    has_EP = _of_all(has, experts)
+    has_SP, found = _of_all(has_EP.amax(dim=0).to(device), stages), {}
     for number, part in enumerate(parts):
-        if not has_SP[:, number].any():
+        is_shared, num_pieces = experts.size() > 1 and is_of_expert(part.ours), len(part.theirs)
+        takes_part = mpu.get_expert_data_parallel_rank() == 0 if is_shared else is_first_copy
+        if not takes_part or not has_SP[:, number].any():
             continue
-        owner = int(has_SP[:, number].int().argmax())
-        pieces = _joined_cuts(part, own[part.ours]) if stages.rank() == owner else ()
-        if mpu.get_tensor_model_parallel_rank() == 0:
-            moved = _to_first_stage(pieces, owner, len(part.theirs), device)
-            found |= dict(zip(part.theirs, moved, strict=False))
+        stage, expert = (int(has[:, number].argmax()) for has in (has_SP, has_EP))
+        pieces: Sequence[Tensor] = ()
+        if stages.rank() == stage:
+            if not is_shared or experts.rank() == expert:
+                pieces = _joined_cuts(part, own[part.ours])
+            if is_shared:
+                pieces = _to_first(pieces, expert, num_pieces, experts, device)
+        if is_first_copy and mpu.get_tensor_model_parallel_rank() == 0:
+            moved = _to_first(pieces, stage, num_pieces, stages, device)
+            found |= {name: piece.cpu() for name, piece in zip(part.theirs, moved, strict=False)}
     return found
+
+
+def _of_all(has_P: Tensor, group: Any) -> Tensor:
+    """Return what all ranks of a group have, in CPU memory [ranks, P]."""
+    found = [torch.empty_like(has_P) for _ in range(group.size())]
+    dist.all_gather(found, has_P, group=group)
+    return torch.stack(found).cpu()
 
 
 def _joined_cuts(part: WeightMap, parameter: nn.Parameter) -> tuple[Tensor, ...]:
     """Join a weight's cuts from all tensor ranks. Collective over them."""
-    tensor = mpu.get_tensor_model_parallel_group()
+    tensor = tensor_group(part.ours)
     pieces = [torch.empty_like(parameter.data) for _ in range(tensor.size())]
     dist.all_gather(pieces, parameter.data.contiguous(), group=tensor)
     return part.split(_joined(part.ours, pieces, parameter))
 
 
-def _to_first_stage(
-    pieces: Sequence[Tensor], owner: int, number: int, device: torch.device
-) -> list[Tensor]:
-    """Send tensors from stage ``owner`` to the first, which returns them, on the CPU."""
-    stages = mpu.get_pipeline_model_parallel_group()
-    if stages.rank() == 0 and owner == 0:
-        return [piece.cpu() for piece in pieces]
-    if stages.rank() == owner:
+def _to_first(
+    pieces: Sequence[Tensor], owner: int, number: int, group: Any, device: torch.device
+) -> Sequence[Tensor]:
+    """Send ``number`` tensors from rank ``owner`` of a group to the first, which returns them."""
+    if owner != 0 and group.rank() == owner:
         for piece in pieces:
-            send_tensor(piece, 0, stages)
-    if stages.rank() == 0:
-        return [receive_tensor(owner, stages, device).cpu() for _ in range(number)]
-    return []
+            send_tensor(piece, 0, group)
+    if owner != 0 and group.rank() == 0:
+        return [receive_tensor(owner, group, device) for _ in range(number)]
+    return pieces if group.rank() == 0 else ()
 
 
 def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters of GPTModel chunks with their full names."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            yield _full_name(chunk, name), parameter
-
-
-def _full_name(chunk: Any, name: str) -> str:
-    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
-        return "embedding.word_embeddings.weight"
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
-    inside = ".".join(parts[3:])
-    return (
-        ".".join([*parts[:3], _FUSED_NORMS[inside]]) if inside in _FUSED_NORMS else ".".join(parts)
-    )
+            yield full_name(chunk, name), parameter
 
 
 def _joined(name: str, pieces: list[Tensor], parameter: Any) -> Tensor:
     if len(pieces) == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return pieces[0]
-    if "linear_fc1" in name:
+    if name.endswith("linear_fc1.weight"):
         return torch.cat([half for i in (0, 1) for half in (p.chunk(2)[i] for p in pieces)])
     return torch.cat(pieces, dim=parameter.partition_dim)

@@ -48,7 +48,17 @@ SAME_SIZE = {"projection_dim": 64}
 MARKED = {"extra_inputs": mark_images, "settings": {"position_axes": 3}}
 PALIGEMMA = {"extra_inputs": mark_answers, "settings": {"mask_always": True}}
 
-_OVER = ("llama", "qwen2", "mistral", "qwen3", "gemma2", "granite", "phi3", "qwen3_5_text")
+_OVER = (
+    "llama",
+    "qwen2",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "granite",
+    "phi3",
+    "qwen3_5_text",
+    "mixtral",
+)
 
 SQUARES = (
     *(family(f"llava over {decoder}", "Llava", squares, **LAST_LAYER) for decoder in _OVER),

@@ -26,8 +26,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
+from regate_ds.recipe.engines.megatron.checkpoint.trusted import require_harmless
 from regate_ds.recipe.engines.megatron.chunks import StudentChunk
-from regate_ds.recipe.engines.megatron.trusted import require_harmless
 
 _FOLDER = "megatron"
 """Name of the distributed checkpoint's folder in a checkpoint of the run."""
