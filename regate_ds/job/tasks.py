@@ -135,8 +135,10 @@ def _srun(environment: Mapping[str, str]) -> Announcement | None:
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NODELIST" not in environment:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    names = ("SLURM_PROCID", size, "SLURM_LOCALID")
-    return Announcement("srun", *(integer(environment, name) for name in names), *names[:2])
+    index, count, local_rank = (
+        integer(environment, name) for name in ("SLURM_PROCID", size, "SLURM_LOCALID")
+    )
+    return Announcement("srun", index, count, local_rank, "SLURM_PROCID", size)
 
 
 def integer(environment: Mapping[str, str], name: str, default: str | None = None) -> int:

@@ -183,7 +183,7 @@ def test_images_are_decoded_to_rgb_when_a_sample_is_asked_for(tmp_path: Path):
     loaded = data[0]
     assert len(data) == 1
     assert [image.mode for image in loaded.images] == ["RGB", "RGB"]
-    assert [image.getpixel((0, 0)) for image in loaded.images] == [(7, 7, 7), (9, 9, 9)]
+    assert [image.getpixel((0, 0)) for image in loaded.images] == [(7, 7, 7), (255, 255, 255)]
     assert torch.equal(loaded.encoded.input_ids_S, data.encode(0).input_ids_S)
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image, ImageChops, ImageOps, features
 
 from regate_ds.data.llava.formats.sources import Sources
-from regate_ds.data.llava.images import image_fault, image_size, load_all, load_rgb, shown
+from regate_ds.data.llava.images import as_shown, image_fault, image_size, load_all, load_rgb
 from regate_ds.data.llava.media import InlineImage
 
 FORMATS = ["jpeg", "png", "webp", "tiff"] + ["avif"] * features.check("avif")
@@ -84,11 +84,11 @@ def test_a_transparent_image_is_on_white(name: str):
 def test_half_transparent_red_is_pink_and_what_is_opaque_is_as_it_was():
     half = Image.new("RGBA", (4, 2), (255, 0, 0, 128))
     half.putpixel((0, 0), (10, 20, 30, 255))
-    assert shown(half).getpixel((3, 1)) == (255, 127, 127)
-    assert shown(half).getpixel((0, 0)) == (10, 20, 30)
+    assert as_shown(half).getpixel((3, 1)) == (255, 127, 127)
+    assert as_shown(half).getpixel((0, 0)) == (10, 20, 30)
     noise = Image.effect_noise((9, 5), 80).convert("RGB")
     opaque = noise.convert("RGBA")
-    assert shown(opaque).tobytes() == noise.tobytes()
+    assert as_shown(opaque).tobytes() == noise.tobytes()
 
 
 def test_an_orientation_after_a_pngs_pixels_is_read_nowhere(tmp_path: Path):

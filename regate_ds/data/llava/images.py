@@ -52,14 +52,14 @@ def image_size(source: PictureSource) -> tuple[int, int]:
 
 
 def load_rgb(source: PictureSource) -> Image.Image:
-    """Decode an image as the student sees it, as ``shown``. One of IMAGE_ERRORS if it is broken."""
+    """Decode an image for the student, by ``as_shown``. One of IMAGE_ERRORS if it is broken."""
     if isinstance(source, VideoFrame):
         return read_frames(source.video, [(source.number, source.of)])[0]
     with _open(source) as image:
-        return shown(image, is_upright=_orientation(image) == 1)
+        return as_shown(image, is_upright=_orientation(image) == 1)
 
 
-def shown(image: Image.Image, *, is_upright: bool = False) -> Image.Image:
+def as_shown(image: Image.Image, *, is_upright: bool = False) -> Image.Image:
     """Return an image as a viewer shows it: upright, RGB, and on white where it is transparent.
 
     Pillow's own conversion would show the colour that lies under a transparent pixel, mostly black.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from regate_ds.data.llava.formats.said import shortened
-from regate_ds.data.llava.images import MODES, shown, unusable_name
+from regate_ds.data.llava.images import MODES, as_shown, unusable_name
 from regate_ds.data.llava.media import ImageSource, InlineImage, Video, VideoFrame
 from regate_ds.data.llava.records import Cause
 from regate_ds.data.llava.video import require_av
@@ -150,7 +150,7 @@ def _encoded(image: Image.Image, number: int) -> InlineImage:
     if image.mode not in MODES:
         raise Cause(f"has an image with pixels of mode {image.mode}; make it 8-bit grey or RGB")
     buffer = BytesIO()
-    shown(image).save(buffer, format="PNG", compress_level=1)
+    as_shown(image).save(buffer, format="PNG", compress_level=1)
     return InlineImage(buffer.getvalue(), f"{number} of Pillow")
 
 
