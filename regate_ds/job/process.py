@@ -77,6 +77,6 @@ def _init_groups(backend: str, is_alone: bool) -> None:
     patience = timedelta(minutes=int(minutes))
     if is_alone and not dist.is_initialized():
         # Nobody else is to find this process, so it need not listen on a port, which others take.
-        store = dist.HashStore()
+        store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=patience)
     init_distributed(dist_backend=backend, verbose=False, timeout=patience)
