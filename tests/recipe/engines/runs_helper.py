@@ -72,6 +72,8 @@ def trainer_of(run: Run, kind: type[Trainer] = Trainer) -> Trainer:
         run.folder / "run.yaml", [f"run.out={run.folder / run.out}", *run.overrides]
     )
     judge_run(config)
+    # The shim has one random state, and Megatron's seeds leave it as the last case left it.
+    torch.manual_seed(0)
     # As at a job's start: no rank begins the run before all have judged it.
     dist.barrier()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
