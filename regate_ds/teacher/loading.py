@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ _GGUF_ERRORS = (
     struct.error,
 )
 """Errors of transformers for a file that is damaged or of an architecture that it cannot read."""
+
+_DAMAGED = (json.JSONDecodeError, UnicodeDecodeError)
+"""Errors for a file of a tokenizer or processor that is damaged; they do not name it."""
 
 _TELLING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """What makes transformers return the names of weights that it could not load, in place of a table
@@ -69,7 +73,31 @@ def load_teacher_tokenizer(path: Path) -> Any:
         raise ValueError(
             f"teacher.path={path}: holds no tokenizer; put the tokenizer's files beside the weights"
         )
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return read_files(AutoTokenizer, path)
+
+
+def read_files(reader: Any, folder: Path, **options: Any) -> Any:
+    """Return the tokenizer or processor of a folder, as a class of transformers reads it.
+
+    ValueError, naming the folder, for files that are damaged.
+    """
+    try:
+        return reader.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:
+        if not isinstance(error, _DAMAGED) and not _is_of_tokenizers(error):
+            raise
+        raise ValueError(
+            f"{folder}: cannot be read by {reader.__name__} ({_cause(error)}); copy its files again"
+        ) from error
+
+
+def _is_of_tokenizers(error: Exception) -> bool:
+    """Return whether the error is of the library of tokenizers, whose errors have no type."""
+    return type(error) is Exception
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
@@ -92,11 +120,12 @@ def _read_gguf(path: Path, reader: Any, **options: Any) -> Any:
         return reader.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, **options
         )
-    except _GGUF_ERRORS as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as error:
+        if not isinstance(error, _GGUF_ERRORS) and not _is_of_tokenizers(error):
+            raise
         raise ValueError(
-            f"teacher.path={path}: cannot be read ({cause}); copy or download it again, or give a "
-            "model of another architecture"
+            f"teacher.path={path}: cannot be read ({_cause(error)}); copy or download it again, or "
+            "give a model of another architecture"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -192,3 +193,31 @@ def test_a_damaged_gguf_file_is_one_line_that_names_it(gguf, tmp_path, content):
     with pytest.raises(ValueError, match=r"teacher\.path=.*bad\.gguf: cannot be read") as error:
         load_teacher(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_gguf_file_whose_merges_make_no_token_is_one_line_that_names_it(gguf, tmp_path):
+    # The library of tokenizers raises an Exception of no type.
+    content = gguf.read_bytes()
+    token = struct.pack("<Q", 3) + b"red"
+    assert token in content
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(content.replace(token, struct.pack("<Q", 3) + b"xxx", 1))
+    with pytest.raises(ValueError, match=r"damaged.gguf: cannot be read \(Exception: .*`red`"):
+        load_teacher_tokenizer(damaged)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda text: text[: len(text) // 2], "JSONDecodeError"),
+        (lambda text: text.replace(b"trim_offsets", b"trim_offset"), "Exception: missing field"),
+        (lambda text: text.replace(b"red", b"\xff\xfe\xff", 1), "UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named_by_its_folder(tmp_path, tokenizer, damage, cause):
+    causal_lm().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{tmp_path}: cannot be read by \w+ \({cause}"):
+        load_teacher_tokenizer(tmp_path)

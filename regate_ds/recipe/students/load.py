@@ -21,7 +21,7 @@ from regate_ds.recipe.students.llava import build_llava
 from regate_ds.recipe.students.processor import load_processor, names_a_template
 from regate_ds.recipe.students.qwen2_vl import build_qwen2_vl
 from regate_ds.recipe.students.student import Student, fresh_model
-from regate_ds.teacher.loading import load_weights, refuse_adapters
+from regate_ds.teacher.loading import load_weights, read_files, refuse_adapters
 
 
 def load_student(
@@ -73,8 +73,8 @@ def load_student(
         patch = own.tokenizer.convert_ids_to_tokens(config.image_token_id)
         return Student(model, own.tokenizer, ProcessorVision(own, patch))
     assert family.vision_inputs is not None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    tokenizer = read_files(AutoTokenizer, folder)
+    processor = read_files(AutoImageProcessor, folder, backend="pil")
     vision: Any = family.vision_inputs(config, processor)
     return Student(model, tokenizer, vision)
 
@@ -122,7 +122,7 @@ def make_student(config: ModelConfig, *, seed: int | None, own_template: bool = 
         raise ValueError(
             f"model.tokenizer={config.tokenizer}: no such folder; name a tokenizer's folder"
         )
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
+    tokenizer = read_files(AutoTokenizer, Path(config.tokenizer))
     build, parts = _BUILDERS[config.kind], {"text": config.text, "vision": config.vision}
     try:
         student = build(tokenizer, **parts, seed=seed)

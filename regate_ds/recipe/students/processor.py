@@ -20,6 +20,7 @@ from regate_ds.data.chat.source import dated, default_of
 from regate_ds.data.tokens import special_tokens
 from regate_ds.families.family import transformers_class
 from regate_ds.families.table import PROCESSORS, STUDENTS
+from regate_ds.teacher.loading import read_files
 
 _CONFIGS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -46,8 +47,7 @@ def load_processor(folder: Path, model_type: str) -> Any:
             f"data.template ({', '.join(STUDENTS)} alone)"
         )
     try:
-        load = images_alone(transformers_class(name)).from_pretrained
-        processor = load(folder, local_files_only=True)
+        processor = read_files(images_alone(transformers_class(name)), folder)
     except ImportError as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"the {name} in {folder} lacks a package ({cause}); install it") from error
@@ -158,4 +158,11 @@ def _apply(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); copy it again"
+        ) from error

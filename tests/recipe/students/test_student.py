@@ -213,6 +213,15 @@ def test_damaged_weights_are_named_by_their_folder(tmp_path):
         load_student(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_damaged_tokenizer_or_processor_is_named_by_its_folder(tmp_path, name):
+    save_student(make_llava(), tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{tmp_path}.* cannot be read .*JSONDecodeError"):
+        load_student(tmp_path)
+
+
 def test_weights_that_a_students_folder_lacks_are_named(tmp_path):
     save_student(make_llava(), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
