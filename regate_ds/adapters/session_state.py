@@ -145,11 +145,13 @@ def read_state(checkpoint_dir: str | Path) -> dict[str, Any]:
     content = path.read_bytes()
     try:
         state = json.loads(content)
+        if "sha256" not in state:
+            raise ValueError("it has no checksum: an earlier version may have saved it")
         if sealed(state) != content:
             raise ValueError("its text does not match its checksum")
-    except (AttributeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); resume from another checkpoint of regate.save"
+            f"{path} cannot be read ({error}); resume from another checkpoint of regate.save"
         ) from error
     return {name: value for name, value in state.items() if name != "sha256"}
 

@@ -174,7 +174,10 @@ def require_order(
     if not all(_has_ids(item) for item in items):
         return
     ids_BT = ids_BT.cpu()
-    wanted = [torch.as_tensor(item["input_ids"]).flatten() for item in items]
+    try:
+        wanted = [torch.as_tensor(item["input_ids"]).flatten() for item in items]
+    except (TypeError, ValueError):
+        return  # Samples of several lengths in one item, or texts.
     if not bool((segment_BT > 0).any()):
         _require_own_rows([row[of >= 0] for row, of in zip(ids_BT, segment_BT)], wanted)
     elif not torch.equal(ids_BT[segment_BT >= 0], torch.cat(wanted)):

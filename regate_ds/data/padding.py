@@ -33,7 +33,7 @@ def labels_of(inputs: object) -> Tensor:
             f"the collated batch has labels {found}, not a tensor of whole numbers [rows, tokens]; "
             "make the collate function return such labels, which elision follows"
         )
-    labels_BT = labels.cpu()
+    labels_BT = labels.cpu().long()
     _require_known(labels_BT)
     return labels_BT
 

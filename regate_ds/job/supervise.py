@@ -20,6 +20,7 @@ from tqdm import tqdm
 from regate_ds.job.errors import USER_ERRORS, JobFailed, one_line
 from regate_ds.job.preemption import Preempted
 from regate_ds.job.process import Process, start_process
+from regate_ds.job.ranks import RANK_NAMES
 from regate_ds.job.watch import Failure, Signs, Watch
 from regate_ds.parallel.collectives import broadcast_text, sum_over
 from regate_ds.parallel.layout import num_ranks
@@ -43,11 +44,24 @@ def join_job(command: str, signs: Signs | None = None) -> Iterator[Process]:
     on all of them. The other ranks end within ``GRACE_SECONDS``, whatever they are waiting for.
     signs: by which a rank is found that has stopped without ending.
     """
-    process = start_process()
-    with watched(process, command, signs):
-        yield process
-        dist.barrier()
-    dist.destroy_process_group()
+    with _environment_kept():
+        process = start_process()
+        with watched(process, command, signs):
+            yield process
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take away what joining has announced: commands that this process starts are no ranks."""
+    before = {name: os.environ[name] for name in RANK_NAMES if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in RANK_NAMES:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def refuse_remains(environment: Mapping[str, str]) -> None:
     A container, sudo or ssh may have dropped the others. Only for a process that is no task.
     """
     for name, least in _TELLING.items():
-        if name in environment and integer(environment, name) >= least:
+        if environment.get(name) and integer(environment, name) >= least:
             raise ValueError(
                 f"{name}={environment[name]} tells of several tasks, but no variable says which of "
                 "them this is: start by srun, mpirun, deepspeed, torchrun or launch/, and let a "
@@ -146,5 +146,5 @@ def integer(environment: Mapping[str, str], name: str, default: str | None = Non
     text = environment.get(name, default)
     if text is None or not re.fullmatch(r"[0-9]{1,18}", text):
         shown = None if text is None else " ".join(text.split())
-        raise ValueError(f"{name}={shown}: must be a whole number, as launchers set it")
+        raise ValueError(f"{name}={shown}: must be a whole number, as launchers set it; unset it")
     return int(text)

@@ -61,6 +61,11 @@ def judge_run(config: RunConfig) -> None:
         return
     if config.scores_online:
         require_teacher(config, world_size)
+    judge_folder(config)
+
+
+def judge_folder(config: RunConfig) -> None:
+    """Refuse, by ValueError, a run folder that holds another run, or none to go on with."""
     folder, resume = RunFolder(config.run.out), config.run.resume
     if not resume:
         folder.require_new()

@@ -64,7 +64,7 @@ class RunFolder:
                 f"run.out={self.path} holds a run with checkpoints already; set run.resume=true to "
                 "go on with it, or choose another folder"
             )
-        results = [self._summary, self.model, self._metrics]
+        results = [self._summary, self.model, self.adapter, self._metrics]
         found = [p.name for p in results if p.exists() and (p.is_dir() or p.stat().st_size)]
         if found:
             raise ValueError(

@@ -27,7 +27,7 @@ from regate_ds.recipe.estimate.plan_walk import walk_plan
 from regate_ds.recipe.estimate.ran import ran_flops, run_host, run_shape
 from regate_ds.recipe.evaluation.words import evaluate_by
 from regate_ds.recipe.order import make_order
-from regate_ds.recipe.preflight import describe_run, judge_run, require_one_data_set
+from regate_ds.recipe.preflight import describe_run, judge_folder, judge_run, require_one_data_set
 from regate_ds.recipe.run_folder import RunFolder, totals
 from regate_ds.recipe.saving.checkpoint import (
     choose_checkpoint,
@@ -43,7 +43,8 @@ from regate_ds.recipe.step_figures import StepFigures, gated_share, peak_memory,
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Train one run and return its figures (empty on ranks other than the first)."""
-    announce()
+    if not config.run.plan_only:  # WORLD_SIZE alone may say for how many ranks a plan is.
+        announce()
     judge_run(config)
     if config.run.plan_only:
         return walk_plan(config, open_corpus(config, weights=False))
@@ -53,6 +54,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         join_job("train", signs) as process,
         only_job(config.run.out, is_first=process.is_first),
     ):
+        if process.is_first:
+            judge_folder(config)  # Another job may have begun or ended a run there.
         made.append(Trainer(config, open_corpus(config, weights=loads_whole(config)), process))
         return made[0].run()
 

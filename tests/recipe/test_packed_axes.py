@@ -69,7 +69,8 @@ def test_rows_are_fewer_and_the_texts_own_positions_come_first(path):
 
 def test_rows_of_texts_alone_have_the_texts_positions_on_all_axes(tmp_path):
     path = make_chat_corpus(tmp_path, "qwen2_vl", num_train=3)
-    given = [f"data.pack_length={LENGTH}", "data.template={}"]
+    given = [f"data.pack_length={LENGTH}", "data.template.image_start=<|vision_start|>"]
+    given.append("data.template.image_end=<|vision_end|>")
     corpus = load_corpus(load_config(path, given), weights=False)
     (text,) = (row for row in range(3) if not corpus.train.encode(row).images)
     batch = corpus.collator([corpus.train[text]] * 2)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.config.tree import RunConfig, load_config
 from regate_ds.recipe.run_folder import Row, RunFolder, leaves
 from regate_ds.settings.section import plain_values
 
@@ -21,17 +21,18 @@ MOST_ROWS = 100
 """Steps of each kind that are looked at, at even distances."""
 
 _OF_COST = ("model.", "data.train", "data.max_length", "data.pack_length", "data.template")
-_OF_COST += ("elision.", "parallel", "run.epochs", "run.steps", "run.micro_batch")
-_OF_COST += ("run.accumulation", "run.balance", "run.seed")
+_OF_COST += ("data.video_frames", "teacher.mode", "elision.", "parallel", "run.epochs")
+_OF_COST += ("run.steps", "run.micro_batch", "run.accumulation", "run.balance", "run.seed")
+_OF_COST += ("run.precision", "run.deepspeed")
 """Settings, or how they begin, by which a step's cost and its samples are told."""
 
 
 def require_same(run: Path, config: RunConfig, num_gpus: int) -> None:
     """Refuse, by ValueError, a run whose steps are not those that are told of ``config``."""
     folder = RunFolder(run)
-    ran, told = folder.settings(), dict(leaves(plain_values(config)))
-    if not ran:
+    if not folder.config.is_file():
         raise ValueError(f"--seen {run}: has no config.yaml; give the folder of a run")
+    ran, told = (dict(leaves(plain_values(one))) for one in (load_config(folder.config), config))
     for key in dict.fromkeys([*told, *ran]):
         if key.startswith(_OF_COST) and ran.get(key) != told.get(key):
             raise ValueError(

@@ -23,6 +23,11 @@ _LOOK_AGAIN_SECONDS = 0.5
 
 _HELD = (errno.EACCES, errno.EAGAIN)
 
+_GONE = (errno.ENOENT, errno.ESTALE)
+"""Numbers of the errors for a file that its last holder has deleted, here or on a file server."""
+
+_LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
 
 @contextmanager
 def only_job(folder: Path, *, is_first: bool) -> Iterator[None]:
@@ -51,9 +56,11 @@ def _lock(folder: Path) -> int:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _HELD:
+            if error.errno in _LOCKLESS:
                 print(f"{folder} has no locks ({error.strerror}): a second job would not be told")
                 return handle
+            if error.errno not in (*_HELD, *_GONE):
+                raise
         else:
             if _is_there(handle, path):
                 os.ftruncate(handle, 0)
@@ -74,4 +81,9 @@ def _lock(folder: Path) -> int:
 
 def _is_there(handle: int, path: Path) -> bool:
     """Return whether the open file is still the one of that name: its last holder deletes it."""
-    return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return False

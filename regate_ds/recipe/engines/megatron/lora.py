@@ -184,10 +184,11 @@ def start_adapters(
     }
     with torch.no_grad():
         for name, whole in starts:
-            if (adapter := own.get(name)) is None:
+            if (adapter := own.pop(name, None)) is None:
                 continue
             part = mpu.get_tensor_model_parallel_rank() if adapter.is_row else 0
             adapter.down.copy_(whole.split(adapter.down.shape[1], dim=1)[part])
+    assert not own, f"no first values for {sorted(own)}"
 
 
 def _tensor_size() -> int:

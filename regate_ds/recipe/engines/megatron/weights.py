@@ -36,7 +36,8 @@ def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> 
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
             part = parts[name]
-            cut = part.join(*(_read_cut(source, one, parameter) for one in part.theirs))
+            dim = cut_dim(name, parameter)
+            cut = part.join(*(_read_cut(source, one, dim) for one in part.theirs))
             if cut.shape != parameter.shape:
                 raise ValueError(
                     f"{name} has {tuple(parameter.shape)} on this rank, but the student's cut has "
@@ -46,13 +47,21 @@ def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> 
             parameter.copy_(cut)
 
 
-def _read_cut(source: WeightSource, name: str, parameter: Any) -> Tensor:
+def cut_dim(name: str, parameter: Any) -> int | None:
+    """Return the dimension of a weight that tensor ranks cut; None if each has it whole."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    # Of experts' weights, megatron-core 0.16.1 lets Transformer Engine say 0 of all.
+    is_row = name.endswith(("linear_fc2.weight", "linear_proj.weight"))
+    return 1 if is_row else parameter.partition_dim
+
+
+def _read_cut(source: WeightSource, name: str, dim: int | None) -> Tensor:
     """Read this tensor rank's part of a weight: queries, keys and gates are each cut evenly."""
     tensor = tensor_group(name)
-    if tensor.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    if tensor.size() == 1 or dim is None:
         return source.read(name)
-    dim, rank = parameter.partition_dim, tensor.rank()
-    length = source.shape(name)[dim] // tensor.size()
+    rank, length = tensor.rank(), source.shape(name)[dim] // tensor.size()
     return source.read(name, WeightCut(dim, rank * length, (rank + 1) * length))
 
 
@@ -129,8 +138,9 @@ def named_parameters(chunks: Sequence[Any]) -> Iterator[tuple[str, nn.Parameter]
 
 
 def _joined(name: str, pieces: list[Tensor], parameter: Any) -> Tensor:
-    if len(pieces) == 1 or not getattr(parameter, "tensor_model_parallel", False):
+    dim = cut_dim(name, parameter)
+    if len(pieces) == 1 or dim is None:
         return pieces[0]
     if name.endswith("linear_fc1.weight"):
         return torch.cat([half for i in (0, 1) for half in (p.chunk(2)[i] for p in pieces)])
-    return torch.cat(pieces, dim=parameter.partition_dim)
+    return torch.cat(pieces, dim=dim)
