@@ -57,29 +57,38 @@ class StepFigures:
         return now[0] - last[0], now[1] - last[1]
 
     def mean_loss(self, step: int, losses: list[Tensor], *, is_asked_to_stop: bool) -> float:
-        """Return the step's loss; RuntimeError on all ranks if it is not finite. Collective."""
+        """Return the step's loss; RuntimeError on all ranks if it, or the norm of the gradient that
+        was applied, is not finite. Collective."""
         self._num_micro = len(losses)
         # float() waits for the device, so that the next lap holds all work of the step.
         own_loss = float(torch.stack(losses).sum() / len(losses))
         pair = torch.tensor([own_loss, float(is_asked_to_stop)], dtype=torch.float64)
         loss, share_asked = self._mean(pair).tolist()
         self.must_stop = share_asked > 0
-        if math.isfinite(loss):
+        norm = self._engine.grad_norm()
+        if math.isfinite(loss) and _is_norm(norm):
             return loss
-        bad = [batch for value, batch in zip(losses, self._seen) if not math.isfinite(value)]
-        found = [key for batch in bad for key in batch.flat_keys]
+        if math.isfinite(loss):
+            what, where, bad = "gradient's norm is not finite", "a step", self._seen[: len(losses)]
+        else:
+            what, where = f"loss is {loss}", "a micro-batch"
+            bad = [batch for value, batch in zip(losses, self._seen) if not math.isfinite(value)]
+        raise RuntimeError(
+            f"step {step}: the {what}, in {where} of {self._names(bad)}, and nothing of this step "
+            "is saved; look at these samples, then start a new run without them or with a lower "
+            "optimizer.lr"
+        )
+
+    def _names(self, batches: Sequence[TokenBatch]) -> str:
+        """Return the names of all ranks' samples. Collective."""
+        found = [key for batch in batches for key in batch.flat_keys]
         everywhere: list[Any] = [found]
         if self._process.world_size > 1:
             everywhere = [None] * self._process.world_size
             dist.all_gather_object(everywhere, found)
         # Ranks that hold one copy of the model together have read the same samples: name them once.
         found = dict.fromkeys(sum(everywhere, []))
-        names = ", ".join(f"{name} record {number}" for name, number in found)
-        raise RuntimeError(
-            f"step {step}: the loss is {loss}, in a micro-batch of {names or 'unknown samples'}, "
-            "and nothing of this step is saved; look at these samples, then start a new run "
-            "without them or with a lower optimizer.lr"
-        )
+        return ", ".join(f"{name} record {number}" for name, number in found) or "unknown samples"
 
     def row(self, step: int, loss_mean: float) -> dict[str, Any]:
         """Return the step's row for the metrics file. Collective."""
@@ -132,6 +141,11 @@ class StepFigures:
         if self._process.world_size > 1:
             dist.all_reduce(value)
         return value / self._process.world_size
+
+
+def _is_norm(norm: float | None) -> bool:
+    """Return whether a gradient's norm is one. DeepSpeed's ZeRO says -1 for what is not finite."""
+    return norm is None or (math.isfinite(norm) and norm >= 0)
 
 
 def gated_share(model: Any, elision: RegateConfig) -> float:

@@ -97,7 +97,7 @@ def check_recipe(rank: int, folder: str) -> None:
     check_other_length_is_refused(root)
     check_a_balanced_run_is_the_run(root)
     check_a_failed_evaluation_loses_nothing(root)
-    check_a_loss_that_is_not_finite_ends_the_run(root)
+    check_what_is_not_finite_ends_the_run(root)
 
 
 def check_a_balanced_run_is_the_run(root: Path) -> None:
@@ -131,6 +131,17 @@ class Diverging(Trainer):
                 parameter.data.fill_(float("nan"))
 
 
+class Exploding(Trainer):
+    """Whose gradients break in the third step, while the loss is fine."""
+
+    def _after(self, done: int) -> None:
+        super()._after(done)
+        if done == 2:
+            for parameter in self.engine.model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda gradient: gradient * float("inf"))
+
+
 def check_a_failed_evaluation_loses_nothing(root: Path) -> None:
     """The model and the last checkpoint are there, and a resume has only to evaluate."""
     with pytest.raises(Killed):
@@ -146,12 +157,16 @@ def check_a_failed_evaluation_loses_nothing(root: Path) -> None:
     assert summary["data_fingerprint"] == store.fingerprint
 
 
-def check_a_loss_that_is_not_finite_ends_the_run(root: Path) -> None:
-    with pytest.raises(RuntimeError, match="step 2: the loss is nan, .* of mine record") as end:
-        run(root, "diverged", trainer=Diverging)
-    # The samples of all ranks: two ranks with two micro-batches of two.
-    assert str(end.value).count("mine record") == 4 * dist.get_world_size()
-    assert [row["step"] for row in rows(root, "diverged")] == [0, 1]
+def check_what_is_not_finite_ends_the_run(root: Path) -> None:
+    for name, trainer, told in (
+        ("diverged", Diverging, "step 2: the loss is nan, in a micro-batch of mine record"),
+        ("exploded", Exploding, "step 2: the gradient's norm is not finite, in a step of mine rec"),
+    ):
+        with pytest.raises(RuntimeError, match=told) as end:
+            run(root, name, trainer=trainer)
+        # The samples of all ranks: two ranks with two micro-batches of two.
+        assert str(end.value).count("mine record") == 4 * dist.get_world_size()
+        assert [row["step"] for row in rows(root, name)] == [0, 1]
 
 
 def check_counts_follow_the_plan(root: Path) -> None:
