@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -28,14 +29,16 @@ _GGUF_ERRORS = (
     MemoryError,
     NotImplementedError,
     OSError,
+    RuntimeError,
+    StrictDataclassError,
     TypeError,
     ValueError,
     struct.error,
 )
 """Errors of transformers for a file that is damaged or of an architecture that it cannot read."""
 
-_DAMAGED = (json.JSONDecodeError, UnicodeDecodeError)
-"""Errors for a file of a tokenizer or processor that is damaged; they do not name it."""
+_DAMAGED = (json.JSONDecodeError, StrictDataclassError, UnicodeDecodeError)
+"""Errors for a file of a model's folder that is damaged; they do not name it."""
 
 _TELLING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """What makes transformers return the names of weights that it could not load, in place of a table
@@ -59,7 +62,7 @@ def load_teacher_config(path: Path) -> Any:
         _require_tensors(config, path)
         return config
     _require_causal_lm(path)
-    return AutoConfig.from_pretrained(path, local_files_only=True)
+    return read_files(AutoConfig, path)
 
 
 def load_teacher_tokenizer(path: Path) -> Any:
@@ -77,7 +80,7 @@ def load_teacher_tokenizer(path: Path) -> Any:
 
 
 def read_files(reader: Any, folder: Path, **options: Any) -> Any:
-    """Return the tokenizer or processor of a folder, as a class of transformers reads it.
+    """Return a folder's configuration, tokenizer or processor, as a class of transformers reads it.
 
     ValueError, naming the folder, for files that are damaged.
     """
@@ -87,7 +90,8 @@ def read_files(reader: Any, folder: Path, **options: Any) -> Any:
         if not isinstance(error, _DAMAGED) and not _is_of_tokenizers(error):
             raise
         raise ValueError(
-            f"{folder}: cannot be read by {reader.__name__} ({_cause(error)}); copy its files again"
+            f"{folder}: cannot be read by {reader.__name__} ({_cause(error)}); copy its files "
+            "again, or correct them"
         ) from error
 
 
@@ -174,7 +178,7 @@ def _require_causal_lm(path: Path) -> None:
             f"model, a GGUF file{found and f' ({found} is here)'}, or null for the student's own "
             "text backbone"
         )
-    _require_causal_config(AutoConfig.from_pretrained(path, local_files_only=True), path)
+    _require_causal_config(read_files(AutoConfig, path), path)
 
 
 def _require_causal_config(config: Any, path: Path) -> None:

@@ -221,3 +221,13 @@ def test_a_damaged_tokenizer_is_named_by_its_folder(tmp_path, tokenizer, damage,
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"{tmp_path}: cannot be read by \w+ \({cause}"):
         load_teacher_tokenizer(tmp_path)
+
+
+def test_sizes_that_make_no_model_are_named_by_their_folder(tmp_path):
+    causal_lm().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 7}))
+    for load in (load_teacher, load_teacher_config, load_teacher_tokenizer):
+        with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read by AutoConfig") as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from regate_ds.adapters.huggingface.support import require_known_config
@@ -41,7 +42,7 @@ def examine_model(folder: Path) -> list[Check]:
         config: Any = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, StrictDataclassError, ValueError, KeyError) as error:
         cause = " ".join(str(error).split())
         raise ValueError(f"{folder} has no config.json that can be read ({cause})") from error
     name = (getattr(config, "architectures", None) or [type(config).__name__])[0]

@@ -46,7 +46,7 @@ def load_student(
     refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a saved model")
-    config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: Any = read_files(AutoConfig, folder)
     family = FAMILIES.get(config.model_type)
     if family is None or config.model_type not in ALL_STUDENTS:
         raise ValueError(
