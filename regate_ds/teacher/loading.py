@@ -192,14 +192,14 @@ def _require_causal_config(config: Any, path: Path) -> None:
 def load_weights(model_class: Any, folder: Path, **options: Any) -> Any:
     """Load a model with all of its weights.
 
-    ValueError names a folder whose weights are damaged, which safetensors does not, or that lacks
+    ValueError names a folder whose weights are damaged, which no error below does, or that lacks
     some of the model's, which transformers draws at random.
     """
     try:
         model, told = model_class.from_pretrained(
             folder, local_files_only=True, **_TELLING, **options
         )
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be read ({error}); copy or download them again"
         ) from error

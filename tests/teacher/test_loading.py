@@ -18,6 +18,7 @@ from regate_ds.teacher.identity import teacher_id
 from regate_ds.teacher.loading import load_teacher, load_teacher_config, load_teacher_tokenizer
 from regate_ds.teacher.scoring import score_samples
 from regate_ds.teacher.sharding.placement import TeacherSource, id_of_source, weights_of
+from regate_ds.teacher.sharding.weights import SavedWeights
 from regate_ds.teacher.tokenizers.same import require_same_tokens
 from tests.support.gguf_files import write_gguf
 from tests.support.models import causal_lm
@@ -231,3 +232,19 @@ def test_sizes_that_make_no_model_are_named_by_their_folder(tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read by AutoConfig") as error:
             load(tmp_path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "loads"),
+    [
+        ("{", (load_teacher, SavedWeights)),
+        ("[]", (SavedWeights,)),
+        ('{"weight_map": 3}', (SavedWeights,)),
+    ],
+)
+def test_a_damaged_index_of_the_weights_is_named_by_its_folder(tmp_path, content, loads):
+    causal_lm().save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    for load in loads:
+        with pytest.raises(ValueError, match=f"the weights in {tmp_path} cannot be read"):
+            load(tmp_path)

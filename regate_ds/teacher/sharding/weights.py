@@ -106,8 +106,11 @@ class SavedWeights:
 def _files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor."""
     if (folder / INDEX).is_file():
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in places.items()}
+        try:
+            places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {name: folder / file for name, file in places.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _unreadable(folder, error) from error
     if not (folder / SINGLE).is_file():
         raise ValueError(
             f"{folder} holds neither {SINGLE} nor {INDEX}: a sharded teacher is read from "
@@ -120,7 +123,7 @@ def _files(folder: Path) -> dict[str, Path]:
         raise _unreadable(folder, error) from error
 
 
-def _unreadable(folder: Path, error: SafetensorError) -> ValueError:
+def _unreadable(folder: Path, error: Exception) -> ValueError:
     return ValueError(
         f"the weights in {folder} cannot be read ({error}); copy or download them again"
     )
