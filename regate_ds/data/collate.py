@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ class Batch:
         then overlaps with the GPU's work."""
         pinned = {k: x.pin_memory() if isinstance(x, Tensor) else x for k, x in self.inputs.items()}
         return Batch(pinned, self.tokens)
+
+    def keys(self) -> NoReturn:
+        """Refuse, by TypeError, to be a model's inputs: it has no plan yet. So do the next two."""
+        raise TypeError(
+            "a micro-batch of regate.collate has no plan yet: take it from regate.windows(loader, "
+            "...); to evaluate, use a loader with your own collate function"
+        )
+
+    def items(self) -> NoReturn:
+        self.keys()
+
+    def __getitem__(self, name: Any) -> NoReturn:
+        self.keys()
 
 
 def moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Order:
             raise ValueError(
                 f"{self.num_samples} samples do not fill one optimizer step of "
                 f"{self.samples_per_step}; lower run.micro_batch or run.accumulation, or use fewer "
-                "data ranks"
+                f"data ranks, now {self.world_size} (in regate estimate: --gpus)"
             )
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from regate_ds.data.collate import Batch
 from regate_ds.data.keyed import Keyed, KeyedCollate
 from regate_ds.data.llava.sample import EncodedSample
 from regate_ds.job.process import start_process
@@ -42,6 +43,9 @@ class Teacher:
     image_token_id: int | None = None
     """Token id of an image placeholder in the student's input; None if the data has no images."""
 
+    video_token_id: int | None = None
+    """The same of a video, where the model has another one for it."""
+
     tokens_per_batch: int = 8192
     """Upper limit of padded tokens in a forward pass; a longer sample gets a pass of its own."""
 
@@ -62,12 +66,26 @@ class Teacher:
 
     @property
     def placeholder_ids(self) -> list[int]:
-        return [] if self.image_token_id is None else [self.image_token_id]
+        ids = (self.image_token_id, self.video_token_id)
+        return [number for number in ids if number is not None]
 
     @property
     def device(self) -> torch.device:
         """Device of the model's first weight."""
         return next(self.model.parameters()).device
+
+    def samples_of(self, batch: Batch) -> list[EncodedSample]:
+        """Return the samples of a micro-batch, as ``regate_ds.teacher.online.samples_of``.
+
+        ValueError if it has pixels, of whose placeholders the teacher knows none.
+        """
+        pixels = [name for name in batch.inputs if name.startswith("pixel_values")]
+        if pixels and not self.placeholder_ids:
+            raise ValueError(
+                f"the batch has {pixels[0]}, but Teacher(image_token_id=None) would read the "
+                "placeholders of images as words; give image_token_id=model.config.image_token_id"
+            )
+        return samples_of(batch, self.placeholder_ids)
 
     def online(self, index: AnswerIndex | None = None) -> OnlineReference:
         """Make a ``reference`` for ``attach`` that scores while training, without a store.
@@ -85,7 +103,7 @@ class Teacher:
         )
         return OnlineReference(
             scorer,
-            partial(samples_of, placeholder_ids=self.placeholder_ids),
+            self.samples_of,
             teacher_id=self.id,
             index=index,
             model=model,
@@ -115,7 +133,7 @@ def score_dataset(
     collate, store = KeyedCollate(collate_fn), Path(store)
 
     def encode(item: Mapping[str, Any]) -> EncodedSample:
-        (sample,) = samples_of(collate([item]), teacher.placeholder_ids)
+        (sample,) = teacher.samples_of(collate([item]))
         return sample
 
     def read_stream() -> Iterator[EncodedSample]:
@@ -126,7 +144,7 @@ def score_dataset(
                     f"the stream gave a {type(item).__name__}; make it give dicts, one for each "
                     "sample"
                 )
-            yield from samples_of(collate([item]), teacher.placeholder_ids)
+            yield from teacher.samples_of(collate([item]))
 
     score = partial(_score, teacher=teacher, store=store, group=group)
     if isinstance(data, Keyed):

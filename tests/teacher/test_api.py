@@ -72,6 +72,24 @@ def test_a_data_set_without_samples_is_named(tmp_path: Path):
         score_dataset(Keyed([], "set"), collate, teacher, tmp_path / "store")
 
 
+def with_pixels(items: list[dict]) -> dict[str, torch.Tensor]:
+    return {**collate(items), "pixel_values": torch.zeros(len(items), 3, 4, 4)}
+
+
+def test_pixels_whose_placeholders_the_teacher_does_not_know_are_refused(tmp_path: Path):
+    data = Keyed(host_items(2), "set")
+    with pytest.raises(ValueError, match=r"the batch has pixel_values, but .*image_token_id=model"):
+        score_dataset(data, with_pixels, Teacher(model=causal_lm(), pad_id=PAD), tmp_path / "no")
+    knows = Teacher(model=causal_lm(), pad_id=PAD, video_token_id=IMAGE)
+    score_dataset(data, with_pixels, knows, tmp_path / "store")
+    score_dataset(
+        data, collate, Teacher(model=causal_lm(), pad_id=PAD, image_token_id=IMAGE), tmp_path / "b"
+    )
+    keys = [("set", 0), ("set", 1)]
+    found, wanted = (ReferenceStore(tmp_path / name).read(keys) for name in ("store", "b"))
+    assert torch.equal(found, wanted)
+
+
 def test_a_second_call_finds_the_work_done(tmp_path: Path):
     teacher = Teacher(model=causal_lm(), pad_id=PAD, image_token_id=IMAGE)
     arguments = (Keyed(host_items(3), "set"), collate, teacher, tmp_path / "store")

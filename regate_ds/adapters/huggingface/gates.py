@@ -79,6 +79,15 @@ class ElidedOutput(ModelOutput):
     """Whether no token is likelier than the kept target, bool [L]; None where the host does not ask
     for it."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Say, by AttributeError, where to find what the host's own output has."""
+        way = {
+            "loss": "take regate.loss(output)",
+            "logits": "they are computed at kept targets alone; for all call the model without a "
+            "plan, on a batch of your own collate function",
+        }.get(name, "it has losses in place of the host's output")
+        raise AttributeError(f"a step with a plan has no output.{name}: {way}")
+
 
 @dataclass(frozen=True)
 class _ModelGate:

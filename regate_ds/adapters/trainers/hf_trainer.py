@@ -33,6 +33,7 @@ from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.torch.loop import LoopRegate
 from regate_ds.adapters.trainers.limits import require_supported
 from regate_ds.adapters.trainers.logged import SinceLog
+from regate_ds.adapters.trainers.renamed import load_renamed, lost_weights
 from regate_ds.adapters.trainers.scored import Scored
 from regate_ds.adapters.trainers.state import StateCallback, group_of, loop_of
 from regate_ds.adapters.window import PLAN
@@ -69,6 +70,7 @@ class RegateMixin:
         require_config("regate", regate)
         super().__init__(*args, **kwargs)
         self._resume_from: str | bool | None = None
+        self._lost: list[str] = []
         self.since_log = SinceLog()
         if regate.enabled:
             require_supported(self)
@@ -91,6 +93,25 @@ class RegateMixin:
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         self._resume_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, *args: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args)
+        self._load_lost(resume_from_checkpoint)
+
+    def _load_best_model(self: Any) -> None:
+        super()._load_best_model()
+        self._load_lost(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self: Any, load_result: Any) -> None:
+        super()._issue_warnings_after_load(load_result)
+        if not self.is_fsdp_enabled:
+            self._lost = lost_weights(self.model, load_result.missing_keys)
+
+    def _load_lost(self: Any, folder: str) -> None:
+        """Load what Trainer has just not found in a checkpoint, unless the run is Trainer's own."""
+        lost, self._lost = self._lost, []
+        if lost and self.regate.config.enabled:
+            load_renamed(self.model, folder, lost)
 
     def get_train_dataloader(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._collating(self._train_collate()):

@@ -53,11 +53,11 @@ def _own_teacher(trainer: Any) -> Teacher:
             "Scored(store) makes a teacher of the student, and needs its padding token: give "
             "processing_class, or Scored(store, Teacher(...))"
         )
-    image_token_id = getattr(model.config, "image_token_id", None)
     return Teacher(
         model=text_backbone(_without_adapters(model)),
         pad_id=tokenizer.pad_token_id,
-        image_token_id=image_token_id,
+        image_token_id=getattr(model.config, "image_token_id", None),
+        video_token_id=getattr(model.config, "video_token_id", None),
     )
 
 

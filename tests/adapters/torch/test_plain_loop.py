@@ -206,6 +206,19 @@ def test_a_loader_without_our_collate_is_named():
         next(regate.windows(loader_with(collate, sampled=False), TWO))
 
 
+def test_an_output_and_a_batch_tell_where_to_find_what_they_do_not_have():
+    model, regate = made(batches(2))
+    output = model(**next(regate.windows(batches(2), TWO))[0])
+    with pytest.raises(AttributeError, match=r"no output.loss: take regate.loss\(output\)"):
+        _ = output.loss
+    with pytest.raises(AttributeError, match=r"no output.logits: they are computed at kept"):
+        _ = output.logits
+    batch: Any = batches(2)[0]
+    for use in (lambda: model(**batch), batch.items, lambda: batch["input_ids"]):
+        with pytest.raises(TypeError, match=r"no plan yet: take it from regate.windows"):
+            use()
+
+
 def test_several_ranks_without_their_group_are_refused(monkeypatch):
     _, regate = made()
     monkeypatch.setenv("WORLD_SIZE", "2")
