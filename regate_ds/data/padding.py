@@ -35,6 +35,9 @@ def labels_of(inputs: object) -> Tensor:
         )
     labels_BT = labels.cpu().long()
     _require_known(labels_BT)
+    ids = inputs.get("input_ids")
+    if isinstance(ids, Tensor) and ids.shape == labels.shape:
+        _require_unshifted(labels_BT, ids.cpu())
     return labels_BT
 
 
@@ -46,6 +49,22 @@ def _require_known(labels_BT: Tensor) -> None:
             f"the label at position {position} of row {row} is {int(labels_BT[row, position])}; a "
             f"label is a token, or {IGNORE} where there is nothing to learn"
         )
+
+
+def _require_unshifted(labels_BT: Tensor, ids_BT: Tensor) -> None:
+    """Refuse labels that all are the next token, as a collate function gives that shifts them."""
+    is_label_BT = labels_BT != IGNORE
+    is_other_BT = is_label_BT & (labels_BT != ids_BT)
+    is_next_BT = labels_BT[:, :-1] == ids_BT[:, 1:]
+    # One label may be the next token by chance.
+    if int(is_other_BT.sum()) < 2 or not bool((is_next_BT | ~is_label_BT[:, :-1]).all()):
+        return
+    row, position = (int(one) for one in is_other_BT.nonzero()[0])
+    raise ValueError(
+        f"the labels are shifted: that at position {position} of row {row} is the token at "
+        f"{position + 1}; give them as models of transformers take them, the token itself at each "
+        f"position to learn and {IGNORE} elsewhere"
+    )
 
 
 def padding_of(inputs: Mapping[str, Any], labels_BT: Tensor) -> Tensor:

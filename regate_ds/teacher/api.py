@@ -201,12 +201,17 @@ def _require_group(teacher: Teacher, group: ProcessGroup | None) -> None:
 
 
 def open_teacher(
-    config: TeacherConfig, *, pad_id: int, image_token_id: int | None = None
+    config: TeacherConfig,
+    *,
+    pad_id: int,
+    image_token_id: int | None = None,
+    video_token_id: int | None = None,
 ) -> Teacher:
     """Load the teacher at ``config.path``, and place it on the ranks as ``config.sharding`` says.
 
     Collective over all ranks of the job, which it joins first. Call it before
-    ``deepspeed.initialize`` builds the student. ``pad_id``, ``image_token_id``: see ``Teacher``.
+    ``deepspeed.initialize`` builds the student. pad_id, image_token_id, video_token_id: see
+    ``Teacher``.
 
     ValueError if there is no model at the path, or if the teacher or the number of ranks does not
     allow that sharding.
@@ -222,6 +227,7 @@ def open_teacher(
         model=placed.model,
         pad_id=pad_id,
         image_token_id=image_token_id,
+        video_token_id=video_token_id,
         tokens_per_batch=config.tokens_per_batch,
         name=placed.id,
         replica=placed.layout.replica,

@@ -193,6 +193,26 @@ def test_labels_that_no_loss_takes_are_refused(labels: torch.Tensor, message: st
         KeyedCollate(lambda items: {**stack(items), "labels": labels})([item(3)])
 
 
+def test_labels_that_are_shifted_already_are_refused():
+    shifted = item(3, input_ids=[5, 6, 7, 8], labels=[IGNORE, 7, 8, IGNORE])
+    with pytest.raises(ValueError, match="shifted: that at position 1 of row 0 is the token at 2"):
+        KeyedCollate(stack)([shifted])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [IGNORE, 7, IGNORE, IGNORE],  # one other token may be meant
+        [IGNORE, 7, 6, IGNORE],
+        [5, 5, IGNORE, IGNORE],
+    ],
+)
+def test_labels_that_are_other_tokens_are_the_collate_functions_own_affair(labels: list[int]):
+    ids = [5, 6, 7, 8] if 5 not in labels else [5, 5, 5, 8]
+    batch = KeyedCollate(stack)([item(3, input_ids=ids, labels=labels)])
+    assert batch.tokens.labels_BT[0, 0] == labels[1]
+
+
 @pytest.mark.parametrize("made", [None, (1, 2), [{"labels": 1}]])
 def test_a_collate_function_that_makes_no_dict_is_named(made: Any):
     with pytest.raises(ValueError, match=f"function returned a {type(made).__name__}; make"):

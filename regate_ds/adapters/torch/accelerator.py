@@ -59,6 +59,10 @@ class AcceleratorHost:
         wrapped = getattr(self.given, "deepspeed_engine_wrapped", None)
         return None if wrapped is None else EngineHost(wrapped.engine)
 
+    @property
+    def steps_taken(self) -> int:
+        return 0 if self._engine is None else self._engine.steps_taken
+
     def require(self) -> None:
         given, engine = self.given, self._engine
         kind, parallel = given.distributed_type.value, given.parallelism_config
@@ -87,6 +91,9 @@ class AcceleratorHost:
                 raise ValueError(f"accelerate is not supported with {reason}")
         if engine is not None:
             engine.require()
+
+    def require_boundary(self) -> None:
+        """Nothing: accelerate counts by itself, see ``begin``."""
 
     def begin(self, num_micro: int) -> None:
         """Make ``accelerator.accumulate`` end its step with the last of these micro-batches.

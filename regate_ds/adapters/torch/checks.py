@@ -66,6 +66,18 @@ def warn_if_never_sparse(config: RegateConfig, total_steps: int | None) -> None:
         )
 
 
+def warn_if_not_loaded(host: LoopHost, session: Regate) -> None:
+    """Log a warning if the host goes on with a run of which the session knows nothing."""
+    if host.steps_taken and not session.step:
+        _log.warning(
+            "the %s has taken %d optimizer steps before, but no state of the method was loaded: "
+            "its schedule and difficulty begin anew; call regate.load(folder) before the first "
+            "window",
+            host.name,
+            host.steps_taken,
+        )
+
+
 def require_loop_ranks(host: LoopHost, options: LoopOptions) -> None:
     """Refuse ranks that would compute something else, or stop each other."""
     require_unwrapped(options.model, but=FSDPModule)

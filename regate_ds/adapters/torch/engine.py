@@ -41,11 +41,25 @@ class EngineHost:
     def stage(self) -> int:
         return self.given.zero_optimization_stage()
 
+    @property
+    def steps_taken(self) -> int:
+        return self.given.global_steps
+
     def require(self) -> None:
         if self.given.sequence_parallel_size > 1:
             raise ValueError(
                 f"sequence parallel size {self.given.sequence_parallel_size} is not supported "
                 "under DeepSpeed; set it to 1"
+            )
+
+    def require_boundary(self) -> None:
+        # A loop that sets the boundaries by hand does not go by this count.
+        by_hand = getattr(self.given, "_is_gradient_accumulation_boundary", None) is not None
+        taken = self.given.micro_steps % self.accumulation
+        if taken and not by_hand:
+            raise RuntimeError(
+                f"the engine has counted {taken} of the {self.accumulation} micro-batches of its "
+                "step where a window begins; call engine.step() after each engine.backward(...)"
             )
 
     def begin(self, num_micro: int) -> None:

@@ -66,8 +66,18 @@ class LoopHost(Protocol):
         parameters, as DDP; 3 that all enter modules alike, as FSDP2."""
         ...
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps before this run, where the host has counted them; else 0."""
+        ...
+
     def require(self) -> None:
         """Refuse, by ValueError, what the method does not support. Called with elision only."""
+        ...
+
+    def require_boundary(self) -> None:
+        """Refuse, by RuntimeError, to plan a step where the host, by its own count, is within one.
+        Called with elision only."""
         ...
 
     def begin(self, num_micro: int) -> None:

@@ -27,7 +27,12 @@ from regate_ds.adapters.figures import Figures
 from regate_ds.adapters.huggingface.gates import ElidedOutput
 from regate_ds.adapters.run import metrics_of
 from regate_ds.adapters.session_state import open_session
-from regate_ds.adapters.torch.checks import LoopOptions, record_output, require_loop_ranks
+from regate_ds.adapters.torch.checks import (
+    LoopOptions,
+    record_output,
+    require_loop_ranks,
+    warn_if_not_loaded,
+)
 from regate_ds.adapters.torch.host import LoopHost, averaged, gradient_scale
 from regate_ds.adapters.torch.hosts import host_of
 from regate_ds.adapters.torch.late_state import LateState, Stateful
@@ -189,7 +194,9 @@ class LoopRegate(Stateful):
         require_steps(total_steps)
         assert total_steps is not None
         layout = ParallelLayout(data=host.group, device=host.device)
-        self._state.open(open_session(self.config, self._computed, layout, total_steps=total_steps))
+        opened = open_session(self.config, self._computed, layout, total_steps=total_steps)
+        self._state.open(opened)
+        warn_if_not_loaded(host, opened.session)
 
     @property
     def _online(self) -> OnlineReference | None:
@@ -202,6 +209,7 @@ class LoopRegate(Stateful):
         assert host is not None
         if not self.config.enabled:
             return Window(micro, [None] * len(micro), host.device)
+        host.require_boundary()
         self._figures.begin()
         if self._online is not None:
             self._teacher_seconds = self._online.seconds

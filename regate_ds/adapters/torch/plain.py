@@ -59,8 +59,15 @@ class PlainHost:
     def stage(self) -> int:
         return self._sharded.stage
 
+    @property
+    def steps_taken(self) -> int:
+        return 0
+
     def require(self) -> None:
         require_group(self.given.group, "Loop")
+
+    def require_boundary(self) -> None:
+        """Nothing: the loop itself counts."""
 
     def begin(self, num_micro: int) -> None:
         """The loop itself knows when a step ends."""

@@ -36,6 +36,8 @@ def engine(num_micro: int = NUM_MICRO, **attributes) -> SimpleNamespace:
         **{
             "device": torch.device("cpu"),
             "dp_world_size": 1,
+            "micro_steps": 0,
+            "global_steps": 0,
             "sequence_parallel_size": 1,
             "zero_optimization_stage": lambda: 0,
             "gradient_accumulation_steps": lambda: num_micro,
