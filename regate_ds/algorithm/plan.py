@@ -141,11 +141,11 @@ class StepPlan:
     counts: dict[str, int]
     """Over all data ranks, by the names of COUNTS."""
 
-    is_merged: bool = False
-    """Slots are patches of several positions, in all layers; nothing is elided."""
-
     tallies: tuple[int, ...] = ()
     """Sums over all data ranks of what the host counted beside; the method does not read them."""
+
+    is_merged: bool = False
+    """Slots are patches of several positions, in all layers; nothing is elided."""
 
 
 @dataclass(frozen=True)
