@@ -37,6 +37,7 @@ from regate_ds.algorithm.scores.score import Column, Score, Statistic
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.algorithm.window import Method
 from regate_ds.images_config import ImagesConfig
+from regate_ds.merge_config import MergeConfig
 from regate_ds.methods_together import rules_of_draws, rules_of_images, rules_together
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.former_keys import moved_keys
@@ -76,6 +77,9 @@ class RegateConfig:
     images: ImagesConfig = field(default_factory=ImagesConfig)
     """How many image tokens are kept (see `images.*`)."""
 
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    """Whether the run begins with steps on patches of tokens (see `merge.*`)."""
+
     token_multiple: int = 1
     """Rows of kept tokens are a multiple of this length, filled with the next-best label positions,
     then with the next tokens of elided images, and where none is left with padding."""
@@ -107,7 +111,8 @@ class RegateConfig:
 
     def __post_init__(self) -> None:
         kinds = {name: tuple(table.values()) for name, table in self.CHOICES.items()}
-        refuse_choices(self, kinds | {"schedule": (ScheduleConfig,), "images": (ImagesConfig,)})
+        sections = {"schedule": ScheduleConfig, "images": ImagesConfig, "merge": MergeConfig}
+        refuse_choices(self, kinds | {name: (kind,) for name, kind in sections.items()})
         refuse_knobs(self, self._rules)
 
     def _rules(self) -> list[Rule]:
@@ -174,31 +179,28 @@ class RegateConfig:
         return stored_ranking(self.images.ranking) if self.chooses_images else None
 
     def never_sparse(self, num_steps: int) -> dict[str, ScheduleConfig]:
-        """Return, by key, the schedules that elide nothing in so many steps of what is to be."""
-        schedules, own = self.schedules(num_steps), self.images.schedule
-        found: dict[str, ScheduleConfig] = {}
-        if schedules.answers is not None and not schedules.answers.ever_chooses(num_steps):
-            found["schedule"] = self.schedule
-        if schedules.images is not None and not schedules.images.ever_chooses(num_steps):
+        """Return, by key, the schedules that elide nothing of what is to be, in so many steps."""
+        never, own = self.schedules(num_steps).never_choosing(num_steps), self.images.schedule
+        found = {"schedule": self.schedule} if "answers" in never else {}
+        if "images" in never:
             found["schedule" if own is None else "images.schedule"] = own or self.schedule
         return found
 
     def schedules(self, total_steps: int) -> Schedules:
         """Return when answers and when images are elided in a run of so many steps."""
-        schedule = self.schedule.in_steps(total_steps)
+        start, own = self.merge.in_steps(total_steps), self.images.schedule or self.schedule
+        schedule, of_images = (one.in_steps(total_steps - start) for one in (self.schedule, own))
         answers = Course(schedule=schedule, share=self.keep_share, weighs=self.weighs)
-        own = self.images.schedule or self.schedule
-        images = Course(schedule=own.in_steps(total_steps), share=self.images.keep_share)
+        images = Course(schedule=of_images, share=self.images.keep_share)
         return Schedules(
             answers=answers if self.chooses_answers else None,
             images=images if self.chooses_images else None,
+            start=start,
         )
 
     def shares_at(self, place: float) -> tuple[float, float]:
-        """Return the shares that a sparse step keeps of the answers and of the images.
-
-        place: where it lies in the sparse part of the run, from 0 to 1.
-        """
+        """Return the shares that a sparse step keeps of the answers and of the images, at a place
+        of the sparse part of the run, from 0 to 1."""
         return share_at(self.keep_share, place), share_at(self.images.keep_share, place)
 
     @property

@@ -7,7 +7,7 @@ A step is ``plan_step`` -> the host's forward and backward passes -> ``record`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,11 @@ from regate_ds.algorithm.counts import COUNTS, count_step
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.algorithm.quotas.quota import QuotaState
 from regate_ds.algorithm.rows import RowLayout
-from regate_ds.algorithm.schedule import Schedule
 from regate_ds.algorithm.window import plan_dense_window, window_keys
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.open_step import OpenStep
 from regate_ds.parallel.layout import ParallelLayout, is_first
+from regate_ds.run_schedule import require_schedule, schedule_state
 from regate_ds.sparse_step import Chooser, MakePlans, require_stores
 from regate_ds.stores.values import Stores
 
@@ -68,6 +68,10 @@ class Regate:
         self._quota_state: QuotaState = {}
         self._open: OpenStep | None = None
         self._difficulty = stores.difficulty if config.statistics else None
+        merged_steps = self._chooser.schedules.start
+        self.switch_figures: dict[str, float] = {}
+        """What the step that ended last tells of the switch from patches to tokens."""
+        self._switch = _switch_at(merged_steps) if merged_steps else None
 
     @property
     def is_first(self) -> bool:
@@ -107,6 +111,7 @@ class Regate:
             batches, step=self.step, statistics=statistics, quota_state=self._quota_state
         )
         plan = self._counted(batches, make, tallied, dense=self.is_dense(self.step))
+        plan = replace(plan, is_merged=self._chooser.schedules.is_merged(self.step))
         if plan.num_targets_global == 0:
             raise ValueError(
                 f"step {self.step} has no answer token on any rank; leave out samples without "
@@ -174,9 +179,13 @@ class Regate:
         with self.together():
             current = self._require_open("finish_step")
             current.require_complete()
-            updated = current.updated(self.config.statistics) if applied else {}
+            # A patch's losses are not those that the score would rank a token by.
+            is_seen = applied and not current.plan.is_merged
+            updated = current.updated(self.config.statistics) if is_seen else {}
         if updated and self._difficulty is not None:
             self._difficulty.write(window_keys(current.window), updated)
+        if self._switch is not None:
+            self.switch_figures = self._switch.figures(self.step, current)
         self._quota_state = current.quota_state
         self._open = None
         self.step += 1
@@ -191,8 +200,7 @@ class Regate:
         if self._open is not None:
             raise RuntimeError(f"step {self.step} is open; save between steps")
         own = {"version": STATE_FORMAT, "step": self.step, "quota": self._quota_state}
-        own |= {"run_steps": self.total_steps, **asdict(self._schedule)}
-        return own if self._image_schedule is None else {**own, "images": self._image_schedule}
+        return own | schedule_state(self.config, self.total_steps)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned, and forget a step that is not ended.
@@ -210,29 +218,16 @@ class Regate:
                 f"the checkpoint has state version {state.get('version')}, this version reads "
                 f"{STATE_FORMAT}; start the run anew (regate train CONFIG, with another run.out)"
             )
-        if state["run_steps"] != self.total_steps:
-            raise ValueError(
-                f"total_steps={self.total_steps}, but the checkpoint's run has "
-                f"{state['run_steps']}: the schedule would change; resume with the same value"
-            )
-        self._schedule.require_same(state)
-        if (saved := state.get("images")) != self._image_schedule:
-            raise ValueError(
-                f"images.schedule is {self._image_schedule} by this configuration, but {saved} in "
-                "the checkpoint's run; resume with the same schedule"
-            )
-
-    @property
-    def _schedule(self) -> Schedule:
-        return self.config.schedule.in_steps(self.total_steps)
-
-    @property
-    def _image_schedule(self) -> dict[str, Any] | None:
-        """The schedule of images, as a checkpoint has it; None if they have none of their own."""
-        own = self.config.images.schedule
-        return None if own is None else asdict(own.in_steps(self.total_steps))
+        require_schedule(self.config, self.total_steps, state)
 
     def _require_open(self, call: str) -> OpenStep:
         if self._open is None:
             raise RuntimeError(f"{call} without a planned step; call plan_step first")
         return self._open
+
+
+def _switch_at(first_step: int) -> Any:
+    # Here, so that a run without merged steps does not load the file.
+    from regate_ds.merge_switch import Switch
+
+    return Switch(first_step)

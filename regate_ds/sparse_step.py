@@ -66,6 +66,8 @@ class Chooser:
 
         Collective over data ranks.
         """
+        if self.schedules.is_merged(step):
+            return self._merged(window), quota_state
         if self.schedules.is_dense(step):
             return partial(plan_dense_window, window), quota_state
         method = self.config.method(*self.schedules.shares(step))
@@ -93,6 +95,12 @@ class Chooser:
             reference_N=reference_N,
         )
         return partial(plan_window, method, window, choice, self.rows), quota_state
+
+    def _merged(self, window: Sequence[TokenBatch]) -> MakePlans:
+        # Here, so that a run without such steps does not load the file.
+        from regate_ds.algorithm.executions.merge import plan_merged_window
+
+        return partial(plan_merged_window, window, size=self.config.merge.size)
 
     def _score(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 _KINDS = {"": "tokens", "answer_": "answer", "image_": "image"}
@@ -16,6 +17,8 @@ class Figures:
     kept_share, answer_kept_share, image_kept_share: what was kept of all positions, of label
         positions and of those of images; a kind that a step has none of is left out.
     step_seconds: from the planning of the step to its end, on this rank.
+    loss_merged, loss_single: at the first step behind the merged ones, the mean losses on both
+        sides, on this rank.
     """
 
     def __init__(self) -> None:
@@ -26,9 +29,11 @@ class Figures:
     def begin(self) -> None:
         self._begun = time.perf_counter()
 
-    def end(self, metrics: Mapping[str, Any]) -> None:
-        """metrics: the step's counts."""
-        self.last = shares_of(metrics)
+    def end(
+        self, metrics: Mapping[str, Any], more: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """metrics: the step's counts. more: what else is told of it."""
+        self.last = {**shares_of(metrics), **more}
         if self._begun is not None:
             self.last["step_seconds"] = time.perf_counter() - self._begun
             self._begun = None

@@ -46,7 +46,8 @@ def metrics_of(run: Run) -> dict[str, Any]:
     among tokens_kept. Where each layer has a set of its own, numbers of a kind are means over them.
     image_total and image_kept count positions of images that predict no answer; they are 0 where
     the batch does not tell which positions are images. filled counts positions kept only to reach
-    token_multiple, and padded slots without a token.
+    token_multiple, and padded slots without a token. Where a run has merged steps, merged says
+    whether this is one; its tokens_kept counts patches, and answer_entered those of answers.
 
     RuntimeError before the first step is planned.
     """
@@ -57,4 +58,5 @@ def metrics_of(run: Run) -> dict[str, Any]:
             "no step is planned yet, so there are no counts; call metrics() after the first step "
             "was begun"
         )
-    return {"step": run.plan.step, "dense": run.plan.is_dense, **run.plan.counts}
+    merged = {"merged": run.plan.is_merged} if run.config.merge.steps else {}
+    return {"step": run.plan.step, "dense": run.plan.is_dense, **merged, **run.plan.counts}

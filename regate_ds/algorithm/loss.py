@@ -99,12 +99,12 @@ def token_losses(  # noqa: PLR0913 (a head in three parts)
     return torch.cat(losses), torch.cat(entropies) if with_entropy else None
 
 
-def _precise(x: Tensor) -> torch.dtype:
+def precise_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _logits(h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(h_CH, weight_VH, bias_V).to(_precise(h_CH))
+def head_logits(h_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(h_CH, weight_VH, bias_V).to(precise_dtype(h_CH))
 
 
 def _chunk_losses(  # noqa: PLR0913 (as token_losses)
@@ -115,7 +115,7 @@ def _chunk_losses(  # noqa: PLR0913 (as token_losses)
     change: LogitChange,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
+    logits_CV = change.apply(head_logits(h_CH, weight_VH, bias_V))
     losses_C = torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="none")
     return losses_C, entropy_of(logits_CV) if with_entropy else None
 
@@ -133,11 +133,11 @@ class _SummedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         change, with_grad, with_entropy, top1_L = how
         wants = [with_grad and wanted for wanted in ctx.needs_input_grad[:3]]
-        sums = _Gradients(hidden_LH, weight_VH, bias_V, wants)
+        sums = HeadGradients(hidden_LH, weight_VH, bias_V, wants)
         losses, entropies = [], []
         for start in range(0, len(targets_L), CHUNK):
             h_CH, targets_C = hidden_LH[start : start + CHUNK], targets_L[start : start + CHUNK]
-            logits_CV = change.apply(_logits(h_CH, weight_VH, bias_V))
+            logits_CV = change.apply(head_logits(h_CH, weight_VH, bias_V))
             top_C = logits_CV.amax(dim=1)
             at_target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
             if with_entropy:
@@ -160,7 +160,7 @@ class _SummedLoss(torch.autograd.Function):
                     residual_CV.mul_(share_L[start : start + CHUNK, None])
                 sums.add(start, h_CH, residual_CV.to(hidden_LH.dtype))
         ctx.gradients = sums.finished()
-        none = hidden_LH.new_zeros(0, dtype=_precise(hidden_LH))
+        none = hidden_LH.new_zeros(0, dtype=precise_dtype(hidden_LH))
         losses_L, entropy_L = torch.cat([none, *losses]), torch.cat([none, *entropies])
         ctx.mark_non_differentiable(losses_L, entropy_L)
         summed = losses_L if share_L is None else losses_L * share_L
@@ -179,13 +179,13 @@ class _SummedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-class _Gradients:
+class HeadGradients:
     """The gradients of the summed loss, added up over chunks; the head's in at least fp32."""
 
     def __init__(
         self, hidden_LH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wants: list[bool]
     ) -> None:
-        precise = _precise(hidden_LH)
+        precise = precise_dtype(hidden_LH)
         self._weight_VH = weight_VH
         self.hidden = torch.empty_like(hidden_LH) if wants[0] else None
         self.weight = torch.zeros_like(weight_VH, dtype=precise) if wants[1] else None

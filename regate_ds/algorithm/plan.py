@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
+from regate_ds.algorithm.executions.patches import Patches
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class ElisionPlan:
     reference_L: Tensor | None = None
     """fp32: the reference store's value of each target, where that choice reads one."""
 
+    patches: Patches | None = None
+    """Where several positions are one slot. The decoder then reads slots in place of tokens, each
+    row is ``num_tokens`` slots long, and ``position_R`` has the first position of each."""
+
     num_filled: int = 0
     """Positions kept only to reach the row's multiple."""
 
@@ -108,9 +113,17 @@ class ElisionPlan:
         sample_R = sample_R + self.segment_BK.reshape(-1)[self.slot_R]
         return sample_R.unique_consecutive(return_counts=True)[1]
 
+    def head_rows(self, *, packed: bool) -> Tensor:
+        """Return which of the decoder's rows the head reads; packed: whether they are slots."""
+        if self.patches is not None:
+            return self.patches.predicts_U
+        return self.label_slot_L if packed else self.label_position_L
+
     def to(self, device: torch.device | str) -> ElisionPlan:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors, sets=tuple(one.to(device) for one in self.sets))
+        patches = None if self.patches is None else self.patches.to(device)
+        sets = tuple(one.to(device) for one in self.sets)
+        return replace(self, **tensors, sets=sets, patches=patches)
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,9 @@ class StepPlan:
 
     tallies: tuple[int, ...] = ()
     """Sums over all data ranks of what the host counted beside; the method does not read them."""
+
+    is_merged: bool = False
+    """Slots are patches of several positions, in all layers; nothing is elided."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,7 @@ def _pack(
         num_tokens=num_tokens,
         moves_rows=moves_rows,
         is_packed=any(len(row) > 1 for row in batch.keys),
-        token_run_lengths=_run_lengths(batch.segment_BT),
+        token_run_lengths=run_lengths_of(batch.segment_BT),
     )
 
 
@@ -213,36 +229,14 @@ def assemble_plan(
         label_slot_L=slots.label_slot_L,
         label_position_L=flat_K[slots.label_slot_L],
         targets_L=slots.targets_L,
-        run_lengths=_run_lengths(segment_BK),
+        run_lengths=run_lengths_of(segment_BK),
         token_run_lengths=token_run_lengths,
         is_packed=is_packed,
     )
 
 
-def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
-    """Return the same plan with rows of ``num_slots`` slots: padding at their ends."""
-    missing = num_slots - plan.num_slots
-    if not plan.moves_rows or missing == 0:
-        return plan
-
-    def wider(x_BK: Tensor, value: int) -> Tensor:
-        return torch.nn.functional.pad(x_BK, (0, missing), value=value)
-
-    row_L, slot_L = plan.label_slot_L // plan.num_slots, plan.label_slot_L % plan.num_slots
-    label_slot_L = row_L * num_slots + slot_L
-    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), label_slot_L, plan.targets_L)
-    wide = assemble_plan(
-        slots,
-        num_tokens=plan.num_tokens,
-        moves_rows=True,
-        is_packed=plan.is_packed,
-        token_run_lengths=plan.token_run_lengths,
-    )
-    same = {name: getattr(plan, name) for name in ("weight_L", "num_filled", "step", "micro")}
-    return replace(wide, label_position_L=plan.label_position_L, **same)
-
-
-def _run_lengths(segment_BK: Tensor) -> tuple[int, ...]:
+def run_lengths_of(segment_BK: Tensor) -> tuple[int, ...]:
+    """Return the lengths of the runs of one sample, or of padding, through the flattened slots."""
     num_rows, num_slots = segment_BK.shape
     # Numbered through the rows, so that equal segments of neighbouring rows differ.
     run_BK = segment_BK + (num_slots + 1) * torch.arange(num_rows)[:, None]

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.plan import ElisionPlan, Slots, assemble_plan
 
 RowFormat = Literal["padded", "ragged"]
 
@@ -67,3 +67,26 @@ class RowLayout:
         end = sum(lengths)
         missing = max(1, math.ceil(end / self.multiple)) * self.multiple - end
         return lengths + [missing] * (missing > 0)
+
+
+def widen(plan: ElisionPlan, num_slots: int) -> ElisionPlan:
+    """Return the same plan with rows of ``num_slots`` slots: padding at their ends."""
+    missing = num_slots - plan.num_slots
+    if not plan.moves_rows or missing == 0:
+        return plan
+
+    def wider(x_BK: Tensor, value: int) -> Tensor:
+        return nn.functional.pad(x_BK, (0, missing), value=value)
+
+    row_L, slot_L = plan.label_slot_L // plan.num_slots, plan.label_slot_L % plan.num_slots
+    label_slot_L = row_L * num_slots + slot_L
+    slots = Slots(wider(plan.kept_BK, 0), wider(plan.segment_BK, -1), label_slot_L, plan.targets_L)
+    wide = assemble_plan(
+        slots,
+        num_tokens=plan.num_tokens,
+        moves_rows=True,
+        is_packed=plan.is_packed,
+        token_run_lengths=plan.token_run_lengths,
+    )
+    same = {name: getattr(plan, name) for name in ("weight_L", "num_filled", "step", "micro")}
+    return replace(wide, label_position_L=plan.label_position_L, **same)

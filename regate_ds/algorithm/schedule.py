@@ -180,24 +180,42 @@ class Schedules:
     answers: Course | None
     images: Course | None
 
+    start: int = 0
+    """The first step of both schedules. The steps before it are merged."""
+
+    def is_merged(self, step: int) -> bool:
+        """Return whether the step's slots are patches of tokens; then it elides nothing."""
+        return step < self.start
+
     def chooses_answers(self, step: int) -> bool:
-        return self.answers is not None and self.answers.chooses(step)
+        step -= self.start
+        return step >= 0 and self.answers is not None and self.answers.chooses(step)
 
     def chooses_images(self, step: int) -> bool:
-        return self.images is not None and self.images.chooses(step)
+        step -= self.start
+        return step >= 0 and self.images is not None and self.images.chooses(step)
 
     def shares(self, step: int) -> tuple[float, float]:
         """Return the shares that a step keeps of the answers and of the images."""
         answers, images = self.answers, self.images
+        step -= self.start
         return (
             1.0 if answers is None else answers.at(step),
             1.0 if images is None else images.at(step),
         )
 
     def is_dense(self, step: int) -> bool:
-        """Return whether the step keeps every token."""
-        return not (self.chooses_answers(step) or self.chooses_images(step))
+        """Return whether the step keeps every token, and each as it is."""
+        chooses = self.chooses_answers(step) or self.chooses_images(step)
+        return not (chooses or self.is_merged(step))
+
+    def never_choosing(self, num_steps: int) -> list[str]:
+        """Return of which no choice is made in the first ``num_steps`` steps, though one is to be:
+        "answers", "images" or both."""
+        courses = {"answers": self.answers, "images": self.images}
+        length = num_steps - self.start
+        return [k for k, one in courses.items() if one is not None and not one.ever_chooses(length)]
 
     def num_sparse(self, num_steps: int) -> int:
-        """Return in how many of the first ``num_steps`` steps something is elided."""
+        """Return how many of the first ``num_steps`` steps elide or merge something."""
         return sum(not self.is_dense(step) for step in range(num_steps))

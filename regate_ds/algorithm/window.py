@@ -27,10 +27,10 @@ from torch import Tensor
 from regate_ds.algorithm.batch import ELIDABLE, SampleKey, TokenBatch
 from regate_ds.algorithm.executions.execution import Execution, Ranked
 from regate_ds.algorithm.images import ReadOrders, beyond_kept
-from regate_ds.algorithm.plan import ElisionPlan, plan_dense, widen
+from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.quotas.quota import Exchange, Quota, QuotaState, Samples, alone
 from regate_ds.algorithm.rankings.ranking import Ranking
-from regate_ds.algorithm.rows import RowLayout
+from regate_ds.algorithm.rows import RowLayout, widen
 from regate_ds.algorithm.scores.score import Score, ScoreInputs
 
 

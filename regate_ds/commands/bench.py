@@ -8,6 +8,7 @@ BENCHMARKS = {
     "step": "time, memory and transfers of a step, sparse and dense, on a host",
     "teacher": "the teacher's scoring against a forward pass with all logits",
     "learning": "quality and cost of whole trainings",
+    "text": "dense, merged and superposed trainings on plain text of your own",
 }
 
 
@@ -25,6 +26,10 @@ def _run(args: argparse.Namespace, _: list[str]) -> int:
         from regate_ds.recipe.learning import command
 
         return command.main(args.rest)
+    if args.benchmark == "text":
+        from regate_ds.recipe.tasks.text import bench
+
+        return bench.main(args.rest)
     if args.benchmark == "teacher":
         from regate_ds.recipe.bench import teacher
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from regate_ds.algorithm.batch import IGNORE, TokenBatch
-from regate_ds.algorithm.plan import ElisionPlan, plan_dense, widen
+from regate_ds.algorithm.plan import ElisionPlan, plan_dense
 from regate_ds.algorithm.quotas.quota import share_of
+from regate_ds.algorithm.rows import widen
 from tests.algorithm.plain_plan_helper import (
     plain_kept,
     plain_ragged,

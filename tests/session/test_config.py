@@ -30,6 +30,7 @@ from regate_ds.algorithm.scores.random import Random
 from regate_ds.algorithm.scores.table import SCORES
 from regate_ds.config import RegateConfig
 from regate_ds.images_config import ImagesConfig
+from regate_ds.merge_config import MergeConfig
 from regate_ds.schedule_config import ScheduleConfig
 from regate_ds.settings.section import plain_values, read_section
 from tests.support.planning import config_of
@@ -70,6 +71,11 @@ REFUSED = [
     (ImagesConfig, {"keep_share": "half"}, "must be a number, or a MovingShare"),
     (ImagesConfig, {"ranking": "random"}, "must be one of RandomOrder, StrideOrder, PixelOrder"),
     (ImagesConfig, {"schedule": 3}, "must be a ScheduleConfig, or None"),
+    (RegateConfig, {"merge": 4}, r"must be a MergeConfig; write MergeConfig\(...\)"),
+    (MergeConfig, {"size": 1}, "must be at least 2; to merge nothing set merge.steps=0"),
+    (MergeConfig, {"size": 2.5}, "must be a whole number"),
+    (MergeConfig, {"steps": -1}, "must be 0 or more"),
+    (MergeConfig, {"steps": 1.5}, "must be a whole number of steps, or a share below 1"),
     (MovingShare, {"between": "curve", "points": ((0.0, 0.7), (1.0, 0.3))}, "must be one of"),
     (MovingShare, {"points": 0.5}, "must be two pairs of numbers or more"),
     (MovingShare, {"points": ((0.0, 0.5),)}, "must be two pairs of numbers or more"),
@@ -153,7 +159,7 @@ def test_an_older_key_does_not_hide_what_stands_where_its_section_belongs(sectio
 
 
 def test_every_knob_has_a_refusal():
-    kinds = {RegateConfig, ScheduleConfig, ImagesConfig, MovingShare}
+    kinds = {RegateConfig, ScheduleConfig, ImagesConfig, MergeConfig, MovingShare}
     for table in (SCORES, QUOTAS, EXECUTIONS, RANKINGS):
         kinds |= set(table.values())
     judged = {f"{kind.__name__}.{next(iter(knobs))}" for kind, knobs, _ in REFUSED}

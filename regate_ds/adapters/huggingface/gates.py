@@ -137,6 +137,7 @@ def attach_model(
     last_layer = depth if config.last_layer is None else config.last_layer
     require_span(config.first_layer, last_layer, depth)
     require_execution(config.execution, "huggingface")
+    merging = _merging(config, host, support, num_virtual)
     spans = config.execution.spans(config.first_layer, last_layer)
     span, is_apart = joined_span(spans, ("layer", "mlp", "backward")), len(spans) > 1
     require_keys_within(decoder.config, span, is_apart=is_apart)
@@ -152,7 +153,10 @@ def attach_model(
     head = host.get_output_embeddings()
     with_entropy = wishes.observes or config.records("entropy")
     head_gate = HeadGate(support.change, own_loss, with_entropy, wishes.observes, config.score)
-    attachment.rebind_forward(head, head_forward, gate=head_gate)
+    if merging is not None:
+        merging.attach_merging(attachment, host, head_gate)
+    else:
+        attachment.rebind_forward(head, head_forward, gate=head_gate)
     if support.deepstack:
         attachment.rebind(decoder, METHOD, add_at_kept, current=current)
     types = getattr(decoder.config, "layer_types", None) or [""] * depth
@@ -167,6 +171,18 @@ def attach_model(
         )
         attachment.rebind_forward(layer, layer_forward, gate=layer_gate)
     return attachment
+
+
+def _merging(config: RegateConfig, host: Any, support: Supported, num_virtual: int) -> Any:
+    """Return the file that merges, once it has judged the model; None where no step is merged."""
+    if not config.merge.steps:
+        return None
+    # Here, so that a run without merged steps does not load it.
+    from regate_ds.adapters.merging import huggingface
+
+    config.merge.require_host("huggingface")
+    huggingface.require_mergeable(host, support, num_virtual)
+    return huggingface
 
 
 def _model_forward(
@@ -196,7 +212,7 @@ def _model_forward(
     is_packed = gate.packed_at_end and plan.moves_rows
     num_rows = plan.num_slots if is_packed else plan.num_tokens
     require_passed_through(host, hidden, num_rows, within.num_seen, gate.num_layers)
-    rows_L = plan.label_slot_L if is_packed else plan.label_position_L
+    rows_L = plan.head_rows(packed=is_packed)
     hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows_L)
     found = host.get_output_embeddings()(hidden_LH, regate_plan=asked)
     loss_sum, losses_L, entropy_L, top1_L, chosen_C = found

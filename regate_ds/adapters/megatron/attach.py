@@ -84,6 +84,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     ragged = row_format == "ragged"
     require_supported_chunks(chunks, config, ragged=ragged, ends_early=ends_early)
     require_execution(config.execution, "megatron")
+    config.merge.require_host("megatron")
     require_undivided(models)
     axes = find_axes(
         host, ragged=ragged, ends_early=ends_early, token_multiple=config.token_multiple

@@ -157,7 +157,7 @@ class LoopRegate(Stateful):
         """
         if self._opened is not None:
             self._opened.session.finish_step(applied=applied)
-            self._figures.end(self.metrics())
+            self._figures.end(self.metrics(), self._opened.session.switch_figures)
 
     def metrics(self) -> dict[str, Any]:
         """Return counts of the step planned last, over all data ranks (see ``metrics_of``).

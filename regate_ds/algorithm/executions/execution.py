@@ -14,13 +14,12 @@ all rows do. What is not in a span is the host's own.
     backward_only  what must stay, chosen        one, part "backward"            all labels
     mlp_only       what must stay, chosen        one, part "mlp"                 kept labels
     random_ltd     a random set for each layer   one a layer, each its own set   all labels
-    merge          patches of K neighbours       one, part "layer", slot patch   K targets a slot
 
 ``part`` says what of a layer kept rows alone pass through: the "layer" with its mixer, the "mlp"
 branch from its norm to its residual addition, or the "backward" pass, where the others enter
-detached. A slot is a position or, in ``merge``, a patch that predicts several targets: therefore
-``ElisionPlan.label_slot_L`` may name a slot several times, and targets and weights are fields of
-their own. All but the last are there; that fits the same four numbers.
+detached. A slot is a position or, in a merged step, a patch of several that predicts several
+targets: therefore ``ElisionPlan.label_slot_L`` may name a slot several times, and targets and
+weights are fields of their own. Merged steps are a phase before these executions: see `merge.py`.
 """
 
 from __future__ import annotations

@@ -96,6 +96,11 @@ def judge_length(elision: RegateConfig, num_steps: int) -> None:
     """Refuse, by ValueError, a schedule shorter than the run, or one without a sparse step."""
     if not elision.enabled:
         return
+    if elision.merge.steps:
+        raise ValueError(
+            f"elision.merge.steps={elision.merge.steps}: the figures of `regate train` do not know "
+            "merged steps; set it to 0, or merge in a loop of your own (docs/merge.md)"
+        )
     for name, one in (("", elision.schedule), ("images.", elision.images.schedule)):
         if one is not None and one.in_steps(num_steps).total_steps < num_steps:
             raise ValueError(

@@ -163,6 +163,7 @@ BY_WINDOW = (("score", "random"), ("quota", "per_window"), ("per_window.floor", 
 IMAGES_ELIDED = (("images.keep_share", 0.5),)
 IMAGES_ALONE = (*IMAGES_ELIDED, ("execution", "elide_images"))
 ENTROPY = (("score", "entropy"),)
+MERGED = (("merge.steps", 2),)
 AFTER_FORWARD = (*ENTROPY, ("execution", "after_forward"))
 MLP_ONLY = (*IMAGES_ELIDED, ("execution", "mlp_only"), ("token_multiple", 8))
 RANDOM_LTD = (("execution", "random_ltd"), ("score", "random"), ("last_layer", 2))
@@ -197,6 +198,7 @@ def cases() -> Iterator[tuple[str, ZeroCase]]:
         yield "backward only, recompute", replace(recompute, knobs=BACKWARD_ONLY)
         yield "random LTD", ZeroCase(stage=stage, accumulation=3, knobs=RANDOM_LTD)
         yield "backward only", ZeroCase("qwen2_vl", stage, knobs=BACKWARD_ONLY)
+        yield "merged, recompute", replace(recompute, knobs=MERGED)
 
         if stage == 3:
             yield "after forward", ZeroCase(stage=stage, accumulation=3, knobs=AFTER_FORWARD)

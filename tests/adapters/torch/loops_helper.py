@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from regate_ds import Loop, attach
 from tests.adapters.deepspeed.zero_cases_helper import (
     IMAGES_ELIDED,
+    MERGED,
     MLP_ONLY,
     SEES,
     ZeroCase,
@@ -205,6 +206,8 @@ def cases() -> Iterator[tuple[str, str, ZeroCase]]:
         yield loop, "images and videos", mixed
     yield "DDP", "own loss", replace(uneven, own_loss=True, accumulation=4)
     yield "DDP", "a dense step", replace(uneven, knobs=(("warmup", 1),))
+    for loop in ("DDP", "FSDP2"):
+        yield loop, "merged", replace(uneven, accumulation=4, knobs=MERGED)
     yield "FSDP2", "MLP only, recompute", replace(uneven, recompute=True, knobs=MLP_ONLY)
     yield "FSDP2 with a divide factor", "uneven", replace(uneven, accumulation=4)
     for loop in ("DDP that finds unused weights", *BY_BFLOAT16):

@@ -157,6 +157,12 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(load, overrides, messag
         judge_length(load(*overrides).elision, 10)
 
 
+def test_merged_steps_are_refused_where_figures_do_not_know_them(load):
+    with pytest.raises(ValueError, match=r"elision.merge.steps=0.5: the figures of `regate train`"):
+        load("run.steps=10", "elision.merge.steps=0.5")
+    assert load("run.steps=10", "elision.merge.size=8").elision.merge.size == 8
+
+
 @pytest.mark.parametrize("dense", ["elision.keep_share=1.0", "elision.execution=none"])
 def test_a_dense_run_may_be_dense_throughout(load, dense):
     config = load("run.steps=10", "elision.schedule.warmup=10", dense)
