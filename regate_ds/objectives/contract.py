@@ -26,7 +26,7 @@ class Inputs:
     """What rows are made of, the same in a whole run."""
 
     num_tokens: int
-    """RowBatch of the embedding table, added tokens included."""
+    """Rows of the embedding table, added tokens included."""
 
     pad_id: int
     mask_id: int
@@ -40,7 +40,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowBatch:
+class TokenRows:
     """The samples of a micro-batch; padding stands behind the text of a row."""
 
     keys: tuple[SampleKey, ...]
@@ -59,7 +59,7 @@ class RowBatch:
     def num_patches(self) -> int:
         return 0 if self.patches_BPF is None else self.patches_BPF.shape[1]
 
-    def to(self, device: torch.device) -> RowBatch:
+    def to(self, device: torch.device) -> TokenRows:
         patches = None if self.patches_BPF is None else self.patches_BPF.to(device)
         ids, real = self.ids_BT.to(device), self.is_real_BT.to(device)
         return replace(self, ids_BT=ids, is_real_BT=real, patches_BPF=patches)
@@ -99,7 +99,7 @@ class Objective(Protocol):
         """How many times narrower the helper is than the main model; None if there is none."""
         ...
 
-    def draw(self, rows: RowBatch, inputs: Inputs, *, seed: int, step: int) -> Draw:
+    def draw(self, rows: TokenRows, inputs: Inputs, *, seed: int, step: int) -> Draw:
         """Choose what each position is asked. Each row has a generator of its own, so that neither
         ranks nor micro-batches change a draw."""
         ...

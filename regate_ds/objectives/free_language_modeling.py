@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from regate_ds.algorithm.draw import generator
 from regate_ds.algorithm.knobs import refuse_knobs
-from regate_ds.objectives.contract import Inputs, RowBatch, TermLosses
+from regate_ds.objectives.contract import Inputs, TermLosses, TokenRows
 from regate_ds.objectives.parts import Main, TiedHead, next_token_loss, num_told
 from regate_ds.objectives.position_queries import PositionQueries, Streams
 
@@ -63,7 +63,7 @@ class FreeLanguageModeling:
     def helper_divisor(self) -> None:
         return None
 
-    def draw(self, rows: RowBatch, inputs: Inputs, *, seed: int, step: int) -> Spans:
+    def draw(self, rows: TokenRows, inputs: Inputs, *, seed: int, step: int) -> Spans:
         del inputs
         first_BT, last_BT = torch.zeros_like(rows.ids_BT), torch.zeros_like(rows.ids_BT)
         for row, key in enumerate(rows.keys):
@@ -107,7 +107,7 @@ class FreeLanguageModelingModule(nn.Module):
             self.main.width, num_layers=config.query_layers, num_heads=config.query_heads
         )
 
-    def forward(self, rows: RowBatch, draw: Spans) -> TermLosses:
+    def forward(self, rows: TokenRows, draw: Spans) -> TermLosses:
         ids, real, table = rows.ids_BT, rows.is_real_BT, self.main.embedding.weight
         streams = self.streams(rows)
         states_BTH = self.queries(streams, draw.first_BT, draw.last_BT)
@@ -120,7 +120,7 @@ class FreeLanguageModelingModule(nn.Module):
             SPANS: F.cross_entropy(logits, targets, reduction="sum"),
         }
 
-    def streams(self, rows: RowBatch) -> Streams:
+    def streams(self, rows: TokenRows) -> Streams:
         """Run the decoder once over both directions; padding stays behind in either."""
         ids, real, patches = rows.ids_BT, rows.is_real_BT, rows.patches_BPF
         place_BT = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

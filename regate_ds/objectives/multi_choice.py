@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regate_ds.algorithm.knobs import refuse_knobs
-from regate_ds.objectives.contract import Inputs, RowBatch, TermLosses
+from regate_ds.objectives.contract import Inputs, TermLosses, TokenRows
 from regate_ds.objectives.parts import Main, Query, wide
 from regate_ds.objectives.picking import Picked, Picking, pick, sample_tokens, share_rule
 from regate_ds.objectives.proposals import Helper, require_helper
@@ -76,7 +76,7 @@ class MultiChoice:
     def helper_divisor(self) -> int:
         return self.controller_divisor
 
-    def draw(self, rows: RowBatch, inputs: Inputs, *, seed: int, step: int) -> Picked:
+    def draw(self, rows: TokenRows, inputs: Inputs, *, seed: int, step: int) -> Picked:
         picking = Picking(
             share=self.pick_share,
             guess=CONTROLLER,
@@ -105,7 +105,7 @@ class MultiChoiceModule(nn.Module):
         self.query = Query(self.main.width, self.main.embedding_width)
         self.neither = nn.Parameter(torch.empty(self.main.embedding_width).normal_(std=0.02))
 
-    def forward(self, rows: RowBatch, draw: Picked) -> TermLosses:
+    def forward(self, rows: TokenRows, draw: Picked) -> TermLosses:
         proposal = self.helper(rows, draw, self.main.embedding)
         seen_BT = proposal.seen_BT
         seen_N, truth_N = (ids.flatten()[draw.real_N] for ids in (seen_BT, rows.ids_BT))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regate_ds.objectives.contract import Inputs, RowBatch
+from regate_ds.objectives.contract import Inputs, TokenRows
 
 
 class Main(nn.Module):
@@ -106,7 +106,7 @@ def next_token_loss(
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def num_told(rows: RowBatch) -> int:
+def num_told(rows: TokenRows) -> int:
     """Return the number of tokens that have a position before them."""
     return int(rows.is_real_BT[:, first_told(rows.num_patches) :].sum())
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from regate_ds.algorithm.draw import generator
 from regate_ds.algorithm.knobs import Rule
-from regate_ds.objectives.contract import Inputs, RowBatch
+from regate_ds.objectives.contract import Inputs, TokenRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Picked:
         )
 
 
-def pick(rows: RowBatch, inputs: Inputs, picking: Picking, *, seed: int, step: int) -> Picked:
+def pick(rows: TokenRows, inputs: Inputs, picking: Picking, *, seed: int, step: int) -> Picked:
     """Pick a share of each row's positions that hold text, at least one where there is one."""
     special = torch.tensor(inputs.special_ids)
     is_text_BT = rows.is_real_BT & ~torch.isin(rows.ids_BT, special)

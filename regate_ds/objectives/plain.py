@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regate_ds.algorithm.knobs import refuse_knobs
-from regate_ds.objectives.contract import Inputs, RowBatch, TermLosses
+from regate_ds.objectives.contract import Inputs, TermLosses, TokenRows
 from regate_ds.objectives.parts import Main, TiedHead, next_token_loss, num_told
 from regate_ds.objectives.picking import Picked, Picking, pick, share_rule
 
@@ -52,7 +52,7 @@ class Masked:
     def helper_divisor(self) -> None:
         return None
 
-    def draw(self, rows: RowBatch, inputs: Inputs, *, seed: int, step: int) -> Picked:
+    def draw(self, rows: TokenRows, inputs: Inputs, *, seed: int, step: int) -> Picked:
         picking = Picking(share=self.pick_share, guess=MASKED)
         return pick(rows, inputs, picking, seed=seed, step=step)
 
@@ -70,7 +70,7 @@ class MaskedModule(nn.Module):
         self.main = Main(main, inputs)
         self.head = TiedHead(self.main.width, self.main.embedding_width, inputs.num_tokens)
 
-    def forward(self, rows: RowBatch, draw: Picked) -> TermLosses:
+    def forward(self, rows: TokenRows, draw: Picked) -> TermLosses:
         read_BT = corrupted(rows, draw, self.config.mask_share, self.inputs)
         states_BSH = self.main(read_BT, rows.is_real_BT, rows.patches_BPF)
         states_BTH = states_BSH[:, rows.num_patches :]
@@ -79,7 +79,7 @@ class MaskedModule(nn.Module):
         return {MASKED: F.cross_entropy(logits_NV, truth_N, reduction="sum")}
 
 
-def corrupted(rows: RowBatch, draw: Picked, mask_share: float, inputs: Inputs) -> Tensor:
+def corrupted(rows: TokenRows, draw: Picked, mask_share: float, inputs: Inputs) -> Tensor:
     """Return the rows' ids as they are read: masked, random or as they are where picked."""
     is_masked_BT = draw.mask_draw_BT < mask_share
     is_random_BT = (draw.mask_draw_BT < (1.0 + mask_share) / 2) & ~is_masked_BT
@@ -108,7 +108,7 @@ class Causal:
     def helper_divisor(self) -> None:
         return None
 
-    def draw(self, rows: RowBatch, inputs: Inputs, *, seed: int, step: int) -> Told:
+    def draw(self, rows: TokenRows, inputs: Inputs, *, seed: int, step: int) -> Told:
         return Told({NEXT: num_told(rows)})
 
     def build(self, main: nn.Module, helper: nn.Module | None, inputs: Inputs) -> CausalModule:
@@ -134,7 +134,7 @@ class CausalModule(nn.Module):
         self.main = Main(main, inputs)
         self.head = TiedHead(self.main.width, self.main.embedding_width, inputs.num_tokens)
 
-    def forward(self, rows: RowBatch, draw: Told) -> TermLosses:
+    def forward(self, rows: TokenRows, draw: Told) -> TermLosses:
         states_BSH = self.main(rows.ids_BT, rows.is_real_BT, rows.patches_BPF)
         table = self.main.embedding.weight
         return {NEXT: next_token_loss(states_BSH, rows.ids_BT, rows.is_real_BT, self.head, table)}

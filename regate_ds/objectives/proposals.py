@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regate_ds.objectives.contract import Inputs, RowBatch
+from regate_ds.objectives.contract import Inputs, TokenRows
 from regate_ds.objectives.parts import Main, TiedHead
 from regate_ds.objectives.picking import Picked, sample_tokens
 
@@ -46,7 +46,7 @@ class Helper(nn.Module):
         self.body = body
         self.head = TiedHead(body.config.hidden_size, main.embedding_width, inputs.num_tokens)
 
-    def forward(self, rows: RowBatch, draw: Picked, embedding: nn.Embedding) -> Proposal:
+    def forward(self, rows: TokenRows, draw: Picked, embedding: nn.Embedding) -> Proposal:
         """Guess the picked positions of masked rows, and sample tokens for them."""
         is_masked_BT = draw.mask_draw_BT < self.mask_share
         read_BT = rows.ids_BT.masked_fill(is_masked_BT, self.inputs.mask_id)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from regate_ds.algorithm.knobs import refuse_knobs
-from regate_ds.objectives.contract import Inputs, RowBatch, TermLosses
+from regate_ds.objectives.contract import Inputs, TermLosses, TokenRows
 from regate_ds.objectives.parts import Main, wide
 from regate_ds.objectives.picking import Picked, Picking, pick, share_rule
 from regate_ds.objectives.proposals import Helper, require_helper
@@ -68,7 +68,7 @@ class ReplacedToken:
     def helper_divisor(self) -> int:
         return self.generator_divisor
 
-    def draw(self, rows: RowBatch, inputs: Inputs, *, seed: int, step: int) -> Picked:
+    def draw(self, rows: TokenRows, inputs: Inputs, *, seed: int, step: int) -> Picked:
         picking = Picking(share=self.pick_share, guess=GENERATOR, judge=REPLACED)
         return pick(rows, inputs, picking, seed=seed, step=step)
 
@@ -90,7 +90,7 @@ class ReplacedTokenModule(nn.Module):
         width = self.main.width
         self.judge = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
-    def forward(self, rows: RowBatch, draw: Picked) -> TermLosses:
+    def forward(self, rows: TokenRows, draw: Picked) -> TermLosses:
         proposal = self.helper(rows, draw, self.main.embedding)
         seen_BT = proposal.seen_BT
         states_BTH = self.main(seen_BT, rows.is_real_BT)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from regate_ds.objectives.contract import Inputs, RowBatch, weighted_loss
+from regate_ds.objectives.contract import Inputs, TokenRows, weighted_loss
 from tests.support.measure import Gradients, gradients
 
 INPUTS = Inputs(num_tokens=17, pad_id=0, mask_id=1, special_ids=(0, 1, 2))
@@ -65,8 +65,8 @@ def make_module(objective: Any, inputs: Inputs = INPUTS) -> nn.Module:
     return enlarge(objective.build(main, helper, inputs))
 
 
-def make_rows(lengths: tuple[int, ...] = LENGTHS, patches: Tensor | None = None) -> RowBatch:
-    """RowBatch of random tokens, each ending with the special token 2."""
+def make_rows(lengths: tuple[int, ...] = LENGTHS, patches: Tensor | None = None) -> TokenRows:
+    """Rows of random tokens, each ending with the special token 2."""
     draws = torch.Generator().manual_seed(5)
     own = [torch.randint(3, 17, (n,), generator=draws) for n in lengths]
     for one in own:
@@ -74,11 +74,11 @@ def make_rows(lengths: tuple[int, ...] = LENGTHS, patches: Tensor | None = None)
     ids = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=0)
     real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
     keys = tuple(("train", 40 + number) for number in range(len(lengths)))
-    return RowBatch(keys=keys, ids_BT=ids, is_real_BT=real, patches_BPF=patches)
+    return TokenRows(keys=keys, ids_BT=ids, is_real_BT=real, patches_BPF=patches)
 
 
 def loss_and_gradients(
-    objective: Any, module: nn.Module, rows: RowBatch
+    objective: Any, module: nn.Module, rows: TokenRows
 ) -> tuple[Tensor, Gradients]:
     """The objective's weighted loss of a micro-batch that is a whole step."""
     draw = objective.draw(rows, INPUTS, seed=7, step=2)

@@ -60,7 +60,7 @@ class PretrainRun:
     """Optimizer steps of the run."""
 
     micro_batch: int = 16
-    """RowBatch of one forward pass on each rank."""
+    """Rows of one forward pass on each rank."""
 
     accumulation: int = 1
     """Micro-batches of one optimizer step on each rank."""
@@ -90,7 +90,8 @@ class PretrainRun:
     """True resumes from the newest checkpoint in `out`; auto resumes if there is one."""
 
     grace_seconds: int | None = None
-    """As `run.grace_seconds` of `regate train`."""
+    """After SIGTERM or SIGUSR1 a run ends its step, saves and exits with code 75; if that takes
+    more than this many seconds, it exits at once with code 143; null sets no limit."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "micro_batch", "accumulation", "eval_rows"):
@@ -118,6 +119,8 @@ class PretrainTree:
 
     data: PretrainData
     objective: Objective = field(default_factory=ReplacedToken)
+    """What is trained for."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: PretrainRun
 

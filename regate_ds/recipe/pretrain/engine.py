@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from regate_ds.job.process import Process
-from regate_ds.objectives.contract import Draw, RowBatch, weighted_loss
+from regate_ds.objectives.contract import Draw, TokenRows, weighted_loss
 from regate_ds.parallel.collectives import sum_over, sum_tensor
 from regate_ds.recipe.config.deepspeed_json import deepspeed_config, zero_stage
 from regate_ds.recipe.optimizer import make_lr_schedule, make_optimizer
 from regate_ds.recipe.pretrain.config import PretrainTree
 from regate_ds.recipe.saving.contents import Checkpoint
 
-Asked = Sequence[tuple[RowBatch, Draw]]
+Asked = Sequence[tuple[TokenRows, Draw]]
 """The micro-batches of one optimizer step, on this rank."""
 
 
@@ -97,7 +97,7 @@ class PretrainEngine:
     def load_method(self, checkpoint: Path) -> None:
         """Load nothing more: what is drawn depends on seed, step and row alone."""
 
-    def _moved(self, rows: RowBatch, draw: Draw) -> tuple[RowBatch, Draw]:
+    def _moved(self, rows: TokenRows, draw: Draw) -> tuple[TokenRows, Draw]:
         return rows.to(self._process.device), draw.to(self._process.device)
 
     def _counts(self, micro_batches: Asked) -> dict[str, int]:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.objectives.contract import RowBatch
+from regate_ds.objectives.contract import TokenRows
 
 _RIDGE = 1e-2
 """Weight of the squared map, for states of variance 1."""
 
 
 @torch.no_grad()
-def pooled_states(module: nn.Module, batches: Sequence[RowBatch], *, of_patches: bool) -> Tensor:
+def pooled_states(module: nn.Module, batches: Sequence[TokenRows], *, of_patches: bool) -> Tensor:
     """Return the mean of each row's states [N, H]: of its patches, or of its text.
 
     A module that reads in both directions gives the mean of both.
@@ -37,7 +37,7 @@ def pooled_states(module: nn.Module, batches: Sequence[RowBatch], *, of_patches:
     return torch.cat(found).double()
 
 
-def _mean(states_BSH: Tensor, rows: RowBatch, of_patches: bool) -> Tensor:
+def _mean(states_BSH: Tensor, rows: TokenRows, of_patches: bool) -> Tensor:
     num = rows.num_patches
     if of_patches:
         return states_BSH[:, :num].mean(dim=1)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from regate_ds.objectives.contract import Inputs, RowBatch
+from regate_ds.objectives.contract import Inputs, TokenRows
 from regate_ds.recipe.pretrain.config import PretrainData
 from regate_ds.recipe.tasks.pretraining.tokenizer import train_tokenizer
 from regate_ds.recipe.tasks.text.blocks import token_blocks
@@ -44,7 +44,7 @@ class RowSource:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows(self, numbers: Sequence[int]) -> RowBatch:
+    def rows(self, numbers: Sequence[int]) -> TokenRows:
         """Return the rows of these numbers as a micro-batch, on the CPU."""
         own = [self.ids[number] for number in numbers]
         ids = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=self.pad_id)
@@ -55,7 +55,7 @@ class RowSource:
         if self.pictures is not None:
             read = [patches_of(self.pictures[number], self.patch) for number in numbers]
             patches = torch.stack(read)
-        return RowBatch(keys=keys, ids_BT=ids, is_real_BT=is_real, patches_BPF=patches)
+        return TokenRows(keys=keys, ids_BT=ids, is_real_BT=is_real, patches_BPF=patches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def patches_of(path: Path, side: int) -> Tensor:
     try:
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: is no picture that can be read ({error})") from None
     height, width = pixels.shape[:2]
     if height % side or width % side:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regate_ds.job.process import Process
 from regate_ds.job.supervise import join_job
-from regate_ds.objectives.contract import RowBatch
+from regate_ds.objectives.contract import TokenRows
 from regate_ds.recipe.pretrain.config import PretrainTree, load_pretrain
 from regate_ds.recipe.pretrain.probe import accuracy, fitted_scores, mean_ranking, pooled_states
 from regate_ds.recipe.pretrain.rows import PretrainRows, RowSource, open_rows, read_captions
@@ -175,7 +175,7 @@ def _captions(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return path, scenes
 
 
-def _batches(source: RowSource) -> list[RowBatch]:
+def _batches(source: RowSource) -> list[TokenRows]:
     numbers = range(len(source))
     return [source.rows(list(numbers[at : at + 64])) for at in range(0, len(source), 64)]
 

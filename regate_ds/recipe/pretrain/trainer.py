@@ -18,7 +18,8 @@ from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
 from regate_ds.parallel.collectives import sum_over
 from regate_ds.recipe.order import Order
-from regate_ds.recipe.pretrain.config import PretrainTree
+from regate_ds.recipe.preflight import judge_folder, require_one_data_set
+from regate_ds.recipe.pretrain.config import PretrainTree, load_pretrain
 from regate_ds.recipe.pretrain.engine import Asked, PretrainEngine
 from regate_ds.recipe.pretrain.models import build_module
 from regate_ds.recipe.pretrain.rows import PretrainRows, RowSource, open_rows
@@ -58,9 +59,10 @@ class Pretraining:
         """Build the run. rows: those of ``config.data``, if they have been opened already."""
         self.config, self.process = config, process
         self.folder = RunFolder(config.run.out)
-        if process.is_first and not config.run.resume:
-            self.folder.require_new()
+        if process.is_first:
+            judge_folder(config, load_pretrain)
         self.rows = rows or open_rows(config.data)
+        require_one_data_set(self.rows.fingerprint, process)
         run = config.run
         self.order = Order(
             num_samples=len(self.rows.train),
@@ -146,12 +148,8 @@ class Pretraining:
         resumes = self.process.is_first and self.folder.resumes(self.config.run.resume)
         saved = choose_checkpoint(self.folder.checkpoints, self.process, resumes=resumes)
         if saved is not None:
-            saved.done.require(self._fingerprint, self.order.samples_per_step)
+            saved.done.require(self.rows.fingerprint, self.order.samples_per_step)
         return saved
-
-    @property
-    def _fingerprint(self) -> str:
-        return self.rows.fingerprint
 
     def _resume(self, saved: Checkpoint) -> int:
         load_checkpoint(saved, self.engine, self.process, "")  # type: ignore[arg-type]
@@ -162,7 +160,7 @@ class Pretraining:
     def _save(self, done: int) -> None:
         state = Done(
             step=done,
-            fingerprint=self._fingerprint,
+            fingerprint=self.rows.fingerprint,
             samples_per_step=self.order.samples_per_step,
             num_ranks=self.process.world_size,
             figures=self.folder.figures_before(done) if self.process.is_first else "",

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from regate_ds.cli import main
 from regate_ds.objectives.contract import Inputs
 from regate_ds.objectives.table import OBJECTIVES
-from regate_ds.recipe.pretrain.config import load_pretrain
+from regate_ds.recipe.preflight import judge_folder
+from regate_ds.recipe.pretrain.config import PretrainTree, load_pretrain
 from regate_ds.recipe.pretrain.engine import _require_stage
 from regate_ds.recipe.pretrain.models import build_module
 from regate_ds.recipe.pretrain.rows import open_rows, patches_of
-from tests.recipe.pretrain.pretrain_helper import DECODER, config_of, make_data, pictures
+from regate_ds.recipe.run_folder import RunFolder
+from regate_ds.settings.section import plain_values
+from tests.objectives.small_helper import make_rows
+from tests.recipe.config.table_helper import HEAD, rows
+from tests.recipe.pretrain.pretrain_helper import DECODER, ENCODER, config_of, make_data, pictures
 from tests.support.paths import ROOT
 
 INPUTS = Inputs(num_tokens=271, pad_id=2, mask_id=270, special_ids=(0, 1, 2, 3, 270))
@@ -61,6 +68,26 @@ def test_a_model_that_does_not_suit(tmp_path: Path, overrides: list[str], messag
         build_module(config_of(tmp_path, "out", *overrides), INPUTS, longest=12)
 
 
+KINDS = [
+    ("replaced_token", {"model_type": "electra", "embedding_size": 20}),
+    ("multi_choice", {"model_type": "electra", "embedding_size": 20}),
+    ("causal", {"model_type": "qwen2", "num_key_value_heads": 4}),
+    ("free_language_modeling", {"model_type": "qwen2", "num_key_value_heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("objective", "fields"), KINDS)
+def test_other_families_are_trained_as_well(tmp_path: Path, objective: str, fields: dict):
+    given = json.dumps({**ENCODER, **fields})
+    config = config_of(tmp_path, "out", f"model={given}", f"objective={objective}")
+    module = build_module(config, INPUTS, longest=12)
+    batch = make_rows((7, 5))
+    draw = config.objective.draw(batch, INPUTS, seed=0, step=0)
+    sum(module(batch, draw).values()).backward()
+    missing = [name for name, p in module.named_parameters() if p.grad is None]
+    assert not missing
+
+
 def test_new_weights_depend_on_the_seed_alone(tmp_path: Path):
     modules = []
     for seed in (0, 0, 1):
@@ -79,9 +106,9 @@ def test_data_that_is_none(tmp_path: Path):
     make_data(tmp_path)
     path = tmp_path / "captions.jsonl"
     config = config_of(tmp_path, "out", *pictures(tmp_path, "masked"), f"model={DECODER}")
-    rows = open_rows(config.data)
-    assert rows.inputs.patch_size == 4 * 4 * 3
-    assert rows.longest == 4 + max(len(one) for one in [*rows.train.ids, *rows.held_out.ids])
+    opened = open_rows(config.data)
+    assert opened.inputs.patch_size == 4 * 4 * 3
+    assert opened.longest == 4 + max(map(len, [*opened.train.ids, *opened.held_out.ids]))
     path.write_text(path.read_text() + '\n{"image": "1.png"}\n')
     with pytest.raises(ValueError, match=r"captions.jsonl, line 41: must be an object with texts"):
         open_rows(config.data)
@@ -100,6 +127,15 @@ def test_patches_are_read_row_by_row(tmp_path: Path):
     pixels = ((patches_of(tmp_path / "one.png", 2) + 1) * 127.5).round().int()
     assert pixels.shape == (4, 12)
     assert pixels[1].view(4, 3).tolist() == [[2, 0, 255], [3, 0, 255], [2, 1, 255], [3, 1, 255]]
+
+
+def test_a_resume_with_other_settings(tmp_path: Path):
+    config = config_of(tmp_path, "out")
+    RunFolder(config.run.out).begin(yaml.safe_dump(plain_values(config)))
+    judge_folder(replace(config, run=replace(config.run, resume=True)), load_pretrain)
+    other = config_of(tmp_path, "out", "run.resume=true", "replaced_token.weight=9.0")
+    with pytest.raises(ValueError, match=r"replaced_token.weight=9.0, but the run in .* with 50.0"):
+        judge_folder(other, load_pretrain)
 
 
 def test_stages_that_cannot_be():
@@ -123,3 +159,11 @@ def test_each_objective_has_a_configuration_that_makes_its_module(name: str):
     assert (None if helper is None else helper.body.config.hidden_size) == widths.get(name)
     shared = [p for n, p in module.named_parameters() if p.shape[0] == 271 and p.dim() == 2]
     assert len(shared) == 1, "one table of token embeddings"
+
+
+def test_the_page_lists_every_key_as_it_is():
+    text = (ROOT / "docs" / "objectives.md").read_text()
+    assert text.partition(HEAD)[2].strip().splitlines() == list(rows(PretrainTree)), (
+        "replace the table under 'Every key' in docs/objectives.md by what is printed by "
+        "python -m tests.recipe.config.table_helper pretrain"
+    )
