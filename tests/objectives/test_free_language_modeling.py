@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from tests.objectives.small_helper import (
 )
 from tests.support.measure import assert_gradients_equal
 
-PICTURES = INPUTS.__class__(num_tokens=17, pad_id=0, mask_id=1, special_ids=(0, 1, 2), patch_size=5)
+PICTURES = replace(INPUTS, patch_size=5)
 
 
 def waves(place: int, width: int) -> Tensor:

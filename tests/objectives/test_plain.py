@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,14 @@ from tests.objectives.small_helper import (
 from tests.support.measure import assert_gradients_equal
 
 
+def patches_of(module: Any, rows: Any, n: int):
+    """What is read before a row's text, [P, E]."""
+    if rows.patches_BPF is None:
+        return torch.zeros(0, module.main.width, dtype=torch.float64)
+    linear = module.main.patches
+    return rows.patches_BPF[n] @ linear.weight.T + linear.bias
+
+
 def masked_oracle(objective: Masked, module: Any, rows: Any):
     draw = objective.draw(rows, INPUTS, seed=7, step=2)
     losses, kinds = [], set()
@@ -39,8 +48,9 @@ def masked_oracle(objective: Masked, module: Any, rows: Any):
             if kind != "own":
                 any_token = int(float(draw.sample_draw_BTU[n, t, 0]) * INPUTS.num_tokens)
                 seen[t] = INPUTS.mask_id if kind == "mask" else any_token
-        states = read(module.main.body, seen)
         table = module.main.embedding.weight
+        before = patches_of(module, rows, n)
+        states = read(module.main.body, inputs=torch.cat([before, table[seen]]))[len(before) :]
         losses += [-log_share(token_scores(module.head, table, states[t]), row[t]) for t in picked]
     assert kinds == {"mask", "any", "own"}
     return sum(losses) / len(losses)
@@ -50,17 +60,21 @@ def causal_oracle(module: Any, rows: Any):
     table, losses = module.main.embedding.weight, []
     for n, ids in enumerate(rows.ids_BT.tolist()):
         row = ids[: int(rows.is_real_BT[n].sum())]
-        states = read(module.main.body, row)
-        losses += [
-            -log_share(token_scores(module.head, table, states[t - 1]), row[t])
-            for t in range(1, len(row))
-        ]
+        before = patches_of(module, rows, n)
+        for t in range(0 if len(before) else 1, len(row)):
+            # Later tokens are not even there.
+            states = read(module.main.body, inputs=torch.cat([before, table[row[:t]]]))
+            losses.append(-log_share(token_scores(module.head, table, states[-1]), row[t]))
     return sum(losses) / len(losses)
 
 
+@pytest.mark.parametrize("has_pictures", [False, True])
 @pytest.mark.parametrize("objective", [Masked(pick_share=0.9, mask_share=0.4), Causal()])
-def test_loss_and_gradients_are_those_of_a_plain_computation(objective: Any):
-    rows, module = make_rows(), make_module(objective)
+def test_loss_and_gradients_are_those_of_a_plain_computation(objective: Any, has_pictures: bool):
+    torch.manual_seed(1)
+    patches = torch.randn(3, 2, 5, dtype=torch.float64) if has_pictures else None
+    rows = make_rows(patches=patches)
+    module = make_module(objective, replace(INPUTS, patch_size=5) if has_pictures else INPUTS)
     found, own = loss_and_gradients(objective, module, rows)
     if isinstance(objective, Masked):
         wanted = masked_oracle(objective, module, rows)
