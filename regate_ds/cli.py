@@ -15,6 +15,7 @@ from regate_ds.commands.data import add_data
 from regate_ds.commands.doctor import add_doctor
 from regate_ds.commands.estimate import add_estimate
 from regate_ds.commands.evaluate import add_eval
+from regate_ds.commands.pretrain import add_pretrain
 from regate_ds.commands.rank import add_rank
 from regate_ds.commands.store import add_store
 from regate_ds.commands.teacher import add_teacher
@@ -31,6 +32,7 @@ COMMANDS = (
     add_rank,
     add_store,
     add_train,
+    add_pretrain,
     add_eval,
     add_compare,
     add_bench,

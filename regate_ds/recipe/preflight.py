@@ -6,7 +6,7 @@ A wrong setting should cost seconds, not the minutes that loading takes on many 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,17 @@ def judge_run(config: RunConfig) -> None:
     judge_folder(config)
 
 
-def judge_folder(config: RunConfig) -> None:
-    """Refuse, by ValueError, a run folder that holds another run, or none to go on with."""
+def judge_folder(config: Any, load: Callable[[Path], Any] = load_config) -> None:
+    """Refuse, by ValueError, a run folder that holds another run, or none to go on with.
+
+    load: reads a file of such a configuration, which has a ``run.out`` and a ``run.resume``.
+    """
     folder, resume = RunFolder(config.run.out), config.run.resume
     if not resume:
         folder.require_new()
     elif resume != "auto" or folder.config.is_file():
         folder.require_run()
-        require_same_run(config, folder.config)
+        require_same_run(config, folder.config, load)
     if resume == "auto" and not folder.resumes(resume):
         folder.require_unfinished()
 
@@ -109,13 +112,13 @@ def require_teacher(config: RunConfig, world_size: int) -> None:
         )
 
 
-def require_same_run(config: RunConfig, written: Path) -> None:
+def require_same_run(config: Any, written: Path, load: Callable[[Path], Any] = load_config) -> None:
     """Refuse to resume a run with settings other than those it was started with."""
     # The path of the folder may be spelled differently, or the folder may have been moved.
     may_change = MAY_CHANGE | {"run.out"}
     new, old = (
         dict(leaves(plain_values(config))),
-        dict(leaves(plain_values(load_config(written)))),
+        dict(leaves(plain_values(load(written)))),
     )
     for key in [*new, *(key for key in old if key not in new)]:
         if key not in may_change and new.get(key) != old.get(key):

@@ -13,7 +13,18 @@ from regate_ds.recipe.evaluation import finished_run
 from regate_ds.recipe.reports import compare
 from regate_ds.recipe.tasks.digits import scenes as digits
 
-COMMANDS = ["data", "teacher", "store", "train", "eval", "compare", "bench", "estimate", "doctor"]
+COMMANDS = [
+    "data",
+    "teacher",
+    "store",
+    "train",
+    "pretrain",
+    "eval",
+    "compare",
+    "bench",
+    "estimate",
+    "doctor",
+]
 
 CONFIG = """
 model: {path: student}

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "regate_ds"
 
 ROOMS = (
     "algorithm",
+    "objectives",
     "parallel",
     "settings",
     "schedule_config",
@@ -100,6 +101,17 @@ def test_the_algorithm_imports_torch_only():
     for path in (PACKAGE / "algorithm").rglob("*.py"):
         names = {name for name in imports(path) if not name.startswith("regate_ds.algorithm")}
         assert {name.split(".")[0] for name in names} <= allowed, path
+        assert not any(name.startswith("torch.distributed") for name in names), path
+
+
+def test_objectives_import_torch_and_the_algorithm_only():
+    ours, others = (
+        ("regate_ds.objectives", "regate_ds.algorithm"),
+        {*sys.stdlib_module_names, "torch"},
+    )
+    for path in (PACKAGE / "objectives").rglob("*.py"):
+        names = {name for name in imports(path) if not name.startswith(ours)}
+        assert {name.split(".")[0] for name in names} <= others, path
         assert not any(name.startswith("torch.distributed") for name in names), path
 
 

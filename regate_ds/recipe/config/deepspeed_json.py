@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.optimizer import OptimizerConfig
 
 AUTO = "auto"
@@ -23,7 +22,17 @@ Setting = tuple[str, object, str]
 _SCHEDULERS = {"cosine": "WarmupCosineLR", "constant": "WarmupLR"}
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+class Trained(Protocol):
+    """What the settings are merged from: the configuration of `regate train`, or of `pretrain`."""
+
+    @property
+    def run(self) -> Any: ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+
+
+def deepspeed_config(config: Trained, world_size: int) -> dict[str, Any]:
     """Return the dict for ``deepspeed.initialize`` on ``world_size`` data ranks.
 
     ValueError names both values where the JSON and our YAML disagree.
@@ -42,7 +51,7 @@ def zero_stage(settings: Mapping[str, Any]) -> int:
     return settings.get("zero_optimization", {}).get("stage", 0)
 
 
-def _run_settings(config: RunConfig, world_size: int) -> list[Setting]:
+def _run_settings(config: Trained, world_size: int) -> list[Setting]:
     run, clip = config.run, config.optimizer.grad_clip
     samples = run.micro_batch * run.accumulation * world_size
     is_bf16 = run.precision == "bf16"

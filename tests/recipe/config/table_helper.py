@@ -1,10 +1,12 @@
-"""The table of docs/configuration.md, from the dataclasses.
+"""The tables of docs/configuration.md and docs/objectives.md, from the dataclasses.
 
-``python -m tests.recipe.config.table_helper`` prints it, to be pasted after a change.
+``python -m tests.recipe.config.table_helper`` prints the first, to be pasted after a change; with
+``pretrain`` behind it, the second.
 """
 
 import ast
 import inspect
+import sys
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
@@ -13,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from regate_ds.recipe.config.tree import RunConfig
+from regate_ds.recipe.pretrain.config import PretrainTree
 from regate_ds.settings.section import plain_values
 
 HEAD = "| key | value | default | meaning |\n| --- | --- | --- | --- |"
 
 
-def rows() -> Iterator[str]:
+def rows(tree: type = RunConfig) -> Iterator[str]:
     """One table row for each key, in the order of the tree."""
-    yield from _rows(RunConfig, "")
+    yield from _rows(tree, "")
 
 
 def _rows(section: type, where: str) -> Iterator[str]:
@@ -95,4 +98,4 @@ def _default(spec: Field[Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(HEAD, *rows(), sep="\n")
+    print(HEAD, *rows(PretrainTree if sys.argv[1:] == ["pretrain"] else RunConfig), sep="\n")
