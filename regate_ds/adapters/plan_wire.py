@@ -59,6 +59,18 @@ class Replica:
         array = broadcast_integers(array, array_length(header), self.planner, self.group)
         return decode(header, array)
 
+    def ask(self, is_so: Callable[[], bool] | None) -> bool:
+        """Return on every rank what ``is_so`` returns, on the rank that plans.
+
+        Collective over the replica: an error of ``is_so`` is a RuntimeError on all other ranks.
+        """
+        header = None
+        if is_so is not None:
+            header = torch.zeros(HEADER, dtype=torch.int64)
+            header[1] = self._call(is_so)
+        header = broadcast_integers(header, HEADER, self.planner, self.group, torch.int64)
+        return bool(array_length(header))
+
     def confirm(self, call: Callable[[], None] | None) -> None:
         """Wait until the rank that plans has done ``call``: the end of a step, a save, a load.
 

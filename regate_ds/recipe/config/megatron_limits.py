@@ -104,10 +104,20 @@ def _refuse(problems: Iterator[Problem] | list[Problem]) -> None:
 def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
     advice = "cannot be combined with parallel.*; set it to"
-    yield config.scores_online, f"teacher.mode=online {advice} store"
     yield (
-        config.data.pack_length is not None,
-        f"data.pack_length={config.data.pack_length} {advice} null",
+        config.scores_online and config.teacher.sharding != "none",
+        f"teacher.sharding={config.teacher.sharding} {advice} none while teacher.mode=online",
+    )
+    packs = config.data.pack_length is not None
+    yield (
+        packs and parallel.row_format != "ragged",
+        f"data.pack_length={config.data.pack_length} needs parallel.row_format=ragged, as padded "
+        "rows cannot keep samples apart; set it, or data.pack_length to null",
+    )
+    yield (
+        packs and parallel.context > 1,
+        f"data.pack_length={config.data.pack_length} cannot be combined with parallel.context="
+        f"{parallel.context}; set it to null, or parallel.context to 1",
     )
     yield run.deepspeed is not None, f"run.deepspeed={run.deepspeed} {advice} null"
     yield (

@@ -14,8 +14,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
+from regate_ds.adapters.megatron import attach
+from regate_ds.teacher.online import OnlineReference
 from tests.adapters.megatron.build_helper import build, join
-from tests.adapters.megatron.cases_helper import Case, items
+from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case, items
 from tests.adapters.megatron.checks_helper import (
     attached,
     dismantle,
@@ -105,6 +107,9 @@ def check_attach(case: Case) -> None:
         tried()
     with refused(ValueError, "decoder of 4 layers"):
         tried(first_layer=4)
+    online = OnlineReference(lambda _: torch.empty(0), lambda _: [], teacher_id="none")
+    with refused(ValueError, "this online teacher knows no data beforehand, .* give it an index"):
+        attach(chunks, case.config, total_steps=TOTAL_STEPS, reference=online)
     with refused(ValueError, "holds 0 GPTModels"):
         attached(case, [nn.Linear(2, 2)])
     assert num_hooks(chunks) == before

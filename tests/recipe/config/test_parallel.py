@@ -46,8 +46,21 @@ TEXT: dict[str, Any] = {
         ("row_format: thd", (), "parallel.row_format='thd': must be one of padded, ragged"),
         ("experts: 2", (), "parallel.experts=2: unknown key; did you mean parallel.expert"),
         ("expert: 0", (), "parallel.expert=0: must be at least 1"),
-        ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be .* set it to store"),
-        ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be combined"),
+        (
+            "tensor: 2",
+            ("teacher.mode=online", "teacher.sharding=zero3"),
+            "teacher.sharding=zero3 cannot be .* set it to none while teacher.mode=online",
+        ),
+        (
+            "tensor: 2",
+            ("data.pack_length=4096",),
+            "data.pack_length=4096 needs parallel.row_format=ragged, .* data.pack_length to null",
+        ),
+        (
+            "context: 2, row_format: ragged",
+            ("data.pack_length=4096",),
+            "data.pack_length=4096 cannot be combined with parallel.context=2; set it to null",
+        ),
         ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed={} cannot be .* set it to null"),
         (
             "tensor: 2",
@@ -168,6 +181,28 @@ def test_a_qwen2_decoder_fits():
 @pytest.mark.parametrize(("parallel", "size"), [(None, 8), (ParallelConfig(tensor=4), 2)])
 def test_a_plan_is_walked_for_the_data_ranks(parallel, size):
     assert data_ranks_of(parallel, 8) == size
+
+
+def test_packed_samples_of_a_window_lie_in_one_row_each_within_its_bounds():
+    batches = []
+    for lengths in ([[5, 3], [7]], [[4], [2, 2, 6]]):
+        ids_BT, tokens = random_batch(lengths, seed=1)
+        tokens = replace(tokens, image_BT=tokens.segment_BT)
+        inputs = {"input_ids": ids_BT, "position_ids": ids_BT, "pixel_values": torch.ones(2)}
+        batches.append(Batch(inputs, tokens))
+    (found,) = windows(iter(batches), 2, pad_id=3, multiple=4, packs=True)
+    assert [b.inputs["bounds"].tolist() for b in found] == [[0, 5, 8, 15, 16], [0, 4, 6, 8, 14, 16]]
+    for before, after in zip(batches, found, strict=True):
+        assert after.tokens.keys == (tuple(before.tokens.flat_keys),)
+        assert "position_ids" not in after.inputs
+        assert after.inputs["pixel_values"] is before.inputs["pixel_values"]
+        (ids_T,), (segment_T,) = after.inputs["input_ids"], after.tokens.segment_BT
+        assert bool((ids_T[segment_T < 0] == 3).all())
+        for number in range(len(before.tokens.flat_keys)):
+            was_BT, is_T = before.tokens.sample_BT == number, segment_T == number
+            assert torch.equal(ids_T[is_T], before.inputs["input_ids"][was_BT])
+            assert torch.equal(after.tokens.labels_BT[0, is_T], before.tokens.labels_BT[was_BT])
+            assert torch.equal(after.tokens.image_BT[0, is_T], before.tokens.image_BT[was_BT])
 
 
 def test_a_windows_rows_get_one_length_that_can_be_cut():

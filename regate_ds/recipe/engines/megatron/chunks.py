@@ -22,6 +22,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -72,18 +73,30 @@ class StudentChunk(MegatronModule):
         self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
 
     def forward(
-        self, ids_BT: Tensor, pixel_values: Tensor | None = None, labels: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        packed: PackedSeqParams | None = None,
     ) -> Tensor:
         """Return losses [B, T] of the labels, or the input of the next part.
 
-        Labels and result are those of this context rank's part of T; the ids are whole.
+        Labels and result are those of this context rank's part of T; the ids are whole. packed: the
+        bounds of the samples, if the one row holds several.
         """
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         decoder_input = None
         if self.pre_process:
             decoder_input = self._embedded(ids_BT, positions_BT, pixel_values)
         ids_BT, positions_BT = context_part(ids_BT, 1), context_part(positions_BT, 1)
-        return self.gpt(ids_BT, positions_BT, None, decoder_input=decoder_input, labels=labels)
+        return self.gpt(
+            ids_BT,
+            positions_BT,
+            None,
+            decoder_input=decoder_input,
+            labels=labels,
+            packed_seq_params=packed,
+        )
 
     def _embedded(self, ids_BT: Tensor, positions_BT: Tensor, pixels: Tensor | None) -> Tensor:
         """Return [T, B, H], or this rank's part of T under context and sequence parallelism."""

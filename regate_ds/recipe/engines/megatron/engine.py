@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -40,7 +41,6 @@ from regate_ds.recipe.engines.megatron.optimizer import DTYPES, optimizer_settin
 from regate_ds.recipe.engines.megatron.padding import to_one_length, windows
 from regate_ds.recipe.evaluation.forward import Predict, dense_inference
 from regate_ds.recipe.optimizer import lr_share
-from regate_ds.teacher.online import OnlineReference
 
 
 @dataclass
@@ -72,7 +72,6 @@ class MegatronEngine:
         config, student = setup.config, setup.corpus.student
         assert config.parallel is not None
         reference = setup.computed.reference
-        assert not isinstance(reference, OnlineReference)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = DTYPES[config.run.precision]
@@ -100,8 +99,10 @@ class MegatronEngine:
         return self._setup.config.optimizer.lr * self._lr_share(self._num_done)
 
     def windows(self, loader: Iterable[Batch]) -> Iterator[list[Batch]]:
-        size, pad_id = self._setup.config.run.accumulation, self._setup.corpus.student.pad_id
-        return windows(loader, size, pad_id=pad_id, multiple=self._multiple)
+        config, pad_id = self._setup.config, self._setup.corpus.student.pad_id
+        packs, multiple = config.data.pack_length is not None, self._multiple
+        size = config.run.accumulation
+        return windows(loader, size, pad_id=pad_id, multiple=multiple, packs=packs)
 
     @property
     def _multiple(self) -> int:
@@ -116,6 +117,7 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        self.regate.prepare(window)
         reports = self._run_schedule(window)
         applied, norm, _ = self.optimizer.step()
         clips = self._setup.config.optimizer.grad_clip is not None
@@ -224,6 +226,7 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
         batch.inputs["input_ids"],
         pixel_values=batch.inputs.get("pixel_values"),
         labels=labels_BT.clamp(min=0),
+        packed=_packed(batch),
     )
 
     def loss(losses_BT: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -233,3 +236,13 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
         return total, count.int(), {"lm loss": report}
 
     return output, loss
+
+
+def _packed(batch: Batch) -> PackedSeqParams | None:
+    """Return where the samples of a packed micro-batch lie; None if each row is one sample."""
+    bounds = batch.inputs.get("bounds")
+    if bounds is None:
+        return None
+    # Counted on the CPU: reading the bounds would wait for the device.
+    longest = int(batch.tokens.segment_BT[0].unique_consecutive(return_counts=True)[1].max())
+    return PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
