@@ -108,6 +108,12 @@ class ElisionPlan:
         sample_R = sample_R + self.segment_BK.reshape(-1)[self.slot_R]
         return sample_R.unique_consecutive(return_counts=True)[1]
 
+    @property
+    def sample_starts(self) -> Tensor:
+        """int64 [S]: where each sample starts in [B * T]: its first position is always kept."""
+        lengths_S = self.sample_lengths
+        return self.position_R[lengths_S.cumsum(0) - lengths_S]
+
     def to(self, device: torch.device | str) -> ElisionPlan:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors, sets=tuple(one.to(device) for one in self.sets))

@@ -166,6 +166,15 @@ def test_ragged_rows_make_the_run_of_padded_rows(pool: Pool, corpus: Path):
         require_equal_runs(corpus / out, corpus / "padded")
 
 
+@pytest.mark.slow
+def test_context_ranks_cut_each_sample_of_a_packed_row(pool: Pool, corpus: Path):
+    """Both runs fill up a micro-batch, which is one row, to a multiple of 4."""
+    for out, cut in (("whole row", "tensor: 1"), ("cut row", "context: 2")):
+        run = Run(corpus, out, (f"parallel={{{cut}, row_format: ragged}}", PACKED))
+        pool.run(2 if "context" in cut else 1, train_with_own_attention, run, TIMEOUT_SECONDS)
+    require_equal_runs(corpus / "cut row", corpus / "whole row")
+
+
 def printed_plan(corpus: Path, world: int, *overrides: str) -> dict[str, str]:
     """The figures that `run.plan_only` prints for a job of so many ranks."""
     command = ("regate_ds.cli", "train", str(corpus / "run.yaml"), "run.plan_only=true")

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -100,16 +99,15 @@ class MegatronEngine:
 
     def windows(self, loader: Iterable[Batch]) -> Iterator[list[Batch]]:
         config, pad_id = self._setup.config, self._setup.corpus.student.pad_id
-        packs, multiple = config.data.pack_length is not None, self._multiple
-        size = config.run.accumulation
-        return windows(loader, size, pad_id=pad_id, multiple=multiple, packs=packs)
+        size, packs = config.run.accumulation, config.data.pack_length is not None
+        return windows(loader, size, pad_id=pad_id, cut=self._cut, packs=packs)
 
     @property
-    def _multiple(self) -> int:
-        """What the lengths of micro-batches are multiples of."""
+    def _cut(self) -> SequenceCut:
+        """How the ranks cut the rows of micro-batches."""
         parallel = self._setup.config.parallel
         assert parallel is not None
-        return SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple
+        return SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1)
 
     def run_step(self, window: list[Batch]) -> list[Tensor]:
         for chunk in self.chunks:
@@ -190,7 +188,7 @@ class MegatronEngine:
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pad_id = self._setup.corpus.student.pad_id
-        (padded,) = to_one_length([batch], pad_id=pad_id, multiple=self._multiple)
+        (padded,) = to_one_length([batch], pad_id=pad_id, multiple=self._cut.multiple)
         return predict_in_stages(self.chunks, padded.to(self._setup.process.device))
 
     def weights(self) -> dict[str, Tensor]:
@@ -221,12 +219,14 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
     With elision, ``MegatronRegate.wrap`` replaces that loss by the one over the plan's targets.
     """
     batch = next(iterator)
-    labels_BT = context_part(batch.tokens.labels_BT.to(batch.inputs["input_ids"].device), 1)
+    lengths = batch.inputs.get("lengths")
+    whole_BT = batch.tokens.labels_BT.to(batch.inputs["input_ids"].device)
+    labels_BT = context_part(whole_BT, 1, lengths)
     output = model(
         batch.inputs["input_ids"],
         pixel_values=batch.inputs.get("pixel_values"),
         labels=labels_BT.clamp(min=0),
-        packed=_packed(batch),
+        lengths=lengths,
     )
 
     def loss(losses_BT: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -236,13 +236,3 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
         return total, count.int(), {"lm loss": report}
 
     return output, loss
-
-
-def _packed(batch: Batch) -> PackedSeqParams | None:
-    """Return where the samples of a packed micro-batch lie; None if each row is one sample."""
-    bounds = batch.inputs.get("bounds")
-    if bounds is None:
-        return None
-    # Counted on the CPU: reading the bounds would wait for the device.
-    longest = int(batch.tokens.segment_BT[0].unique_consecutive(return_counts=True)[1].max())
-    return PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
