@@ -204,7 +204,7 @@ def check_latent(case: Case) -> None:
     join(case)
     chunks = build(case)
     whole = changed(chunks[0].config, "sequence_parallel", False)
-    with whole, refused(ValueError, "and sequence_parallel=False: Megatron-core itself then"):
+    with whole, refused(ValueError, "and sequence_parallel=False: Megatron-core's own gradients"):
         attached(case, chunks)
     with changed(build_helper, "WholeLinear", ColumnParallelLinear):
         cut = build(case)

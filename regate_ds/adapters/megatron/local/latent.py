@@ -45,7 +45,7 @@ class OwnAngles:
 def latent_problems(chunks: Sequence[Any], host: Any) -> list[tuple[bool, str]]:
     """Return whether each problem of latent attention under tensor parallelism is there.
 
-    All heads share the rotated part of a key, whose gradient is a sum over tensor ranks.
+    The gradients are then the host's own that are wrong, in dense steps and without us, too.
     """
     if not host.multi_latent_attention or host.tensor_model_parallel_size == 1:
         return []
@@ -56,8 +56,8 @@ def latent_problems(chunks: Sequence[Any], host: Any) -> list[tuple[bool, str]]:
     return [
         (
             not host.sequence_parallel,
-            f"{what} and sequence_parallel=False: Megatron-core itself then leaves out the other "
-            "tensor ranks' gradient of the keys' rotary part; set sequence_parallel=True",
+            f"{what} and sequence_parallel=False: Megatron-core's own gradients are then wrong, "
+            "those of q_layernorm added up once a rank; set sequence_parallel=True",
         ),
         (
             has_cut,
