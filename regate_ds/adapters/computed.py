@@ -44,8 +44,8 @@ class Computed:
         """
         if isinstance(self.reference, OnlineReference) and not online:
             raise ValueError(
-                "reference is an online teacher, which works in a loop of your own only; write a "
-                "store with score_dataset and give ReferenceStore(path)"
+                "reference is an online teacher, which this host cannot use; write a store with "
+                "score_dataset and give ReferenceStore(path)"
             )
         if config.needs_reference and self.reference is None:
             raise ValueError(

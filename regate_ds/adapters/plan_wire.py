@@ -6,9 +6,10 @@ plans of all micro-batches at once.
 
 Header: status, length of the array, number of micro-batches, optimizer step, dense or not, targets
 over all data ranks, and the step's counts by the names of COUNTS.
-Array: first T, B, K, L, number filled, and whether rows are packed, moved and weighed, for each
-micro-batch; then, for each again, kept positions (where rows are moved), segments, the slots of the
-targets, the targets, and the bits of their weights (where they have any).
+Array: first T, B, K, L, number filled, the number of runs of one sample or of padding (0 where rows
+are not packed), and whether rows are moved and weighed, for each micro-batch; then, for each again,
+the lengths of these runs, kept positions (where rows are moved), segments, the slots of
+the targets, the targets, and the bits of their weights (where they have any).
 Shapes: T positions of a row, B rows, K slots of a row, L targets.
 """
 
@@ -59,6 +60,18 @@ class Replica:
         array = broadcast_integers(array, array_length(header), self.planner, self.group)
         return decode(header, array)
 
+    def ask(self, is_so: Callable[[], bool] | None) -> bool:
+        """Return on every rank what ``is_so`` returns, on the rank that plans.
+
+        Collective over the replica: an error of ``is_so`` is a RuntimeError on all other ranks.
+        """
+        header = None
+        if is_so is not None:
+            header = torch.zeros(HEADER, dtype=torch.int64)
+            header[1] = self._call(is_so)
+        header = broadcast_integers(header, HEADER, self.planner, self.group, torch.int64)
+        return bool(array_length(header))
+
     def confirm(self, call: Callable[[], None] | None) -> None:
         """Wait until the rank that plans has done ``call``: the end of a step, a save, a load.
 
@@ -94,12 +107,15 @@ def encode(plan: StepPlan) -> tuple[Tensor, Tensor]:
 
 
 def _shape(plan: ElisionPlan) -> list[int]:
-    flags = (plan.is_packed, plan.moves_rows, plan.weight_L is not None)
+    num_runs = len(plan.token_run_lengths) if plan.is_packed else 0
+    flags = (num_runs, plan.moves_rows, plan.weight_L is not None)
     sizes = (*plan.kept_BK.shape, plan.num_targets, plan.num_filled)
     return [plan.num_tokens, *sizes, *map(int, flags)]
 
 
 def _tensors(plan: ElisionPlan) -> Iterator[Tensor]:
+    if plan.is_packed:
+        yield torch.tensor(plan.token_run_lengths)
     if plan.moves_rows:
         yield plan.kept_BK
     yield from (plan.segment_BK, plan.label_slot_L, plan.targets_L)
@@ -144,13 +160,20 @@ class _Reader:
 
 
 def _decoded(shape: list[int], values: _Reader) -> ElisionPlan:
-    num_tokens, num_rows, num_slots, num_targets, num_filled, *flags = shape
-    is_packed, moves_rows, is_weighed = map(bool, flags)
+    num_tokens, num_rows, num_slots, num_targets, num_filled, num_runs, *flags = shape
+    moves_rows, is_weighed = map(bool, flags)
+    run_lengths = tuple(values.take(num_runs).tolist())
     kept_BK = torch.arange(num_slots).expand(num_rows, -1)
     if moves_rows:
         kept_BK = values.take(num_rows, num_slots)
     segment_BK = values.take(num_rows, num_slots)
     slots = Slots(kept_BK, segment_BK, values.take(num_targets), values.take(num_targets))
-    plan = assemble_plan(slots, num_tokens=num_tokens, moves_rows=moves_rows, is_packed=is_packed)
+    plan = assemble_plan(
+        slots,
+        num_tokens=num_tokens,
+        moves_rows=moves_rows,
+        is_packed=num_runs > 0,
+        token_run_lengths=run_lengths,
+    )
     weight_L = values.take(num_targets).to(torch.int32).view(torch.float32) if is_weighed else None
     return replace(plan, weight_L=weight_L, num_filled=num_filled)

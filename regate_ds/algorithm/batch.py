@@ -35,7 +35,8 @@ class TokenBatch:
     """Keys of the samples in each row, in reading order (one, unless rows are packed)."""
 
     segment_BT: Tensor
-    """int64: which sample of its row a position belongs to; -1 is padding, at the end of a row."""
+    """int64: which sample of its row a position belongs to; -1 is padding, at the end of a row, or
+    of each sample where the host fills samples up."""
 
     labels_BT: Tensor
     """int64: the token at t+1 where it belongs to an answer, else IGNORE. Already shifted."""

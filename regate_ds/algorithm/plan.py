@@ -119,6 +119,12 @@ class ElisionPlan:
             return self.patches.predicts_U
         return self.label_slot_L if packed else self.label_position_L
 
+    @property
+    def sample_starts(self) -> Tensor:
+        """int64 [S]: where each sample starts in [B * T]: its first position is always kept."""
+        lengths_S = self.sample_lengths
+        return self.position_R[lengths_S.cumsum(0) - lengths_S]
+
     def to(self, device: torch.device | str) -> ElisionPlan:
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         patches = None if self.patches is None else self.patches.to(device)

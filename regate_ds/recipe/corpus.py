@@ -102,9 +102,12 @@ def loads_whole(config: RunConfig) -> bool:
     """Return whether each rank of a training run needs the whole student at its start.
 
     Through Megatron-core it reads its part of the weights from safetensors. The tower is read
-    whole to name it, where image tokens are ranked by its features.
+    whole to name it, where image tokens are ranked by its features; the decoder, where a copy of it
+    is the online teacher.
     """
     if config.parallel is None or not is_in_safetensors(config.model):
+        return True
+    if config.scores_online and config.teacher.path is None:
         return True
     ranking = config.elision.stored_ranking
     return ranking is not None and ranking.reads != "pixels"

@@ -20,7 +20,7 @@ from regate_ds.algorithm.batch import IGNORE, SampleKey, number_runs
 from regate_ds.algorithm.scores.score import Column
 from regate_ds.data.collate import Batch
 from regate_ds.data.llava.sample import EncodedSample
-from regate_ds.parallel.collectives import gather_integers, gather_vectors
+from regate_ds.parallel.collectives import gather_integers, gather_values, gather_vectors
 from regate_ds.parallel.layout import ProcessGroup, rank_in, size_of
 from regate_ds.stores.answer_index import AnswerIndex
 from regate_ds.stores.reference.shard import LARGEST
@@ -88,18 +88,30 @@ class OnlineReference:
                 f"run `regate teacher` with teacher.column={column}, and give ReferenceStore(path)"
             )
 
-    def prepare(self, window: Sequence[Batch]) -> None:
+    def prepare(self, window: Sequence[Batch], shared: ProcessGroup | None = None) -> None:
         """Score the samples of the window that is read next; forget those of the one before.
 
-        All ranks that hold the teacher together make this call.
+        shared: ranks that all give this window, on a backend for CPU memory. Each scores its share
+            of the samples, and all of them get all losses.
+
+        All ranks that hold the teacher together, and those of ``shared``, make this call.
         """
         begin = time.perf_counter()
         samples = {s.key: s for batch in window for s in self._read(batch)}
-        losses_N = self._score(list(samples.values()))
-        counts = [_num_labels(sample) for sample in samples.values()]
+        by_rank = _dealt(list(samples.values()), size_of(shared))
+        own = by_rank[rank_in(shared)]
+        # A teacher on several ranks needs all of them: one without a share scores for nothing.
+        losses_N = self._score(own or list(samples.values())[:1])
+        counts = [sum(map(_num_labels, part)) for part in by_rank]
+        found = gather_values(losses_N[: counts[rank_in(shared)]], counts, shared)
         # Round as a store does, so that a run is the same with either.
-        parts = losses_N.half().float().split(counts)
-        self._losses = dict(zip(samples, parts, strict=True))
+        self._losses = {
+            sample.key: part_N
+            for part, values_N in zip(by_rank, found, strict=True)
+            for sample, part_N in zip(
+                part, values_N.half().float().split([*map(_num_labels, part)]), strict=True
+            )
+        }
         self.seconds = time.perf_counter() - begin
 
     def forget(self) -> None:
@@ -195,6 +207,14 @@ def samples_of(batch: Batch, placeholder_ids: Sequence[int]) -> list[EncodedSamp
         labels_S = tokens.labels_BT[is_in_sample_BT]
         samples.append(EncodedSample(key, ids_S, labels_S, image_S, (), ()))
     return samples
+
+
+def _dealt(samples: list[ScoredSample], num_ranks: int) -> list[list[ScoredSample]]:
+    """Deal samples out to ranks, the longest first, so that the shares cost about the same."""
+    if num_ranks == 1:
+        return [samples]
+    ordered = sorted(samples, key=lambda sample: sample.input_ids_S.numel(), reverse=True)
+    return [ordered[rank::num_ranks] for rank in range(num_ranks)]
 
 
 def _num_labels(sample: ScoredSample) -> int:

@@ -23,7 +23,7 @@ from megatron.core import parallel_state as mpu
 from torch import nn
 
 from regate_ds.adapters.attachment import Attachment
-from regate_ds.adapters.computed import Computed
+from regate_ds.adapters.computed import Computed, Reference
 from regate_ds.adapters.megatron.bypass import Channel, open_channel
 from regate_ds.adapters.megatron.chunks import (
     find_chunks,
@@ -44,7 +44,7 @@ from regate_ds.algorithm.rows import RowFormat
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.parallel.layout import ParallelLayout
 from regate_ds.stores.image_orders.reader import ImageOrderStore
-from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.online import OnlineReference
 
 
 def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
@@ -52,7 +52,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     config: RegateConfig,
     *,
     total_steps: int,
-    reference: ReferenceStore | None = None,
+    reference: Reference | None = None,
     orders: ImageOrderStore | None = None,
     row_format: RowFormat = "padded",
     tokens: Callable[[Any], TokenBatch] | None = None,
@@ -60,6 +60,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     """Put the gates into model chunks that are built. Collective over all ranks of the world.
 
     total_steps: optimizer steps of the whole run; a resume must repeat it.
+    reference: the teacher's losses; an online teacher, with an index, needs ``prepare`` each step.
     orders: the orders of the training set's image tokens; only rankings that read them need them.
     row_format: ``padded`` gives all rows of a step one length; ``ragged`` puts the kept tokens of a
         micro-batch one after the other, and needs an attention that takes packed sequences
@@ -74,7 +75,8 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     tokens, computed = tokens or tokens_of, Computed(reference, orders)
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
-    computed.require(config)
+    computed.require(config, online=True)
+    online = _online(config, computed)
     models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
     host: Any = chunks[0].config
@@ -105,7 +107,17 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
     if config.records("entropy") and chunks[-1].post_process:
         gates[-1].entropy = EntropyTap(chunks[-1], attachment)
-    return MegatronRegate(config, Attached(attachment, gates, axes, planner), tokens)
+    return MegatronRegate(config, Attached(attachment, gates, axes, planner, online), tokens)
+
+
+def _online(config: RegateConfig, computed: Computed) -> OnlineReference | None:
+    """Return the online teacher, if the score reads it. ValueError if it knows no data beforehand:
+    every rank must know the samples."""
+    found = computed.reference if config.needs_reference else None
+    if not isinstance(found, OnlineReference):
+        return None
+    assert found.index is not None
+    return found
 
 
 def _planner(

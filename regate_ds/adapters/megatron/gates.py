@@ -30,7 +30,7 @@ from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.local.bounds import require_same_samples
 from regate_ds.adapters.megatron.local.latent import OwnAngles
 from regate_ds.adapters.megatron.local.plan import LocalPlan
-from regate_ds.adapters.megatron.local.rotary import kept_angles, whole_positions
+from regate_ds.adapters.megatron.local.rotary import kept_angles, require_one_axis, whole_positions
 from regate_ds.parallel.resharding import move_rows
 
 
@@ -111,14 +111,10 @@ class ChunkGate:
         gpt: Any = self.gpt
         arguments = by_name(self._signature, gpt, args, kwargs)
         host = arguments.get("packed_seq_params")
-        if getattr(host, "qkv_format", None) == "thd" and gpt.config.context_parallel_size > 1:
-            raise ValueError(
-                "the model is called with packed rows (packed_seq_params.qkv_format='thd'), which "
-                f"are not supported with context_parallel_size={gpt.config.context_parallel_size}; "
-                "give one sample a row"
-            )
-        has_mask = arguments.get("attention_mask") is not None
-        require_same_samples(local.plan, host, has_mask=has_mask, looks=not self._has_looked)
+        if local.cut is not None and getattr(host, "qkv_format", None) == "thd":
+            require_one_axis(gpt)
+        has_mask, looks = arguments.get("attention_mask") is not None, not self._has_looked
+        require_same_samples(local.plan, host, has_mask=has_mask, looks=looks, cut=local.cut)
         self._has_looked = True
         carrier = carry(local, host)
         given = arguments.get("position_ids")

@@ -49,6 +49,11 @@ class Planner:
                 )
         return plan
 
+    def ranks_answers(self) -> bool:
+        """Return whether the step that is planned next ranks answers by what the score reads."""
+        session = self.opened.session
+        return session.chooses_answers(session.coming_step)
+
     def abandon_step(self) -> None:
         """Forget a step that is planned and not ended."""
         self.opened.session.abandon_step()

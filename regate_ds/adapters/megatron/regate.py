@@ -24,7 +24,9 @@ from regate_ds.adapters.run import metrics_of
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.plan import StepPlan
 from regate_ds.config import RegateConfig
+from regate_ds.data.collate import Batch
 from regate_ds.parallel.collectives import gather_values
+from regate_ds.teacher.online import OnlineReference
 
 
 def tokens_of(item: Any) -> TokenBatch:
@@ -61,6 +63,8 @@ class Attached:
     gates: Sequence[ChunkGate]
     axes: Axes
     planner: Planner | None
+    online: OnlineReference | None = None
+    """The teacher that scores while training, if the score reads one."""
 
 
 class MegatronRegate:
@@ -105,6 +109,21 @@ class MegatronRegate:
 
         return forward_backward
 
+    def prepare(self, window: Sequence[Batch]) -> None:
+        """Let an online teacher score the micro-batches of the coming step, if it ranks answers.
+
+        Call it before the schedule, on all ranks, with what the ranks of a replica read alike: each
+        of them scores its share. Without such a teacher it does nothing.
+        """
+        attached = self._attached
+        if attached is None or attached.online is None:
+            return
+        planner = attached.planner
+        if attached.axes.replica.ask(None if planner is None else planner.ranks_answers):
+            attached.online.prepare(window, attached.axes.replica.group)
+        else:
+            attached.online.forget()
+
     def step(self, *, applied: bool) -> None:
         """End an optimizer step; ``applied`` is whether ``optimizer.step()`` changed the weights.
 
@@ -144,8 +163,13 @@ class MegatronRegate:
             self._attached.axes.replica.confirm(mine)
 
     def metrics(self) -> dict[str, Any]:
-        """Return counts of the step planned last, over all data ranks (see ``metrics_of``)."""
-        return metrics_of(self)
+        """Return counts of the step planned last, over all data ranks (see ``metrics_of``).
+
+        With an online teacher, teacher_seconds is the time of scoring this step's samples on this
+        rank.
+        """
+        online = None if self._attached is None else self._attached.online
+        return metrics_of(self) | ({} if online is None else {"teacher_seconds": online.seconds})
 
     def remove(self) -> None:
         """Leave the model as it was before ``attach``."""

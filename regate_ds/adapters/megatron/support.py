@@ -10,7 +10,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import nn
 
 from regate_ds.adapters.megatron.deepstack import num_additions
-from regate_ds.adapters.megatron.local.latent import TABLES
+from regate_ds.adapters.megatron.local.latent import TABLES, latent_problems
 from regate_ds.adapters.megatron.local.rotary import KINDS
 from regate_ds.config import RegateConfig
 
@@ -53,11 +53,7 @@ def _model_problems(chunks: Sequence[nn.Module], host: Any) -> list[tuple[bool, 
             f"mtp_num_layers={extra} is not supported, as multi-token prediction needs the "
             "neighbours of each position; leave it None",
         ),
-        (
-            host.multi_latent_attention and host.tensor_model_parallel_size > 1,
-            "multi_latent_attention=True is not proven with tensor_model_parallel_size="
-            f"{host.tensor_model_parallel_size}; set it to 1",
-        ),
+        *latent_problems(chunks, host),
         (
             (variant := getattr(host, "experimental_attention_variant", None)) is not None,
             f"experimental_attention_variant={variant!r} is not supported; leave it None",

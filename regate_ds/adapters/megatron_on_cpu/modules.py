@@ -1,4 +1,4 @@
-"""Plain replacements of Transformer Engine's norm and attention: slow, for tests and trials only.
+"""Plain replacements of Transformer Engine's modules: slow, for tests and trials only.
 
 The norm supports sequence parallelism; the attention supports packed sequences and context
 parallelism.
@@ -27,6 +27,21 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class WholeLinear(nn.Module):
+    """A linear layer that each tensor rank has whole, as Transformer Engine's duplicated ones.
+
+    Under sequence parallelism a rank has the gradient of its own rows; Megatron sums them.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(output_size, input_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return nn.functional.linear(x, self.weight), None
 
 
 class Attention(nn.Module):
@@ -65,7 +80,7 @@ class Attention(nn.Module):
             query, key, value = (x[:, None] for x in (query, key, value))
         size, rank = (1, 0) if self.context is None else (self.context.size(), self.context.rank())
         length = size * query.shape[0]
-        bounds = packed_seq_params.cu_seqlens_q.tolist() if is_packed else [0, length]
+        bounds = _places(packed_seq_params) if is_packed else [0, length]
         # Positions after the last sample are padding.
         positions = _zigzag([*bounds, length], size)
         if self.context is not None:
@@ -77,6 +92,12 @@ class Attention(nn.Module):
             seen &= at_key[None] <= at_query[:, None]
         out = _attend(query, key, value, seen, self.scale or 1 / math.sqrt(query.shape[-1]))
         return out[:, 0] if is_packed else out
+
+
+def _places(packed: Any) -> list[int]:
+    """Return where the samples of packed rows lie: padding in a sample comes after its tokens."""
+    padded = packed.cu_seqlens_q_padded
+    return (packed.cu_seqlens_q if padded is None else padded).tolist()
 
 
 def _zigzag(bounds: list[int], size: int) -> Tensor:

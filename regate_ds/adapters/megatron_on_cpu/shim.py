@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from regate_ds.adapters.megatron_on_cpu.modules import WholeLinear
+
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn")
 
 
@@ -46,9 +48,10 @@ def install() -> None:
     moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
 
     # Latent attention asks whether its layers are Transformer Engine's.
-    for name in ("TELinear", "TEColumnParallelLinear"):
+    stand_ins = {"TELinear": WholeLinear, "TEColumnParallelLinear": type("Column", (), {})}
+    for name, stand_in in stand_ins.items():
         if not isinstance(getattr(latent, name), type):
-            setattr(latent, name, type(name, (), {}))
+            setattr(latent, name, stand_in)
 
     parallel_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     parallel_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

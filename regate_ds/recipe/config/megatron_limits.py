@@ -53,7 +53,13 @@ def is_installed(package: str) -> bool:
 
 def num_experts(text: Any) -> int:
     """Return the experts of each layer; 0 in a decoder without them."""
-    return getattr(text, "num_local_experts", 0)
+    return getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0)
+
+
+def inner_size(text: Any) -> int:
+    """Return the width inside an MLP; in a decoder with experts, inside each of them."""
+    own = getattr(text, "moe_intermediate_size", None) if num_experts(text) else None
+    return own or text.intermediate_size
 
 
 def require_ranks(parallel: Any, world_size: int) -> None:
@@ -104,10 +110,15 @@ def _refuse(problems: Iterator[Problem] | list[Problem]) -> None:
 def _settings_problems(config: Any) -> Iterator[Problem]:
     parallel, model, run = config.parallel, config.model, config.run
     advice = "cannot be combined with parallel.*; set it to"
-    yield config.scores_online, f"teacher.mode=online {advice} store"
     yield (
-        config.data.pack_length is not None,
-        f"data.pack_length={config.data.pack_length} {advice} null",
+        config.scores_online and config.teacher.sharding != "none",
+        f"teacher.sharding={config.teacher.sharding} {advice} none while teacher.mode=online",
+    )
+    packs = config.data.pack_length is not None
+    yield (
+        packs and parallel.row_format != "ragged",
+        f"data.pack_length={config.data.pack_length} needs parallel.row_format=ragged, as padded "
+        "rows cannot keep samples apart; set it, or data.pack_length to null",
     )
     yield run.deepspeed is not None, f"run.deepspeed={run.deepspeed} {advice} null"
     yield (
@@ -166,6 +177,12 @@ def _decoder_problems(text: Any) -> Iterator[Problem]:
         "num_experts_per_tok=1 is not supported with Megatron-core, whose router would weigh the "
         "expert of a token otherwise; use a student with more",
     )
+    step, plain = getattr(text, "decoder_sparse_step", 1), getattr(text, "mlp_only_layers", None)
+    yield (
+        num_experts(text) > 0 and (step != 1 or bool(plain)),
+        f"decoder_sparse_step={step} with mlp_only_layers={plain} leaves layers without experts, "
+        "which is not supported with Megatron-core; use a student with experts in every layer",
+    )
     noise = getattr(text, "router_jitter_noise", 0.0)
     yield (
         noise != 0.0,
@@ -202,8 +219,11 @@ def _size_problems(text: Any, parallel: Any) -> Iterator[Problem]:
         f"parallel.tensor={parallel.tensor}: a student with experts needs the sequence cut, too; "
         "set parallel.sequence=true",
     )
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-        value = getattr(text, name)
+    heads = ("num_attention_heads", "num_key_value_heads", "vocab_size")
+    sizes = {name: getattr(text, name) for name in heads}
+    own = inner_size(text) != text.intermediate_size
+    sizes["moe_intermediate_size" if own else "intermediate_size"] = inner_size(text)
+    for name, value in sizes.items():
         yield (
             value % parallel.tensor != 0,
             f"the student's {name}={value} cannot be cut over parallel.tensor="

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
-from regate_ds.adapters.megatron_on_cpu.modules import Norm, layer_spec
+from regate_ds.adapters.megatron_on_cpu.modules import Norm, WholeLinear, layer_spec
 from tests.adapters.megatron.around_helper import Around
 from tests.adapters.megatron.cases_helper import (
     BRIDGED,
@@ -168,6 +168,8 @@ def gpt(case: Case, config: TransformerConfig, vp_stage: int | None) -> GPTModel
     if case.model == "latent":
         parts = spec.submodules.self_attention.submodules
         parts.q_layernorm = parts.kv_layernorm = Norm
+        if case.tp > 1:
+            parts.linear_q_down_proj = parts.linear_kv_down_proj = WholeLinear
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     num_here = case.num_layers // (case.pp * case.vpp)

@@ -133,6 +133,8 @@ def items(case: Case, data_rank: int) -> list[Item]:
             made.append(_named(item, f"rank{data_rank}-{number}"))
             continue
         ids, tokens = random_batch(lengths, seed=seed, length=case.length)
+        if case.packed and case.cp > 1:
+            ids, tokens = filled_up(ids, tokens, 2 * case.cp, case.length)
         if case.one_slice:
             labels = tokens.labels_BT.clone()
             labels[:, : case.length * 3 // 4] = IGNORE
@@ -153,6 +155,23 @@ def positions_of(case: Case, item: Item) -> Tensor:
     return (7 * where * scale + item.ids_BT) % torch.tensor([11, 13, 17])[:, None, None]
 
 
+def filled_up(
+    ids_1T: Tensor, tokens: TokenBatch, multiple: int, length: int
+) -> tuple[Tensor, TokenBatch]:
+    """The samples of a packed row, each with padding behind it that makes it a multiple."""
+    segment_T, at = tokens.segment_BT[0], []
+    for sample in range(len(tokens.keys[0])):
+        start = -(-(at[-1] + 1) // multiple) * multiple if at else 0
+        at += range(start, start + int((segment_T == sample).sum()))
+    where, is_real = torch.tensor(at), segment_T >= 0
+
+    def spread(x_1T: Tensor, value: int) -> Tensor:
+        return x_1T.new_full((1, length), value).index_copy(1, where, x_1T[:, is_real])
+
+    segment_1T, labels_1T = spread(tokens.segment_BT, -1), spread(tokens.labels_BT, IGNORE)
+    return spread(ids_1T, 0), replace(tokens, segment_BT=segment_1T, labels_BT=labels_1T)
+
+
 def _named(item: Item, name: str) -> Item:
     """Keys that no other micro-batch has."""
     keys = tuple(tuple((name, i) for _, i in row) for row in item.tokens.keys)
@@ -168,7 +187,8 @@ def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
         return [[case.length]] * case.rows
     if case.packed:
         a, b = torch.randint(3, case.length // 3, (2,), generator=generator).tolist()
-        return [[a, b, case.length - a - b]]
+        # Where context ranks cut each sample, room is left to fill them up, and for padding behind.
+        return [[a, b, case.length - (16 + a % 4 if case.cp > 1 else a + b)]]
     return [
         [n] for n in torch.randint(5, case.length + 1, (case.rows,), generator=generator).tolist()
     ]

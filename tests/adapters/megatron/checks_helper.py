@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -61,12 +62,12 @@ def forward_step(case: Case) -> Any:
     def step(iterator: Any, model: Any) -> Any:
         ids, packed = None, None
         item = next(iterator)
-        ids = cut(item.ids_BT, case.cp)
         if case.packed:
-            lengths = item.tokens.segment_BT[0].unique_consecutive(return_counts=True)[1]
-            bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-            longest = int(lengths.max())
-            packed = PackedSeqParams("thd", bounds, bounds, None, None, longest, longest)
+            packed, places = packing(item.tokens.segment_BT[0].tolist(), case)
+            parts = [cut(item.ids_BT[:, a:b], case.cp) for a, b in pairwise(places)]
+            ids = torch.cat(parts, dim=1)
+        else:
+            ids = cut(item.ids_BT, case.cp)
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         if case.positions == "mrope":
             positions = positions_of(case, item)
@@ -79,6 +80,20 @@ def forward_step(case: Case) -> Any:
         return output, None
 
     return step
+
+
+def packing(segment_T: list[int], case: Case) -> tuple[PackedSeqParams, list[int]]:
+    """A packed row as Megatron tells of it: tokens of each sample, and where it is filled up to."""
+    multiple = 2 * case.cp if case.cp > 1 else 1
+    counts = [segment_T.count(sample) for sample in range(max(segment_T) + 1)]
+    filled = [-(-count // multiple) * multiple for count in counts]
+    if rest := len(segment_T) - sum(filled):
+        counts, filled = [*counts, rest], [*filled, rest]
+    places, longest = [*accumulate(filled, initial=0)], max(filled)
+    at = torch.tensor(places, dtype=torch.int32)
+    own = torch.tensor([*accumulate(counts, initial=0)], dtype=torch.int32) if case.cp > 1 else at
+    padded = at if case.cp > 1 else None
+    return PackedSeqParams("thd", own, own, padded, padded, longest, longest), places
 
 
 def cut(x_BT: Tensor, context_size: int) -> Tensor:

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
+from regate_ds.adapters.megatron import attach
+from regate_ds.teacher.online import OnlineReference
+from tests.adapters.megatron import build_helper
 from tests.adapters.megatron.build_helper import build, join
-from tests.adapters.megatron.cases_helper import Case, items
+from tests.adapters.megatron.cases_helper import TOTAL_STEPS, Case, items
 from tests.adapters.megatron.checks_helper import (
     attached,
     dismantle,
@@ -105,6 +109,9 @@ def check_attach(case: Case) -> None:
         tried()
     with refused(ValueError, "decoder of 4 layers"):
         tried(first_layer=4)
+    online = OnlineReference(lambda _: torch.empty(0), lambda _: [], teacher_id="none")
+    with refused(ValueError, "this online teacher knows no data beforehand, .* give it an index"):
+        attach(chunks, case.config, total_steps=TOTAL_STEPS, reference=online)
     with refused(ValueError, "holds 0 GPTModels"):
         attached(case, [nn.Linear(2, 2)])
     assert num_hooks(chunks) == before
@@ -134,8 +141,6 @@ def check_attached(case: Case, chunks: list[Any], tried: Callable[..., Any]) -> 
     assert all(gate.pending is None for gate in regate._attached.gates)
     with refused(ValueError, "not attached to"):
         run_chunks(case, build(case), schedule, forward_step(case))
-    with changed(gpt.config, "context_parallel_size", 2), refused(ValueError, "packed rows"):
-        run_chunks(case, chunks, schedule, forward_step(replace(case, packed=True)))
     with refused(ValueError, "no labels, loss_mask, regate_key; wrap the data set in Keyed"):
         schedule(data_iterator=iter([{}]), num_microbatches=1)
     with refused(ValueError, "is a list without .tokens"):
@@ -192,6 +197,20 @@ def check_samples(case: Case) -> None:
     with refused(ValueError, what):
         run_chunks(case, chunks, schedule, other)
     dismantle(chunks)
+
+
+def check_latent(case: Case) -> None:
+    """Of latent attention on tensor ranks, where Megatron's own gradient lacks a part."""
+    join(case)
+    chunks = build(case)
+    whole = changed(chunks[0].config, "sequence_parallel", False)
+    with whole, refused(ValueError, "and sequence_parallel=False: Megatron-core's own gradients"):
+        attached(case, chunks)
+    with changed(build_helper, "WholeLinear", ColumnParallelLinear):
+        cut = build(case)
+    with refused(ValueError, "and linear_kv_down_proj of class ColumnParallelLinear: Megatron"):
+        attached(case, cut)
+    dismantle([*chunks, *cut])
 
 
 def check_virtual_range(case: Case) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.algorithm.plan import StepPlan
 from tests.adapters.megatron.cases_helper import Case
-from tests.adapters.megatron.checks_helper import check, plans_of, run_step
+from tests.adapters.megatron.checks_helper import check, plans_of
 from tests.adapters.megatron.pool_helper import Pool
 
 CASES = [
@@ -40,6 +40,8 @@ CASES = [
     Case(pp=4, last_layer=3, row_format="ragged", recompute="full", num_micro=6),
     Case(pp=2, cp=2, last_layer=3, first_layer=0, row_format="ragged", image_share=0.5),
     Case(dp=2, pp=2, num_micro=3, image_share=0.5),
+    Case(cp=2, row_format="ragged", packed=True, recompute="full"),
+    Case(cp=2, row_format="ragged", packed=True, positions="yarn", last_layer=3, first_layer=0),
 ]
 """Each pair of tensor, context, pipeline and data parallelism stands together somewhere."""
 
@@ -62,6 +64,7 @@ LATENT_CASES = [
     Case(model="latent", positions="yarn", first_layer=0, recompute="full"),
     Case(model="latent", positions="yarn", row_format="ragged", last_layer=3),
     Case(model="latent", pp=2, cp=2, recompute="selective"),
+    Case(model="latent", tp=2, sp=True, recompute="full", image_share=0.5),
 ]
 """Attention with a rotary table of its own."""
 
@@ -94,12 +97,6 @@ ALL = sorted(CASES + POSITIONS + LATENT_CASES + METHODS + WEIGHTED, key=lambda c
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_a_step_equals_the_plain_model(pool: Pool, case: Case):
     pool.run(case.world, check, case)
-
-
-@pytest.mark.slow
-def test_latent_attention_under_tensor_parallelism_is_refused(pool: Pool):
-    with pytest.raises(AssertionError, match="multi_latent_attention=True is not proven with"):
-        pool.run(2, run_step, Case(model="latent", tp=2))
 
 
 @pytest.mark.parametrize("case", METHODS, ids=str)

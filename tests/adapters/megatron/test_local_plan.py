@@ -24,6 +24,7 @@ from regate_ds.algorithm.batch import IGNORE, TokenBatch
 from regate_ds.algorithm.counts import COUNTS
 from regate_ds.algorithm.plan import ElisionPlan, StepPlan, plan_dense, plan_loss
 from regate_ds.parallel.resharding import SequenceCut
+from tests.adapters.megatron.cases_helper import filled_up
 from tests.support.batches import random_batch
 from tests.support.planning import plan_in, plan_ragged, plan_sparse
 
@@ -58,6 +59,8 @@ def require_same_plan(mine: ElisionPlan, theirs: ElisionPlan) -> None:
     for name in (*names, "targets_L"):
         assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
     assert mine.run_lengths == theirs.run_lengths
+    if mine.is_packed:
+        assert mine.token_run_lengths == theirs.token_run_lengths
     if theirs.weight_L is None:
         assert mine.weight_L is None
     else:
@@ -201,8 +204,43 @@ def test_rows_of_several_samples_need_thd():
     with pytest.raises(ValueError, match="row_format='ragged'"):
         require_cut([batch], Place())
     require_cut([batch], Place(ragged=True))
-    with pytest.raises(ValueError, match="not supported with context parallelism"):
+    what = r"sample \('set', 1\) starts at position 9 .* fill each up to a multiple of 4"
+    with pytest.raises(ValueError, match=what):
         require_cut([batch], Place(ragged=True, context_size=2))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_context_ranks_cut_each_sample_of_a_packed_row(dense: bool):
+    ids, batch = random_batch([[9, 7, 10]], seed=0)
+    _, batch = filled_up(ids, batch, 4, 40)
+    places = [Place(ragged=True, context_size=2, context_rank=rank) for rank in range(2)]
+    require_cut([batch], places[0])
+    scores = torch.rand(int(batch.is_label_BT.sum()))
+    plan = plan_dense(batch)
+    if not dense:
+        plan = plan_sparse(batch, scores, keep_share=0.5, align="predictor", token_multiple=1)
+    sent = wire.decode(*wire.encode(step_of([plan], dense=dense))).micro[0]
+    local = [localise(sent, place) for place in places]
+    assert [one.cut for one in local] == [(12, 8, 12, 8)] * 2
+    bounds = [0, 12, 20, 32, 40]
+    hold = partial(require_same_samples, sent, has_mask=False, looks=True, cut=local[0].cut)
+    hold(packed([0, 9, 16, 26, 34], padded=[*bounds, 40]))
+    # The row's rest is cut by itself; the last sample does not reach into it.
+    for bad in ([0, 12, 20, 40], [0, 12, 20, 32], [0, 12, 24, 32, 40]):
+        with pytest.raises(ValueError, match=r"by the plan are \[0, 12, 20, 32, 40\]"):
+            hold(packed(bad))
+    # Zigzag, worked out by hand: chunks of 3, 2, 3 and 2 rows.
+    first = [0, 1, 2, 9, 10, 11, 12, 13, 18, 19, 20, 21, 22, 29, 30, 31, 32, 33, 38, 39]
+    held = [first, [t for t in range(40) if t not in first]]
+    targets = dict(zip(sent.label_position_L.tolist(), sent.targets_L.tolist(), strict=True))
+    for rank, one in enumerate(local):
+        if one.gather is not None:
+            mine = [t for t in sent.position_R.tolist() if t in held[rank]]
+            assert sorted(held[rank][row] for row in one.gather.sent_N.tolist()) == mine
+        else:
+            mine = [t for t in targets if t in held[rank]]
+            assert [held[rank][row] for row in one.head.sent_N.tolist()] == mine
+            assert one.targets_P[: one.num_targets].tolist() == [targets[t] for t in mine]
 
 
 def test_without_interleaving_micro_batches_arrive_in_order():

@@ -27,6 +27,11 @@ def test_samples_that_the_host_cuts_otherwise_than_the_plan_are_refused(pool: Po
 
 
 @pytest.mark.slow
+def test_latent_attention_of_which_tensor_ranks_lack_a_gradient_is_refused(pool: Pool):
+    pool.run(2, refusals.check_latent, Case(model="latent", tp=2, sp=True))
+
+
+@pytest.mark.slow
 def test_with_interleaving_the_gather_must_be_in_the_first_chunk(pool: Pool):
     pool.run(2, refusals.check_virtual_range, Case(pp=2, vpp=2, num_layers=8))
 

@@ -9,6 +9,7 @@ import torch
 
 from regate_ds.algorithm.batch import IGNORE
 from regate_ds.data.collate import Batch
+from regate_ds.parallel.resharding import SequenceCut
 from regate_ds.recipe.config import megatron_limits
 from regate_ds.recipe.config.megatron_limits import require_decoder, require_ranks, require_student
 from regate_ds.recipe.config.sections import ParallelConfig
@@ -46,8 +47,16 @@ TEXT: dict[str, Any] = {
         ("row_format: thd", (), "parallel.row_format='thd': must be one of padded, ragged"),
         ("experts: 2", (), "parallel.experts=2: unknown key; did you mean parallel.expert"),
         ("expert: 0", (), "parallel.expert=0: must be at least 1"),
-        ("tensor: 2", ("teacher.mode=online",), "teacher.mode=online cannot be .* set it to store"),
-        ("tensor: 2", ("data.pack_length=4096",), "data.pack_length=4096 cannot be combined"),
+        (
+            "tensor: 2",
+            ("teacher.mode=online", "teacher.sharding=zero3"),
+            "teacher.sharding=zero3 cannot be .* set it to none while teacher.mode=online",
+        ),
+        (
+            "tensor: 2",
+            ("data.pack_length=4096",),
+            "data.pack_length=4096 needs parallel.row_format=ragged, .* data.pack_length to null",
+        ),
         ("tensor: 2", ("run.deepspeed={}",), "run.deepspeed={} cannot be .* set it to null"),
         (
             "tensor: 2",
@@ -88,6 +97,13 @@ def test_experts_must_be_shared_by_ranks_of_a_stage():
         ({"output_router_logits": True}, {}, "output_router_logits=True asks .* set it false"),
         ({"num_experts_per_tok": 1}, {}, "num_experts_per_tok=1 is not supported"),
         ({"router_jitter_noise": 0.1}, {}, "router_jitter_noise=0.1 .* set it to 0"),
+        ({"decoder_sparse_step": 2}, {}, "decoder_sparse_step=2 .* leaves layers without experts"),
+        ({"mlp_only_layers": [1]}, {}, r"mlp_only_layers=\[1\] leaves layers without experts"),
+        (
+            {"moe_intermediate_size": 33},
+            {"tensor": 2, "sequence": True},
+            "moe_intermediate_size=33 cannot be cut over .*tensor=2",
+        ),
     ],
 )
 def test_a_student_with_experts_that_does_not_fit_is_refused(change, parallel, message):
@@ -170,6 +186,37 @@ def test_a_plan_is_walked_for_the_data_ranks(parallel, size):
     assert data_ranks_of(parallel, 8) == size
 
 
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        (SequenceCut(1, 4), [(5, 3, 7, 1), (4, 2, 2, 6, 2)]),
+        (SequenceCut(2, 1), [(8, 4, 8), (4, 4, 4, 8)]),
+        (SequenceCut(2, 2), [(8, 4, 8, 4), (4, 4, 4, 8, 4)]),
+    ],
+)
+def test_packed_samples_of_a_window_lie_in_one_row_each_within_its_bounds(cut, expected):
+    batches = []
+    for lengths in ([[5, 3], [7]], [[4], [2, 2, 6]]):
+        ids_BT, tokens = random_batch(lengths, seed=1)
+        tokens = replace(tokens, image_BT=tokens.segment_BT)
+        inputs = {"input_ids": ids_BT, "position_ids": ids_BT, "pixel_values": torch.ones(2)}
+        batches.append(Batch(inputs, tokens))
+    (found,) = windows(iter(batches), 2, pad_id=3, cut=cut, packs=True)
+    assert [batch.inputs["lengths"] for batch in found] == expected
+    for before, after in zip(batches, found, strict=True):
+        assert after.tokens.keys == (tuple(before.tokens.flat_keys),)
+        assert "position_ids" not in after.inputs
+        assert after.inputs["pixel_values"] is before.inputs["pixel_values"]
+        (ids_T,), (segment_T,) = after.inputs["input_ids"], after.tokens.segment_BT
+        assert bool((ids_T[segment_T < 0] == 3).all())
+        for number in range(len(before.tokens.flat_keys)):
+            was_BT, is_T = before.tokens.sample_BT == number, segment_T == number
+            assert int(is_T.nonzero()[0]) == sum(after.inputs["lengths"][:number])
+            assert torch.equal(ids_T[is_T], before.inputs["input_ids"][was_BT])
+            assert torch.equal(after.tokens.labels_BT[0, is_T], before.tokens.labels_BT[was_BT])
+            assert torch.equal(after.tokens.image_BT[0, is_T], before.tokens.image_BT[was_BT])
+
+
 def test_a_windows_rows_get_one_length_that_can_be_cut():
     batches = []
     for lengths in ([[5], [7]], [[9], [3]], [[4], [4]], [[6], [2]]):
@@ -177,7 +224,7 @@ def test_a_windows_rows_get_one_length_that_can_be_cut():
         if len(batches) % 2 == 0:
             tokens = replace(tokens, image_BT=tokens.segment_BT)
         batches.append(Batch({"input_ids": ids_BT, "pixel_values": torch.ones(2)}, tokens))
-    found = list(windows(iter(batches), 2, pad_id=3, multiple=4))
+    found = list(windows(iter(batches), 2, pad_id=3, cut=SequenceCut(2)))
     assert [[b.inputs["input_ids"].shape[1] for b in window] for window in found] == [
         [12, 12],
         [8, 8],

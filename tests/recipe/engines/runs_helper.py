@@ -132,6 +132,15 @@ def train_with_own_attention(run: Run) -> None:
         train(run)
 
 
+def train_with_teacher(run: Run) -> None:
+    """A run whose teacher is in the job: it asks how the ranks were started, before it is loaded.
+
+    Context ranks and packed rows as in ``train_with_own_attention``.
+    """
+    with mock.patch.dict(os.environ, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}):
+        train_with_own_attention(run)
+
+
 def train_plainly(run: Run) -> None:
     """Megatron's own loop over the same micro-batches, without us: the same weights bit for bit."""
     trainer = trainer_of(run)

@@ -31,9 +31,10 @@ from tests.recipe.engines.runs_helper import (
     train,
     train_plainly,
     train_with_own_attention,
+    train_with_teacher,
 )
 
-TIMES = {"step_seconds", "cpu_seconds"}
+TIMES = {"step_seconds", "cpu_seconds", "teacher_seconds"}
 
 HALF = "run.accumulation=2"
 """Two data ranks have the batch of one."""
@@ -83,7 +84,7 @@ def require_equal_runs(found: Path, wanted: Path) -> None:
     """All counts exactly; loss, norm and weights but for the order of sums in single precision."""
     rounded = {"loss", "grad_norm", "lr"}
     for mine, theirs in zip(rows(found), rows(wanted), strict=True):
-        assert mine.keys() == theirs.keys()
+        assert mine.keys() - TIMES == theirs.keys() - TIMES
         # Rows are padded to one length in a window, not in each micro-batch, which costs FLOPs.
         for key in mine.keys() - rounded - TIMES - {"padded", "flops"}:
             assert mine[key] == theirs[key], (key, mine, theirs)
@@ -126,14 +127,52 @@ def test_every_cut_makes_the_run_of_one_deepspeed_rank(
     assert "note: parallel." in table
 
 
+ONLINE = ("teacher.mode=online", "teacher.store=null")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "more"),
+    [("tensor: 2, sequence: true", ()), ("distributed_optimizer: true", (HALF,))],
+)
+def test_a_teacher_in_the_job_makes_the_run_of_its_store(
+    pool: Pool, corpus: Path, parallel: str, more: tuple[str, ...]
+):
+    """On ranks that share a replica's samples, and on ranks with samples of their own."""
+    out = "online " + parallel.replace(":", "")
+    run = Run(corpus, out, (f"parallel={{{parallel}}}", *more, *ONLINE))
+    pool.run(2, train_with_teacher, run, TIMEOUT_SECONDS)
+    require_equal_runs(corpus / out, corpus / "deepspeed")
+    assert all((row["teacher_seconds"] > 0) != row["dense"] for row in rows(corpus / out))
+
+
+PACKED = "data.pack_length=512"
+"""Two samples of a micro-batch are one row."""
+
+
 @pytest.mark.slow
 def test_ragged_rows_make_the_run_of_padded_rows(pool: Pool, corpus: Path):
-    # Ragged rows fill their total, the others each row: neither has to here.
-    for rows, kind in (("padded", train), ("ragged", train_with_own_attention)):
-        parallel = f"parallel={{pipeline: 2, row_format: {rows}}}"
-        run = Run(corpus, rows, (parallel, "elision.token_multiple=1"))
-        pool.run(2, kind, run, TIMEOUT_SECONDS)
-    require_equal_runs(corpus / "ragged", corpus / "padded")
+    """Also where the host's own rows hold several samples."""
+    runs = [
+        ("padded", train, "pipeline: 2", ()),
+        ("ragged", train_with_own_attention, "pipeline: 2, row_format: ragged", ()),
+        ("packed", train_with_own_attention, "pipeline: 2, row_format: ragged", (PACKED,)),
+        ("packed, cut", train_with_own_attention, "tensor: 2, row_format: ragged", (PACKED,)),
+    ]
+    for out, kind, cut, more in runs:
+        # Ragged rows fill their total, the others each row: neither has to here.
+        settings = (f"parallel={{{cut}}}", "elision.token_multiple=1", *more)
+        pool.run(2, kind, Run(corpus, out, settings), TIMEOUT_SECONDS)
+        require_equal_runs(corpus / out, corpus / "padded")
+
+
+@pytest.mark.slow
+def test_context_ranks_cut_each_sample_of_a_packed_row(pool: Pool, corpus: Path):
+    """Both runs fill up a micro-batch, which is one row, to a multiple of 4."""
+    for out, cut in (("whole row", "tensor: 1"), ("cut row", "context: 2")):
+        run = Run(corpus, out, (f"parallel={{{cut}, row_format: ragged}}", PACKED))
+        pool.run(2 if "context" in cut else 1, train_with_own_attention, run, TIMEOUT_SECONDS)
+    require_equal_runs(corpus / "cut row", corpus / "whole row")
 
 
 def printed_plan(corpus: Path, world: int, *overrides: str) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from regate_ds.algorithm.batch import TokenBatch
+from regate_ds.algorithm.batch import TokenBatch, starts_segment
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowLayout
 from regate_ds.parallel.resharding import SequenceCut
 
@@ -61,8 +64,32 @@ def require_cut(window: Sequence[TokenBatch], place: Place) -> None:
                 f"a row holds {num_samples} samples, which padded rows cannot keep apart; attach "
                 "with row_format='ragged', or give one sample a row"
             )
-        if place.context_size > 1:
+        _require_filled(batch, place)
+
+
+def _require_filled(batch: TokenBatch, place: Place) -> None:
+    """Refuse samples of a packed row that context ranks cannot cut, each by itself."""
+    multiple = place.cut.zigzag
+    starts_T = starts_segment(batch.segment_BT).flatten().nonzero().flatten()
+    for key, start in zip(batch.flat_keys, starts_T.tolist(), strict=True):
+        if start % multiple:
             raise ValueError(
-                f"a row holds {num_samples} samples, which is not supported with context "
-                f"parallelism (size {place.context_size}); give one sample a row"
+                f"sample {key} starts at position {start} of a packed row, but {place.context_size}"
+                f" context ranks cut each sample in {multiple}; fill each up to a multiple of "
+                f"{multiple} (segment -1), and give its place in cu_seqlens_q_padded"
             )
+
+
+def cut_lengths(plan: ElisionPlan, place: Place) -> tuple[int, ...]:
+    """Return the lengths of what context ranks cut of a row before the gate, each by itself.
+
+    A packed row has its samples, each filled up, and then what is left of it.
+    """
+    multiple = place.cut.zigzag
+    if multiple == 1 or not plan.is_packed:
+        return (plan.num_tokens,)
+    starts, runs = plan.sample_starts.tolist(), plan.token_run_lengths
+    (last,) = (run for at, run in zip(accumulate(runs, initial=0), runs) if at == starts[-1])
+    end = starts[-1] + math.ceil(last / multiple) * multiple
+    bounds = sorted({*starts, end, plan.num_tokens})
+    return tuple(b - a for a, b in pairwise(bounds))

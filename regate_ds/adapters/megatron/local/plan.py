@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from regate_ds.adapters.megatron.local.place import Place
+from regate_ds.adapters.megatron.local.place import Place, cut_lengths
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 
@@ -45,6 +45,9 @@ class LocalPlan:
     full_shape: tuple[int, int]
     """[S, B]: shape of this rank's part of the rows that ungated layers see."""
 
+    cut: tuple[int, ...] | None
+    """Lengths of what context ranks cut of these rows, each by itself; None if there is one."""
+
     kept_shape: tuple[int, int]
     """[S, B]: shape of this rank's part of the rows that gated layers see."""
 
@@ -63,8 +66,7 @@ class LocalPlan:
     """int64 [S, B]: where these slots lie in the micro-batch [B, T], flat; 0 at padding."""
 
     packing: Packing | None
-    """Bounds of the samples in ragged rows; None for padded rows, or if no
-    row moves."""
+    """Bounds of the samples in ragged rows; None for padded rows, or if no row moves."""
 
     padding_BK: Tensor | None
     """bool [B, S]: True at padding slots of this rank; None if there are none."""
@@ -115,13 +117,14 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     context_L = targets_RN.rank_N // place.sequence_size
     here_L = (context_L == place.context_rank).nonzero().squeeze(1)
     targets_P, head = _head(plan.targets_L[here_L], targets_RN[here_L], place)
-    num_rows, num_tokens = len(plan.kept_BK), plan.num_tokens
+    full_shape = plan.num_tokens // place.cut.size, len(plan.kept_BK)
     return LocalPlan(
         plan=plan,
-        full_shape=(num_tokens // place.cut.size, num_rows),
-        kept_shape=kept_shape if elides else (num_tokens // place.cut.size, num_rows),
+        full_shape=full_shape,
+        cut=cut_lengths(plan, place) if place.context_size > 1 else None,
+        kept_shape=kept_shape if elides else full_shape,
         gather=gather,
-        elided_N=_elided(gather, num_rows * num_tokens // place.cut.size, place),
+        elided_N=_elided(gather, math.prod(full_shape), place),
         rotary_position=_rotary_position(plan, place, ragged),
         source=_source(plan, place, ragged),
         packing=_packing(ragged, place) if elides and ragged is not None else None,
@@ -152,7 +155,7 @@ def _elided(gather: Route | None, num_rows: int, place: Place) -> Tensor | None:
 
 def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
     """Return where flat positions in [B * T] lie before the gate: rank and row."""
-    rank_T, index_T = place.cut.owners(plan.num_tokens)
+    rank_T, index_T = place.cut.owners(*cut_lengths(plan, place))
     row_N, t_N = position_N // plan.num_tokens, position_N % plan.num_tokens
     return Rows(rank_T[t_N], index_T[t_N] * len(plan.kept_BK) + row_N)
 
@@ -167,10 +170,8 @@ def _kept_rows(
     num_rows, num_slots = plan.kept_BK.shape
     rank_K, index_K = place.cut.owners(num_slots)
     row_R, k_R = plan.slot_R // num_slots, plan.slot_R % num_slots
-    return Rows(rank_K[k_R], index_K[k_R] * num_rows + row_R), (
-        num_slots // place.cut.size,
-        num_rows,
-    )
+    shape = num_slots // place.cut.size, num_rows
+    return Rows(rank_K[k_R], index_K[k_R] * num_rows + row_R), shape
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,7 @@ def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) ->
     if ragged is None:
         held_K = SequenceCut(place.context_size).held(plan.num_slots)[place.context_rank]
         return plan.kept_BK[:, held_K].T.contiguous()
-    # A sample's first position is always kept, and is the first of its slots.
-    first_R = plan.position_R[ragged.kept.cumsum(0) - ragged.kept].repeat_interleave(ragged.kept)
+    first_R = plan.sample_starts.repeat_interleave(ragged.kept)
     position_P = torch.zeros(sum(ragged.lengths), dtype=torch.long)
     position_P[ragged.index_R] = plan.position_R - first_R
     return position_P[:, None]

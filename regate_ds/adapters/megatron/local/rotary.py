@@ -64,6 +64,19 @@ def _by_interleaved_axes(gpt: Any, local: LocalPlan, position_ids: Tensor | None
     return angles if local.packing is None else angles[local.packing.held_S]
 
 
+def require_one_axis(gpt: Any) -> None:
+    """Refuse, by ValueError, packed rows under context parallelism where positions have axes.
+
+    The host's table for axes cuts whole rows in zigzag, where attention cuts each sample.
+    """
+    if gpt.position_embedding_type == "mrope":
+        raise ValueError(
+            "the model is called with packed rows (packed_seq_params.qkv_format='thd'), which "
+            "position_embedding_type='mrope' does not allow with context_parallel_size="
+            f"{gpt.config.context_parallel_size}; give one sample a row"
+        )
+
+
 def whole_positions(
     gpt: Any, local: LocalPlan, position_ids: Tensor | None, context: ProcessGroup | None
 ) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -33,13 +34,13 @@ from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
 from regate_ds.recipe.engines.megatron.experts import SplitExperts
 from regate_ds.recipe.engines.megatron.lora import Adapters, add_adapters, start_adapters
-from regate_ds.recipe.engines.megatron.weights import load_cut
+from regate_ds.recipe.engines.megatron.weights import TextWeights, load_cut
 from regate_ds.recipe.students.config import ModelConfig
 from regate_ds.recipe.students.stored import source_of_student
 from regate_ds.recipe.students.student import Student, fresh_model
 from regate_ds.recipe.students.trainable import adapter_starts
 from regate_ds.teacher.backbone import text_backbone
-from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
+from regate_ds.teacher.sharding.weights import WeightSource
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -72,20 +73,38 @@ class StudentChunk(MegatronModule):
         self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
 
     def forward(
-        self, ids_BT: Tensor, pixel_values: Tensor | None = None, labels: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """Return losses [B, T] of the labels, or the input of the next part.
 
-        Labels and result are those of this context rank's part of T; the ids are whole.
+        Labels and result are those of this context rank's part of T; the ids are whole. lengths:
+        those of the samples, if the one row holds several.
         """
         positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         decoder_input = None
         if self.pre_process:
-            decoder_input = self._embedded(ids_BT, positions_BT, pixel_values)
-        ids_BT, positions_BT = context_part(ids_BT, 1), context_part(positions_BT, 1)
-        return self.gpt(ids_BT, positions_BT, None, decoder_input=decoder_input, labels=labels)
+            decoder_input = self._embedded(ids_BT, positions_BT, pixel_values, lengths)
+        ids_BT, positions_BT = (context_part(x_BT, 1, lengths) for x_BT in (ids_BT, positions_BT))
+        return self.gpt(
+            ids_BT,
+            positions_BT,
+            None,
+            decoder_input=decoder_input,
+            labels=labels,
+            packed_seq_params=None if lengths is None else _bounds(lengths, ids_BT.device),
+        )
 
-    def _embedded(self, ids_BT: Tensor, positions_BT: Tensor, pixels: Tensor | None) -> Tensor:
+    def _embedded(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        pixels: Tensor | None,
+        lengths: tuple[int, ...] | None,
+    ) -> Tensor:
         """Return [T, B, H], or this rank's part of T under context and sequence parallelism."""
         words_TBH = self.gpt.embedding(input_ids=ids_BT, position_ids=positions_BT)
         if pixels is not None:
@@ -95,7 +114,7 @@ class StudentChunk(MegatronModule):
             is_image_BT1 = (ids_BT == self._image_id).unsqueeze(-1)
             merged_BTH = words_BTH.masked_scatter(is_image_BT1, features_IPH.to(words_BTH.dtype))
             words_TBH = merged_BTH.transpose(0, 1).contiguous()
-        words_TBH = context_part(words_TBH, 0)
+        words_TBH = context_part(words_TBH, 0, lengths)
         if self.config.sequence_parallel:
             # Its backward gathers, so every tensor rank gets the gradient of the whole sequence.
             words_TBH = scatter_to_sequence_parallel_region(words_TBH)
@@ -112,13 +131,22 @@ class StudentChunk(MegatronModule):
         return self.gpt.shared_embedding_or_output_weight()
 
 
-def context_part(x: Tensor, dim: int) -> Tensor:
-    """Return this context rank's part of the sequence along ``dim``."""
+def context_part(x: Tensor, dim: int, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """Return this context rank's part of the sequence along ``dim``.
+
+    lengths: those of the samples, if it holds several, of each of which the rank has a part.
+    """
     size = mpu.get_context_parallel_world_size()
     if size == 1:
         return x
-    held = SequenceCut(size).held(x.shape[dim])[mpu.get_context_parallel_rank()]
-    return x.index_select(dim, held.to(x.device))
+    cut = SequenceCut(size).held(*(lengths or (x.shape[dim],)))
+    return x.index_select(dim, cut[mpu.get_context_parallel_rank()].to(x.device))
+
+
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> PackedSeqParams:
+    """Return where the samples of a packed row lie, what fills them up among their tokens."""
+    bounds = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=device)
+    return PackedSeqParams("thd", bounds, bounds, None, None, max(lengths), max(lengths))
 
 
 def _features(vision: Any, pixels: Tensor) -> Sequence[Tensor]:
@@ -169,28 +197,6 @@ def build_chunks(
         own = [chunk.adapters for chunk in chunks if chunk.adapters is not None]
         start_adapters(own, adapter_starts(student, lora, seed=seed), decoder)
     return [_wrap(chunk.train(), config, parallel) for chunk in chunks]
-
-
-@dataclass(frozen=True)
-class TextWeights:
-    """A student's decoder and head, by their names in a causal LM."""
-
-    student: WeightSource
-    decoder: str
-    """Name of the decoder in the student."""
-
-    def __contains__(self, name: object) -> bool:
-        return self._name(str(name)) in self.student
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.student.shape(self._name(name))
-
-    def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
-        return self.student.read(self._name(name), cut)
-
-    def _name(self, name: str) -> str:
-        inside = name.removeprefix("model.")
-        return name if inside == name else f"model.{self.decoder}.{inside}"
 
 
 def _vision(student: Student, config: ModelConfig, weights: WeightSource) -> nn.Module:

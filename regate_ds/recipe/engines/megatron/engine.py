@@ -40,7 +40,6 @@ from regate_ds.recipe.engines.megatron.optimizer import DTYPES, optimizer_settin
 from regate_ds.recipe.engines.megatron.padding import to_one_length, windows
 from regate_ds.recipe.evaluation.forward import Predict, dense_inference
 from regate_ds.recipe.optimizer import lr_share
-from regate_ds.teacher.online import OnlineReference
 
 
 @dataclass
@@ -72,7 +71,6 @@ class MegatronEngine:
         config, student = setup.config, setup.corpus.student
         assert config.parallel is not None
         reference = setup.computed.reference
-        assert not isinstance(reference, OnlineReference)
         model: Any = student.model
         require_student(model.config.model_type, model.config.get_text_config(), config.parallel)
         dtype = DTYPES[config.run.precision]
@@ -100,15 +98,16 @@ class MegatronEngine:
         return self._setup.config.optimizer.lr * self._lr_share(self._num_done)
 
     def windows(self, loader: Iterable[Batch]) -> Iterator[list[Batch]]:
-        size, pad_id = self._setup.config.run.accumulation, self._setup.corpus.student.pad_id
-        return windows(loader, size, pad_id=pad_id, multiple=self._multiple)
+        config, pad_id = self._setup.config, self._setup.corpus.student.pad_id
+        size, packs = config.run.accumulation, config.data.pack_length is not None
+        return windows(loader, size, pad_id=pad_id, cut=self._cut, packs=packs)
 
     @property
-    def _multiple(self) -> int:
-        """What the lengths of micro-batches are multiples of."""
+    def _cut(self) -> SequenceCut:
+        """How the ranks cut the rows of micro-batches."""
         parallel = self._setup.config.parallel
         assert parallel is not None
-        return SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1).multiple
+        return SequenceCut(parallel.context, parallel.tensor if parallel.sequence else 1)
 
     def run_step(self, window: list[Batch]) -> list[Tensor]:
         for chunk in self.chunks:
@@ -116,6 +115,7 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        self.regate.prepare(window)
         reports = self._run_schedule(window)
         applied, norm, _ = self.optimizer.step()
         clips = self._setup.config.optimizer.grad_clip is not None
@@ -188,7 +188,7 @@ class MegatronEngine:
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         pad_id = self._setup.corpus.student.pad_id
-        (padded,) = to_one_length([batch], pad_id=pad_id, multiple=self._multiple)
+        (padded,) = to_one_length([batch], pad_id=pad_id, multiple=self._cut.multiple)
         return predict_in_stages(self.chunks, padded.to(self._setup.process.device))
 
     def weights(self) -> dict[str, Tensor]:
@@ -219,11 +219,14 @@ def forward_step(iterator: Iterator[Batch], model: nn.Module) -> Any:
     With elision, ``MegatronRegate.wrap`` replaces that loss by the one over the plan's targets.
     """
     batch = next(iterator)
-    labels_BT = context_part(batch.tokens.labels_BT.to(batch.inputs["input_ids"].device), 1)
+    lengths = batch.inputs.get("lengths")
+    whole_BT = batch.tokens.labels_BT.to(batch.inputs["input_ids"].device)
+    labels_BT = context_part(whole_BT, 1, lengths)
     output = model(
         batch.inputs["input_ids"],
         pixel_values=batch.inputs.get("pixel_values"),
         labels=labels_BT.clamp(min=0),
+        lengths=lengths,
     )
 
     def loss(losses_BT: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

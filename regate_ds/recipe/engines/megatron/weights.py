@@ -7,6 +7,7 @@ out of a model  the tensor ranks' cuts are joined, and each stage's weights go t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ from regate_ds.recipe.engines.megatron.transfer import receive_tensor, send_tens
 from regate_ds.teacher.sharding.weights import WeightCut, WeightSource
 
 Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TextWeights:
+    """A student's decoder and head, by their names in a causal LM."""
+
+    student: WeightSource
+    decoder: str
+    """Name of the decoder in the student."""
+
+    def __contains__(self, name: object) -> bool:
+        return self._name(str(name)) in self.student
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.student.shape(self._name(name))
+
+    def read(self, name: str, cut: WeightCut | None = None) -> Tensor:
+        return self.student.read(self._name(name), cut)
+
+    def _name(self, name: str) -> str:
+        inside = name.removeprefix("model.")
+        return name if inside == name else f"model.{self.decoder}.{inside}"
 
 
 def load_cut(chunks: Sequence[nn.Module], source: WeightSource, config: Any) -> None:
