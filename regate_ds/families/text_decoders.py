@@ -50,6 +50,9 @@ class TextDecoder:
     has_qkv_bias: bool = False
     """Whether queries, keys and values have a bias; Megatron-core must be told."""
 
+    has_qk_norm: bool = False
+    """Whether the queries and keys of each head are normalized; Megatron-core must be told."""
+
     num_position_axes: int = 1
     """Number of rotary axes; an image has three in some families."""
 
@@ -95,8 +98,8 @@ _USUAL = (
     "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "jais2",
     "jetmoe", "kolibri1", "laguna", "mellum", "mimo_v2_flash", "minimax_m2",
     "minimax_m3_vl_text", "ministral", "nanochat", "nemotron", "olmo", "olmo2",
-    "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2_moe", "qwen3", "qwen3_moe",
-    "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2_moe", "sarvam_moe",
+    "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
     "vaultgemma",
 )
 # fmt: on
@@ -138,8 +141,10 @@ TEXT_DECODERS: dict[str, TextDecoder] = {
     "qwen2": TextDecoder(shards=True, in_pipeline=True, in_megatron=True, has_qkv_bias=True),
     "qwen2_5_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
     "qwen2_vl_text": TextDecoder(has_qkv_bias=True, num_position_axes=3),
+    "qwen3": TextDecoder(in_megatron=True, has_qk_norm=True),
     "qwen3_5_moe_text": _DELTA_NET,
     "qwen3_5_text": _DELTA_NET,
+    "qwen3_moe": TextDecoder(in_megatron=True, has_qk_norm=True),
     "qwen3_next": _DELTA_NET,
 }
 """The records, by ``model_type``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regate_ds.recipe.engines.megatron.decoder import gpt_chunk, transformer_config
@@ -27,12 +28,20 @@ class BridgeCase:
     kind: str = "llama"
     tied: bool = False
     layout: Case = Case()
+    rescales: bool = False
+    """Whether Qwen's router makes the shares of the best experts add up to 1."""
 
 
 def check_weights(case: BridgeCase) -> float:
-    """Largest difference of any token's loss; every weight comes back bit for bit."""
+    """Largest difference of any token's loss, and on one rank of any weight's gradient.
+
+    Every weight comes back bit for bit.
+    """
     join(case.layout)
     sizes = {"vocab_size": VOCABULARY + 3, "num_layers": 4, "tie_word_embeddings": case.tied}
+    if case.kind == "qwen3_moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        sizes |= {"norm_topk_prob": case.rescales, "head_dim": 16}
     model = causal_lm(case.kind, **sizes).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,4 +65,18 @@ def check_weights(case: BridgeCase) -> float:
     ids = torch.randint(VOCABULARY, (2, 8 + 4 * rank), generator=drawn)
     found = losses_of(chunk.eval(), ids)
     wanted = F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten(), reduction="none")
-    return float((found.flatten() - wanted).abs().max() / wanted.abs().max())
+    error = float((found.flatten() - wanted).abs().max() / wanted.abs().max())
+    if case.layout != Case():
+        return error
+    found.sum().backward()
+    wanted.sum().backward()
+    # A second model of the same form holds the gradients of the first one's weights.
+    grads = {name: weight.grad for name, weight in model.named_parameters()}
+    theirs = gpt_chunk(model.config, config)
+    load_cut([theirs], SplitExperts(LoadedWeights(grads)), model.config)
+    return max(error, *map(_difference, chunk.parameters(), theirs.parameters()))
+
+
+def _difference(mine: nn.Parameter, grad: Tensor) -> float:
+    assert mine.grad is not None
+    return float((mine.grad - grad).norm() / grad.norm())

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch.nn import functional as F
 
 from regate_ds.families.text_decoders import TEXT_DECODERS
-from regate_ds.recipe.config.megatron_limits import num_experts, require_decoder
+from regate_ds.recipe.config.megatron_limits import inner_size, num_experts, require_decoder
 from regate_ds.recipe.engines.megatron.names import head_size
 from regate_ds.recipe.engines.megatron.norm import RootMeanSquareNorm
 
@@ -40,13 +40,14 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
         "num_attention_heads": text.num_attention_heads,
         "num_query_groups": text.num_key_value_heads,
         "kv_channels": head_size(text),
-        "ffn_hidden_size": text.intermediate_size,
+        "ffn_hidden_size": inner_size(text),
         "layernorm_epsilon": text.rms_norm_eps,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
         "add_qkv_bias": TEXT_DECODERS[text.model_type].has_qkv_bias,
+        "qk_layernorm": TEXT_DECODERS[text.model_type].has_qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": text.attention_dropout,
         "apply_rope_fusion": False,
@@ -68,7 +69,8 @@ def transformer_config(text: Any, **more: Any) -> TransformerConfig:
 def _expert_settings(text: Any) -> dict[str, Any]:
     """Return what a decoder with experts needs: each token meets its best ones, as many as fit.
 
-    Megatron weighs them by a softmax over the best, which is Hugging Face's over all, rescaled.
+    Megatron weighs them by a softmax over the best, which is Hugging Face's over all, rescaled; or
+    by that over all, where the decoder does not rescale it.
     """
     if not num_experts(text):
         return {}
@@ -77,7 +79,8 @@ def _expert_settings(text: Any) -> dict[str, Any]:
         "moe_router_topk": text.num_experts_per_tok,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_ffn_hidden_size": text.intermediate_size,
+        "moe_ffn_hidden_size": inner_size(text),
+        "moe_router_pre_softmax": not getattr(text, "norm_topk_prob", True),
         "moe_token_dispatcher_type": "alltoall",
         "expert_model_parallel_size": mpu.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": mpu.get_expert_tensor_parallel_world_size(),
@@ -102,16 +105,23 @@ def gpt_chunk(text: Any, config: TransformerConfig, vp_stage: int | None = None)
 
 
 def _engine_layers(config: TransformerConfig) -> Any:
-    return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+    )
 
 
 def _plain_layers(config: TransformerConfig) -> Any:
     """Return the specs of this rank's layers, made of torch's own operations."""
     layer: Any = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, normalization="RMSNorm"
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RootMeanSquareNorm
+    if config.qk_layernorm:
+        heads = parts.self_attention.submodules
+        heads.q_layernorm = heads.k_layernorm = RootMeanSquareNorm
     num_parts = config.pipeline_model_parallel_size * (
         config.virtual_pipeline_model_parallel_size or 1
     )

@@ -29,6 +29,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regate_ds.recipe.config.megatron_limits import inner_size
 from regate_ds.recipe.engines.megatron.names import head_size
 from regate_ds.recipe.engines.megatron.norm import rms_norm
 from regate_ds.recipe.students.config import LoraConfig
@@ -199,7 +200,7 @@ def _num_outputs(text: Any) -> dict[str, int]:
     """Return the outputs of each linear layer in the whole decoder."""
     head = head_size(text)
     queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-    hidden, inner = text.hidden_size, text.intermediate_size
+    hidden, inner = text.hidden_size, inner_size(text)
     attention = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": hidden}
     return {**attention, "gate_proj": inner, "up_proj": inner, "down_proj": hidden}
 
