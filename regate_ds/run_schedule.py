@@ -21,7 +21,7 @@ def schedule_state(config: RegateConfig, total_steps: int) -> dict[str, Any]:
     }
 
 
-def require_schedule(config: RegateConfig, total_steps: int, state: Mapping[str, Any]) -> None:
+def require_same_schedule(config: RegateConfig, total_steps: int, state: Mapping[str, Any]) -> None:
     """Refuse, by ValueError, a checkpoint's state of another length of the run or schedule."""
     if state["run_steps"] != total_steps:
         raise ValueError(

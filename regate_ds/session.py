@@ -22,7 +22,7 @@ from regate_ds.algorithm.window import plan_dense_window, window_keys
 from regate_ds.config import RegateConfig, require_config, require_steps
 from regate_ds.open_step import OpenStep
 from regate_ds.parallel.layout import ParallelLayout, is_first
-from regate_ds.run_schedule import require_schedule, schedule_state
+from regate_ds.run_schedule import require_same_schedule, schedule_state
 from regate_ds.sparse_step import Chooser, MakePlans, require_stores
 from regate_ds.stores.values import Stores
 
@@ -218,7 +218,7 @@ class Regate:
                 f"the checkpoint has state version {state.get('version')}, this version reads "
                 f"{STATE_FORMAT}; start the run anew (regate train CONFIG, with another run.out)"
             )
-        require_schedule(self.config, self.total_steps, state)
+        require_same_schedule(self.config, self.total_steps, state)
 
     def _require_open(self, call: str) -> OpenStep:
         if self._open is None:

@@ -88,7 +88,9 @@ class MultiChoice:
     def build(self, main: nn.Module, helper: nn.Module | None, inputs: Inputs) -> MultiChoiceModule:
         free = inputs.num_tokens - len(inputs.special_ids)
         if free < 3:
-            raise ValueError(f"a inputs of {free} words leaves no candidate; give more words")
+            raise ValueError(
+                f"{free} tokens besides the special ones leave no candidate; give a larger vocabulary"
+            )
         return MultiChoiceModule(self, main, require_helper(helper), inputs)
 
 

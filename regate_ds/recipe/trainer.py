@@ -18,7 +18,7 @@ from regate_ds.job.ranks import announce
 from regate_ds.job.supervise import join_job
 from regate_ds.job.watch import Signs
 from regate_ds.recipe.computed import open_computed, origin_of
-from regate_ds.recipe.config.sections import judge_length
+from regate_ds.recipe.config.length import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config
 from regate_ds.recipe.corpus import Corpus, HostLabels, held_out, loads_whole, open_corpus
 from regate_ds.recipe.engines.base import Setup

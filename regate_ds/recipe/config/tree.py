@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from regate_ds.config import RegateConfig
+from regate_ds.recipe.config.length import judge_length
 from regate_ds.recipe.config.megatron_limits import require_settings
 from regate_ds.recipe.config.sections import (
     DataConfig,
     ParallelConfig,
     RankConfig,
     RunSection,
-    judge_length,
 )
 from regate_ds.recipe.optimizer import OptimizerConfig
 from regate_ds.recipe.students.config import ModelConfig

@@ -31,7 +31,8 @@ from regate_ds.data.collate import Collator, LoadedSample
 from regate_ds.job.process import Process
 from regate_ds.job.progress import progress
 from regate_ds.parallel.resharding import SequenceCut
-from regate_ds.recipe.config.sections import ParallelConfig, judge_length
+from regate_ds.recipe.config.length import judge_length
+from regate_ds.recipe.config.sections import ParallelConfig
 from regate_ds.recipe.config.tree import RunConfig
 from regate_ds.recipe.corpus import Corpus
 from regate_ds.recipe.estimate.unseen import place_unseen, read_orders_of, score_unseen

@@ -14,7 +14,7 @@ from regate_ds.algorithm.scores.fused import Fused
 from regate_ds.algorithm.scores.random import Random
 from regate_ds.config import RegateConfig
 from regate_ds.images_config import ImagesConfig
-from regate_ds.recipe.config.sections import judge_length
+from regate_ds.recipe.config.length import judge_length
 from regate_ds.recipe.config.tree import RunConfig, dump_config, load_config
 from regate_ds.schedule_config import ScheduleConfig
 from tests.house.test_docs import blocks

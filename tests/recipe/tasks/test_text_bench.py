@@ -15,7 +15,7 @@ from regate_ds.recipe.tasks.text.bench import main, table_of_trials
 from regate_ds.recipe.tasks.text.blocks import open_text
 from regate_ds.recipe.tasks.text.trial import (
     LAST_LR,
-    Bench,
+    TextBench,
     TrialSizes,
     held_out_loss,
     lr_factor,
@@ -46,7 +46,7 @@ def test_arms_read_and_compute_what_their_papers_say():
 def test_every_arm_runs_from_the_same_weights_and_rows(text: Path, tmp_path: Path):
     blocks = open_text(text, length=16, vocab_size=300, held_out=0.1)
     found = {}
-    bench = Bench(blocks=blocks, sizes=SIZES, folder=tmp_path)
+    bench = TextBench(blocks=blocks, sizes=SIZES, folder=tmp_path)
     with pytest.raises(ValueError, match="dense-1.pt: the end of the dense run is the teacher"):
         run_trial(bench, "merged, elided", seed=1)
     for name in TEXT_ARMS:
@@ -113,6 +113,6 @@ def test_the_command_keeps_results_and_prints_the_table(
 
 def test_a_text_that_a_run_would_read_twice_is_refused(text: Path, tmp_path: Path):
     blocks = open_text(text, length=16, vocab_size=300, held_out=0.1)
-    bench = Bench(blocks=blocks, sizes=replace(SIZES, steps=500), folder=tmp_path)
+    bench = TextBench(blocks=blocks, sizes=replace(SIZES, steps=500), folder=tmp_path)
     with pytest.raises(ValueError, match="a run reads 1000 rows of 16 tokens, the text has"):
         run_trial(bench, "dense", seed=1)

@@ -21,7 +21,7 @@ from regate_ds.job.progress import progress
 from regate_ds.recipe.tasks.text.arms import TEXT_ARMS
 from regate_ds.recipe.tasks.text.blocks import open_text
 from regate_ds.recipe.tasks.text.documents import By
-from regate_ds.recipe.tasks.text.trial import Bench, TrialSizes, run_trial
+from regate_ds.recipe.tasks.text.trial import TextBench, TrialSizes, run_trial
 from regate_ds.stores.atomic_file import make_folder, write_atomically
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = replace(TrialSizes(), **own)
     blocks = open_text(args.text, length=args.length, vocab_size=args.vocab, by=args.by)
     make_folder(args.out)
-    bench = Bench(blocks=blocks, sizes=sizes, folder=args.out)
+    bench = TextBench(blocks=blocks, sizes=sizes, folder=args.out)
     about = {**asdict(sizes), "length": args.length, "vocab": args.vocab, "text": str(args.text)}
     found: list[dict[str, Any]] = []
     with progress(len(args.arms) * len(args.seeds), desc="text", unit="run") as bar:

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from regate_ds import Keyed, Loop, ReferenceStore, Teacher, attach, score_dataset
+from regate_ds.adapters.torch.attach import attach
 from regate_ds.adapters.torch.loop import LoopRegate
+from regate_ds.adapters.torch.plain import Loop
 from regate_ds.adapters.window import Window
+from regate_ds.data.keyed import Keyed
 from regate_ds.recipe.tasks.text.arms import TEXT_ARMS, TextArm
 from regate_ds.recipe.tasks.text.blocks import TextBlocks
+from regate_ds.stores.reference.reader import ReferenceStore
+from regate_ds.teacher.api import Teacher, score_dataset
 
 WARMUP, LAST_LR = 0.05, 0.1
 """Share of the steps in which the learning rate rises, and what is left of it at the end."""
@@ -67,7 +71,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class TextBench:
     """What all runs of a benchmark share."""
 
     blocks: TextBlocks
@@ -80,7 +84,7 @@ class Bench:
         return self.folder / f"dense-{seed}.pt"
 
 
-def run_trial(bench: Bench, name: str, *, seed: int) -> Trial:
+def run_trial(bench: TextBench, name: str, *, seed: int) -> Trial:
     """Train by one of ``TEXT_ARMS`` and measure.
 
     ValueError if the text is too short for a run that reads none of it twice, or the arm needs a
@@ -114,7 +118,7 @@ def run_trial(bench: Bench, name: str, *, seed: int) -> Trial:
 
 
 def _train(
-    bench: Bench, model: nn.Module, regate: LoopRegate, windows: Iterable[Window], steps: int
+    bench: TextBench, model: nn.Module, regate: LoopRegate, windows: Iterable[Window], steps: int
 ) -> tuple[list[tuple[int, float, float]], dict[str, float]]:
     """Return the points of a run and the figures of its switch, as ``Trial`` has them."""
     sizes = bench.sizes
@@ -141,7 +145,7 @@ def _train(
     return points, jump
 
 
-def _rows_of(arm: TextArm, bench: Bench, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+def _rows_of(arm: TextArm, bench: TextBench, steps: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw the long rows of merged steps, where the arm has such, and the rows of the others.
 
     None is read twice; arms of one seed begin with the same text.
@@ -161,7 +165,7 @@ def _rows_of(arm: TextArm, bench: Bench, steps: int, seed: int) -> tuple[Tensor,
     return long_NT, rows_NT[num_long:]
 
 
-def _read_by_teacher(bench: Bench, data: Keyed, seed: int) -> ReferenceStore:
+def _read_by_teacher(bench: TextBench, data: Keyed, seed: int) -> ReferenceStore:
     path, store = bench.dense_end(seed), bench.folder / f"store-{seed}"
     if not path.is_file():
         raise ValueError(
