@@ -89,7 +89,8 @@ class MultiChoice:
         free = inputs.num_tokens - len(inputs.special_ids)
         if free < 3:
             raise ValueError(
-                f"{free} tokens besides the special ones leave no candidate; give a larger vocabulary"
+                f"{free} tokens besides the special ones leave no candidate; give a larger "
+                "vocabulary"
             )
         return MultiChoiceModule(self, main, require_helper(helper), inputs)
 
