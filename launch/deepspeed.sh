@@ -41,7 +41,7 @@ mapfile -t lines < <(sed 's/#.*//' "$hostfile" | grep '[^[:space:]]')
 ((${#lines[@]})) || fail "$hostfile names no node; $line_form"
 for line in "${lines[@]}"; do
     [[ $line =~ ^[[:space:]]*[^[:space:]]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
-        fail "$hostfile: '$line' is not 'NODE slots=N'; $line_form"
+        fail "$hostfile: '${line//[[:cntrl:]]/?}' is not 'NODE slots=N'; $line_form"
 done
 twice=$(printf '%s\n' "${lines[@]}" | awk '{ sub(/^.*@/, "", $1) } seen[$1]++ { print $1; exit }')
 [[ -z $twice ]] || fail "$hostfile names $twice twice: give it one line, with all its slots"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -44,7 +44,10 @@ def _is_whole_or_none(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not _is_bool(value) and math.isfinite(value)
+    if not isinstance(value, int | float) or _is_bool(value):
+        return False
+    # Compared, not converted: a whole number may be larger than any float.
+    return abs(value) <= sys.float_info.max
 
 
 _MEANINGS: dict[str, tuple[Callable[[object], bool], str]] = {

@@ -13,6 +13,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from regate_ds.algorithm.knobs import is_number
+
 Section = TypeVar("Section")
 
 
@@ -157,6 +159,8 @@ def _read_tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any,
 
 def _read_leaf(kind: Any, value: object, where: str) -> Any:
     accepts, make, meaning = _LEAVES[kind]
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(f"{where}={value!r}: must be a number that 64 bits hold")
     if not accepts(value):
         raise ValueError(f"{where}={value!r}: must be {meaning}")
     return make(value)
@@ -166,15 +170,10 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    is_finite = isinstance(value, int | float) and abs(value) < float("inf")
-    return is_finite and not isinstance(value, bool)
-
-
 _LEAVES: dict[Any, tuple[Callable[[object], bool], Callable[[Any], Any], str]] = {
     bool: (lambda v: isinstance(v, bool), bool, "true or false"),
     int: (_is_integer, int, "a whole number"),
-    float: (_is_number, lambda v: v, "a number"),
+    float: (is_number, lambda v: v, "a number"),
     str: (lambda v: isinstance(v, str), str, "text"),
     Path: (lambda v: isinstance(v, str | Path) and str(v) != "", Path, "a path"),
     dict: (lambda v: isinstance(v, Mapping), dict, "keys with values"),
