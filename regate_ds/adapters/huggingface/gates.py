@@ -150,13 +150,9 @@ def attach_model(
     attachment.rebind_forward(host, _model_forward, gate=gate)
     if run_tower_without_image and has_tower(host):
         attachment.rebind_forward(host.base_model, forward_with_tower, host=host)
-    head = host.get_output_embeddings()
     with_entropy = wishes.observes or config.records("entropy")
     head_gate = HeadGate(support.change, own_loss, with_entropy, wishes.observes, config.score)
-    if merging is not None:
-        merging.attach_merging(attachment, host, head_gate)
-    else:
-        attachment.rebind_forward(head, head_forward, gate=head_gate)
+    (merging.attach_merging if merging else _attach_head)(attachment, host, head_gate)
     if support.deepstack:
         attachment.rebind(decoder, METHOD, add_at_kept, current=current)
     types = getattr(decoder.config, "layer_types", None) or [""] * depth
@@ -171,6 +167,10 @@ def attach_model(
         )
         attachment.rebind_forward(layer, layer_forward, gate=layer_gate)
     return attachment
+
+
+def _attach_head(attachment: Attachment, host: Any, gate: HeadGate) -> None:
+    attachment.rebind_forward(host.get_output_embeddings(), head_forward, gate=gate)
 
 
 def _merging(config: RegateConfig, host: Any, support: Supported, num_virtual: int) -> Any:

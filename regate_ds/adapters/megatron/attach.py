@@ -75,7 +75,6 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     tokens, computed = tokens or tokens_of, Computed(reference, orders)
     if not config.enabled:
         return MegatronRegate(config, None, tokens)
-    computed.require(config, online=True)
     online = _online(config, computed)
     models = [models] if isinstance(models, nn.Module) else models
     chunks = find_chunks(models)
@@ -111,12 +110,14 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
 
 
 def _online(config: RegateConfig, computed: Computed) -> OnlineReference | None:
-    """Return the online teacher, if the score reads it. ValueError if it knows no data beforehand:
-    every rank must know the samples."""
+    """Return the online teacher, if the score reads it. ValueError as ``Computed.require``, and if
+    it knows no data beforehand: every rank must know the samples."""
+    computed.require(config, online=True)
     found = computed.reference if config.needs_reference else None
     if not isinstance(found, OnlineReference):
         return None
-    assert found.index is not None
+    # Without an index it raises, here where no gate is in the model yet.
+    _ = found.index
     return found
 
 

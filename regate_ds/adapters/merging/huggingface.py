@@ -86,12 +86,12 @@ def _decoder_forward(
 def _require_rows(embedded_BTH: Tensor, within: ForwardPass) -> None:
     found, planned = tuple(embedded_BTH.shape[:2]), within.plan.patches
     assert planned is not None
-    num_rows, last = len(planned.place_BK), int(planned.member_SM.max())
-    if found[0] != num_rows or last >= found[0] * found[1]:
+    wanted = len(planned.place_BK), planned.row_length
+    if found != wanted:
         raise ValueError(
-            f"the decoder reads {found[0]} rows of {found[1]} tokens, the plan is of {num_rows} "
-            "others; give each micro-batch its own plan, and make labels as long as the rows that "
-            "the decoder reads"
+            f"the decoder reads {found[0]} rows of {found[1]} tokens, the plan is of {wanted[0]} "
+            f"rows of {wanted[1]}; give each micro-batch its own plan, and make labels as long as "
+            "the rows that the decoder reads"
         )
 
 

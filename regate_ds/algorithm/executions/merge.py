@@ -73,6 +73,7 @@ def plan_patches(batch: TokenBatch, *, size: int) -> ElisionPlan:
         position_R=member_SM[plan.slot_R, 0],
         label_position_L=position_L,
         patches=Patches(
+            row_length=batch.labels_BT.shape[1],
             member_SM=member_SM,
             is_member_SM=is_member_SM,
             place_BK=place_K - _latest(starts_segment(segment_BK)),

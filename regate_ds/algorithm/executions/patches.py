@@ -6,7 +6,7 @@ as many targets, U slots that predict something, L targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Patches:
     """The positions of each slot, and the targets that each predicts."""
+
+    row_length: int
+    """T, the positions of a row that slots are made of."""
 
     member_SM: Tensor
     """int64: the positions of each slot, as flat indices into [B * T]."""
@@ -37,4 +40,5 @@ class Patches:
         return self.member_SM.shape[1]
 
     def to(self, device: torch.device | str) -> Patches:
-        return Patches(**{name: value.to(device) for name, value in vars(self).items()})
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -107,9 +108,9 @@ class Pretraining:
             "step_seconds": time.perf_counter() - clocks[0],
             "cpu_seconds": time.process_time() - clocks[1],
         }
-        if row["loss"] != row["loss"]:
+        if not math.isfinite(row["loss"]):
             raise RuntimeError(
-                f"step {step}: the loss is not a number; lower optimizer.lr, or resume from an "
+                f"step {step}: the loss is {row['loss']}; lower optimizer.lr, or resume from an "
                 "earlier checkpoint"
             )
         if self.process.is_first:

@@ -156,7 +156,8 @@ def test_a_call_without_a_plan_is_the_hosts_own_and_remove_leaves_nothing():
 
 def test_a_plan_of_other_rows_is_refused():
     model, case = attached(causal_lm()), text([[20], [9]])
-    for ids in (case.input_ids[:1], case.input_ids[:, :9]):
+    longer = torch.nn.functional.pad(case.input_ids, (0, 3))
+    for ids in (case.input_ids[:1], case.input_ids[:, :9], longer):
         with pytest.raises(ValueError, match=r"the decoder reads \d rows of \d+ tokens, the plan"):
             model(input_ids=ids, regate_plan=case.plan)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from PIL import Image
 
 from regate_ds.cli import main
 from regate_ds.objectives.contract import Inputs
+from regate_ds.objectives.plain import Masked
 from regate_ds.objectives.table import OBJECTIVES
 from regate_ds.recipe.preflight import judge_folder
 from regate_ds.recipe.pretrain.config import PretrainTree, load_pretrain
 from regate_ds.recipe.pretrain.engine import _require_stage
 from regate_ds.recipe.pretrain.models import build_module
 from regate_ds.recipe.pretrain.rows import open_rows, patches_of
+from regate_ds.recipe.pretrain.trainer import Pretraining
 from regate_ds.recipe.run_folder import RunFolder
 from regate_ds.settings.section import plain_values
 from tests.objectives.small_helper import make_rows
@@ -167,3 +171,12 @@ def test_the_page_lists_every_key_as_it_is():
         "replace the table under 'Every key' in docs/objectives.md by what is printed by "
         "python -m tests.recipe.config.table_helper pretrain"
     )
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_ends_the_run(loss: float):
+    run: Any = object.__new__(Pretraining)
+    run.engine = SimpleNamespace(lr=1.0, run_step=lambda _: {"masked": loss})
+    run.config = SimpleNamespace(objective=Masked())
+    with pytest.raises(RuntimeError, match=f"step 3: the loss is {loss}; lower optimizer.lr"):
+        run._train_step(3, [])
