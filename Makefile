@@ -119,16 +119,23 @@ test-families: setup
 	$(BIN)/python -m tests.families.page build/families
 
 # Jobs that lose their machine, files that lose a bit, ranks that are lost, runs on other numbers of
-# ranks, full disks, changed inputs, drawn inputs; SEEDS, FLIPS, INPUTS and EXAMPLES say how many. What is in
-# build/faults is not tried again.
+# ranks, full disks, changed inputs, drawn inputs; SEEDS, FLIPS, INPUTS and EXAMPLES say how many, and
+# JOBS how many programs run side by side. What is in build/faults is not tried again.
+FAULTS := elastic kills fuzz flips lost_ranks full_disk bad_inputs
+FAULTS_TARGETS := faults-properties $(FAULTS:%=faults-%)
+.PHONY: $(FAULTS_TARGETS)
+
 test-faults: setup
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.kills --seeds $(or $(SEEDS),25)
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.flips --flips $(or $(FLIPS),500)
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.lost_ranks
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.bad_inputs
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.elastic
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.full_disk
-	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.fuzz --inputs $(or $(INPUTS),20000)
+	$(MAKE) --keep-going --output-sync=target -j $(or $(JOBS),2) $(FAULTS_TARGETS)
+
+FAULT_kills = --seeds $(or $(SEEDS),25)
+FAULT_flips = --flips $(or $(FLIPS),500)
+FAULT_fuzz = --inputs $(or $(INPUTS),20000)
+
+$(FAULTS:%=faults-%):
+	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.$(@:faults-%=%) $(FAULT_$(@:faults-%=%))
+
+faults-properties:
 	EXAMPLES=$(or $(EXAMPLES),1000) $(TEST_ENV) $(BIN)/python -m pytest -q tests/properties
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with
