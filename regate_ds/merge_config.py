@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
 
-MERGING_HOSTS = ("huggingface",)
+MERGING_HOSTS = ("huggingface", "deepspeed_pipeline")
 """Hosts whose adapter carries merged steps out, tested against an oracle by hand."""
 
 

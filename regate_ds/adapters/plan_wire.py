@@ -4,12 +4,14 @@ Pipeline stages must agree on all shapes before the schedule starts, because a c
 schedule would wait for a rank that waits for its neighbour. So the rank that plans broadcasts the
 plans of all micro-batches at once.
 
-Header: status, length of the array, number of micro-batches, optimizer step, dense or not, targets
+Header: status, length of the array, number of micro-batches, optimizer step, its kind, targets
 over all data ranks, and the step's counts by the names of COUNTS.
 Array: first T, B, K, L, number filled, the number of runs of one sample or of padding (0 where rows
-are not packed), and whether rows are moved and weighed, for each micro-batch; then, for each again,
-the lengths of these runs, kept positions (where rows are moved), segments, the slots of
-the targets, the targets, and the bits of their weights (where they have any).
+are not packed), whether rows are moved and weighed, and in a merged step the size of a patch and
+the positions of a row (else 0, 0), for each micro-batch; then, for each again, the lengths of these
+runs, kept positions (where rows are moved), segments, the slots of the targets, the targets, the
+bits of their weights (where they have any), and in a merged step the first position and the number
+of positions of each slot, and the positions of the targets.
 Shapes: T positions of a row, B rows, K slots of a row, L targets.
 """
 
@@ -30,7 +32,7 @@ from regate_ds.parallel.collectives import broadcast_integers
 HEADER = 6 + len(COUNTS)
 """Number of integers in a header."""
 
-_SHAPE = 8
+_SHAPE = 10
 """Number of integers that say what follows for a micro-batch."""
 
 _DONE, _FAILED = 0, 1
@@ -101,7 +103,8 @@ def encode(plan: StepPlan) -> tuple[Tensor, Tensor]:
         parts += [x.reshape(-1) for x in _tensors(micro)]
     array = torch.cat(parts).to(torch.int32)
     counts = [plan.counts.get(name, 0) for name in COUNTS]
-    about = [plan.step, int(plan.is_dense), plan.num_targets_global]
+    kind = int(plan.is_dense) + 2 * int(plan.is_merged)
+    about = [plan.step, kind, plan.num_targets_global]
     header = [_DONE, len(array), len(plan.micro), *about, *counts]
     return torch.tensor(header, dtype=torch.int64), array
 
@@ -110,7 +113,8 @@ def _shape(plan: ElisionPlan) -> list[int]:
     num_runs = len(plan.token_run_lengths) if plan.is_packed else 0
     flags = (num_runs, plan.moves_rows, plan.weight_L is not None)
     sizes = (*plan.kept_BK.shape, plan.num_targets, plan.num_filled)
-    return [plan.num_tokens, *sizes, *map(int, flags)]
+    merged = (0, 0) if plan.patches is None else (plan.patches.size, plan.patches.row_length)
+    return [plan.num_tokens, *sizes, *map(int, flags), *merged]
 
 
 def _tensors(plan: ElisionPlan) -> Iterator[Tensor]:
@@ -121,6 +125,10 @@ def _tensors(plan: ElisionPlan) -> Iterator[Tensor]:
     yield from (plan.segment_BK, plan.label_slot_L, plan.targets_L)
     if plan.weight_L is not None:
         yield plan.weight_L.float().view(torch.int32).long()
+    if plan.patches is not None:
+        yield plan.patches.member_SM[:, 0]
+        yield plan.patches.is_member_SM.sum(dim=1)
+        yield plan.label_position_L
 
 
 def array_length(header: Tensor) -> int:
@@ -136,7 +144,7 @@ def array_length(header: Tensor) -> int:
 
 def decode(header: Tensor, array: Tensor) -> StepPlan:
     """Rebuild the plan from what ``encode`` returned."""
-    _, _, num_micro, step, dense, num_targets, *counts = header.tolist()
+    _, _, num_micro, step, kind, num_targets, *counts = header.tolist()
     shapes = array[: _SHAPE * num_micro].reshape(-1, _SHAPE).tolist()
     values = _Reader(array[_SHAPE * num_micro :].long())
     micro = [
@@ -144,7 +152,8 @@ def decode(header: Tensor, array: Tensor) -> StepPlan:
         for number, shape in enumerate(shapes)
     ]
     named = dict(zip(COUNTS, counts, strict=True))
-    return StepPlan(step, bool(dense), tuple(micro), num_targets, named)
+    is_dense, is_merged = bool(kind & 1), bool(kind & 2)
+    return StepPlan(step, is_dense, tuple(micro), num_targets, named, is_merged=is_merged)
 
 
 class _Reader:
@@ -161,7 +170,7 @@ class _Reader:
 
 def _decoded(shape: list[int], values: _Reader) -> ElisionPlan:
     num_tokens, num_rows, num_slots, num_targets, num_filled, num_runs, *flags = shape
-    moves_rows, is_weighed = map(bool, flags)
+    moves_rows, is_weighed, size, row_length = flags
     run_lengths = tuple(values.take(num_runs).tolist())
     kept_BK = torch.arange(num_slots).expand(num_rows, -1)
     if moves_rows:
@@ -171,9 +180,23 @@ def _decoded(shape: list[int], values: _Reader) -> ElisionPlan:
     plan = assemble_plan(
         slots,
         num_tokens=num_tokens,
-        moves_rows=moves_rows,
+        moves_rows=bool(moves_rows),
         is_packed=num_runs > 0,
         token_run_lengths=run_lengths,
     )
     weight_L = values.take(num_targets).to(torch.int32).view(torch.float32) if is_weighed else None
-    return replace(plan, weight_L=weight_L, num_filled=num_filled)
+    plan = replace(plan, weight_L=weight_L, num_filled=num_filled)
+    return _with_patches(plan, values, size, row_length) if size else plan
+
+
+def _with_patches(plan: ElisionPlan, values: _Reader, size: int, row_length: int) -> ElisionPlan:
+    # Here, so that a run without merged steps does not load it.
+    from regate_ds.algorithm.executions.merge import with_patches
+
+    num_slots = plan.segment_BK.numel()
+    first_S, num_S = values.take(num_slots), values.take(num_slots)
+    nth_M = torch.arange(size)
+    is_member_SM = nth_M < num_S[:, None]
+    member_SM = (first_S[:, None] + nth_M).masked_fill(~is_member_SM, 0)
+    position_L = values.take(plan.num_targets)
+    return with_patches(plan, member_SM, is_member_SM, position_L, row_length=row_length)

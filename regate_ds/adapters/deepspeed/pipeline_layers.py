@@ -177,22 +177,30 @@ class Head(nn.Module):
         return loss_sum, losses_L, none if entropy_L is None else entropy_L, number
 
 
-def take_apart(
-    host: Any, table: MicroBatchTable, *, first_layer: int, needs_tower: bool, with_entropy: bool
+def take_apart(  # noqa: PLR0913 (a word for each thing that layers must know)
+    host: Any,
+    table: MicroBatchTable,
+    *,
+    first_layer: int,
+    needs_tower: bool,
+    with_entropy: bool,
+    ends: tuple[type[Embed], type[Head]] = (Embed, Head),
 ) -> list[nn.Module]:
     """Return the layers of a model as a list, and remove them from the model.
 
-    What is left of the model is the first entry of the list, which embeds.
+    What is left of the model is the first entry of the list, which embeds. ends: the kinds of the
+    first and the last one.
     """
+    embed_kind, head_kind = ends
     decoder = host.get_decoder()
     layers, norm = list(decoder.layers), decoder.norm
     parts: list[nn.Module] = [
         Decoder(layer, decoder.rotary_emb, table, gathers=number == first_layer - 1)
         for number, layer in enumerate(layers)
     ]
-    head = Head(norm, host.get_output_embeddings(), table, with_entropy=with_entropy)
+    head = head_kind(norm, host.get_output_embeddings(), table, with_entropy=with_entropy)
     decoder.layers, decoder.norm = nn.ModuleList(), nn.Identity()
-    embed = Embed(host, table, gathers=first_layer == 0, needs_tower=needs_tower)
+    embed = embed_kind(host, table, gathers=first_layer == 0, needs_tower=needs_tower)
     return [embed, *parts, head]
 
 

@@ -14,6 +14,7 @@ from regate_ds.adapters.huggingface.support import require_host, require_span
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
 from regate_ds.config import RegateConfig, require_config
+from regate_ds.families.hosts import Supported
 from regate_ds.families.numbering import numbering_of
 from regate_ds.families.text_decoders import TEXT_DECODERS, decoders_that
 
@@ -61,8 +62,7 @@ def pipeline_student(
     """
     require_config("config", config)
     host: Any = model
-    require_host(model, host)
-    decoder = host.get_decoder()
+    support, decoder = require_host(model, host), host.get_decoder()
     _require_pipeline(host, decoder, config)
     table = MicroBatchTable()
     span = gated_span(config.execution.spans(config.first_layer, len(decoder.layers)))
@@ -73,8 +73,19 @@ def pipeline_student(
         first_layer=span.first if config.enabled and span is not None else -1,
         needs_tower=several_replicas and has_tower(host),
         with_entropy=config.records("entropy"),
+        **_merging(config, host, support),
     )
     return PipelineStudent(config, table, host, layers=layers, num_stages=num_stages, **options)
+
+
+def _merging(config: RegateConfig, host: Any, support: Supported) -> dict[str, Any]:
+    """Return what takes the model apart where a run has merged steps; ValueError if it cannot."""
+    if not (config.enabled and config.merge.steps):
+        return {}
+    # Here, so that a run without merged steps does not load it.
+    from regate_ds.adapters.merging.pipeline import merging_ends
+
+    return {"ends": merging_ends(host, support)}
 
 
 def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:

@@ -54,9 +54,8 @@ def plan_patches(batch: TokenBatch, *, size: int) -> ElisionPlan:
     segment_S = batch.segment_BT.reshape(-1)[member_SM[:, 0]]
     segment_BK = segment_S.masked_fill(~is_member_SM[:, 0], -1).view(num_rows, num_slots)
     position_L, slot_L = _targets(batch, slot_BT, num_slots)
-    place_K = torch.arange(num_slots)
     slots = Slots(
-        kept_BK=place_K.expand(num_rows, -1),
+        kept_BK=torch.arange(num_slots).expand(num_rows, -1),
         segment_BK=segment_BK,
         label_slot_L=slot_L,
         targets_L=batch.labels_BT.reshape(-1)[position_L],
@@ -68,18 +67,30 @@ def plan_patches(batch: TokenBatch, *, size: int) -> ElisionPlan:
         is_packed=any(len(row) > 1 for row in batch.keys),
         token_run_lengths=run_lengths_of(segment_BK),
     )
-    return replace(
-        plan,
-        position_R=member_SM[plan.slot_R, 0],
-        label_position_L=position_L,
-        patches=Patches(
-            row_length=batch.labels_BT.shape[1],
-            member_SM=member_SM,
-            is_member_SM=is_member_SM,
-            place_BK=place_K - _latest(starts_segment(segment_BK)),
-            **_cells(slot_L, size),
-        ),
+    return with_patches(
+        plan, member_SM, is_member_SM, position_L, row_length=batch.labels_BT.shape[1]
     )
+
+
+def with_patches(
+    plan: ElisionPlan,
+    member_SM: Tensor,
+    is_member_SM: Tensor,
+    position_L: Tensor,
+    *,
+    row_length: int,
+) -> ElisionPlan:
+    """Return the plan whose slots have these positions, and whose targets are the labels there."""
+    latest_BK = _latest(starts_segment(plan.segment_BK))
+    patches = Patches(
+        row_length=row_length,
+        member_SM=member_SM,
+        is_member_SM=is_member_SM,
+        place_BK=torch.arange(plan.num_slots) - latest_BK,
+        **_cells(plan.label_slot_L, member_SM.shape[1]),
+    )
+    first_R = member_SM[plan.slot_R, 0]
+    return replace(plan, position_R=first_R, label_position_L=position_L, patches=patches)
 
 
 def mean_of_members(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:

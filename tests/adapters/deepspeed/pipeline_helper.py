@@ -31,6 +31,7 @@ from tests.adapters.deepspeed.zero_cases_helper import (
     BY_WINDOW,
     IMAGES_ALONE,
     IMAGES_ELIDED,
+    MERGED,
     ZeroCase,
 )
 from tests.adapters.deepspeed.zero_checks_helper import (
@@ -39,6 +40,7 @@ from tests.adapters.deepspeed.zero_checks_helper import (
     reference_of,
     run_named,
 )
+from tests.adapters.merging.merged_helper import merged_loss
 from tests.support.measure import Gradients, assert_gradients_equal, gradients
 from tests.support.oracle import oracle_loss
 from tests.support.stores import read_difficulty
@@ -74,6 +76,8 @@ SMALL = {
     "text, loss only": PipeCase(replace(TEXT, knobs=(("execution", "loss_only"),))),
     "llava, images alone": PipeCase(replace(LLAVA, knobs=IMAGES_ALONE)),
     "text, weighted": PipeCase(replace(TEXT, stage=1, knobs=WEIGHTED)),
+    "text, merged": PipeCase(replace(TEXT, stage=1, knobs=MERGED), checkpoint_interval=1),
+    "llava, merged": PipeCase(replace(LLAVA, knobs=MERGED)),
     "text, by window": PipeCase(replace(TEXT, knobs=BY_WINDOW)),
     "llava, all layers gated": PipeCase(replace(LLAVA, knobs=(("first_layer", 0),)), 1),
 }
@@ -161,6 +165,8 @@ def wanted(case: PipeCase) -> tuple[float, Gradients]:
 
         def loss_of(batch: Batch, plan: Any) -> torch.Tensor:
             embedded = model.get_input_embeddings()(batch.inputs["input_ids"])
+            if plan.patches is not None:
+                return merged_loss(model, embedded, batch.tokens, config.merge.size)
             return oracle_loss(model, embedded, batch.tokens, plan, gated)
     else:
         attach_model(model, config)
