@@ -45,6 +45,7 @@ def test_other_plans_carry_nothing_of_it():
     window = [wild_batch(random.Random(3))]
     micro = tuple(map(plan_dense, window))
     header, array = encode(StepPlan(0, True, micro, 5, dict.fromkeys(COUNTS, 1)))
-    assert len(array) == 10 + micro[0].segment_BK.numel() + 2 * micro[0].num_targets
+    num_runs = len(micro[0].token_run_lengths)
+    assert len(array) == 10 + num_runs + micro[0].segment_BK.numel() + 2 * micro[0].num_targets
     assert header[4] == 1
     assert decode(header, array).micro[0].patches is None
