@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from regate_ds.algorithm.knobs import Rule, refuse_knobs
 
-MERGING_HOSTS = ("huggingface", "deepspeed_pipeline")
-"""Hosts whose adapter carries merged steps out, tested against an oracle by hand."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
@@ -36,11 +33,3 @@ class MergeConfig:
         """Return the merged steps of a run of so many optimizer steps."""
         steps = round(self.steps * total_steps) if self.steps < 1 else int(self.steps)
         return min(steps, total_steps)
-
-    def require_host(self, host: str) -> None:
-        """Refuse, by ValueError, a host that cannot carry out merged steps."""
-        if self.steps and host not in MERGING_HOSTS:
-            raise ValueError(
-                f"merge.steps={self.steps}: merged steps are not supported under {host}, only "
-                f"under {', '.join(MERGING_HOSTS)}; set merge.steps=0"
-            )

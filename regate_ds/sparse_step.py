@@ -100,7 +100,7 @@ class Chooser:
         # Here, so that a run without such steps does not load the file.
         from regate_ds.algorithm.executions.merge import plan_merged_window
 
-        return partial(plan_merged_window, window, size=self.config.merge.size)
+        return partial(plan_merged_window, window, self.rows, size=self.config.merge.size)
 
     def _score(
         self,

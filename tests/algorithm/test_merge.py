@@ -13,6 +13,7 @@ from regate_ds.algorithm.executions.merge import mean_of_members, plan_merged_wi
 from regate_ds.algorithm.executions.patch_loss import summed_patch_loss
 from regate_ds.algorithm.loss import CHUNK, LogitChange, summed_loss, token_losses
 from regate_ds.algorithm.plan import ElisionPlan
+from regate_ds.algorithm.rows import RowLayout
 from tests.algorithm.plain_plan_helper import wild_batch
 from tests.support.batches import random_batch
 from tests.support.patches import plain_samples
@@ -94,13 +95,28 @@ def test_slots_of_padding_hold_nothing_and_count_for_nothing():
 
 def test_a_window_numbers_its_micro_batches_and_plans_go_to_a_device_whole():
     window = [random_batch([[9]], seed=n)[1] for n in range(3)]
-    plans = plan_merged_window(window, size=2)
+    plans = plan_merged_window(window, RowLayout(), size=2)
     assert [plan.micro for plan in plans] == [0, 1, 2]
     moved = plans[0].to("meta")
     assert moved.patches is not None
     fields = vars(moved.patches).values()
     assert {x.device.type for x in fields if isinstance(x, Tensor)} == {"meta"}
     assert moved.patches.row_length == 9
+
+
+def test_rows_have_the_lengths_that_ranks_can_cut():
+    window = [random_batch([[n]], seed=n)[1] for n in (9, 22)]
+    alone = plan_merged_window(window, RowLayout(), size=2)
+    for rows, lengths in (
+        (RowLayout(), [6, 12]),
+        (RowLayout(multiple=5), [10, 15]),
+        (RowLayout(multiple=5, equal=True), [15, 15]),
+    ):
+        plans = plan_merged_window(window, rows, size=2)
+        assert [plan.num_slots for plan in plans] == lengths
+        for mine, wanted in zip(plans, alone, strict=True):
+            assert torch.equal(mine.position_R, wanted.position_R)
+            assert torch.equal(mine.targets_L, wanted.targets_L)
 
 
 def head(bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -9,7 +9,6 @@ import torch
 
 from regate_ds.adapters.session_state import Opened
 from regate_ds.algorithm.plan import ElisionPlan
-from regate_ds.config import RegateConfig
 from regate_ds.merge_switch import LENGTH
 from regate_ds.session import Regate
 from regate_ds.stores.difficulty.indexed import DifficultyStore
@@ -153,11 +152,3 @@ def test_a_micro_batch_none_of_whose_targets_a_patch_predicts_adds_nothing():
     session.abandon_step()
     (one, _) = session.plan_step([short, BATCH]).micro
     assert one.num_targets == 2
-
-
-def test_hosts_that_do_not_merge_refuse_it_by_name():
-    merge = config_of(**{"merge.steps": 0.5}).merge
-    merge.require_host("huggingface")
-    with pytest.raises(ValueError, match=r"merge.steps=0.5: .* not supported under megatron, only"):
-        merge.require_host("megatron")
-    RegateConfig().merge.require_host("megatron")

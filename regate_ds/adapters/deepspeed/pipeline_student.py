@@ -94,7 +94,6 @@ def _require_pipeline(host: Any, decoder: Any, config: RegateConfig) -> None:
     last = depth if config.last_layer is None else config.last_layer
     require_span(config.first_layer, last, depth)
     require_execution(config.execution, "deepspeed_pipeline")
-    config.merge.require_host("deepspeed_pipeline")
     if last < depth:
         raise ValueError(
             f"last_layer={last} ends before the depth of {depth} layers, but the stages of a "

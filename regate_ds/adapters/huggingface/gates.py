@@ -180,7 +180,6 @@ def _merging(config: RegateConfig, host: Any, support: Supported, num_virtual: i
     # Here, so that a run without merged steps does not load it.
     from regate_ds.adapters.merging import huggingface
 
-    config.merge.require_host("huggingface")
     huggingface.require_mergeable(host, support, num_virtual)
     return huggingface
 

@@ -33,6 +33,8 @@ from regate_ds.adapters.megatron.chunks import (
 from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.gates import ChunkGate, Range
 from regate_ds.adapters.megatron.groups import Axes, find_axes, group_device
+from regate_ds.adapters.megatron.local.place import Place
+from regate_ds.adapters.megatron.local.plan import LocalPlan
 from regate_ds.adapters.megatron.planner import Planner
 from regate_ds.adapters.megatron.regate import Attached, MegatronRegate, tokens_of
 from regate_ds.adapters.megatron.support import require_supported_chunks
@@ -40,6 +42,7 @@ from regate_ds.adapters.session_state import open_session
 from regate_ds.algorithm.batch import TokenBatch
 from regate_ds.algorithm.executions.execution import gated_span
 from regate_ds.algorithm.executions.table import require_execution
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.algorithm.rows import RowFormat
 from regate_ds.config import RegateConfig, require_config
 from regate_ds.parallel.layout import ParallelLayout
@@ -85,7 +88,7 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     ragged = row_format == "ragged"
     require_supported_chunks(chunks, config, ragged=ragged, ends_early=ends_early)
     require_execution(config.execution, "megatron")
-    config.merge.require_host("megatron")
+    merged = _merging(config, chunks, ragged=ragged)
     require_undivided(models)
     axes = find_axes(
         host, ragged=ragged, ends_early=ends_early, token_multiple=config.token_multiple
@@ -103,10 +106,27 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         channel=_channel(chunks, first, last) if ends_early and span is not None else None,
     )
     attachment, planner = Attachment(), _planner(config, computed, axes, total_steps)
-    gates = [ChunkGate(gpt, gated, attachment) for gpt in chunks]
+    gates = [ChunkGate(gpt, gated, attachment, merges=merged is not None) for gpt in chunks]
     if config.records("entropy") and chunks[-1].post_process:
         gates[-1].entropy = EntropyTap(chunks[-1], attachment)
-    return MegatronRegate(config, Attached(attachment, gates, axes, planner, online), tokens)
+    attached = Attached(attachment, gates, axes, planner, merged, online)
+    return MegatronRegate(config, attached, tokens)
+
+
+def _merging(
+    config: RegateConfig, chunks: Sequence[Any], *, ragged: bool
+) -> Callable[[ElisionPlan, Place], LocalPlan] | None:
+    """Return what finds a rank's share of merged plans; None if no step is merged.
+
+    ValueError if the chunks cannot be merged.
+    """
+    if not config.merge.steps:
+        return None
+    # Here, so that a run without merged steps does not load it.
+    from regate_ds.adapters.merging.megatron import localise_patches, require_mergeable_chunks
+
+    require_mergeable_chunks(chunks, ragged=ragged)
+    return localise_patches
 
 
 def _online(config: RegateConfig, computed: Computed) -> OnlineReference | None:

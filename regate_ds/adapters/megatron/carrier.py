@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,6 +49,16 @@ def eliding(kwargs: dict[str, Any]) -> Any:
     return carrier if isinstance(carrier, Carrier) and carrier.local.moves_rows else None
 
 
+def gating(kwargs: dict[str, Any], in_range: bool) -> Any:
+    """Return the ``Carrier`` by which a layer runs on fewer rows, else ``None``.
+
+    in_range: whether the layer is in the range that is gated where steps are not merged.
+    """
+    carrier = eliding(kwargs)
+    is_gated = carrier is not None and (in_range or carrier.local.members is not None)
+    return carrier if is_gated else None
+
+
 def bounds_of(local: LocalPlan) -> PackedSeqParams | None:
     """Return the bounds of samples in ragged rows for the host's attention; None if padded."""
     packing = local.packing
@@ -60,3 +71,13 @@ def bounds_of(local: LocalPlan) -> PackedSeqParams | None:
         max_seqlen_q=packing.longest,
         max_seqlen_kv=packing.longest,
     )
+
+
+def by_name(signature: inspect.Signature, module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a method's call by their names, without the module."""
+    _, *given = signature.bind(module, *args, **kwargs).arguments.items()
+    named = dict(given)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named

@@ -9,12 +9,15 @@ attention takes.
     attention of gated layers         gets positions, bounds and mask of kept rows
     output of layer last_layer - 1    becomes the full rows (decoder input if last_layer is first)
     output of the decoder             becomes the rows that have a target; labels are theirs
+
+In a merged step all layers are gated, whatever the range: the decoder's input becomes the patches,
+and nothing is restored; the logits of a patch are repeated for each of its targets.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +27,7 @@ from torch.distributed import ProcessGroup
 
 from regate_ds.adapters.attachment import Attachment
 from regate_ds.adapters.megatron.bypass import Bypass, Channel
-from regate_ds.adapters.megatron.carrier import Carrier, bounds_of, carry, eliding
+from regate_ds.adapters.megatron.carrier import Carrier, bounds_of, by_name, carry, eliding, gating
 from regate_ds.adapters.megatron.deepstack import moved_features, rebind_additions
 from regate_ds.adapters.megatron.entropy import EntropyTap
 from regate_ds.adapters.megatron.local.bounds import require_same_samples
@@ -63,17 +66,29 @@ class Range:
 class ChunkGate:
     """The hooks of one chunk. ``pending`` is the plan of the next forward call, or None."""
 
-    def __init__(self, gpt: nn.Module, gated: Range, attachment: Attachment) -> None:
-        self.gpt, self.gated = gpt, gated
+    def __init__(
+        self, gpt: nn.Module, gated: Range, attachment: Attachment, *, merges: bool = False
+    ) -> None:
+        """merges: whether some steps are merged."""
+        self.gpt, self.gated, self._merges = gpt, gated, merges
         self.layers: list[int] = [layer.layer_number - 1 for layer in gpt.decoder.layers]
         self.pending: LocalPlan | None = None
         self.entropy: EntropyTap | None = None
         """Set on the chunk that has the head, if the score asks for entropies."""
         self._own_angles = OwnAngles()
+        self._row_P: Tensor | None = None
+        """In a merged step the head's row of each target, for the call of the head that comes."""
         self._has_looked = False
         """Whether a call's samples have been read once."""
         self._signature = inspect.signature(type(gpt).forward)
         self._register(attachment)
+
+    def range_of(self, local: LocalPlan) -> Range:
+        """Return the layers that such a plan gates: in a merged step, all."""
+        if local.members is None:
+            return self.gated
+        num_layers = self.gpt.config.num_layers
+        return replace(self.gated, first=0, last=num_layers, ends_early=False, channel=None)
 
     def _register(self, attachment: Attachment) -> None:
         def before(module: nn.Module, hook: Any) -> None:
@@ -88,11 +103,13 @@ class ChunkGate:
         before(self.gpt.decoder, self._before_decoder)
         if self.gpt.post_process:
             after(self.gpt.decoder, self._after_decoder)
+            if self._merges:
+                after(self.gpt.output_layer, self._after_head)
         for number, layer in zip(self.layers, self.gpt.decoder.layers, strict=True):
-            gated = self.gated.first <= number < self.gated.last
-            before(layer.self_attention, self._before_gated if gated else self._before_ungated)
-            if gated:
-                before(layer, self._enter_gated)
+            in_range = self.gated.first <= number < self.gated.last
+            before(layer.self_attention, partial(self._before_attention, in_range))
+            if in_range or self._merges:
+                before(layer, partial(self._enter_layer, in_range))
                 self._own_angles.rebind(layer.self_attention, attachment)
             if number == self.gated.first - 1:
                 after(layer, self._gather_output)
@@ -119,7 +136,7 @@ class ChunkGate:
         carrier = carry(local, host)
         given = arguments.get("position_ids")
         carrier.position_ids = whole_positions(gpt, local, given, self.gated.context)
-        if self.gated.ends_early and local.moves_rows:
+        if self.gated.ends_early and local.moves_rows and local.members is None:
             carrier.bypass = Bypass(local, self.gated.channel)
         arguments["packed_seq_params"] = carrier
         if gpt.post_process:
@@ -134,18 +151,22 @@ class ChunkGate:
         if (carrier := eliding(kwargs)) is None:
             return None
         carrier.rotary = kept_angles(self.gpt, carrier.local, carrier.position_ids)
-        if self.gated.last == self.layers[0]:
+        is_merged = carrier.local.members is not None
+        if self.gated.last == self.layers[0] and not is_merged:
             decoder.set_input_tensor(self._restored(decoder.input_tensor, carrier))
         if not self.gpt.pre_process:
             return None
         move = partial(self._moved, carrier.local)
         kwargs = moved_features(kwargs, self.layers, self.gated.first - 1, move)
-        if self.gated.first == 0:
+        if self.gated.first == 0 or is_merged:
             kwargs = {**kwargs, "hidden_states": self._gathered(kwargs["hidden_states"], carrier)}
         return args, kwargs
 
     def _moved(self, local: LocalPlan, hidden: Tensor) -> Tensor:
-        return move_rows(hidden, local.gather, local.kept_shape, self.gated.split)
+        how = (local.gather, local.kept_shape, self.gated.split)
+        if local.members is not None:
+            return local.members.merged(hidden, *how)
+        return move_rows(hidden, *how)
 
     def _gathered(self, hidden: Tensor, carrier: Carrier) -> Tensor:
         if carrier.bypass is not None:
@@ -158,34 +179,33 @@ class ChunkGate:
         return carrier.bypass.join(full)
 
     def _gather_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if (carrier := eliding(kwargs)) is None:
+        if (carrier := eliding(kwargs)) is None or carrier.local.members is not None:
             return None
         hidden, *rest = output
         return (self._gathered(hidden, carrier), *rest)
 
     def _restore_output(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if (carrier := eliding(kwargs)) is None:
+        if (carrier := eliding(kwargs)) is None or carrier.local.members is not None:
             return None
         hidden, *rest = output
         return (self._restored(hidden, carrier), *rest)
 
-    def _enter_gated(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = eliding(kwargs)
+    def _enter_layer(self, in_range: bool, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        carrier = gating(kwargs, in_range)
         if carrier is None or "padding_mask" not in kwargs:
             return None
         return args, {**kwargs, "padding_mask": carrier.local.padding_BK}
 
-    def _before_ungated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
-        if not isinstance(carrier, Carrier):
-            return None
-        return args, {**kwargs, "packed_seq_params": carrier.host}
-
-    def _before_gated(self, attention: nn.Module, args: Any, kwargs: Any) -> Any:
-        carrier = eliding(kwargs)
+    def _before_attention(
+        self, in_range: bool, attention: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        carrier = gating(kwargs, in_range)
         self._own_angles.local = None if carrier is None else carrier.local
         if carrier is None:
-            return self._before_ungated(attention, args, kwargs)
+            carrier = kwargs.get("packed_seq_params")
+            if not isinstance(carrier, Carrier):
+                return None
+            return args, {**kwargs, "packed_seq_params": carrier.host}
         return args, {
             **kwargs,
             "rotary_pos_emb": carrier.rotary,
@@ -199,20 +219,18 @@ class ChunkGate:
         if not isinstance(carrier, Carrier):
             return None
         local = carrier.local
-        num_rows = local.head_shape[0]
+        self._row_P = None if local.members is None else local.members.row_P
+        num_rows = local.num_head_rows
         if self.gated.sequence is not None:
             num_rows //= torch.distributed.get_world_size(self.gated.sequence)
         return move_rows(output, local.head, (num_rows, 1), self.gated.sequence)
 
-
-def by_name(signature: inspect.Signature, module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return the arguments of a method's call by their names, without the module."""
-    _, *given = signature.bind(module, *args, **kwargs).arguments.items()
-    named = dict(given)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(name, {})
-    return named
+    def _after_head(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        row_P, self._row_P = self._row_P, None
+        if row_P is None:
+            return None
+        logits, *rest = output
+        return (logits.index_select(0, row_P), *rest)
 
 
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:

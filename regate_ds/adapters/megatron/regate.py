@@ -22,7 +22,7 @@ from regate_ds.adapters.megatron.samples import read_tokens
 from regate_ds.adapters.megatron.schedule import StepRun
 from regate_ds.adapters.run import metrics_of
 from regate_ds.algorithm.batch import TokenBatch
-from regate_ds.algorithm.plan import StepPlan
+from regate_ds.algorithm.plan import ElisionPlan, StepPlan
 from regate_ds.config import RegateConfig
 from regate_ds.data.collate import Batch
 from regate_ds.parallel.collectives import gather_values
@@ -63,6 +63,9 @@ class Attached:
     gates: Sequence[ChunkGate]
     axes: Axes
     planner: Planner | None
+    localise_merged: Callable[[ElisionPlan, Place], LocalPlan] | None = None
+    """Returns a rank's share of a merged plan; None if no step is merged."""
+
     online: OnlineReference | None = None
     """The teacher that scores while training, if the score reads one."""
 
@@ -207,7 +210,11 @@ class MegatronRegate:
             make = partial(attached.planner.plan_step, partial(self._window, place, arguments))
         self.plan = attached.axes.replica.share(make)
         device = next(attached.gates[0].gpt.parameters()).device
-        return [localise(micro, place).to(device) for micro in self.plan.micro]
+        share = localise
+        if self.plan.is_merged:
+            assert attached.localise_merged is not None
+            share = attached.localise_merged
+        return [share(micro, place).to(device) for micro in self.plan.micro]
 
     @staticmethod
     def _collect(axes: Axes, run: StepRun, values: Mapping[int, Tensor]) -> list[Tensor]:

@@ -35,6 +35,7 @@ class StepRun:
 
         self.communicator: PlannedCommunicator | None = None
         self._gates, self._axes = gates, axes
+        self._gated = gates[0].range_of(micro[0])
         self._num_started = [0] * len(gates)
         self._chunk_numbers: dict[int, int] = {}
 
@@ -56,11 +57,11 @@ class StepRun:
                 )
             groups = arguments.get("pg_collection") or schedule_groups()
             self.communicator = self._communicator(groups)
-            if (channel := self._gates[0].gated.channel) is not None:
+            if (channel := self._gated.channel) is not None:
                 channel.num_bytes_sent = 0
             replaced |= {"p2p_communicator": self.communicator, "pg_collection": groups}
         result = schedule(**{**arguments, **replaced})
-        if (channel := self._gates[0].gated.channel) is not None:
+        if (channel := self._gated.channel) is not None:
             channel.finish()
         return result
 
@@ -85,7 +86,7 @@ class StepRun:
 
     def boundary(self) -> Boundary:
         """Return which edges of this stage only kept rows cross."""
-        gated = self._gates[0].gated
+        gated = self._gated
         if not self.micro[0].moves_rows:
             return Boundary(packed_before=False, packed_after=False)
         if self._axes.virtual_size > 1:
@@ -111,7 +112,7 @@ class StepRun:
 
     def sent_bytes(self) -> int:
         """Return the bytes that this rank has sent to other stages in the step."""
-        channel = self._gates[0].gated.channel
+        channel = self._gated.channel
         by_channel = 0 if channel is None else channel.num_bytes_sent
         return by_channel + (0 if self.communicator is None else self.communicator.num_bytes_sent)
 
@@ -132,7 +133,7 @@ class StepRun:
         # The model's last chunk sends no activation, its first no gradient.
         onward = chunks - (stage == self._axes.pipeline_size - 1)
         back = chunks - (stage == 0)
-        gated, layers = self._gates[0].gated, self._gates[0].layers
+        gated, layers = self._gated, self._gates[0].layers
         elided_rows = [m.elided_N for m in self.micro if m.elided_N is not None]
         elided = sum(map(len, elided_rows)) if gated.channel is not None else 0
         restores = gated.last in layers

@@ -18,6 +18,7 @@ slots that predict something, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,21 +28,33 @@ from torch import Tensor
 from regate_ds.algorithm.batch import TokenBatch, starts_segment
 from regate_ds.algorithm.executions.patches import Patches
 from regate_ds.algorithm.plan import ElisionPlan, Slots, assemble_plan, run_lengths_of
+from regate_ds.algorithm.rows import RowLayout
 from regate_ds.algorithm.select import follows_in_sample, shift_left, shift_right
 
 
-def plan_merged_window(window: Sequence[TokenBatch], *, size: int) -> tuple[ElisionPlan, ...]:
-    """Return the plan of each micro-batch in a merged step; ``size`` tokens are a patch."""
+def plan_merged_window(
+    window: Sequence[TokenBatch], rows: RowLayout, *, size: int
+) -> tuple[ElisionPlan, ...]:
+    """Return the plan of each micro-batch in a merged step; ``size`` tokens are a patch.
+
+    rows: what the lengths of rows must be.
+    """
+    multiple = rows.slot_multiple
+    lengths = [math.ceil(_num_patches(batch, size) / multiple) * multiple for batch in window]
+    if rows.equal:
+        lengths = [max(lengths)] * len(lengths)
     return tuple(
-        replace(plan_patches(batch, size=size), micro=number) for number, batch in enumerate(window)
+        replace(plan_patches(batch, size=size, num_slots=length), micro=number)
+        for number, (batch, length) in enumerate(zip(window, lengths, strict=True))
     )
 
 
-def plan_patches(batch: TokenBatch, *, size: int) -> ElisionPlan:
-    """Return a plan whose slots are the patches of a micro-batch."""
+def plan_patches(batch: TokenBatch, *, size: int, num_slots: int | None = None) -> ElisionPlan:
+    """Return a plan whose slots are the patches of a micro-batch; num_slots: those of a row, with
+    padding, or as many as the longest row has."""
     is_real_BT, starts_BT = batch.segment_BT >= 0, _starts_patch(batch, size)
     slot_BT = (starts_BT.long().cumsum(1) - 1).clamp(min=0)
-    num_rows, num_slots = len(slot_BT), int(slot_BT.max()) + 1
+    num_rows, num_slots = len(slot_BT), num_slots or _num_patches(batch, size)
     flat_BT = slot_BT + num_slots * torch.arange(num_rows)[:, None]
     position_P = is_real_BT.reshape(-1).nonzero().squeeze(1)
     slot_P = flat_BT.reshape(-1)[position_P]
@@ -104,6 +117,11 @@ def mean_of_members(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
         share_SM.to(x_BTH.dtype)[:, None], x_SMH.view(*member_SM.shape, hidden)
     ).squeeze(1)
     return mean_SH.view(len(x_BTH), -1, hidden)
+
+
+def _num_patches(batch: TokenBatch, size: int) -> int:
+    """Return the patches of the longest row, at least one."""
+    return max(1, int(_starts_patch(batch, size).sum(dim=1).max()))
 
 
 def _starts_patch(batch: TokenBatch, size: int) -> Tensor:

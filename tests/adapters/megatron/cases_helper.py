@@ -67,6 +67,9 @@ class Case:
     the first half of a sample of text is taken for two."""
 
     dense: bool = False
+    merged: int = 0
+    """Tokens of a patch in a merged step, behind which another step is tried; 0 for none."""
+
     token_multiple: int = 1
     seed: int = 0
     one_slice: bool = False
@@ -88,7 +91,9 @@ class Case:
 
     @property
     def config(self) -> RegateConfig:
+        merge = {"merge": {"size": self.merged, "steps": 1}} if self.merged else {}
         return config_of(
+            **merge,
             schedule={"warmup": 1 if self.dense else 0, "final_dense_share": 0.0},
             execution=self.execution,
             score=self.score,

@@ -32,7 +32,12 @@ from tests.adapters.megatron.cases_helper import (
     positions_of,
 )
 from tests.adapters.megatron.llava_helper import ImageItem, PlainVision
-from tests.adapters.megatron.plain_gpt_helper import PlainModel, balance_loss, batch_losses
+from tests.adapters.megatron.plain_gpt_helper import (
+    PlainModel,
+    balance_loss,
+    batch_losses,
+    merged_losses,
+)
 from tests.support.stores import RandomReference, index_of
 
 TOLERANCE, MOST = 1e-5, 5e-5
@@ -147,14 +152,20 @@ def run_chunks(
 
 
 def plans_of(case: Case) -> tuple[Regate, StepPlan, DifficultyStore]:
-    """The same step planned in one process; fills up to what the case's layout needs."""
+    """The first step planned in one process; fills up to what the case's layout needs."""
+    session, difficulty = session_of(case)
+    window = [item.tokens for rank in all_items(case) for item in rank]
+    return session, session.plan_step(window), difficulty
+
+
+def session_of(case: Case) -> tuple[Regate, DifficultyStore]:
+    """A session of one process, and its difficulty."""
     store = reference_of(case)
     columns = {one.name: one.unseen for one in case.config.statistics}
     difficulty = DifficultyStore(store.index, columns=columns)
     stores = Stores(store, difficulty)
     session = Regate(case.config, stores, total_steps=TOTAL_STEPS, rows=rows_of(case))
-    window = [item.tokens for rank in all_items(case) for item in rank]
-    return session, session.plan_step(window), difficulty
+    return session, difficulty
 
 
 def rows_of(case: Case) -> RowLayout:
@@ -168,8 +179,23 @@ def rows_of(case: Case) -> RowLayout:
 
 def check(case: Case) -> Report:
     """Raises AssertionError with what differs."""
-    regate, chunks = run_step(case)
-    session, plan, difficulty = plans_of(case)
+    join(case)
+    chunks = build(case)
+    regate = attached(case, chunks)
+    planned = session_of(case)
+    reports = [check_step(case, regate, chunks, planned) for _ in range(2 if case.merged else 1)]
+    dismantle(chunks)
+    return Report(*(max(each) for each in zip(*(vars(one).values() for one in reports))))
+
+
+def check_step(
+    case: Case, regate: MegatronRegate, chunks: list[Any], planned: tuple[Regate, DifficultyStore]
+) -> Report:
+    """The step that comes next."""
+    run_chunks(case, chunks, regate.wrap(get_forward_backward_func()), forward_step(case))
+    session, difficulty = planned
+    plan = session.plan_step([item.tokens for rank in all_items(case) for item in rank])
+    assert plan.is_merged == (bool(case.merged) and plan.step == 0)
     model, losses = plain_step(case, plan)
     check_counts(case, regate, plan)
     report = Report()
@@ -185,7 +211,6 @@ def check(case: Case) -> Report:
         session.record(micro, losses_L.float(), entropy=entropy_L.float())
     session.finish_step(applied=True)
     check_difficulty(case, regate, difficulty)
-    dismantle(chunks)
     return report
 
 
@@ -203,7 +228,8 @@ def plain_step(
     flat = [item for rank in all_items(case) for item in rank]
     losses, balance = [], torch.zeros((), dtype=dtype)
     for item, micro in zip(flat, plan.micro, strict=True):
-        losses.append(batch_losses(model, item, micro))
+        is_merged = micro.patches is not None
+        losses.append(merged_losses(model, item) if is_merged else batch_losses(model, item, micro))
         balance = balance + balance_loss(model)
     weights = [one.weight_L for one in plan.micro]
     total = sum(

@@ -9,6 +9,7 @@ three axes, which are equal but for mrope.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,7 @@ from tests.adapters.megatron.cases_helper import (
     positions_of,
 )
 from tests.adapters.megatron.llava_helper import IMAGE_AT, ImageItem, PlainVision
+from tests.support.patches import plain_samples
 
 SIZE = HIDDEN // HEADS
 
@@ -63,9 +65,9 @@ def sample_losses(
     embedded_TH: Tensor,
     where_3T: Tensor,
     kept: list[int],
-    targets: dict[int, int],
-) -> dict[int, Tensor]:
-    """Loss of each kept target of one sample, by position."""
+    targets: Sequence[tuple[int, int]],
+) -> list[Tensor]:
+    """Loss of each target of one sample: a position that is kept, and what it predicts."""
     x_TH = embedded_TH
     for number in range(model.case.num_layers):
         at = kept if number in model.gated else list(range(len(x_TH)))
@@ -73,10 +75,10 @@ def sample_losses(
         x_TH = x_TH.index_copy(0, torch.tensor(at), y_KH)
     norm = model.weight("decoder.final_layernorm.weight", HIDDEN)
     head = _head(model)
-    losses = {}
-    for position, target in targets.items():
+    losses = []
+    for position, target in targets:
         logits_V = head @ _normed(x_TH[position], norm)
-        losses[position] = logits_V.logsumexp(0) - logits_V[target]
+        losses.append(logits_V.logsumexp(0) - logits_V[target])
         model.entropies.append(-(logits_V.softmax(0) @ logits_V.log_softmax(0)).detach())
     return losses
 
@@ -115,12 +117,23 @@ def batch_losses(model: PlainModel, item: Item, plan: ElisionPlan) -> Tensor:
             kept = [i for i, t in enumerate(positions) if r * num_tokens + t in real]
             labels = batch.labels_BT[r, positions].tolist()
             at = [i for i in kept if r * num_tokens + positions[i] in scored]
-            targets = {i: labels[i] for i in at if labels[i] != IGNORE}
+            targets = [(i, labels[i]) for i in at if labels[i] != IGNORE]
             x_TH, where_3T = embedded_BTH[r, positions], where_3BT[:, r, positions]
             if model.case.positions != "mrope":
                 where_3T = torch.arange(len(positions)).expand(3, -1)
-            losses = sample_losses(model, x_TH, where_3T, kept, targets)
-            found += [losses[i] for i in sorted(losses)]
+            found += sample_losses(model, x_TH, where_3T, kept, targets)
+    return torch.stack(found) if found else torch.zeros(0, dtype=model.dtype)
+
+
+def merged_losses(model: PlainModel, item: Item) -> Tensor:
+    """Losses [L] of a merged micro-batch's targets, in reading order: each by the patch before."""
+    x_NH, labels = embedded(model, item).flatten(0, 1), item.tokens.labels_BT.flatten().tolist()
+    found: list[Tensor] = []
+    for _, patches, targets in plain_samples(item.tokens, model.case.merged):
+        means = torch.stack([sum(x_NH[p] for p in members) / len(members) for members in patches])
+        where, kept = torch.arange(len(means)).expand(3, -1), [*range(len(means))]
+        wanted = [(number, labels[p]) for number, p in targets if labels[p] != IGNORE]
+        found += sample_losses(model, means, where, kept, wanted)
     return torch.stack(found) if found else torch.zeros(0, dtype=model.dtype)
 
 

@@ -226,6 +226,25 @@ def check_virtual_range(case: Case) -> None:
     dismantle(chunks)
 
 
+def check_merging(case: Case) -> None:
+    """What tokens cannot be one in; nothing of it is left in the model."""
+    join(case)
+    for other, reason in (
+        (replace(case, row_format="ragged"), "row_format='ragged'"),
+        (replace(case, positions="mrope"), "position_embedding_type='mrope'"),
+    ):
+        chunks = build(other)
+        with refused(ValueError, f"merged steps: the model has {reason}.*set merge.steps=0"):
+            attached(other, chunks)
+        assert "forward" not in vars(chunks[0].module)
+        dismantle(chunks)
+    chunks = build(case)
+    chunks[0].module.fuse_linear_cross_entropy = True
+    with refused(ValueError, "cross_entropy_fusion_impl='linear', a head without logits"):
+        attached(case, chunks)
+    dismantle(chunks)
+
+
 def check_steps(case: Case) -> None:
     """An error where one replica's plan is made, or its step ends, is one on all ranks, at once."""
     join(case)

@@ -89,8 +89,21 @@ WEIGHTED = [
 ]
 """Every label has a loss, with a weight."""
 
+MERGED = [
+    Case(merged=3, rows=3, image_share=0.5),
+    Case(merged=2, model="llava", first_layer=2),
+    Case(merged=4, model="moe", aux=0.5, recompute="full", first_layer=0),
+    Case(merged=3, model="latent", positions="yarn", score="entropy"),
+    Case(merged=3, pp=2, vpp=2, score="entropy"),
+    Case(merged=4, pp=2, last_layer=3, recompute="full", token_multiple=3),
+    Case(merged=3, tp=2, cp=2, sp=True, recompute="selective"),
+    Case(merged=5, dp=2, pp=2, num_micro=3, model="tied"),
+]
+"""A merged step, and then one of the paper's method."""
 
-ALL = sorted(CASES + POSITIONS + LATENT_CASES + METHODS + WEIGHTED, key=lambda case: case.world)
+
+ALL = CASES + POSITIONS + LATENT_CASES + METHODS + WEIGHTED + MERGED
+ALL.sort(key=lambda case: case.world)
 
 
 @pytest.mark.slow

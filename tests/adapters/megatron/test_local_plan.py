@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("megatron.core", reason="pip install 'regate-ds[megatron]'")
 
 from regate_ds.adapters import plan_wire as wire
+from regate_ds.adapters.megatron.carrier import by_name
 from regate_ds.adapters.megatron.communicator import micro_order
-from regate_ds.adapters.megatron.gates import by_name
 from regate_ds.adapters.megatron.groups import row_multiple
 from regate_ds.adapters.megatron.local.bounds import require_same_samples
 from regate_ds.adapters.megatron.local.place import Place, require_cut

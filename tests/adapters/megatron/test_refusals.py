@@ -22,6 +22,11 @@ def test_positions_of_one_axis_for_a_model_of_three_are_refused(pool: Pool):
 
 
 @pytest.mark.slow
+def test_models_and_rows_that_cannot_be_merged_are_refused(pool: Pool):
+    pool.run(1, refusals.check_merging, Case(merged=3))
+
+
+@pytest.mark.slow
 def test_samples_that_the_host_cuts_otherwise_than_the_plan_are_refused(pool: Pool):
     pool.run(1, refusals.check_samples, Case(row_format="ragged", packed=True))
 

@@ -12,6 +12,7 @@ from regate_ds.adapters.plan_wire import decode, encode
 from regate_ds.algorithm.counts import COUNTS
 from regate_ds.algorithm.executions.merge import plan_merged_window
 from regate_ds.algorithm.plan import StepPlan, plan_dense
+from regate_ds.algorithm.rows import RowLayout
 from tests.algorithm.plain_plan_helper import wild_batch
 
 
@@ -20,7 +21,9 @@ def test_a_merged_plan_arrives_as_it_was_sent(size: int):
     rng = random.Random(size)
     for _ in range(10):
         window = [wild_batch(rng, images=True) for _ in range(3)]
-        micro = tuple(replace(one, step=4) for one in plan_merged_window(window, size=size))
+        micro = tuple(
+            replace(one, step=4) for one in plan_merged_window(window, RowLayout(), size=size)
+        )
         sent = StepPlan(4, False, micro, 17, dict.fromkeys(COUNTS, 1), is_merged=True)
         found = decode(*encode(sent))
         assert found.is_merged

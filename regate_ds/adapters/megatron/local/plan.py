@@ -10,31 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from regate_ds.adapters.megatron.local.place import Place, cut_lengths
+from regate_ds.adapters.megatron.local.ragged import Packing, Ragged, lay_out, packing_of
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 
-
-@dataclass(frozen=True)
-class Packing:
-    """Bounds of the samples in a ragged micro-batch.
-
-    A sample includes its padding for context ranks; padding at the end counts as one more sample.
-    """
-
-    cumulative: Tensor
-    """int32: where each sample starts, then the end of the last one."""
-
-    longest: int
-    """Length of the longest sample."""
-
-    held_S: Tensor
-    """int64: which rows of the whole sequence this context rank holds."""
+if TYPE_CHECKING:
+    from regate_ds.adapters.megatron.local.members import Members
 
 
 @dataclass(frozen=True)
@@ -86,28 +73,32 @@ class LocalPlan:
     weight_P: Tensor | None
     """Weights of the targets here, then 0; None if every target counts 1."""
 
-    @property
-    def moves_rows(self) -> bool:
-        return self.plan.moves_rows
+    members: Members | None = None
+    """Of what the rows are made in a merged step, in which all layers are gated; else None."""
 
     @property
-    def head_shape(self) -> tuple[int, int]:
-        return (len(self.targets_P), 1)
+    def moves_rows(self) -> bool:
+        return self.gather is not None
+
+    @property
+    def num_head_rows(self) -> int:
+        return len(self.targets_P) if self.members is None else self.members.num_head_rows
 
     def to(self, device: torch.device | str) -> LocalPlan:
         """Return a copy whose tensors, except ``context_L``, are on the device."""
         values = {k: v for k, v in vars(self).items() if k != "context_L"}
         moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Route)}
         if self.packing is not None:
-            bounds, longest, held_S = vars(self.packing).values()
-            moved["packing"] = Packing(bounds.to(device), longest, held_S.to(device))
+            moved["packing"] = self.packing.to(device)
+        if self.members is not None:
+            moved["members"] = self.members.to(device)
         return replace(self, **moved)
 
 
 def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     """Return the plan's share on the rank at ``place``."""
     full_RN = _full_rows(plan.position_R, plan, place)
-    ragged = _ragged(plan, place) if place.ragged else None
+    ragged = lay_out(plan, place) if place.ragged else None
     kept_RN, kept_shape = _kept_rows(plan, place, ragged)
     elides = plan.moves_rows
     gather = make_route(full_RN, kept_RN, place.rank, place.cut.size) if elides else None
@@ -116,7 +107,8 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
     targets_RN = kept_RN[real_L] if packed_end else _full_rows(plan.label_position_L, plan, place)
     context_L = targets_RN.rank_N // place.sequence_size
     here_L = (context_L == place.context_rank).nonzero().squeeze(1)
-    targets_P, head = _head(plan.targets_L[here_L], targets_RN[here_L], place)
+    num_head_rows, head = route_to_head(targets_RN[here_L], place)
+    targets_P = padded(plan.targets_L[here_L], num_head_rows)
     full_shape = plan.num_tokens // place.cut.size, len(plan.kept_BK)
     return LocalPlan(
         plan=plan,
@@ -127,8 +119,8 @@ def localise(plan: ElisionPlan, place: Place) -> LocalPlan:
         elided_N=_elided(gather, math.prod(full_shape), place),
         rotary_position=_rotary_position(plan, place, ragged),
         source=_source(plan, place, ragged),
-        packing=_packing(ragged, place) if elides and ragged is not None else None,
-        padding_BK=_padding(plan, place, kept_RN, kept_shape) if elides else None,
+        packing=packing_of(ragged, place) if elides and ragged is not None else None,
+        padding_BK=slots_without_token(plan, place, kept_RN, kept_shape) if elides else None,
         head=head,
         targets_P=targets_P,
         context_L=context_L,
@@ -141,7 +133,7 @@ def _weights(plan: ElisionPlan, here_L: Tensor, length: int) -> Tensor | None:
     """Return the weights of this context rank's targets, padded with 0."""
     if plan.weight_L is None:
         return None
-    return torch.nn.functional.pad(plan.weight_L[here_L], (0, length - len(here_L)))
+    return padded(plan.weight_L[here_L], length)
 
 
 def _elided(gather: Route | None, num_rows: int, place: Place) -> Tensor | None:
@@ -161,7 +153,7 @@ def _full_rows(position_N: Tensor, plan: ElisionPlan, place: Place) -> Rows:
 
 
 def _kept_rows(
-    plan: ElisionPlan, place: Place, ragged: _Ragged | None
+    plan: ElisionPlan, place: Place, ragged: Ragged | None
 ) -> tuple[Rows, tuple[int, int]]:
     """Return where the real slots lie after the gate, and the [S, B] that this rank then holds."""
     if ragged is not None:
@@ -174,45 +166,25 @@ def _kept_rows(
     return Rows(rank_K[k_R], index_K[k_R] * num_rows + row_R), shape
 
 
-@dataclass(frozen=True)
-class _Ragged:
-    """How a micro-batch's samples lie one after the other."""
+def route_to_head(rows: Rows, place: Place) -> tuple[int, Route]:
+    """Divide rows that the head reads anew over the tensor ranks, at least one row for each.
 
-    lengths: list[int]
-    """Rows of each sample, with padding so that context ranks can divide it; then other padding."""
-
-    kept: Tensor
-    """Rows of each sample that hold a kept token."""
-
-    index_R: Tensor
-    """Index of each real slot in the whole sequence of rows."""
-
-
-def _ragged(plan: ElisionPlan, place: Place) -> _Ragged:
-    """Lay the kept slots of a micro-batch's samples one after the other."""
-    kept = plan.sample_lengths
-    lengths = place.rows.ragged_lengths(kept)
-    padding = torch.tensor(lengths[: len(kept)], dtype=torch.long) - kept
-    padding_before = padding.cumsum(0) - padding
-    index_R = torch.arange(plan.num_kept) + padding_before.repeat_interleave(kept)
-    return _Ragged(lengths, kept, index_R)
-
-
-def _head(targets_L: Tensor, rows: Rows, place: Place) -> tuple[Tensor, Route]:
-    """Divide the rows that have a target anew over the tensor ranks, at least one row for each.
-
-    Returns the padded targets, and this rank's route from its decoder output to these rows.
+    Returns their number with padding, and this rank's route from its decoder output to these rows.
     """
-    size = place.sequence_size
-    length = max(1, math.ceil(len(targets_L) / size)) * size
+    size, num_rows = place.sequence_size, len(rows.row_N)
+    length = max(1, math.ceil(num_rows / size)) * size
     rank_P, index_P = SequenceCut(1, size).owners(length)
     before = Rows(rows.rank_N % size, rows.row_N)
-    after = Rows(rank_P[: len(targets_L)], index_P[: len(targets_L)])
-    targets_P = torch.nn.functional.pad(targets_L, (0, length - len(targets_L)))
-    return targets_P, make_route(before, after, place.sequence_rank, size)
+    after = Rows(rank_P[:num_rows], index_P[:num_rows])
+    return length, make_route(before, after, place.sequence_rank, size)
 
 
-def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
+def padded(x_N: Tensor, length: int) -> Tensor:
+    """Return the tensor with zeros behind it, up to a length."""
+    return torch.nn.functional.pad(x_N, (0, length - len(x_N)))
+
+
+def _rotary_position(plan: ElisionPlan, place: Place, ragged: Ragged | None) -> Tensor:
     """Return each kept slot's original position, counted from the start of its sample if ragged."""
     if ragged is None:
         held_K = SequenceCut(place.context_size).held(plan.num_slots)[place.context_rank]
@@ -223,7 +195,7 @@ def _rotary_position(plan: ElisionPlan, place: Place, ragged: _Ragged | None) ->
     return position_P[:, None]
 
 
-def _source(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
+def _source(plan: ElisionPlan, place: Place, ragged: Ragged | None) -> Tensor:
     """Return where each kept slot lies in the micro-batch, flat; 0 at padding."""
     if ragged is None:
         source_N = torch.zeros(plan.kept_BK.numel(), dtype=torch.long)
@@ -235,13 +207,7 @@ def _source(plan: ElisionPlan, place: Place, ragged: _Ragged | None) -> Tensor:
     return source_P[:, None]
 
 
-def _packing(ragged: _Ragged, place: Place) -> Packing:
-    cumulative = torch.tensor([0, *accumulate(ragged.lengths)], dtype=torch.int32)
-    held = SequenceCut(place.context_size).held(*ragged.lengths)
-    return Packing(cumulative, max(ragged.lengths), held[place.context_rank])
-
-
-def _padding(
+def slots_without_token(
     plan: ElisionPlan, place: Place, kept: Rows, kept_shape: tuple[int, int]
 ) -> Tensor | None:
     """Return bool [B, S]: True at this rank's slots without a token; None if there are none."""
