@@ -21,11 +21,16 @@ from typing import Any
 import deepspeed  # noqa: F401 (for the ranks to come)
 import numpy as np
 import torch
+from tqdm.std import TqdmDefaultWriteLock
 
 from regate_ds.adapters.megatron_on_cpu.shim import install
 from regate_ds.cli import main
 from regate_ds.recipe import rank_job, teacher_job, trainer  # noqa: F401 (likewise)
 from tests.support.small_corpus import TEXT, make_corpus
+
+# Else all forked ranks would share one lock for their bars, and one that is killed while it has the
+# lock would keep it for ever.
+TqdmDefaultWriteLock.mp_lock = None
 
 _MEGATRON = ("run.deepspeed=null", "parallel={pipeline: 2}", "run.accumulation=4")
 

@@ -56,6 +56,7 @@ def test_every_arm_runs_from_the_same_weights_and_rows(text: Path, tmp_path: Pat
         "dense": dense,
         "dense, short": dense // 2,
         "merged": dense,
+        "merged, pairs": dense,
         # 4 of 12 steps on rows four times as long.
         "superposed": 8 * 2 * 16 + 4 * 2 * 16 * 4,
         "merged, elided": dense,

@@ -45,6 +45,10 @@ TEXT_ARMS: dict[str, TextArm] = {
             execution=NoElision(), merge=MergeConfig(size=PATCH, steps=PATCH_SHARE)
         ),
     ),
+    "merged, pairs": TextArm(
+        about="patches of 2 in the first two thirds, then tokens",
+        config=RegateConfig(execution=NoElision(), merge=MergeConfig(size=2, steps=PATCH_SHARE)),
+    ),
     "superposed": TextArm(
         about="4 tokens in one for 0.3 of the steps, on rows 4 times as long",
         config=RegateConfig(
