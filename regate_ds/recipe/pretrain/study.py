@@ -29,7 +29,7 @@ from regate_ds.recipe.tasks.text.documents import hold_out
 
 CONFIGS = Path("configs/pretrain")
 STUDIES = {
-    "text": ("masked", "replaced_token", "multi_choice"),
+    "text": ("masked", "replaced_token", "multi_choice", "causal", "free_language_modeling"),
     "pictures": ("masked", "causal", "free_language_modeling"),
 }
 _TIMED_STEPS = 6
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="wordnet, or regate data digits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seconds", type=float, default=22.0, help="CPU seconds of a run")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lr", type=float, help="instead of that of each arm's configuration")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     with join_job("pretrain") as process:
@@ -57,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _compare(
     args: argparse.Namespace, process: Process, overrides: list[str], rows: PretrainRows, probe: Any
 ) -> None:
+    rate = [] if args.lr is None else [f"optimizer.lr={args.lr}"]
     configs = {
         name: load_pretrain(
             CONFIGS / f"{name}.yaml",
-            [*overrides, f"run.out={args.out / name}", "run.eval_rows=128"],
+            [*overrides, *rate, f"run.out={args.out / name}", "run.eval_rows=128"],
         )
         for name in STUDIES[args.study]
     }
@@ -69,7 +71,7 @@ def _compare(
         timed.write_text(json.dumps(_costs(configs, rows, process)))
     costs = json.loads(timed.read_text())
     print(json.dumps({"cpu_seconds_of_a_step": costs}), flush=True)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for name, config in configs.items():
             out = args.out / f"{name}-{seed}"
             steps = max(1, round(args.seconds / costs[name]))
