@@ -113,7 +113,7 @@ HOSTS: dict[str, Host] = {
     "Lfm2VlForConditionalGeneration": Host(decoders=("lfm2",)),
     "Lfm3VlForConditionalGeneration": Host(decoders=("lfm3",)),
     "LightOnOcrForConditionalGeneration": Host(decoders=("qwen3",)),
-    "LlavaForConditionalGeneration": Host(decoders=(*_LLAMAS, *_DELTA, "mixtral")),
+    "LlavaForConditionalGeneration": Host(decoders=(*_LLAMAS, *_DELTA, "mixtral", "qwen3_moe")),
     "LlavaNextForConditionalGeneration": _ANY,
     "LlavaNextVideoForConditionalGeneration": _ANY,
     "LlavaOnevisionForConditionalGeneration": _ANY,

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from regate_ds.families.table import FAMILIES
-from regate_ds.families.text_decoders import TEXT_DECODERS, decoders_that
+from regate_ds.families.text_decoders import decoders_that
 
 MEGATRON_STUDENTS = tuple(name for name, family in FAMILIES.items() if family.in_megatron)
 """`model_type` of the students that can be trained through Megatron-core."""
@@ -197,12 +197,6 @@ def _decoder_problems(text: Any) -> Iterator[Problem]:
 
 
 def _size_problems(text: Any, parallel: Any) -> Iterator[Problem]:
-    yield (
-        TEXT_DECODERS[text.model_type].has_qk_norm
-        and parallel.ranks_per_copy * parallel.expert > 1,
-        f"decoder {text.model_type!r} was not tested on several ranks with Megatron-core; set "
-        "parallel.tensor, pipeline, context and expert to 1",
-    )
     parts = parallel.pipeline * parallel.virtual
     yield (
         text.num_hidden_layers % parts != 0,

@@ -114,14 +114,6 @@ def test_a_student_with_experts_that_does_not_fit_is_refused(change, parallel, m
         require_student("llava", SimpleNamespace(**text | change), ParallelConfig(**parallel))
 
 
-@pytest.mark.parametrize("cut", [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {"expert": 2}])
-def test_a_decoder_that_was_tested_whole_only_is_refused_on_several_ranks(cut):
-    more = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
-    require_student("llava", SimpleNamespace(**TEXT | more), ParallelConfig())
-    with pytest.raises(ValueError, match="'qwen3_moe' was not tested on several ranks .* to 1"):
-        require_student("llava", SimpleNamespace(**TEXT | more), ParallelConfig(**cut))
-
-
 def test_a_job_must_hold_whole_copies_of_the_model():
     require_ranks(ParallelConfig(tensor=2, pipeline=2), 8)
     require_ranks(ParallelConfig(tensor=2, context=2, pipeline=2), 8)

@@ -28,7 +28,14 @@ STEPS = 6
 
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "head_dim": 16,
+    },
 }
 
 

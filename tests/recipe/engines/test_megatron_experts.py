@@ -1,4 +1,6 @@
-"""A student with experts and `parallel`: the DeepSpeed host's run, experts cut or shared."""
+"""A student with experts and `parallel`: the DeepSpeed host's run, experts cut or shared.
+
+Its decoder is Qwen3-MoE's, with a norm on queries and keys and heads of their own size."""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from tests.recipe.engines.test_megatron import (
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus with its reference losses and a run on DeepSpeed."""
     folder = tmp_path_factory.mktemp("recipe")
-    start("tests.recipe.engines.reference_helper", str(folder), "mixtral")
+    start("tests.recipe.engines.reference_helper", str(folder), "qwen3_moe")
     return folder
 
 

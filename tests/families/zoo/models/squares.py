@@ -58,6 +58,7 @@ _OVER = (
     "phi3",
     "qwen3_5_text",
     "mixtral",
+    "qwen3_moe",
 )
 
 SQUARES = (
