@@ -193,7 +193,8 @@ def _lengths(case: Case, generator: torch.Generator) -> list[list[int]]:
     if case.packed:
         a, b = torch.randint(3, case.length // 3, (2,), generator=generator).tolist()
         # Where context ranks cut each sample, room is left to fill them up, and for padding behind.
-        return [[a, b, case.length - (16 + a % 4 if case.cp > 1 else a + b)]]
+        taken = case.length * 2 // 3 + a % 4 if case.cp > 1 else a + b
+        return [[a, b, case.length - taken]]
     return [
         [n] for n in torch.randint(5, case.length + 1, (case.rows,), generator=generator).tolist()
     ]

@@ -22,6 +22,9 @@ from tests.adapters.megatron.cases_helper import Case
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "numerics.md"
+_PACKED_CP = {"packed": True, "rows": 1, "length": 48}
+"""Samples in which two images are long enough to lose a token."""
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
     "TP2": {"tp": 2},
@@ -56,8 +59,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "packed": {"packed": True, "rows": 1},
     "packed, TP2 SP": {"packed": True, "rows": 1, "tp": 2, "sp": True},
     "packed, PP2": {"packed": True, "rows": 1, "pp": 2},
-    "packed, CP2 (own attention)": {"packed": True, "rows": 1, "cp": 2},
-    "packed, CP2 TP2 SP (own attention)": {"packed": True, "rows": 1, "cp": 2, "tp": 2, "sp": True},
+    "packed, CP2 (own attention)": {**_PACKED_CP, "cp": 2},
+    "packed, CP2 TP2 SP (own attention)": {**_PACKED_CP, "cp": 2, "tp": 2, "sp": True},
     "TP2 PP2 DP2": {"tp": 2, "pp": 2, "dp": 2, "sp": True},
 }
 
