@@ -60,6 +60,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "packed, TP2 SP": {"packed": True, "rows": 1, "tp": 2, "sp": True},
     "packed, PP2": {"packed": True, "rows": 1, "pp": 2},
     "packed, CP2 (own attention)": {**_PACKED_CP, "cp": 2},
+    "packed, CP2 PP2 (own attention)": {**_PACKED_CP, "cp": 2, "pp": 2},
     "packed, CP2 TP2 SP (own attention)": {**_PACKED_CP, "cp": 2, "tp": 2, "sp": True},
     "TP2 PP2 DP2": {"tp": 2, "pp": 2, "dp": 2, "sp": True},
 }
