@@ -126,16 +126,16 @@ FAULTS_TARGETS := faults-properties $(FAULTS:%=faults-%)
 .PHONY: $(FAULTS_TARGETS)
 
 test-faults: setup
-	$(MAKE) --keep-going --output-sync=target -j $(or $(JOBS),2) $(FAULTS_TARGETS)
+	$(MAKE) --keep-going --output-sync=line -j $(or $(JOBS),2) $(FAULTS_TARGETS)
 
 FAULT_kills = --seeds $(or $(SEEDS),25)
 FAULT_flips = --flips $(or $(FLIPS),500)
 FAULT_fuzz = --inputs $(or $(INPUTS),20000)
 
-$(FAULTS:%=faults-%):
+$(FAULTS:%=faults-%): | $(READY)
 	$(TEST_ENV) $(BIN)/python -W ignore -m tests.faults.$(@:faults-%=%) $(FAULT_$(@:faults-%=%))
 
-faults-properties:
+faults-properties: | $(READY)
 	EXAMPLES=$(or $(EXAMPLES),1000) $(TEST_ENV) $(BIN)/python -m pytest -q tests/properties
 
 # A real SLURM of two virtual nodes, and the deepspeed launcher over ssh to this machine: as root, with

@@ -28,8 +28,8 @@ from regate_ds.cli import main
 from regate_ds.recipe import rank_job, teacher_job, trainer  # noqa: F401 (likewise)
 from tests.support.small_corpus import TEXT, make_corpus
 
-# Else all forked ranks would share one lock for their bars, and one that is killed while it has the
-# lock would keep it for ever.
+# tqdm 4.70.1 has one lock for the bars of all processes that are forked from one. A rank that is
+# killed while it has the lock would keep it from those behind it for ever.
 TqdmDefaultWriteLock.mp_lock = None
 
 _MEGATRON = ("run.deepspeed=null", "parallel={pipeline: 2}", "run.accumulation=4")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regate_ds.adapters.huggingface.calls import window_of
+from regate_ds.adapters.huggingface.calls import require_rows, window_of
 from regate_ds.adapters.huggingface.empty_image import call_with_tower
 from regate_ds.adapters.huggingface.tower_calls import IMAGE, VIDEO, tower_calls_of
 from regate_ds.algorithm.gate import keep
@@ -90,6 +90,9 @@ class Embed(nn.Module):
             else call(**named)
         )
         hidden = outputs.last_hidden_state
+        if (plan := micro.plan) is not None:
+            patches = plan.patches
+            require_rows(hidden, plan, None if patches is None else patches.row_length)
         _require_within_window(self._host[0], hidden.shape[1])
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)

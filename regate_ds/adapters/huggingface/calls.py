@@ -48,9 +48,13 @@ def require_marks(host: Any, kwargs: dict[str, Any], marks: tuple[str, ...]) -> 
         )
 
 
-def require_rows(hidden_BTH: Tensor, plan: ElisionPlan) -> None:
-    """Refuse a plan of other rows than the decoder reads, such as another micro-batch's plan."""
-    found, planned = tuple(hidden_BTH.shape[:2]), (len(plan.kept_BK), plan.num_tokens)
+def require_rows(hidden_BTH: Tensor, plan: ElisionPlan, row_length: int | None = None) -> None:
+    """Refuse a plan of other rows than the decoder reads, such as another micro-batch's plan.
+
+    row_length: where it is not the number of the plan's tokens, as before tokens are merged.
+    """
+    found = tuple(hidden_BTH.shape[:2])
+    planned = len(plan.kept_BK), plan.num_tokens if row_length is None else row_length
     if found != planned:
         raise ValueError(
             f"the decoder reads {found[0]} rows of {found[1]} tokens, the plan is of {planned[0]} "

@@ -93,10 +93,22 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
     axes = find_axes(
         host, ragged=ragged, ends_early=ends_early, token_multiple=config.token_multiple
     )
-    span = gated_span(config.execution.spans(config.first_layer, last))
+    gated = _range(config, chunks, axes, last)
+    attachment, planner = Attachment(), _planner(config, computed, axes, total_steps)
+    gates = [ChunkGate(gpt, gated, attachment, merges=merged is not None) for gpt in chunks]
+    if config.records("entropy") and chunks[-1].post_process:
+        gates[-1].entropy = EntropyTap(chunks[-1], attachment)
+    attached = Attached(attachment, gates, axes, planner, merged, online)
+    return MegatronRegate(config, attached, tokens)
+
+
+def _range(config: RegateConfig, chunks: Sequence[Any], axes: Axes, last: int) -> Range:
+    """Return the gated layers of the model, up to ``last``. Collective over all ranks."""
+    depth = chunks[0].config.num_layers
+    span, ends_early = gated_span(config.execution.spans(config.first_layer, last)), last < depth
     # Without a span no row moves, and no layer is in the range.
-    first, last = (span.first, span.last) if span is not None else (host.num_layers, last)
-    gated = Range(
+    first, last = (span.first, span.last) if span is not None else (depth, last)
+    return Range(
         first=first,
         last=last,
         ends_early=ends_early,
@@ -105,12 +117,6 @@ def attach(  # noqa: PLR0913 (a user's call: each argument by its name)
         context=axes.context,
         channel=_channel(chunks, first, last) if ends_early and span is not None else None,
     )
-    attachment, planner = Attachment(), _planner(config, computed, axes, total_steps)
-    gates = [ChunkGate(gpt, gated, attachment, merges=merged is not None) for gpt in chunks]
-    if config.records("entropy") and chunks[-1].post_process:
-        gates[-1].entropy = EntropyTap(chunks[-1], attachment)
-    attached = Attached(attachment, gates, axes, planner, merged, online)
-    return MegatronRegate(config, attached, tokens)
 
 
 def _merging(

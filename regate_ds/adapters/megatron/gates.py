@@ -76,8 +76,8 @@ class ChunkGate:
         self.entropy: EntropyTap | None = None
         """Set on the chunk that has the head, if the score asks for entropies."""
         self._own_angles = OwnAngles()
-        self._row_P: Tensor | None = None
-        """In a merged step the head's row of each target, for the call of the head that comes."""
+        self._times = 1
+        """How often the logits of each row are needed, at the call of the head that comes."""
         self._has_looked = False
         """Whether a call's samples have been read once."""
         self._signature = inspect.signature(type(gpt).forward)
@@ -215,22 +215,24 @@ class ChunkGate:
         }
 
     def _after_decoder(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        carrier = kwargs.get("packed_seq_params")
+        carrier, self._times = kwargs.get("packed_seq_params"), 1
         if not isinstance(carrier, Carrier):
             return None
         local = carrier.local
-        self._row_P = None if local.members is None else local.members.row_P
+        if local.members is not None:
+            self._times = local.members.size
         num_rows = local.num_head_rows
         if self.gated.sequence is not None:
             num_rows //= torch.distributed.get_world_size(self.gated.sequence)
         return move_rows(output, local.head, (num_rows, 1), self.gated.sequence)
 
     def _after_head(self, head: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        row_P, self._row_P = self._row_P, None
-        if row_P is None:
+        times, self._times = self._times, 1
+        if times == 1:
             return None
         logits, *rest = output
-        return (logits.index_select(0, row_P), *rest)
+        each = logits.unsqueeze(1).expand(-1, times, *logits.shape[1:])
+        return (each.flatten(0, 1), *rest)
 
 
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:

@@ -177,7 +177,7 @@ class StepRun:
                 "compute_language_model_loss, so that score=entropy cannot be recorded; use "
                 "another score, or a GPTModel that calls it"
             )
-        self.entropies[number] = entropy_P[: self.micro[number].num_targets]
+        self.entropies[number] = self.micro[number].of_targets(entropy_P)
 
     def _chunk_of(self, model: nn.Module) -> int:
         """Return the number of a chunk; ValueError if regate is not attached to it."""
@@ -199,7 +199,7 @@ class StepRun:
         that sum.
         """
         count = self.micro[number].num_targets
-        losses_L = losses.float().reshape(-1)[:count]
+        losses_L = self.micro[number].of_targets(losses.float().reshape(-1))
         self.losses[number] = losses_L.detach()
         weight_P = self.micro[number].weight_P
         total = (losses_L if weight_P is None else losses_L * weight_P[:count]).sum()

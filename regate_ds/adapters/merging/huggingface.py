@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from regate_ds.adapters.attachment import Attachment
+from regate_ds.adapters.huggingface.calls import require_rows
 from regate_ds.adapters.huggingface.empty_image import has_tower
 from regate_ds.adapters.huggingface.head import HeadGate, head_forward
 from regate_ds.adapters.huggingface.layer_inputs import ForwardPass
@@ -72,7 +73,7 @@ def _decoder_forward(
     embedded_BTH = given.get("inputs_embeds")
     if embedded_BTH is None:
         embedded_BTH = host_forward.__self__.get_input_embeddings()(given["input_ids"])
-    _require_rows(embedded_BTH, regate_plan)
+    require_rows(embedded_BTH, regate_plan.plan, patches.row_length)
     given |= {
         "input_ids": None,
         "inputs_embeds": mean_of_members(embedded_BTH, regate_plan.plan),
@@ -81,18 +82,6 @@ def _decoder_forward(
         "attention_mask": None,
     }
     return host_forward(regate_plan=regate_plan, **given)
-
-
-def _require_rows(embedded_BTH: Tensor, within: ForwardPass) -> None:
-    found, planned = tuple(embedded_BTH.shape[:2]), within.plan.patches
-    assert planned is not None
-    wanted = len(planned.place_BK), planned.row_length
-    if found != wanted:
-        raise ValueError(
-            f"the decoder reads {found[0]} rows of {found[1]} tokens, the plan is of {wanted[0]} "
-            f"rows of {wanted[1]}; give each micro-batch its own plan, and make labels as long as "
-            "the rows that the decoder reads"
-        )
 
 
 def _head_forward(

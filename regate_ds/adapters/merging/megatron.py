@@ -5,7 +5,7 @@ to the rank that holds the patch, and the mean is taken there. All layers and al
 stages then see patches.
 
 Shapes: B rows, T positions, K slots of a row, S = B * K slots, M positions of a slot at most, N
-slots of this rank, U slots that predict something, L targets, P targets with padding.
+slots of this rank, U slots that predict something, L targets, P places of targets.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from regate_ds.adapters.megatron.local.members import Members
 from regate_ds.adapters.megatron.local.place import Place
 from regate_ds.adapters.megatron.local.plan import (
     LocalPlan,
-    padded,
     route_to_head,
     slots_without_token,
 )
 from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 
-_OFF = "set merge.steps=0"
-
 
 def require_mergeable_chunks(chunks: Sequence[Any], *, ragged: bool) -> None:
     """Refuse, by ValueError, chunks or rows in which tokens cannot be one."""
     gpt = chunks[0]
-    fused = [gpt for gpt in chunks if getattr(gpt, "fuse_linear_cross_entropy", False)]
     faults = {
-        "row_format='ragged', and patches are laid out in padded rows alone": ragged,
-        "position_embedding_type='mrope', which gives tokens several numbers": (
+        "padded rows alone hold patches; attach with row_format='padded'": ragged,
+        "position_embedding_type='mrope' gives tokens several numbers; use 'rope' or 'yarn'": (
             gpt.position_embedding_type == "mrope"
         ),
-        "image features that the decoder adds between its layers": num_additions(gpt) > 0,
-        "cross_entropy_fusion_impl='linear', a head without logits": bool(fused),
+        "the decoder adds features of images between its layers; use another model": (
+            num_additions(gpt) > 0
+        ),
+        "cross_entropy_fusion_impl='linear' is a head without logits; use 'native' or 'te'": any(
+            getattr(one, "fuse_linear_cross_entropy", False) for one in chunks
+        ),
     }
     for fault in (fault for fault, has in faults.items() if has):
-        raise ValueError(f"merged steps: the model has {fault}; {_OFF}, or change this")
+        raise ValueError(f"merged steps: {fault}, or set merge.steps=0")
 
 
 def localise_patches(plan: ElisionPlan, place: Place) -> LocalPlan:
@@ -57,12 +57,13 @@ def localise_patches(plan: ElisionPlan, place: Place) -> LocalPlan:
     mine_N = (slot_SN.rank_N == place.rank).nonzero().squeeze(1)
     kept_shape = num_slots // place.cut.size, num_rows
     held_K = SequenceCut(place.context_size).held(num_slots)[place.context_rank]
-    target_slot_L = patches.predicts_U[patches.cell_L // patches.size]
-    context_L = slot_SN[target_slot_L].rank_N // place.sequence_size
+    context_L = slot_SN[plan.label_slot_L].rank_N // place.sequence_size
     here_L = (context_L == place.context_rank).nonzero().squeeze(1)
-    slot_U, number_L = target_slot_L[here_L].unique_consecutive(return_inverse=True)
+    slot_U, number_L = plan.label_slot_L[here_L].unique_consecutive(return_inverse=True)
     num_head_rows, head = route_to_head(slot_SN[slot_U], place)
-    num_targets = max(1, len(here_L))
+    # A slot has all its targets on one rank, so that their places in it are those of the plan.
+    cell_L = number_L * patches.size + patches.cell_L[here_L] % patches.size
+    targets_P = plan.targets_L.new_zeros(num_head_rows * patches.size)
     return LocalPlan(
         plan=plan,
         full_shape=(patches.row_length // place.cut.size, num_rows),
@@ -75,13 +76,13 @@ def localise_patches(plan: ElisionPlan, place: Place) -> LocalPlan:
         packing=None,
         padding_BK=slots_without_token(plan, place, slot_SN[plan.slot_R], kept_shape),
         head=head,
-        targets_P=padded(plan.targets_L[here_L], num_targets),
+        targets_P=targets_P.index_copy(0, cell_L, plan.targets_L[here_L]),
         context_L=context_L,
         num_targets=len(here_L),
         weight_P=None,
         members=Members(
             _shares(patches.is_member_SM[mine_N], slot_SN.row_N[mine_N], math.prod(kept_shape)),
-            padded(number_L, num_targets),
+            cell_L,
             num_head_rows,
         ),
     )

@@ -40,7 +40,8 @@ def plan_merged_window(
     rows: what the lengths of rows must be.
     """
     multiple = rows.slot_multiple
-    lengths = [math.ceil(_num_patches(batch, size) / multiple) * multiple for batch in window]
+    longest = [_longest(_starts_patch(batch, size)) for batch in window]
+    lengths = [math.ceil(length / multiple) * multiple for length in longest]
     if rows.equal:
         lengths = [max(lengths)] * len(lengths)
     return tuple(
@@ -49,12 +50,12 @@ def plan_merged_window(
     )
 
 
-def plan_patches(batch: TokenBatch, *, size: int, num_slots: int | None = None) -> ElisionPlan:
-    """Return a plan whose slots are the patches of a micro-batch; num_slots: those of a row, with
-    padding, or as many as the longest row has."""
+def plan_patches(batch: TokenBatch, *, size: int, num_slots: int = 0) -> ElisionPlan:
+    """Return a plan whose slots are the patches of a micro-batch; num_slots: the fewest of a row,
+    of which those without a patch are padding."""
     is_real_BT, starts_BT = batch.segment_BT >= 0, _starts_patch(batch, size)
     slot_BT = (starts_BT.long().cumsum(1) - 1).clamp(min=0)
-    num_rows, num_slots = len(slot_BT), num_slots or _num_patches(batch, size)
+    num_rows, num_slots = len(slot_BT), max(num_slots, _longest(starts_BT))
     flat_BT = slot_BT + num_slots * torch.arange(num_rows)[:, None]
     position_P = is_real_BT.reshape(-1).nonzero().squeeze(1)
     slot_P = flat_BT.reshape(-1)[position_P]
@@ -119,9 +120,9 @@ def mean_of_members(x_BTH: Tensor, plan: ElisionPlan) -> Tensor:
     return mean_SH.view(len(x_BTH), -1, hidden)
 
 
-def _num_patches(batch: TokenBatch, size: int) -> int:
+def _longest(starts_BT: Tensor) -> int:
     """Return the patches of the longest row, at least one."""
-    return max(1, int(_starts_patch(batch, size).sum(dim=1).max()))
+    return max(1, int(starts_BT.sum(dim=1).max()))
 
 
 def _starts_patch(batch: TokenBatch, size: int) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -234,13 +235,19 @@ def check_merging(case: Case) -> None:
         (replace(case, positions="mrope"), "position_embedding_type='mrope'"),
     ):
         chunks = build(other)
-        with refused(ValueError, f"merged steps: the model has {reason}.*set merge.steps=0"):
+        with refused(ValueError, f"merged steps: .*{reason}.*, or set merge.steps=0"):
             attached(other, chunks)
         assert "forward" not in vars(chunks[0].module)
         dismantle(chunks)
     chunks = build(case)
-    chunks[0].module.fuse_linear_cross_entropy = True
-    with refused(ValueError, "cross_entropy_fusion_impl='linear', a head without logits"):
+    gpt = chunks[0].module
+    gpt.fuse_linear_cross_entropy = True
+    with refused(ValueError, "cross_entropy_fusion_impl='linear' is a head without logits"):
+        attached(case, chunks)
+    gpt.fuse_linear_cross_entropy = False
+    gpt.decoder._deepstack_process = print
+    gpt.config.vision_config = SimpleNamespace(deepstack_visual_indexes=[0, 1])
+    with refused(ValueError, "merged steps: the decoder adds features of images"):
         attached(case, chunks)
     dismantle(chunks)
 

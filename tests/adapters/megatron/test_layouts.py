@@ -92,7 +92,8 @@ WEIGHTED = [
 MERGED = [
     Case(merged=3, rows=3, image_share=0.5),
     Case(merged=2, model="llava", first_layer=2),
-    Case(merged=4, model="moe", aux=0.5, recompute="full", first_layer=0),
+    Case(merged=4, dp=2, ep=2, model="moe", aux=0.5, recompute="full", first_layer=0),
+    Case(merged=3, tp=2, execution="loss_only", rows=1, length=9),
     Case(merged=3, model="latent", positions="yarn", score="entropy"),
     Case(merged=3, pp=2, vpp=2, score="entropy"),
     Case(merged=4, pp=2, last_layer=3, recompute="full", token_multiple=3),

@@ -1,6 +1,7 @@
 """In a merged step: of which positions a rank's slots are the mean, and what each of them predicts.
 
-Shapes: N slots of this rank, M positions of a slot at most, P targets with padding, H hidden.
+Shapes: N slots of this rank, M positions of a slot at most, L targets of this context rank, H
+hidden.
 """
 
 from __future__ import annotations
@@ -16,19 +17,24 @@ from regate_ds.parallel.resharding import Route, move_rows
 
 @dataclass(frozen=True)
 class Members:
-    """What the slots of this rank are made of, and the head's row that predicts each target."""
+    """What the slots of this rank are made of, and where the head predicts each target."""
 
     share_NM: Tensor
     """fp32: the share of each position in its slot's mean; 0 where a slot has fewer than M."""
 
-    row_P: Tensor
-    """int64: the row of the head for each target of this context rank, with padding."""
+    cell_L: Tensor
+    """int64: the place of each target of this context rank in [head rows * M]."""
 
     num_head_rows: int
     """Number of these rows: the slots that predict something here, with padding."""
 
     def to(self, device: torch.device | str) -> Members:
-        return Members(self.share_NM.to(device), self.row_P.to(device), self.num_head_rows)
+        return Members(self.share_NM.to(device), self.cell_L.to(device), self.num_head_rows)
+
+    @property
+    def size(self) -> int:
+        """M."""
+        return self.share_NM.shape[1]
 
     def merged(
         self, full: Tensor, route: Route, shape: tuple[int, int], group: ProcessGroup | None
@@ -38,8 +44,8 @@ class Members:
         full: this rank's part of the positions [S, B, H]. route: that of each position to its place
         among those of its slot. All ranks of the group must call it.
         """
-        num_slots, size = self.share_NM.shape
-        rows = move_rows(full, route, (num_slots * size, 1), group)
-        rows_NMH = rows.view(num_slots, size, -1)
+        num_slots = len(self.share_NM)
+        rows = move_rows(full, route, (num_slots * self.size, 1), group)
+        rows_NMH = rows.view(num_slots, self.size, -1)
         mean_NH = torch.bmm(self.share_NM.to(rows.dtype)[:, None], rows_NMH)
         return mean_NH.view(*shape, -1)

@@ -62,7 +62,8 @@ class LocalPlan:
     """Route from the decoder's output to the rows that have a target."""
 
     targets_P: Tensor
-    """Targets of this context rank, padded to a multiple of the tensor ranks that share them."""
+    """Targets of this context rank, padded to a multiple of the tensor ranks that share them; in a
+    merged step M places for each row of the head, with 0 where a patch has fewer targets."""
 
     context_L: Tensor
     """The context rank that holds each of the plan's targets; stays in CPU memory."""
@@ -83,6 +84,10 @@ class LocalPlan:
     @property
     def num_head_rows(self) -> int:
         return len(self.targets_P) if self.members is None else self.members.num_head_rows
+
+    def of_targets(self, x_P: Tensor) -> Tensor:
+        """Return the values at the targets of this context rank."""
+        return x_P[: self.num_targets] if self.members is None else x_P[self.members.cell_L]
 
     def to(self, device: torch.device | str) -> LocalPlan:
         """Return a copy whose tensors, except ``context_L``, are on the device."""
