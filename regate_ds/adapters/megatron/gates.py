@@ -232,7 +232,8 @@ class ChunkGate:
             return None
         logits, *rest = output
         each = logits.unsqueeze(1).expand(-1, times, *logits.shape[1:])
-        return (each.flatten(0, 1), *rest)
+        # A copy of one row, too: the host's loss works in place.
+        return (each.flatten(0, 1).contiguous(), *rest)
 
 
 def _require_planned(hidden: Tensor, local: LocalPlan) -> None:

@@ -231,7 +231,7 @@ def check_merging(case: Case) -> None:
     """What tokens cannot be one in; nothing of it is left in the model."""
     join(case)
     for other, reason in (
-        (replace(case, row_format="ragged"), "row_format='ragged'"),
+        (replace(case, row_format="ragged"), "attach with row_format='padded'"),
         (replace(case, positions="mrope"), "position_embedding_type='mrope'"),
     ):
         chunks = build(other)
