@@ -167,17 +167,20 @@ class Head(nn.Module):
         plan, none = self._table.look_up(number).plan, hidden.new_zeros(0)
         if plan is None:
             return self.head(self.norm(hidden)), none, none, number
+        loss_sum, losses_L, entropy_L = self._summed(hidden.reshape(-1, hidden.shape[-1]), plan)
+        return loss_sum, losses_L, none if entropy_L is None else entropy_L, number
+
+    def _summed(self, rows: Tensor, plan: ElisionPlan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what ``summed_loss`` does, of all rows [B * S, H] of a micro-batch."""
         # Where the plan moves no rows, slots are positions.
-        hidden_LH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, plan.label_slot_L)
-        loss_sum, losses_L, entropy_L = summed_loss(
-            self.norm(hidden_LH),
+        return summed_loss(
+            self.norm(rows.index_select(0, plan.label_slot_L)),
             self.head.weight,
             self.head.bias,
             plan.targets_L,
             plan.weight_L,
             with_entropy=self._with_entropy,
         )
-        return loss_sum, losses_L, none if entropy_L is None else entropy_L, number
 
 
 def take_apart(  # noqa: PLR0913 (a word for each thing that layers must know)

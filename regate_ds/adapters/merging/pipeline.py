@@ -13,6 +13,7 @@ from regate_ds.adapters.deepspeed.pipeline_layers import Embed, Flow, Head
 from regate_ds.adapters.merging.huggingface import require_mergeable
 from regate_ds.algorithm.executions.merge import mean_of_members
 from regate_ds.algorithm.executions.patch_loss import summed_patch_loss
+from regate_ds.algorithm.plan import ElisionPlan
 from regate_ds.families.hosts import Supported
 
 
@@ -40,18 +41,14 @@ class MergingEmbed(Embed):
 class MergingHead(Head):
     """The head, with several targets a slot in merged steps."""
 
-    def forward(self, flow: Flow) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hidden, _, number = flow
-        plan, none = self._table.look_up(number).plan, hidden.new_zeros(0)
-        if plan is None or plan.patches is None:
-            return super().forward(flow)
-        rows_UH = hidden.reshape(-1, hidden.shape[-1]).index_select(0, plan.patches.predicts_U)
-        loss_sum, losses_L, entropy_L = summed_patch_loss(
-            self.norm(rows_UH),
+    def _summed(self, rows: Tensor, plan: ElisionPlan) -> tuple[Tensor, Tensor, Tensor | None]:
+        if plan.patches is None:
+            return super()._summed(rows, plan)
+        return summed_patch_loss(
+            self.norm(rows.index_select(0, plan.patches.predicts_U)),
             self.head.weight,
             self.head.bias,
             plan.targets_L,
             plan.patches,
             with_entropy=self._with_entropy,
         )
-        return loss_sum, losses_L, none if entropy_L is None else entropy_L, number

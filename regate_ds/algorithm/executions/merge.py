@@ -40,22 +40,28 @@ def plan_merged_window(
     rows: what the lengths of rows must be.
     """
     multiple = rows.slot_multiple
-    longest = [_longest(_starts_patch(batch, size)) for batch in window]
-    lengths = [math.ceil(length / multiple) * multiple for length in longest]
+    starts = [_starts_patch(batch, size) for batch in window]
+    lengths = [math.ceil(_longest(starts_BT) / multiple) * multiple for starts_BT in starts]
     if rows.equal:
         lengths = [max(lengths)] * len(lengths)
     return tuple(
-        replace(plan_patches(batch, size=size, num_slots=length), micro=number)
-        for number, (batch, length) in enumerate(zip(window, lengths, strict=True))
+        replace(_plan(batch, starts_BT, size, length), micro=number)
+        for number, (batch, starts_BT, length) in enumerate(
+            zip(window, starts, lengths, strict=True)
+        )
     )
 
 
-def plan_patches(batch: TokenBatch, *, size: int, num_slots: int = 0) -> ElisionPlan:
-    """Return a plan whose slots are the patches of a micro-batch; num_slots: the fewest of a row,
-    of which those without a patch are padding."""
-    is_real_BT, starts_BT = batch.segment_BT >= 0, _starts_patch(batch, size)
+def plan_patches(batch: TokenBatch, *, size: int) -> ElisionPlan:
+    """Return a plan whose slots are the patches of a micro-batch, with no more than are needed."""
+    starts_BT = _starts_patch(batch, size)
+    return _plan(batch, starts_BT, size, _longest(starts_BT))
+
+
+def _plan(batch: TokenBatch, starts_BT: Tensor, size: int, num_slots: int) -> ElisionPlan:
+    """Return the plan of patches that start there; slots of a row without one are padding."""
+    is_real_BT, num_rows = batch.segment_BT >= 0, len(starts_BT)
     slot_BT = (starts_BT.long().cumsum(1) - 1).clamp(min=0)
-    num_rows, num_slots = len(slot_BT), max(num_slots, _longest(starts_BT))
     flat_BT = slot_BT + num_slots * torch.arange(num_rows)[:, None]
     position_P = is_real_BT.reshape(-1).nonzero().squeeze(1)
     slot_P = flat_BT.reshape(-1)[position_P]
