@@ -31,7 +31,7 @@ from regate_ds.parallel.resharding import Route, Rows, SequenceCut, make_route
 
 def require_mergeable_chunks(chunks: Sequence[Any], *, ragged: bool) -> None:
     """Refuse, by ValueError, chunks or rows in which tokens cannot be one; all ranks alike."""
-    gpt, host = chunks[0], chunks[0].config
+    gpt = chunks[0]
     faults = {
         "padded rows alone hold patches; attach with row_format='padded'": ragged,
         "position_embedding_type='mrope' gives tokens several numbers; use 'rope' or 'yarn'": (
@@ -39,9 +39,6 @@ def require_mergeable_chunks(chunks: Sequence[Any], *, ragged: bool) -> None:
         ),
         "the decoder adds features of images between its layers; use another model": (
             num_additions(gpt) > 0
-        ),
-        "cross_entropy_fusion_impl='linear' is a head without logits; use 'native' or 'te'": (
-            host.cross_entropy_loss_fusion and host.cross_entropy_fusion_impl == "linear"
         ),
     }
     for fault in (fault for fault, has in faults.items() if has):

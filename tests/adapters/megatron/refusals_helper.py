@@ -241,11 +241,6 @@ def check_merging(case: Case) -> None:
         dismantle(chunks)
     chunks = build(case)
     gpt = chunks[0].module
-    gpt.config.cross_entropy_loss_fusion = True
-    gpt.config.cross_entropy_fusion_impl = "linear"
-    with refused(ValueError, "cross_entropy_fusion_impl='linear' is a head without logits"):
-        attached(case, chunks)
-    gpt.config.cross_entropy_loss_fusion = False
     gpt.decoder._deepstack_process = print
     gpt.config.vision_config = SimpleNamespace(deepstack_visual_indexes=[0, 1])
     with refused(ValueError, "merged steps: the decoder adds features of images"):
